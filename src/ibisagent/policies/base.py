@@ -1,0 +1,26 @@
+"""What a policy is: something that looks at observations and writes text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from ibisagent.domain import Completion, Observation
+
+
+class Policy(Protocol):
+    """Anything that answers observations with text in a dialect of `protocol`."""
+
+    @property
+    def name(self) -> str:
+        """The spec that loads this policy again, for records."""
+        ...
+
+    @property
+    def dialect(self) -> str:
+        """Name of the `protocol` dialect that this policy writes."""
+        ...
+
+    def respond(self, observations: Sequence[Observation]) -> list[Completion]:
+        """One completion per observation, in order. Raises PolicyError when the machinery (not the text) fails."""
+        ...
