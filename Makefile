@@ -1,0 +1,37 @@
+# make demo: install, then segment a photograph. make test: install, then run all tests. Each works alone.
+# Other choices: make PYTHON=python3.12 ..., make PIP_FLAGS="--extra-index-url ..." ...
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed
+	$(BIN)/ibisagent segment "$$($(BIN)/python -c 'from pathlib import Path; import skimage; print(Path(skimage.__file__).parent / "data/retina.jpg")')" "Segment the optic disc." --output outputs/demo
+
+test: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "ibisagent needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 2; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 2; }
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	@echo "Installing into $(VENV) (only this once; minutes, as PyTorch is large) ..."
+	@$(BIN)/python -m pip install -qq $(PIP_FLAGS) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	@echo "Installing into $(VENV) (only this once; minutes, as PyTorch is large) ..."
+	@$(BIN)/python -m pip install -qq $(PIP_FLAGS) --editable '.[dev]'
+	@touch $@ $(VENV)/.installed

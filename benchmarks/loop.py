@@ -1,0 +1,134 @@
+"""Speed of the loop: seconds per image, start-up times, and many environments together against one by one.
+
+    IBIS_DATA=DATA python benchmarks/loop.py [--policy ibis-nano] [--segmenter ibis-click] [--json]
+
+DATA: a labelled data set as `ibisagent evaluate` reads it; its split "val" is used. Run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ibisagent import session
+from ibisagent.datasets import CaseSource, read_cases
+from ibisagent.environment import SegmentationEnv, rollout
+from ibisagent.policies import load_policy
+from ibisagent.segmenters import load_segmenter
+
+IMAGES = 50
+WARM_UP = 3
+TOGETHER = 16
+REPEATS = 7
+LIMITS = {
+    "seconds_per_image": ("<=", 2.0),
+    "help_seconds": ("<=", 0.6),
+    "import_seconds": ("<=", 0.3),
+    "speed_up_together": (">=", 2.5),
+}
+"""What each figure should be on a CPU of 2 cores."""
+
+
+def distinct_images(cases: CaseSource, count: int) -> CaseSource:
+    """At most `count` cases of different images, spread evenly over the data."""
+    rows = list({row.image: row for row in cases.rows}.values())
+    step = max(1.0, len(rows) / count)
+    return CaseSource([rows[int(index * step)] for index in range(min(count, len(rows)))], cases.where)
+
+
+def seconds_per_image(cases: CaseSource, policy: str, segmenter: str) -> dict[str, float]:
+    """What `ibisagent segment` does for one image with loaded models: read, run the episode, write the files."""
+    writer, engine = load_policy(policy), load_segmenter(segmenter)
+    times, turns = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, row in enumerate([*cases.rows[-WARM_UP:], *cases.rows[:IMAGES]]):
+            started = time.perf_counter()
+            case = session.read_case(row.image, row.query)
+            episode = session.segment(case, writer, engine)
+            session.export(episode, case.image, folder, str(number))
+            if number >= WARM_UP:
+                times.append(time.perf_counter() - started)
+                turns.append(len(episode.turns))
+    return {
+        "images": len(times),
+        "seconds_per_image": statistics.median(times),
+        "slowest_image_seconds": max(times),
+        "mean_turns": statistics.mean(turns),
+    }
+
+
+def together_against_one_by_one(cases: CaseSource, policy: str, segmenter: str) -> dict[str, float]:
+    """Episodes per second of `cases` in one rollout, and one after the other; both with fresh models, used once."""
+
+    def run(batches: Callable[[list[SegmentationEnv]], list[list[SegmentationEnv]]]) -> float:
+        writer, engine = load_policy(policy, batch_size=TOGETHER), load_segmenter(segmenter)
+        loaded = list(cases)
+        rollout(
+            writer, [SegmentationEnv(loaded[-1], engine, dialect=writer.dialect)]
+        )  # whatever is loaded on first use
+        envs = [SegmentationEnv(case, engine, dialect=writer.dialect) for case in loaded[:TOGETHER]]
+        started = time.perf_counter()
+        for batch in batches(envs):
+            rollout(writer, batch)
+        return len(envs) / (time.perf_counter() - started)
+
+    together = run(lambda envs: [envs])
+    alone = run(lambda envs: [[env] for env in envs])
+    return {
+        "episodes_per_second_together": together,
+        "episodes_per_second_one_by_one": alone,
+        "speed_up_together": together / alone,
+    }
+
+
+def start_up(*arguments: str) -> float:
+    """Median wall seconds of a fresh interpreter."""
+    times = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def main() -> None:
+    """Measure everything and print it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy", default="ibis-nano")
+    parser.add_argument("--segmenter", default="ibis-click")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    if "IBIS_DATA" not in os.environ:
+        parser.error("set IBIS_DATA to a labelled data set, as 'ibisagent evaluate' reads it")
+    cases = read_cases(os.environ["IBIS_DATA"], split="val")
+    figures: dict[str, Any] = {
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "load_before": os.getloadavg()[0],
+        "policy": options.policy,
+        "segmenter": options.segmenter,
+        "help_seconds": start_up("-m", "ibisagent", "--help"),
+        "import_seconds": start_up("-c", "import ibisagent"),
+        **seconds_per_image(distinct_images(cases, IMAGES + WARM_UP), options.policy, options.segmenter),
+        **together_against_one_by_one(distinct_images(cases, TOGETHER + 1), options.policy, options.segmenter),
+    }
+    if options.json:
+        print(json.dumps(figures, indent=1))
+        return
+    for name, value in figures.items():
+        sign, limit = LIMITS.get(name, ("", 0.0))
+        met = "" if not sign else "  ok" if (value <= limit if sign == "<=" else value >= limit) else "  MISSED"
+        shown = f"{value:.3f}" if isinstance(value, float) else value
+        print(f"{name:32}{shown}{f'  (goal {sign} {limit:g}){met}' if sign else ''}")
+
+
+if __name__ == "__main__":
+    main()

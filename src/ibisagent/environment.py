@@ -1,0 +1,289 @@
+"""The one loop: a policy writes, `SegmentationEnv` reads it and asks the segmenter (paper, section 3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from types import MappingProxyType
+
+import numpy as np
+
+from ibisagent import protocol
+from ibisagent.domain import (
+    MAX_TARGETS,
+    Action,
+    Case,
+    Completion,
+    Episode,
+    Image,
+    Mask,
+    Masks,
+    Observation,
+    Prompt,
+    Stop,
+    StopReason,
+    Turn,
+    Undo,
+)
+from ibisagent.errors import ConfigError, DataError, PolicyError, SegmenterError
+from ibisagent.policies.base import Policy
+from ibisagent.segmenters import Prediction, Segmenter, SegmenterSession
+
+MAX_TURNS = 20
+MAX_MALFORMED = 2  # in a row
+
+
+@cache
+def package_version() -> str:
+    """The version of this package, for records."""
+    try:
+        return version("ibisagent")
+    except PackageNotFoundError:  # used from a source tree that was never installed
+        return "source tree"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Object:
+    """One target as it stands: all its prompts, its mask, and what the segmenter wants back as prior."""
+
+    prompts: tuple[Prompt, ...]
+    mask: Mask
+    prior: np.ndarray
+    score: float | None
+
+
+_Objects = Mapping[str, _Object]
+
+
+class _Board:
+    """Masks as a pure function of the start masks and the prompts of every turn, with Undo.
+
+    `_batches[i]` are the prompts of one turn and lead from `_states[i]` to `_states[i + 1]`. An Undo that takes back
+    part of a turn leaves what that turn would have done without them.
+    """
+
+    def __init__(self, image: Image, segmenter: Segmenter, start: Masks) -> None:
+        self._image = image
+        self._segmenter = segmenter
+        self._session: SegmenterSession | None = None
+        self._batches: list[tuple[Prompt, ...]] = []
+        self._states: list[_Objects] = [{name: _Object((), mask, mask, None) for name, mask in start.items()}]
+
+    @property
+    def objects(self) -> _Objects:
+        return self._states[-1]
+
+    def apply(self, actions: Sequence[Action]) -> bool:
+        """Apply one reply's actions in order, up to a Stop; False, and no change, if its prompts were all given before.
+
+        Each target is predicted once for all its new prompts. Nothing changes if the segmenter raises.
+        """
+        kept, new = list(self._batches), list[Prompt]()
+        for action in actions:
+            if isinstance(action, Stop):
+                break
+            if isinstance(action, Undo):
+                _take_back(kept, new, action.steps)
+            else:
+                new.append(action)
+        given = [prompt for batch in kept for prompt in batch]
+        before = [prompt for batch in self._batches for prompt in batch]
+        if new and (all(prompt in given for prompt in new) or given + new == before):
+            return False
+        batches = [*kept, tuple(new)] if new else kept
+        same = next((i for i, pair in enumerate(zip(batches, self._batches, strict=False)) if pair[0] != pair[1]), None)
+        same = min(len(batches), len(self._batches)) if same is None else same
+        states = self._states[: same + 1]
+        for batch in batches[same:]:
+            states.append(self._predict(states[-1], batch))
+        self._batches, self._states = batches, states
+        return True
+
+    def _predict(self, state: _Objects, batch: tuple[Prompt, ...]) -> _Objects:
+        if self._session is None:  # the costly part: an episode without any prompt never embeds its image
+            self._session = self._segmenter.open(self._image)
+        objects = dict(state)
+        for target in dict.fromkeys(prompt.target for prompt in batch):
+            old = state.get(target)
+            prompts = (*(old.prompts if old else ()), *(prompt for prompt in batch if prompt.target == target))
+            prediction = self._session.predict(prompts, old.prior if old else None)
+            _check_prediction(prediction, self._image.size, self._segmenter.name)
+            objects[target] = _Object(prompts, prediction.mask, prediction.logits, prediction.score)
+        return objects
+
+
+def _take_back(kept: list[tuple[Prompt, ...]], new: list[Prompt], steps: int) -> None:
+    """Remove the newest `steps` prompts, or all if there are fewer; first of `new`, then of the turns before."""
+    for _ in range(steps):
+        if new:
+            new.pop()
+        elif kept:
+            shorter = kept.pop()[:-1]
+            if shorter:
+                kept.append(shorter)
+        else:
+            return
+
+
+def _check_prediction(prediction: Prediction, size: tuple[int, int], segmenter: str) -> None:
+    mask, score = prediction.mask, prediction.score
+    if mask.shape != size or mask.dtype != np.bool_ or not (math.isfinite(score) and 0 <= score <= 1):
+        raise SegmenterError(
+            f"segmenter {segmenter}: gave a mask {mask.shape} {mask.dtype} with score {score},"
+            f" expected {size} bool and a score in [0, 1]; check its weights and version"
+        )
+
+
+class SegmentationEnv:
+    """One case, one episode, then discard. It never looks at the case's truth.
+
+    - Actions of one reply apply in order; each target is predicted once per turn, from all its prompts so far and the
+      segmenter's previous logits. A start mask is the first prior.
+    - Undo takes back the newest prompts over all targets and restores the exact earlier state.
+    - A reply that cannot be read, or that names more than MAX_TARGETS objects, changes nothing; the second in a row
+      ends the episode ("malformed"). A turn that only repeats standing prompts ends it ("repeated"), so does turn
+      number `max_turns` ("max_turns") and a Stop ("stopped").
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        segmenter: Segmenter,
+        *,
+        dialect: str,
+        max_turns: int = MAX_TURNS,
+        made_by: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """dialect: name in `protocol.DIALECTS`. made_by: more facts for the record, such as seed, weights and runtime.
+
+        Raises ConfigError for an unknown dialect or max_turns < 1.
+        """
+        if dialect not in protocol.DIALECTS:
+            raise ConfigError(f"unknown dialect '{dialect}'; there are: {', '.join(protocol.DIALECTS)}")
+        if max_turns < 1:
+            raise ConfigError(f"max_turns is {max_turns}; give 1 or more")
+        self.dialect = dialect
+        self.max_turns = max_turns
+        self._case_id, self._image, self._query, self._start = case.id, case.image, case.query, dict(case.start)
+        self._default_target = protocol.target_of(case.query)
+        self._board = _Board(case.image, segmenter, self._start)
+        self._made_by = {
+            "segmenter": segmenter.name,
+            "dialect": dialect,
+            "max_turns": str(max_turns),
+            "ibisagent": package_version(),
+            **made_by,
+        }
+        self._turns: list[Turn] = []
+        self._stop: StopReason | None = None
+
+    @property
+    def observation(self) -> Observation:
+        """What the policy may see now."""
+        return Observation(self._case_id, self._image, self._query, self._masks, tuple(self._turns))
+
+    @property
+    def done(self) -> bool:
+        """Whether the episode has ended."""
+        return self._stop is not None
+
+    @property
+    def _masks(self) -> Masks:
+        return MappingProxyType({name: thing.mask for name, thing in self._board.objects.items()})
+
+    def step(self, completion: Completion) -> Turn:
+        """Read one completion, apply its actions and record the turn.
+
+        Raises SegmenterError when the segmenter fails (the environment is as it was before the step) and ConfigError
+        when the episode has already ended. Whatever the completion says never raises.
+        """
+        if self._stop is not None:
+            raise ConfigError(f"case {self._case_id}: the episode has ended ({self._stop}); open a new environment")
+        text = completion.text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates cannot be stored
+        completion = replace(completion, text=text)
+        reply = protocol.parse(text, self._image.size, dialect=self.dialect, default_target=self._default_target)
+        before, objects = self._masks, self._board.objects
+        names = {*objects, *(action.target for action in reply.actions if not isinstance(action, Undo | Stop))}
+        if len(names) > MAX_TARGETS:
+            reply = replace(reply, actions=(), problem=f"names more than {MAX_TARGETS} objects")
+        fresh = self._board.apply(reply.actions)
+        scores = [
+            thing.score
+            for name, thing in self._board.objects.items()
+            if thing is not objects.get(name) and thing.score is not None
+        ]
+        turn = Turn(completion, reply, before, self._masks, float(np.mean(scores)) if scores else None)
+        self._turns.append(turn)
+        self._stop = self._stop_reason(fresh)
+        return turn
+
+    def _stop_reason(self, fresh: bool) -> StopReason | None:
+        if self._turns[-1].reply.stop is not None:
+            return "stopped"
+        if not fresh:
+            return "repeated"
+        last = self._turns[-MAX_MALFORMED:]
+        if len(last) == MAX_MALFORMED and all(turn.reply.problem is not None for turn in last):
+            return "malformed"
+        return "max_turns" if len(self._turns) >= self.max_turns else None
+
+    def episode(self) -> Episode:
+        """The finished episode; ConfigError while it still runs."""
+        if self._stop is None:
+            raise ConfigError(f"case {self._case_id}: the episode has not ended yet; step until `done`")
+        image = self._image
+        return Episode(
+            self._case_id,
+            self._query,
+            image.size,
+            image.sha256,
+            image.source,
+            self._start,
+            tuple(self._turns),
+            self._stop,
+            self._made_by,
+        )
+
+
+def rollout(
+    policy: Policy, envs: Sequence[SegmentationEnv], *, on_turn: Callable[[int, Turn], None] | None = None
+) -> list[Episode]:
+    """Run all `envs` to their end and return their episodes in order; `made_by` names the policy.
+
+    All live environments are answered in one `policy.respond` batch per turn. on_turn: called with the environment's
+    index and its new turn. Raises PolicyError and SegmenterError when machinery fails, ConfigError when an environment
+    reads another dialect than the policy writes.
+    """
+    for env in envs:
+        if env.dialect != policy.dialect:
+            raise ConfigError(f"policy {policy.name} writes dialect {policy.dialect}, its environment {env.dialect}")
+    while live := [index for index, env in enumerate(envs) if not env.done]:
+        completions = policy.respond([envs[index].observation for index in live])
+        if len(completions) != len(live):
+            raise PolicyError(f"policy {policy.name}: gave {len(completions)} completions for {len(live)} observations")
+        for index, completion in zip(live, completions, strict=True):
+            turn = envs[index].step(completion)
+            if on_turn is not None:
+                on_turn(index, turn)
+    episodes = [env.episode() for env in envs]
+    return [replace(episode, made_by={"policy": policy.name, **episode.made_by}) for episode in episodes]
+
+
+def replay(episode: Episode, image: Image, segmenter: Segmenter) -> Masks:
+    """The final masks, made again from the recorded actions alone; bit for bit with the same segmenter.
+
+    Raises DataError if `image` is not the one of the record, ConfigError if `segmenter` is not, SegmenterError if it
+    fails.
+    """
+    if image.sha256 != episode.image_sha256:
+        raise DataError(f"{image.source or 'image'}: is not the image of this record, {episode.image_source}")
+    recorded = episode.made_by.get("segmenter", segmenter.name)
+    if recorded != segmenter.name:
+        raise ConfigError(f"the record was made with segmenter {recorded}, not {segmenter.name}; load that one")
+    board = _Board(image, segmenter, episode.start)
+    for turn in episode.turns:
+        board.apply(turn.reply.actions)
+    return {name: thing.mask for name, thing in board.objects.items()}

@@ -1,0 +1,147 @@
+"""Policies behind one protocol: `load_policy(spec)` gives one, `respond(observations)` one completion for each.
+
+Importing this package also tells transformers' Auto classes about our own model type "ibis_nano", at no cost: neither
+torch nor transformers is loaded by it. Whenever transformers' auto modules are imported (before or after this one),
+their loading methods are given a first step that registers the nano classes on the first call. Registering on import
+instead would be too early: those modules are themselves imported in the middle of model code that the nano needs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+from ibisagent.domain import Case
+from ibisagent.errors import ConfigError
+from ibisagent.policies.base import Policy
+
+if TYPE_CHECKING:
+    from ibisagent.protocol import History
+
+__all__ = ["POLICIES", "Policy", "load_policy"]
+
+POLICIES: Mapping[str, str] = MappingProxyType(
+    {
+        "ibis-nano": "our small model; its weights come with the package",
+        "mllm:<folder or hub id>": "any Hugging Face image-text-to-text model: mllm:Qwen/Qwen2.5-VL-7B-Instruct, "
+        "mllm:manglu3935/IBIS/qwen2_5vl-7b-RL; a bare folder or hub id means the same",
+        "endpoint:<base url>#<model>": "any OpenAI-compatible chat server; its key is read from IBIS_API_KEY",
+        "oracle": "clicks where an expert who sees the truth would (the ceiling)",
+        "scripted:<file.json>": "replays recorded replies (a fake, for tests)",
+        "location-prior": "clicks where objects of that name usually lie, blind to the image (a baseline of evaluate)",
+        "centre-click": "clicks the centre of the image (a baseline)",
+    }
+)
+"""What `load_policy` understands: spec -> description, for people."""
+
+NANO_FOLDER = Path(__file__).parent.parent / "weights" / "ibis-nano"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w-][\w.-]*)*")
+
+
+def load_policy(
+    spec: str,
+    *,
+    dialect: str | None = None,
+    history: History | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    adapter: str | Path | None = None,
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    max_pixels: int | None = None,
+    cases: Mapping[str, Case] | Iterable[Case] | None = None,
+) -> Policy:
+    """The policy that `spec` names (see `POLICIES`).
+
+    dialect, history: None takes what the model was made for. device: "auto", "cpu", "cuda", "cuda:1", "mps". dtype:
+    "auto", "float32", "bfloat16", "float16". adapter: a PEFT folder, for mllm. temperature: 0 is greedy. batch_size:
+    observations answered together (mllm), or requests under way at once (endpoint). max_pixels: the size that images
+    are shrunk to, for models that take any size (mllm). cases: the truth, for the oracle alone.
+    Raises ConfigError for a spec or option that does not exist and PolicyError where weights or a server are missing.
+    """
+    kind, _, rest = spec.partition(":")
+    sampling: dict[str, Any] = {
+        "dialect": dialect,
+        "history": history,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+    }
+    if kind == "endpoint":
+        from ibisagent.policies.endpoint import EndpointPolicy
+
+        url, _, model = rest.partition("#")
+        return EndpointPolicy(url, model, concurrency=batch_size, **sampling)
+    if kind == "scripted" and rest:
+        from ibisagent.policies.scripted import ScriptedPolicy
+
+        return ScriptedPolicy.from_file(rest, dialect=dialect or "ibis")
+    if spec == "centre-click":
+        from ibisagent.policies.baselines import CentreClickPolicy
+
+        return CentreClickPolicy(dialect=dialect or "ibis")
+    if spec == "oracle":
+        from ibisagent.policies.oracle import OraclePolicy
+
+        if cases is None:
+            raise ConfigError("the oracle needs the truth: use it where there are cases (evaluate, trajectories)")
+        return OraclePolicy(cases, dialect=dialect or "ibis", seed=seed)
+    if spec == "location-prior":
+        raise ConfigError("location-prior learns from training masks: `ibisagent evaluate` prints it beside any policy")
+    is_model = spec == "ibis-nano" or kind == "mllm" or _HUB_ID.fullmatch(spec) or Path(spec).is_dir()
+    if not spec or not is_model:
+        raise ConfigError(f"unknown policy '{spec}': give one of {', '.join(POLICIES)}")
+    from ibisagent.policies.mllm import MllmPolicy
+
+    source = str(NANO_FOLDER) if spec == "ibis-nano" else rest if kind == "mllm" else spec
+    return MllmPolicy(
+        source,
+        name=spec,
+        adapter=adapter,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        max_pixels=max_pixels,
+        **sampling,
+    )
+
+
+_ENTRANCES = {
+    "transformers.models.auto.configuration_auto": ("AutoConfig.from_pretrained", "AutoConfig.for_model"),
+    "transformers.models.auto.modeling_auto": (
+        "AutoModelForImageTextToText.from_pretrained",
+        "AutoModelForImageTextToText.from_config",
+    ),
+    "transformers.models.auto.processing_auto": ("AutoProcessor.from_pretrained",),
+    "transformers.models.auto.image_processing_auto": ("AutoImageProcessor.from_pretrained",),
+}
+
+
+@cache
+def _register_nano() -> None:
+    import_module("ibisagent.policies.nano").register()
+
+
+def _after_registering(
+    wrapped: Callable[..., object], _instance: object, args: tuple[object, ...], kwargs: dict[str, object]
+) -> object:
+    _register_nano()
+    return wrapped(*args, **kwargs)
+
+
+def _guard_entrances(module: ModuleType) -> None:
+    for entrance in _ENTRANCES[module.__name__]:
+        wrapt.wrap_function_wrapper(module, entrance, _after_registering)
+
+
+for _module in _ENTRANCES:
+    wrapt.register_post_import_hook(_guard_entrances, _module)

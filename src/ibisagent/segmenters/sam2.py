@@ -1,0 +1,318 @@
+"""SAM 2.1 and MedSAM2 as a segmenter, through transformers' `Sam2Model` and `Sam2Processor`.
+
+Weights come from a hub id, a folder of the transformers kind, or an original checkpoint: a `.pt` file as
+facebookresearch/sam2 and bowang-lab/MedSAM2 publish it, whose state dict is renamed here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+
+from ibisagent.domain import Box, Click, Image, Prompt
+from ibisagent.errors import ConfigError, SegmenterError
+from ibisagent.segmenters import Prediction, check_prior, check_prompts
+from ibisagent.segmenters.cache import EmbeddingCache
+from ibisagent.segmenters.runtime import choose_device, first_line
+from ibisagent.segmenters.tidy import split_prompts
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Sam2Config, Sam2Model, Sam2Processor
+
+MAX_LOGIT = 32.0  # as SAM 2 clamps the mask that it is given back
+_CHECKPOINT = re.compile(r"(?P<file>.+\.pth?)(@(?P<side>\d+))?")
+
+# (channels, blocks) of the image encoder -> its shape, from the YAML files of facebookresearch/sam2
+_ENCODERS: Mapping[tuple[int, int], dict[str, Any]] = {
+    (96, 12): {"stages": [1, 2, 7, 2], "whole": [5, 7, 9], "heads": 1, "windows": [8, 4, 14, 7]},
+    (96, 16): {"stages": [1, 2, 11, 2], "whole": [7, 10, 13], "heads": 1, "windows": [8, 4, 14, 7]},
+    (112, 24): {"stages": [2, 3, 16, 3], "whole": [12, 16, 20], "heads": 2, "windows": [8, 4, 14, 7]},
+    (144, 48): {"stages": [2, 6, 36, 4], "whole": [23, 33, 43], "heads": 2, "windows": [8, 4, 16, 8]},
+}
+
+# original name -> transformers' name, applied in this order
+_RENAMES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^no_mem_embed$", "no_memory_embedding"),
+        (r"^image_encoder\.trunk\.", "vision_encoder.backbone."),
+        (r"^image_encoder\.neck\.convs\.(\d+)\.conv\.", r"vision_encoder.neck.convs.\1."),
+        (r"\.patch_embed\.proj\.", ".patch_embed.projection."),
+        (r"^sam_(prompt_encoder|mask_decoder)\.", r"\1."),
+        (r"\.pe_layer\.positional_encoding_gaussian_matrix$", ".shared_embedding.positional_embedding"),
+        (r"\.mask_downscaling\.0\.", ".mask_embed.conv1."),
+        (r"\.mask_downscaling\.1\.", ".mask_embed.layer_norm1."),
+        (r"\.mask_downscaling\.3\.", ".mask_embed.conv2."),
+        (r"\.mask_downscaling\.4\.", ".mask_embed.layer_norm2."),
+        (r"\.mask_downscaling\.6\.", ".mask_embed.conv3."),
+        (r"\.output_upscaling\.0\.", ".upscale_conv1."),
+        (r"\.output_upscaling\.1\.", ".upscale_layer_norm."),
+        (r"\.output_upscaling\.3\.", ".upscale_conv2."),
+        (r"\.norm(\d|_final_attn)\.", r".layer_norm\1."),
+        (r"\.out_proj\.", ".o_proj."),
+        (r"\.mlp\.layers\.0\.", ".mlp.proj_in."),  # two layers here,
+        (r"\.mlp\.layers\.1\.", ".mlp.proj_out."),
+        (r"(_mlps\.\d+|_head)\.layers\.0\.", r"\1.proj_in."),  # three there
+        (r"(_mlps\.\d+|_head)\.layers\.1\.", r"\1.layers.0."),
+        (r"(_mlps\.\d+|_head)\.layers\.2\.", r"\1.proj_out."),
+    )
+)
+_VIDEO_ONLY = re.compile(r"^(memory_|maskmem_|no_mem_pos_enc|no_obj_|obj_ptr_|mask_downsample)")
+_POINT_EMBEDDING = re.compile(r"^sam_prompt_encoder\.point_embeddings\.(\d+)\.weight$")
+
+
+class Sam2:
+    """The segmenter. Opening an image embeds it.
+
+    source: a hub id ("facebook/sam2.1-hiera-tiny"), a folder, or a checkpoint: "path/to/file.pt", or
+    "owner/repository/file.pt" to fetch it from the hub. A checkpoint does not say its picture size: it is 512 where
+    the file's name has "medsam2" in it, else 1024, unless the source says so ("file.pt@512"). A checkpoint of no
+    published shape needs its `Sam2Config` as JSON beside it ("file.json").
+    """
+
+    def __init__(
+        self, source: str, *, device: str = "auto", runtime: str = "auto", cache: EmbeddingCache | None = None
+    ) -> None:
+        if runtime not in ("auto", "torch"):
+            raise ConfigError(f"sam2 runs with torch only, not with '{runtime}': give runtime torch or auto")
+        import torch
+
+        self.name = f"sam2:{source}"
+        self.cache = cache if cache is not None else EmbeddingCache()
+        checkpoint = _CHECKPOINT.fullmatch(source)
+        if checkpoint:
+            self._file = _find_checkpoint(checkpoint["file"])
+            side = checkpoint["side"]
+            model, self._processor = _from_original(self._file, int(side) if side else None)
+        else:
+            model, self._processor, self._file = _from_transformers(source)
+        self._device = choose_device(device)
+        try:
+            self._model: Any = model.eval().requires_grad_(False).to(torch.device(self._device))
+        except (RuntimeError, AssertionError) as error:
+            raise SegmenterError(f"device '{device}' cannot be used: {first_line(error)}; give device cpu") from error
+
+    def open(self, image: Image) -> Sam2Session:
+        """A session on `image`; its embedding comes from the cache where it is there, and stays on the device."""
+        import torch
+
+        def embed() -> tuple[torch.Tensor, ...]:
+            try:
+                inputs = self._processor(images=image.pixels, return_tensors="pt").to(self._device)
+                return tuple(self._model.get_image_embeddings(inputs["pixel_values"]))
+            except RuntimeError as error:
+                raise SegmenterError(f"{self.name}: embedding failed on {self._device}: {first_line(error)}") from error
+
+        features = self.cache.fetch(f"{self.name} {self._device}", image.sha256, embed)
+        return Sam2Session(image.size, features, self._model, self._processor)
+
+    @cached_property
+    def _weights_sha256(self) -> str:
+        with self._file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    def describe(self) -> dict[str, str]:
+        """Facts for records."""
+        import torch
+        import transformers
+
+        return {
+            "segmenter": self.name,
+            "runtime": f"torch {torch.__version__} {self._device}, transformers {transformers.__version__}",
+            "weights_sha256": self._weights_sha256,
+            "licence": "as its source states",
+        }
+
+
+class Sam2Session:
+    """One embedded image. Its logits are (h, w) float32, on the decoder's own square grid."""
+
+    def __init__(
+        self, size: tuple[int, int], features: Sequence[torch.Tensor], model: Any, processor: Sam2Processor
+    ) -> None:
+        self._size = size
+        self._features = features
+        self._model = model
+        self._processor = processor
+        rows, columns = model.prompt_encoder.mask_input_size
+        self._grid = (int(rows), int(columns))
+
+    def predict(self, prompts: Sequence[Prompt], prior: np.ndarray | None = None) -> Prediction:
+        """See `SegmenterSession`. Three masks are asked for, and the one of the best score kept, only for a single
+        click with nothing else: that is when SAM 2 may still mean a part or the whole."""
+        import torch
+
+        check_prompts(prompts, self._size)
+        check_prior(prior, self._size, self._grid)
+        _, _, box = split_prompts(prompts)
+        clicks = [prompt for prompt in prompts if isinstance(prompt, Click)]
+        asked: dict[str, Any] = {}
+        if clicks:
+            asked["input_points"] = [[[self._centre(click.x, click.y) for click in clicks]]]
+            asked["input_labels"] = [[[int(click.positive) for click in clicks]]]
+        if box is not None:
+            asked["input_boxes"] = [[self._corners(box)]]
+        try:
+            device = self._features[-1].device
+            inputs = dict(self._processor(original_sizes=[list(self._size)], return_tensors="pt", **asked).to(device))
+            inputs.pop("original_sizes")
+            if prior is not None:
+                inputs["input_masks"] = torch.from_numpy(self._as_logits(prior)[None, None]).to(device)
+            single = len(clicks) == 1 and box is None and prior is None
+            with torch.inference_mode():
+                output = self._model(image_embeddings=list(self._features), multimask_output=single, **inputs)
+            scores = output.iou_scores[0, 0].float().cpu().numpy()
+            masks = output.pred_masks[0, 0].float().cpu().numpy()
+        except RuntimeError as error:
+            raise SegmenterError(f"sam2 failed: {first_line(error)}") from error
+        best = int(scores.argmax())
+        logits = np.clip(masks[best], -MAX_LOGIT, MAX_LOGIT)
+        mask = cv2.resize(logits, self._size[::-1], interpolation=cv2.INTER_LINEAR) > 0
+        return Prediction(mask, float(np.clip(scores[best], 0, 1)), logits)
+
+    def _centre(self, x: float, y: float) -> list[float]:
+        """Where the processor wants a pixel's centre: it scales to the network, which then adds half a pixel."""
+        height, width = self._size
+        side = self._processor.target_size
+        return [x + 0.5 - 0.5 * width / side, y + 0.5 - 0.5 * height / side]
+
+    def _corners(self, box: Box) -> list[float]:
+        return [*self._centre(box.x0, box.y0), *self._centre(box.x1 - 1, box.y1 - 1)]
+
+    def _as_logits(self, prior: np.ndarray) -> np.ndarray:
+        """The prior as mask logits on the decoder's grid; a bool mask becomes -10 to 10."""
+        if prior.dtype != np.bool_:
+            return prior.astype(np.float32)
+        resized = cv2.resize(prior.astype(np.float32), self._grid[::-1], interpolation=cv2.INTER_AREA)
+        return 20 * (resized - 0.5)
+
+
+def rename_original(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state dict of an original SAM 2 or MedSAM2 checkpoint under the names of transformers' `Sam2Model`.
+
+    What only video needs (memory, object pointers) is left out.
+    """
+    import torch
+
+    renamed: dict[str, torch.Tensor] = {}
+    points: dict[int, torch.Tensor] = {}
+    for original, tensor in state.items():
+        if _VIDEO_ONLY.match(original):
+            continue
+        if point := _POINT_EMBEDDING.match(original):
+            points[int(point[1])] = tensor
+            continue
+        name = original
+        for pattern, replacement in _RENAMES:
+            name = pattern.sub(replacement, name)
+        renamed[name] = tensor
+    if points:
+        renamed["prompt_encoder.point_embed.weight"] = torch.cat([points[index] for index in sorted(points)])
+    shared = "prompt_encoder.shared_embedding.positional_embedding"
+    if shared in renamed:
+        renamed["shared_image_embedding.positional_embedding"] = renamed[shared]
+    return renamed
+
+
+def _find_checkpoint(file: str) -> Path:
+    """The checkpoint on this machine; fetched from the hub where `file` is owner/repository/name and no such file is."""
+    path = Path(file).expanduser()
+    if path.is_file():
+        return path
+    parts = file.split("/")
+    if len(parts) != 3 or not all(parts):
+        raise ConfigError(f"{path}: there is no such file: give the path of a SAM 2 or MedSAM2 checkpoint")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download("/".join(parts[:2]), parts[2]))
+    except (OSError, ValueError) as error:
+        reason = first_line(error)
+        raise ConfigError(f"{file}: neither a file here nor on the hub ({reason}): download it and give its path") from error
+
+
+def _from_transformers(source: str) -> tuple[Sam2Model, Sam2Processor, Path]:
+    """Model, processor and weights file of a hub id or folder."""
+    from transformers import Sam2Model, Sam2Processor
+    from transformers.utils import cached_file
+
+    try:
+        processor = Sam2Processor.from_pretrained(source)
+        model, report = Sam2Model.from_pretrained(source, output_loading_info=True)
+        file = cached_file(source, "model.safetensors")
+    except (OSError, ValueError, RuntimeError) as error:
+        remedy = "give a hub id, a folder or a .pt file of SAM 2 or MedSAM2"
+        raise ConfigError(f"sam2:{source} cannot be loaded ({first_line(error)}): {remedy}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise SegmenterError(f"sam2:{source} lacks {len(missing)} weights, such as {missing[0]}: it is not a SAM 2 model")
+    return model, processor, Path(str(file))
+
+
+def _from_original(path: Path, side: int | None) -> tuple[Sam2Model, Sam2Processor]:
+    """Model and processor of an original checkpoint."""
+    import torch
+    from transformers import Sam2ImageProcessor, Sam2Model, Sam2Processor
+
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        state = rename_original(loaded.get("model", loaded))
+        config = _config(path, state, side)
+        model = Sam2Model(config)
+        if not any(".o_proj." in name for name in model.state_dict()):  # transformers before 5.10 or so
+            state = {name.replace(".o_proj.", ".out_proj."): tensor for name, tensor in state.items()}
+        model.load_state_dict(state)
+    except (OSError, EOFError, pickle.UnpicklingError, RuntimeError, AttributeError, KeyError, TypeError) as error:
+        remedy = "give a checkpoint as facebookresearch/sam2 or bowang-lab/MedSAM2 publish it"
+        raise SegmenterError(f"{path}: not a SAM 2 checkpoint ({first_line(error)}): {remedy}") from error
+    side = config.prompt_encoder_config.image_size
+    size = {"height": side, "width": side}
+    return model, Sam2Processor(Sam2ImageProcessor(size=size))
+
+
+def _config(path: Path, state: Mapping[str, torch.Tensor], side: int | None) -> Sam2Config:
+    """The shape of a checkpoint: from the JSON beside it, else from its tensors."""
+    from transformers import Sam2Config
+
+    beside = path.with_suffix(".json")
+    if beside.is_file():
+        return Sam2Config.from_dict(json.loads(beside.read_text()))
+    channels = int(state["vision_encoder.backbone.patch_embed.projection.weight"].shape[0])
+    blocks = {name.split(".")[3] for name in state if name.startswith("vision_encoder.backbone.blocks.")}
+    encoder = _ENCODERS.get((channels, len(blocks)))
+    if encoder is None:
+        raise SegmenterError(
+            f"{path}: an image encoder of {channels} channels and {len(blocks)} blocks is none of the published ones: "
+            f"put its Sam2Config as {beside.name} beside it"
+        )
+    side = side or (512 if "medsam2" in path.name.lower() else 1024)
+    widths = [channels * 2**stage for stage in range(4)]
+    return Sam2Config(
+        vision_config={
+            "backbone_config": {
+                "model_type": "sam2_hiera_det_model",
+                "hidden_size": channels,
+                "num_attention_heads": encoder["heads"],
+                "image_size": [side, side],
+                "blocks_per_stage": encoder["stages"],
+                "embed_dim_per_stage": widths,
+                "num_attention_heads_per_stage": [encoder["heads"] * 2**stage for stage in range(4)],
+                "window_size_per_stage": encoder["windows"],
+                "global_attention_blocks": encoder["whole"],
+                "window_positional_embedding_background_size": list(state["vision_encoder.backbone.pos_embed"].shape[2:]),
+            },
+            "backbone_channel_list": widths[::-1],
+            "backbone_feature_sizes": [[side // stride, side // stride] for stride in (4, 8, 16)],
+        },
+        prompt_encoder_config={"image_size": side},
+    )

@@ -1,0 +1,1 @@
+"""HTTP servers. `chat`: our models to anything that speaks the OpenAI chat protocol."""

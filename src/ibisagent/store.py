@@ -1,0 +1,311 @@
+"""Episodes on disk: a folder of Parquet shards for many, a JSON record for one.
+
+Both hold the same plain form of an episode, which `SCHEMA` defines. Masks are COCO run-length codes; a turn stores only
+its masks after it, as those before it are the ones after the turn before. Nothing in a file depends on when or where it
+was written, so the same episodes give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ibisagent.domain import Action, Box, Click, Completion, Episode, Masks, Reply, Stop, Turn, Undo, check_masks
+from ibisagent.errors import DataError
+from ibisagent.images import write_whole
+from ibisagent.masks import decode_rle, encode_rle
+
+SCHEMA_VERSION = 1
+RECORD_FORMAT = "ibisagent episode"
+
+_ACTIONS: Mapping[str, type[Click] | type[Box] | type[Undo] | type[Stop]] = MappingProxyType(
+    {"click": Click, "box": Box, "undo": Undo, "stop": Stop}
+)
+_KINDS = {action: kind for kind, action in _ACTIONS.items()}
+_MASKS = pa.list_(
+    pa.struct({"name": pa.string(), "rle": pa.struct({"size": pa.list_(pa.int32(), 2), "counts": pa.string()})})
+)
+_ACTION = pa.struct(
+    {
+        "kind": pa.string(),
+        **{name: pa.int32() for name in ("x", "y", "x0", "y0", "x1", "y1", "steps")},
+        "positive": pa.bool_(),
+        "target": pa.string(),
+        "answer": pa.string(),
+        "absent": pa.list_(pa.string()),
+    }
+)
+_TURN = pa.struct(
+    {
+        "text": pa.string(),
+        "tokens": pa.int64(),
+        "seconds": pa.float64(),
+        "thought": pa.string(),
+        "actions": pa.list_(_ACTION),
+        "problem": pa.string(),
+        "masks": _MASKS,
+        "segmenter_score": pa.float64(),
+    }
+)
+SCHEMA = pa.schema(
+    {
+        "case_id": pa.string(),
+        "query": pa.string(),
+        "height": pa.int32(),
+        "width": pa.int32(),
+        "image_sha256": pa.string(),
+        "image_source": pa.string(),
+        "start": _MASKS,
+        "turns": pa.list_(_TURN),
+        "stop": pa.string(),
+        "made_by": pa.map_(pa.string(), pa.string()),
+    }
+)
+_VERSION_KEY = b"ibisagent.schema_version"
+_NOTES_KEY = b"ibisagent.notes"
+_SHARD = re.compile(r"episodes-(\d{6})\.parquet")
+_STOPS = ("stopped", "max_turns", "malformed", "repeated")
+
+
+class EpisodeStore:
+    """Episodes in a folder of numbered Parquet shards `episodes-000000.parquet`, ...
+
+    A shard appears whole or not at all. One process at a time may write to a folder.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """folder: made if it is not there. Unfinished files that a killed process left are removed."""
+        self.folder = Path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob(".episodes-*.part"):
+                leftover.unlink()
+        except OSError as error:
+            raise DataError(f"{folder}: cannot be used as a folder ({error.strerror}); choose another one") from error
+
+    @property
+    def shards(self) -> dict[int, Path]:
+        """The finished shards by number, in order."""
+        found = {int(match[1]): path for path in self.folder.iterdir() if (match := _SHARD.fullmatch(path.name))}
+        return dict(sorted(found.items()))
+
+    def append(
+        self,
+        episodes: Iterable[Episode],
+        *,
+        shard: int | None = None,
+        notes: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Path:
+        """Write `episodes` (none is fine) as one shard and return its file.
+
+        shard: its number; an existing one is replaced; default the next free one. notes: facts that can be written as
+        JSON, kept in the same file so that they appear with it.
+        """
+        number = max(self.shards, default=-1) + 1 if shard is None else shard
+        table = _table([_plain_episode(episode) for episode in episodes], self.folder)
+        table = table.replace_schema_metadata(
+            {_VERSION_KEY: str(SCHEMA_VERSION), _NOTES_KEY: json.dumps(dict(notes), sort_keys=True)}
+        )
+        path = self.folder / f"episodes-{number:06d}.parquet"
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+        write_whole(sink.getvalue().to_pybytes(), path)
+        return path
+
+    def read(self) -> Iterator[Episode]:
+        """Every episode, shard by shard. DataError for a damaged or foreign shard or one of a newer version."""
+        for path in self.shards.values():
+            table = _read_shard(path)
+            for row in table.to_pylist():
+                yield _episode(row, str(path))
+
+    def case_ids(self) -> set[str]:
+        """The cases that have an episode; reads that column only."""
+        tables = (_read_shard(path, ["case_id"]) for path in self.shards.values())
+        return {case_id for table in tables for case_id in table["case_id"].to_pylist()}
+
+    def notes(self, shard: int) -> dict[str, Any]:
+        """The notes that were appended with shard number `shard`; reads no episode."""
+        path = self.shards[shard]
+        return _load_json(_metadata(path).get(_NOTES_KEY, b"{}"), str(path))
+
+
+def write_record(episode: Episode, path: str | Path) -> None:
+    """Write one episode as JSON: every turn, thought, action and mask, model names, hashes and seeds."""
+    path = Path(path)
+    plain = _table([_plain_episode(episode)], path).to_pylist(maps_as_pydicts="strict")[0]
+    record = {"format": RECORD_FORMAT, "version": SCHEMA_VERSION, **_without_none(plain)}
+    write_whole((json.dumps(record, indent=1) + "\n").encode("ascii"), path)
+
+
+def read_record(path: str | Path) -> Episode:
+    """The episode that `write_record` wrote. DataError if the file is damaged, foreign or of a newer version."""
+    path = Path(path)
+    try:
+        record = _load_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give a record.json") from error
+    if record.pop("format", None) != RECORD_FORMAT:
+        raise DataError(f"{path}: is no episode record; give a file that 'ibisagent segment' wrote")
+    _check_version(record.pop("version", None), str(path))
+    return _episode(_table([record], path).to_pylist()[0], str(path))
+
+
+def _load_json(content: bytes, where: str) -> dict[str, Any]:
+    try:
+        loaded = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: is not JSON ({error}); make it again") from error
+    if not isinstance(loaded, dict):
+        raise DataError(f"{where}: holds no JSON object; make it again")
+    return loaded
+
+
+def _check_version(version: object, where: str) -> None:
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise DataError(f"{where}: states no schema version; it was not written by ibisagent, or is damaged")
+    if version > SCHEMA_VERSION:
+        raise DataError(f"{where}: has schema version {version}, this ibisagent reads {SCHEMA_VERSION}; upgrade it")
+
+
+def _metadata(path: Path) -> dict[bytes, bytes]:
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: is damaged or no Parquet file; delete it and make it again") from error
+    version = metadata.get(_VERSION_KEY, b"")
+    _check_version(int(version) if version.isdigit() else None, str(path))
+    return dict(metadata)
+
+
+def _read_shard(path: Path, columns: list[str] | None = None) -> pa.Table:
+    _metadata(path)
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            table = file.read(columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: is damaged ({_first_line(error)}); delete it and make it again") from error
+    if columns is None and table.schema.remove_metadata() != SCHEMA:
+        raise DataError(f"{path}: has other columns than an episode store; it was not written by ibisagent")
+    return table
+
+
+def _table(plain: list[dict[str, Any]], where: Path) -> pa.Table:
+    """Plain episodes as a table; this is also what checks the types of a record."""
+    try:
+        return pa.Table.from_pylist(plain, schema=SCHEMA)
+    except (pa.ArrowException, UnicodeError, TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{where}: does not hold an episode as expected ({_first_line(error)})") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _plain_masks(masks: Masks) -> list[dict[str, Any]]:
+    return [{"name": name, "rle": encode_rle(mask)} for name, mask in masks.items()]
+
+
+def _plain_episode(episode: Episode) -> dict[str, Any]:
+    turns = []
+    before = episode.start
+    for turn in episode.turns:
+        if not _same_masks(turn.before, before):
+            raise DataError(f"episode of case {episode.case_id}: a turn does not start where the one before it ended")
+        before = turn.after
+        actions = [{"kind": _KINDS[type(action)], **asdict(action)} for action in turn.reply.actions]
+        turns.append(
+            {
+                "text": turn.completion.text,
+                "tokens": turn.completion.tokens,
+                "seconds": turn.completion.seconds,
+                "thought": turn.reply.thought,
+                "actions": actions,
+                "problem": turn.reply.problem,
+                "masks": _plain_masks(turn.after),
+                "segmenter_score": turn.segmenter_score,
+            }
+        )
+    return {
+        "case_id": episode.case_id,
+        "query": episode.query,
+        "height": episode.size[0],
+        "width": episode.size[1],
+        "image_sha256": episode.image_sha256,
+        "image_source": episode.image_source,
+        "start": _plain_masks(episode.start),
+        "turns": turns,
+        "stop": episode.stop,
+        "made_by": dict(sorted(episode.made_by.items())),
+    }
+
+
+def _same_masks(a: Masks, b: Masks) -> bool:
+    return a.keys() == b.keys() and all(mask is b[name] or np.array_equal(mask, b[name]) for name, mask in a.items())
+
+
+def _without_none(plain: Any) -> Any:
+    """The same lists and objects without the keys that hold nothing."""
+    if isinstance(plain, dict):
+        return {name: _without_none(value) for name, value in plain.items() if value is not None}
+    return [_without_none(value) for value in plain] if isinstance(plain, list) else plain
+
+
+def _episode(plain: Mapping[str, Any], where: str) -> Episode:
+    try:
+        size = (int(plain["height"]), int(plain["width"]))
+        start = _masks(plain["start"] or [], size, "start")
+        turns: list[Turn] = []
+        for turn in plain["turns"] or []:
+            before = turns[-1].after if turns else start
+            turns.append(_turn(turn, before, size, f"turn {len(turns) + 1}"))
+        for name in ("case_id", "query", "image_sha256", "image_source"):
+            if plain[name] is None:
+                raise KeyError(name)
+        if plain["stop"] not in _STOPS:
+            raise ValueError(f"stop is '{plain['stop']}'")
+        return Episode(
+            plain["case_id"],
+            plain["query"],
+            size,
+            plain["image_sha256"],
+            plain["image_source"],
+            start,
+            tuple(turns),
+            plain["stop"],
+            dict(plain["made_by"] or ()),
+        )
+    except (KeyError, TypeError, ValueError) as error:  # DataError and ConfigError are ValueErrors
+        case_id = plain.get("case_id")
+        raise DataError(f"{where}: is damaged (episode of case {case_id}, {error}); make it again") from error
+
+
+def _turn(plain: Mapping[str, Any], before: Masks, size: tuple[int, int], where: str) -> Turn:
+    reply = Reply(plain["thought"] or "", tuple(_action(action) for action in plain["actions"] or []), plain["problem"])
+    completion = Completion(plain["text"] or "", plain["tokens"], plain["seconds"] or 0.0)
+    return Turn(completion, reply, before, _masks(plain["masks"] or [], size, where), plain["segmenter_score"])
+
+
+def _action(plain: Mapping[str, Any]) -> Action:
+    cls = _ACTIONS[plain["kind"]]
+    fields = {name: plain[name] for name in cls.__dataclass_fields__}
+    if cls is Stop:
+        fields["absent"] = tuple(fields["absent"] or ())
+    if None in fields.values():
+        raise ValueError(f"a {plain['kind']} lacks one of {', '.join(fields)}")
+    return cls(**fields)
+
+
+def _masks(plain: list[Mapping[str, Any]], size: tuple[int, int], where: str) -> Masks:
+    masks = {str(mask["name"] or ""): decode_rle(mask["rle"]) for mask in plain}
+    check_masks(masks, size, where)
+    return masks

@@ -1,0 +1,1 @@
+"""Training recipes for the weights that the package carries."""
