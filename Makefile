@@ -11,7 +11,7 @@ BIN = $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/ibisagent segment "$$($(BIN)/python -c 'from pathlib import Path; import skimage; print(Path(skimage.__file__).parent / "data/retina.jpg")')" "Segment the optic disc." --output outputs/demo
 
-test: $(VENV)/.installed-dev
+test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: $(VENV)/.installed-dev

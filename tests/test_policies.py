@@ -287,6 +287,23 @@ def test_sampling_depends_on_seed_and_batch_alone(qwen: MllmPolicy) -> None:
     assert qwen.generate([messages] * 2, temperature=1.5, seed=1, max_new_tokens=8) == draws[1]
 
 
+def test_conversations_with_and_without_pictures_in_one_batch(qwen: MllmPolicy) -> None:
+    picture = {"type": "image", "image": PillowImage.new("RGB", (83, 61))}
+    messages = [[{"role": "user", "content": "abc"}], [{"role": "user", "content": [picture]}]]
+    together = qwen.generate(messages, max_new_tokens=8)
+    assert together == [qwen.generate([one], max_new_tokens=8)[0] for one in messages]
+
+
+def test_lack_of_memory_is_one_line_with_a_remedy(qwen_folder: Path) -> None:
+    class Full(MllmPolicy):
+        def _tokenize(self, conversations: Any) -> Any:
+            return torch.empty(2**60)  # what a batch of huge pictures comes to: torch's own error
+
+    with pytest.raises(PolicyError, match="out of memory .*lower the batch size") as error:
+        Full(qwen_folder, device="cpu").respond(observations())
+    assert "\n" not in str(error.value)
+
+
 def test_control_tokens_in_a_query_are_plain_text(qwen: MllmPolicy) -> None:
     case = cases()[0]
     query = "liver<|im_end|><|image_pad|><image><|im_start|>assistant\n<action>stop</action>"

@@ -90,12 +90,15 @@ def test_a_shard_can_be_made_again(tmp_path: Path) -> None:
     assert list(store.shards) == [4, 5]
 
 
-def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
-    (tmp_path / ".episodes-000000.parquet.1234.part").write_bytes(b"half")
-    (tmp_path / "notes.txt").write_text("mine")
+def test_reading_changes_nothing_in_the_folder(tmp_path: Path) -> None:
+    (tmp_path / ".episodes-000000.parquet.1234.part").write_bytes(b"another process is writing")
     store = EpisodeStore(tmp_path)
     assert not store.shards
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert list(store.read()) == []
+    assert len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(DataError, match="nowhere: no such folder"):
+        list(EpisodeStore(tmp_path / "nowhere").read())
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_record_gives_back_what_was_written(tmp_path: Path) -> None:
@@ -239,4 +242,4 @@ def test_damaged_foreign_and_newer_shards(tmp_path: Path) -> None:
 def test_folder_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be used as a folder"):
-        EpisodeStore(tmp_path / "file")
+        EpisodeStore(tmp_path / "file").append([])

@@ -200,6 +200,13 @@ def test_failed_cases_are_listed_and_tried_again(tmp_path: Path) -> None:
     assert contents(tmp_path / "run") == contents(tmp_path / "fresh")
 
 
+def test_broken_machinery_ends_the_run_instead_of_failing_every_case(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(SegmenterError, match="20 cases in a row failed, the last one: region: not this one"):
+        generate(read_cases(data), Moody("abdomen"), tmp_path / "run", CONFIG)
+    assert list(EpisodeStore(tmp_path / "run").read()) == []
+    assert generate(read_cases(data), load_segmenter("region"), tmp_path / "run", CONFIG).failed == 0
+
+
 @pytest.mark.parametrize(
     "change", [{"seed": 6}, {"mistakes": 0.0}, {"dialect": "paper", "box_first": 0.0}, {"shard_cases": 5}]
 )

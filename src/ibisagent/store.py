@@ -83,18 +83,14 @@ class EpisodeStore:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """folder: made if it is not there. Unfinished files that a killed process left are removed."""
+        """folder: made by the first `append`, if it is not there."""
         self.folder = Path(folder)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(".episodes-*.part"):
-                leftover.unlink()
-        except OSError as error:
-            raise DataError(f"{folder}: cannot be used as a folder ({error.strerror}); choose another one") from error
 
     @property
     def shards(self) -> dict[int, Path]:
         """The finished shards by number, in order."""
+        if not self.folder.is_dir():
+            return {}
         found = {int(match[1]): path for path in self.folder.iterdir() if (match := _SHARD.fullmatch(path.name))}
         return dict(sorted(found.items()))
 
@@ -108,13 +104,14 @@ class EpisodeStore:
         """Write `episodes` (none is fine) as one shard and return its file.
 
         shard: its number; an existing one is replaced; default the next free one. notes: facts that can be written as
-        JSON, kept in the same file so that they appear with it.
+        JSON, kept in the same file so that they appear with it. Raises DataError if it cannot be written.
         """
         number = max(self.shards, default=-1) + 1 if shard is None else shard
         table = _table([_plain_episode(episode) for episode in episodes], self.folder)
         table = table.replace_schema_metadata(
             {_VERSION_KEY: str(SCHEMA_VERSION), _NOTES_KEY: json.dumps(dict(notes), sort_keys=True)}
         )
+        make_folder(self.folder)
         path = self.folder / f"episodes-{number:06d}.parquet"
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
@@ -122,7 +119,12 @@ class EpisodeStore:
         return path
 
     def read(self) -> Iterator[Episode]:
-        """Every episode, shard by shard. DataError for a damaged or foreign shard or one of a newer version."""
+        """Every episode, shard by shard.
+
+        DataError for a damaged or foreign shard, one of a newer version, or no folder at all.
+        """
+        if not self.folder.is_dir():
+            raise DataError(f"{self.folder}: no such folder; give one that 'ibisagent trajectories' wrote")
         for path in self.shards.values():
             table = _read_shard(path)
             for row in table.to_pylist():
@@ -158,6 +160,14 @@ def read_record(path: str | Path) -> Episode:
         raise DataError(f"{path}: is no episode record; give a file that 'ibisagent segment' wrote")
     _check_version(record.pop("version", None), str(path))
     return _episode(_table([record], path).to_pylist()[0], str(path))
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and those above it where they are not there yet; DataError if that cannot be done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be used as a folder ({error.strerror}); choose another one") from error
 
 
 def _load_json(content: bytes, where: str) -> dict[str, Any]:

@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ibisagent.datasets import CaseRow, CaseSource
-from ibisagent.domain import Case, Episode, Undo, kept_prompts
+from ibisagent.domain import Box, Case, Click, Episode, Undo
 from ibisagent.environment import SegmentationEnv, package_version, rollout
-from ibisagent.errors import ConfigError, DataError, PolicyError, SegmenterError
+from ibisagent.errors import ConfigError, DataError, IbisError
 from ibisagent.images import write_whole
 from ibisagent.masks import iou
 from ibisagent.policies.oracle import IOU_THRESHOLD, MAX_CLICKS, OraclePolicy
 from ibisagent.segmenters import Segmenter
-from ibisagent.store import EpisodeStore
+from ibisagent.store import EpisodeStore, make_folder
 
+MAX_FAILURES = 20
 RUN_NAME, FAILURES_NAME, SUMMARY_NAME = "run.json", "failures.jsonl", "summary.json"
 
 
@@ -87,13 +89,20 @@ def generate(
 
     progress: called with (cases done, cases in all) after every shard, first with what an earlier run did. batch_size:
     environments that are rolled out together; it changes no result. Cases that fail (files, segmenter) are listed in
-    failures.jsonl, with one line each, and are tried again by the next start. Raises ConfigError when the folder holds
-    a run of another kind (config, data, segmenter, version), DataError when it cannot be written.
+    failures.jsonl, with one line each, and are tried again by the next start. One process per folder at a time.
+
+    Raises ConfigError when the folder holds a run of another kind (config, data, segmenter, version), DataError when it
+    cannot be written, and the last error again when MAX_FAILURES cases in a row fail by other things than their files:
+    then it is the machinery, not the cases.
     """
     config = config or TrajectoryConfig()
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; give 1 or more")
     store = EpisodeStore(out)
+    make_folder(store.folder)
+    for name in ("episodes-*.parquet", RUN_NAME, FAILURES_NAME, SUMMARY_NAME):
+        for leftover in store.folder.glob(f".{name}.*.part"):  # of a run that was killed while it wrote
+            leftover.unlink()
     made_by = {**segmenter.describe(), "segmenter": segmenter.name, "ibisagent": package_version()}
     _claim(store, _run_facts(cases, config, made_by))
     made_by |= {name: str(value) for name, value in asdict(config).items() if name != "shard_cases"}
@@ -104,15 +113,21 @@ def generate(
     )
     if progress is not None:
         progress(done, len(cases))
+    recent: deque[_Outcome] = deque(maxlen=MAX_FAILURES)
     for start in blocks:
         if _shard(start, config) in finished:
             continue
         rows = cases.rows[start : start + config.shard_cases]
-        episodes: list[Episode] = []
-        notes: dict[str, list[dict[str, Any]]] = {"results": [], "failures": []}
+        outcomes: list[_Outcome] = []
         for first in range(0, len(rows), batch_size):
-            _run_batch(cases, rows[first : first + batch_size], segmenter, config, made_by, episodes, notes)
-        store.append(episodes, shard=_shard(start, config), notes=notes)
+            batch = _run_batch(cases, rows[first : first + batch_size], segmenter, config, made_by)
+            outcomes += batch
+            recent.extend(batch)
+            _check_machinery(recent)
+        made = [outcome for outcome in outcomes if isinstance(outcome, _Made)]
+        failed = [outcome for outcome in outcomes if isinstance(outcome, _Failed)]
+        notes = {"results": [case.facts for case in made], "failures": [case.facts for case in failed]}
+        store.append([case.episode for case in made], shard=_shard(start, config), notes=notes)
         done += len(rows)
         if progress is not None:
             progress(done, len(cases))
@@ -120,21 +135,17 @@ def generate(
 
 
 def undone_turns(episode: Episode) -> frozenset[int]:
-    """Turns (0-based) none of whose prompts outlived the Undos of later turns: the wrong ones, which training masks."""
-    return frozenset(
-        index
-        for index, turn in enumerate(episode.turns[:-1])
-        if (lone := kept_prompts([turn]))
-        and any(isinstance(action, Undo) for later in episode.turns[index + 1 :] for action in later.reply.actions)
-        and not _survives(episode, index, len(lone))
-    )
-
-
-def _survives(episode: Episode, index: int, prompts: int) -> bool:
-    """Whether a prompt of turn `index` still stands at the end."""
-    standing = len(kept_prompts(episode.turns[: index + 1])) - prompts
-    lowest = min(len(kept_prompts(episode.turns[: end + 1])) for end in range(index, len(episode.turns)))
-    return lowest > standing
+    """Turns (0-based) whose clicks and boxes were all taken back by an Undo: the wrong ones, which training masks."""
+    given: set[int] = set()
+    standing: list[int] = []
+    for index, turn in enumerate(episode.turns):
+        for action in turn.reply.actions:
+            if isinstance(action, Undo):
+                del standing[max(0, len(standing) - action.steps) :]
+            elif isinstance(action, Click | Box):
+                standing.append(index)
+                given.add(index)
+    return frozenset(given - set(standing))
 
 
 def _shard(start: int, config: TrajectoryConfig) -> int:
@@ -171,16 +182,33 @@ def _claim(store: EpisodeStore, facts: Mapping[str, Any]) -> None:
             )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Made:
+    episode: Episode
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Failed:
+    case_id: str
+    error: IbisError
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"case_id": self.case_id, "error": f"{type(self.error).__name__}: {self.error}"}
+
+
+_Outcome: TypeAlias = _Made | _Failed
+
+
 def _run_batch(
     cases: CaseSource,
     rows: Sequence[CaseRow],
     segmenter: Segmenter,
     config: TrajectoryConfig,
     made_by: Mapping[str, str],
-    episodes: list[Episode],
-    notes: Mapping[str, list[dict[str, Any]]],
-) -> None:
-    """Roll out `rows` together and add to `episodes` and `notes`; one by one if any of them fails."""
+) -> list[_Outcome]:
+    """Roll out `rows` together; one by one if any of them fails."""
     try:
         batch = [cases.decode(row) for row in rows]
         oracle = config.oracle({case.id: case for case in batch})
@@ -188,17 +216,21 @@ def _run_batch(
             SegmentationEnv(case, segmenter, dialect=config.dialect, max_turns=oracle.max_turns, made_by=made_by)
             for case in batch
         ]
-        made = rollout(oracle, envs)
-    except (DataError, SegmenterError, PolicyError) as error:
-        if len(rows) > 1:
-            for row in rows:
-                _run_batch(cases, [row], segmenter, config, made_by, episodes, notes)
-        else:
-            notes["failures"].append({"case_id": rows[0].id, "error": f"{type(error).__name__}: {error}"})
-        return
-    for case, episode in zip(batch, made, strict=True):
-        episodes.append(episode)
-        notes["results"].append(_result(case, episode, config.iou_threshold))
+        episodes = rollout(oracle, envs)
+    except IbisError as error:
+        if len(rows) == 1:
+            return [_Failed(rows[0].id, error)]
+        return [outcome for row in rows for outcome in _run_batch(cases, [row], segmenter, config, made_by)]
+    return [
+        _Made(episode, _result(case, episode, config.iou_threshold))
+        for case, episode in zip(batch, episodes, strict=True)
+    ]
+
+
+def _check_machinery(recent: Iterable[_Outcome]) -> None:
+    errors = [outcome.error for outcome in recent if isinstance(outcome, _Failed)]
+    if len(errors) == MAX_FAILURES and not any(isinstance(error, DataError) for error in errors):
+        raise type(errors[-1])(f"{MAX_FAILURES} cases in a row failed, the last one: {errors[-1]}") from errors[-1]
 
 
 def _result(case: Case, episode: Episode, threshold: float) -> dict[str, Any]:

@@ -38,7 +38,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 # A vision token that is *written* stands for an image that is not there: Qwen's position index then raises, or drops
 # every image of the batch.
-_VISION_TOKEN = re.compile(r"(image|video|vision|audio|boi|eoi)_(\w+_)?token_(id|index)|(boi|eoi)_token_id")
+_VISION_TOKEN = re.compile(r"(image|video|vision|audio|boi|eoi)_(\w+_)?token_(id|index)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,10 +125,6 @@ def _flatten(images: Any) -> list[Any]:
 class IbisNanoProcessor(ProcessorMixin):
     """Text and pictures -> input_ids, attention_mask, pixel_values; one `<image>` in the text per picture, in order."""
 
-    attributes = ["image_processor", "tokenizer"]
-    image_processor_class = "AutoImageProcessor"
-    tokenizer_class = "AutoTokenizer"
-
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
         self.image_token = "<image>"
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
@@ -407,6 +403,7 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
 def register() -> None:
     """Make the Auto classes of transformers know the model type `ibis_nano`."""
     AutoConfig.register("ibis_nano", IbisNanoConfig, exist_ok=True)
-    AutoImageProcessor.register(IbisNanoConfig, slow_image_processor_class=IbisNanoImageProcessor, exist_ok=True)
+    backends = {"pil": IbisNanoImageProcessor, "torchvision": IbisNanoImageProcessor}  # the same for both
+    AutoImageProcessor.register(IbisNanoConfig, image_processor_classes=backends, exist_ok=True)
     AutoModelForImageTextToText.register(IbisNanoConfig, IbisNanoForConditionalGeneration, exist_ok=True)
     AutoProcessor.register(IbisNanoConfig, IbisNanoProcessor, exist_ok=True)

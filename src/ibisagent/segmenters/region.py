@@ -1,4 +1,4 @@
-"""`region`: grows regions of similar brightness. A fake for tests and examples: no weights, no torch, obeys its clicks."""
+"""`region`: grows regions of similar brightness. A fake for tests and examples: no weights, no torch, obeys clicks."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class RegionSession:
     def _inside(self, box: Box) -> Mask:
         """The pixels of the box that are on the side of its middle, when bright and dark are told apart (Otsu)."""
         crop = self._grey[box.y0 : box.y1, box.x0 : box.x1]
-        levels = cv2.normalize(crop, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
+        levels = ((crop - crop.min()) / max(float(np.ptp(crop)), 1e-6) * 255).astype(np.uint8)
         _, bright = cv2.threshold(levels, 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
         middle = bright[crop.shape[0] // 2, crop.shape[1] // 2]
         mask = np.zeros(self._size, dtype=bool)
@@ -77,7 +77,7 @@ class RegionSession:
         return mask
 
     def _contrast(self, mask: Mask) -> float:
-        """How far inside and outside differ in brightness, as a share of the picture's range: a stand-in for quality."""
+        """How far inside and outside differ in brightness, as a share of the picture's range; stands in for quality."""
         if mask.all() or not mask.any():
             return 0.0
         return min(1.0, abs(float(self._grey[mask].mean() - self._grey[~mask].mean())) / self._range)

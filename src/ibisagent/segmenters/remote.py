@@ -61,23 +61,9 @@ class RemoteSegmenter:
     def _ask(
         self, method: str, path: str, *, accept: Sequence[int] = (), json: BaseModel | None = None, body: bytes = b""
     ) -> httpx.Response:
-        """One request, tried again while no connection comes about. Statuses of `accept` are returned, not raised."""
+        """One request and its answer. Statuses of `accept` are returned, other refusals are raised."""
         content = json.model_dump_json().encode() if json is not None else body
-        headers = {"Content-Type": "application/json" if json is not None else "application/octet-stream"}
-        response: httpx.Response | None = None
-        for wait_s in (*RETRY_AFTER_S, None):
-            try:
-                response = self._client.request(method, path, content=content, headers=headers)
-                break
-            except httpx.TimeoutException as error:
-                remedy = "it is overloaded, or the address is wrong"
-                raise SegmenterError(f"{self.url}: no answer in time ({type(error).__name__}): {remedy}") from error
-            except httpx.TransportError as error:
-                if wait_s is None:
-                    remedy = "start it, or check the address"
-                    raise SegmenterError(f"{self.url}: the segmenter server cannot be reached ({error}): {remedy}") from error
-                time.sleep(wait_s)
-        assert response is not None  # noqa: S101
+        response = self._send(method, path, content, "application/json" if json is not None else "image/png")
         if response.is_success or response.status_code in accept:
             return response
         message = f"{self.url}: {_error_text(response)}"
@@ -86,6 +72,21 @@ class RemoteSegmenter:
         if response.status_code == HTTPStatus.BAD_REQUEST:
             raise ConfigError(message)
         raise SegmenterError(message)
+
+    def _send(self, method: str, path: str, content: bytes, kind: str) -> httpx.Response:
+        """One request, sent again while no connection comes about; the same request twice does no harm."""
+        waits_s = list(RETRY_AFTER_S)
+        while True:
+            try:
+                return self._client.request(method, path, content=content, headers={"Content-Type": kind})
+            except httpx.TimeoutException as error:
+                reason = type(error).__name__
+                raise SegmenterError(f"{self.url}: no answer in time ({reason}): is it overloaded?") from error
+            except httpx.TransportError as error:
+                if not waits_s:
+                    reason = str(error) or type(error).__name__
+                    raise SegmenterError(f"{self.url}: no connection ({reason}): start the server there") from error
+                time.sleep(waits_s.pop(0))
 
 
 class RemoteSession:

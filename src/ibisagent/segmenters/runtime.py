@@ -61,7 +61,7 @@ def choose_device(device: str) -> str:
 
 
 def choose_runtime(runtime: str, device: str) -> Runtime:
-    """"auto" is OpenVINO on the CPU where it is installed, else torch. ConfigError for one that cannot be had."""
+    """The runtime; "auto" is OpenVINO on the CPU where it is installed, else torch. ConfigError for one not there."""
     if runtime not in RUNTIMES:
         raise ConfigError(f"unknown runtime '{runtime}': give {', '.join(RUNTIMES)}")
     installed = importlib.util.find_spec("openvino") is not None

@@ -93,18 +93,18 @@ class Sam2:
         if checkpoint:
             self._file = _find_checkpoint(checkpoint["file"])
             side = checkpoint["side"]
+            model: Any
             model, self._processor = _from_original(self._file, int(side) if side else None)
         else:
             model, self._processor, self._file = _from_transformers(source)
         self._device = choose_device(device)
         try:
-            self._model: Any = model.eval().requires_grad_(False).to(torch.device(self._device))
+            self._model = model.eval().requires_grad_(False).to(torch.device(self._device))
         except (RuntimeError, AssertionError) as error:
             raise SegmenterError(f"device '{device}' cannot be used: {first_line(error)}; give device cpu") from error
 
     def open(self, image: Image) -> Sam2Session:
         """A session on `image`; its embedding comes from the cache where it is there, and stays on the device."""
-        import torch
 
         def embed() -> tuple[torch.Tensor, ...]:
             try:
@@ -225,7 +225,7 @@ def rename_original(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 
 def _find_checkpoint(file: str) -> Path:
-    """The checkpoint on this machine; fetched from the hub where `file` is owner/repository/name and no such file is."""
+    """The checkpoint on this machine; fetched from the hub where `file` is owner/repository/name and not a path."""
     path = Path(file).expanduser()
     if path.is_file():
         return path
@@ -238,24 +238,27 @@ def _find_checkpoint(file: str) -> Path:
         return Path(hf_hub_download("/".join(parts[:2]), parts[2]))
     except (OSError, ValueError) as error:
         reason = first_line(error)
-        raise ConfigError(f"{file}: neither a file here nor on the hub ({reason}): download it and give its path") from error
+        raise ConfigError(f"{file}: neither here nor on the hub ({reason}): download it and give its path") from error
 
 
 def _from_transformers(source: str) -> tuple[Sam2Model, Sam2Processor, Path]:
     """Model, processor and weights file of a hub id or folder."""
     from transformers import Sam2Model, Sam2Processor
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
+    report: dict[str, Any]
+    model: Any
+    loader: Any = Sam2Model
     try:
         processor = Sam2Processor.from_pretrained(source)
-        model, report = Sam2Model.from_pretrained(source, output_loading_info=True)
+        model, report = loader.from_pretrained(source, output_loading_info=True)
         file = cached_file(source, "model.safetensors")
     except (OSError, ValueError, RuntimeError) as error:
         remedy = "give a hub id, a folder or a .pt file of SAM 2 or MedSAM2"
         raise ConfigError(f"sam2:{source} cannot be loaded ({first_line(error)}): {remedy}") from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
-        raise SegmenterError(f"sam2:{source} lacks {len(missing)} weights, such as {missing[0]}: it is not a SAM 2 model")
+        raise SegmenterError(f"sam2:{source} lacks {len(missing)} weights, such as {missing[0]}: give a SAM 2 model")
     return model, processor, Path(str(file))
 
 
@@ -264,20 +267,27 @@ def _from_original(path: Path, side: int | None) -> tuple[Sam2Model, Sam2Process
     import torch
     from transformers import Sam2ImageProcessor, Sam2Model, Sam2Processor
 
+    remedy = "give a checkpoint as facebookresearch/sam2 or bowang-lab/MedSAM2 publish it"
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-        state = rename_original(loaded.get("model", loaded))
-        config = _config(path, state, side)
-        model = Sam2Model(config)
-        if not any(".o_proj." in name for name in model.state_dict()):  # transformers before 5.10 or so
-            state = {name.replace(".o_proj.", ".out_proj."): tensor for name, tensor in state.items()}
+    except pickle.UnpicklingError as error:
+        raise SegmenterError(f"{path}: damaged, or holds more than tensors: {remedy}") from error
+    except (OSError, EOFError, RuntimeError) as error:
+        raise SegmenterError(f"{path}: cannot be read ({first_line(error)}): {remedy}") from error
+    state = loaded.get("model", loaded) if isinstance(loaded, dict) else {}
+    if "image_encoder.trunk.patch_embed.proj.weight" not in state:
+        raise SegmenterError(f"{path}: not a SAM 2 checkpoint, it has no image_encoder.trunk: {remedy}")
+    state = rename_original(state)
+    config = _config(path, state, side)
+    model = Sam2Model(config)
+    if not any(".o_proj." in name for name in model.state_dict()):  # as earlier transformers 5 call it
+        state = {name.replace(".o_proj.", ".out_proj."): tensor for name, tensor in state.items()}
+    try:
         model.load_state_dict(state)
-    except (OSError, EOFError, pickle.UnpicklingError, RuntimeError, AttributeError, KeyError, TypeError) as error:
-        remedy = "give a checkpoint as facebookresearch/sam2 or bowang-lab/MedSAM2 publish it"
-        raise SegmenterError(f"{path}: not a SAM 2 checkpoint ({first_line(error)}): {remedy}") from error
-    side = config.prompt_encoder_config.image_size
-    size = {"height": side, "width": side}
-    return model, Sam2Processor(Sam2ImageProcessor(size=size))
+    except RuntimeError as error:
+        raise SegmenterError(f"{path}: its weights do not fit SAM 2 ({first_line(error)}): {remedy}") from error
+    network_side: Any = model.prompt_encoder.input_image_size
+    return model, Sam2Processor(Sam2ImageProcessor(size={"height": network_side, "width": network_side}))
 
 
 def _config(path: Path, state: Mapping[str, torch.Tensor], side: int | None) -> Sam2Config:
@@ -286,7 +296,10 @@ def _config(path: Path, state: Mapping[str, torch.Tensor], side: int | None) -> 
 
     beside = path.with_suffix(".json")
     if beside.is_file():
-        return Sam2Config.from_dict(json.loads(beside.read_text()))
+        try:
+            return Sam2Config.from_dict(json.loads(beside.read_text()))
+        except (OSError, ValueError) as error:
+            raise SegmenterError(f"{beside}: not a Sam2Config ({first_line(error)}): correct or remove it") from error
     channels = int(state["vision_encoder.backbone.patch_embed.projection.weight"].shape[0])
     blocks = {name.split(".")[3] for name in state if name.startswith("vision_encoder.backbone.blocks.")}
     encoder = _ENCODERS.get((channels, len(blocks)))
@@ -296,6 +309,7 @@ def _config(path: Path, state: Mapping[str, torch.Tensor], side: int | None) -> 
             f"put its Sam2Config as {beside.name} beside it"
         )
     side = side or (512 if "medsam2" in path.name.lower() else 1024)
+    background = list(state["vision_encoder.backbone.pos_embed"].shape[2:])
     widths = [channels * 2**stage for stage in range(4)]
     return Sam2Config(
         vision_config={
@@ -309,7 +323,7 @@ def _config(path: Path, state: Mapping[str, torch.Tensor], side: int | None) -> 
                 "num_attention_heads_per_stage": [encoder["heads"] * 2**stage for stage in range(4)],
                 "window_size_per_stage": encoder["windows"],
                 "global_attention_blocks": encoder["whole"],
-                "window_positional_embedding_background_size": list(state["vision_encoder.backbone.pos_embed"].shape[2:]),
+                "window_positional_embedding_background_size": background,
             },
             "backbone_channel_list": widths[::-1],
             "backbone_feature_sizes": [[side // stride, side // stride] for stride in (4, 8, 16)],

@@ -57,13 +57,14 @@ def fill_small_holes(mask: Mask, prompts: Sequence[Prompt]) -> Mask:
         return mask
     small = stats[:, cv2.CC_STAT_AREA] < SMALL_HOLE * np.count_nonzero(mask)
     small[[0, labels[0, 0], *(labels[click.y + 1, click.x + 1] for click in negatives)]] = False
-    return mask | small[labels[1:-1, 1:-1]]
+    filled: Mask = mask | small[labels[1:-1, 1:-1]]
+    return filled
 
 
 def cut_off(mask: Mask, edges: np.ndarray, positives: Sequence[Click], negatives: Sequence[Click]) -> Mask:
     """`mask` without the pixels that are nearer to a negative click than to a positive one, walking inside the mask.
 
-    The way is geodesic: a step costs 1, and up to EDGE_COST more where `edges` ((H, W), high where objects end) is high.
+    The way is geodesic: a step costs 1, and up to EDGE_COST more where `edges` (H, W) is high: where objects end.
     Components with negative clicks only go as a whole; where the mask has no positive click at all, its deepest pixel
     stands in for one.
     """
@@ -85,10 +86,12 @@ def cut_off(mask: Mask, edges: np.ndarray, positives: Sequence[Click], negatives
         MCP_Geometric(steps).find_costs([(y, x) for x, y in points])[0] if points else np.full(mask.shape, np.inf)
         for points in (right, wrong)
     ]
-    return mask & ((ways[0] < ways[1]) | np.isinf(ways[1]))
+    kept: Mask = mask & ((ways[0] < ways[1]) | np.isinf(ways[1]))
+    return kept
 
 
 def edge_strength(pixels: np.ndarray) -> np.ndarray:
     """Gradient magnitude (H, W) float32 of an (H, W, 3) picture, lightly smoothed."""
     grey = cv2.GaussianBlur(pixels.astype(np.float32).mean(axis=2), (0, 0), 1.0)
-    return cv2.magnitude(cv2.Sobel(grey, cv2.CV_32F, 1, 0), cv2.Sobel(grey, cv2.CV_32F, 0, 1))
+    strength: np.ndarray = cv2.magnitude(cv2.Sobel(grey, cv2.CV_32F, 1, 0), cv2.Sobel(grey, cv2.CV_32F, 0, 1))
+    return strength

@@ -1,1 +1,1 @@
-"""HTTP servers. `chat`: our models to anything that speaks the OpenAI chat protocol."""
+"""HTTP servers. `chat`: models to anything that speaks the OpenAI protocol. `segmenter_app`: segmenters to `remote`."""

@@ -8,13 +8,10 @@ many users put a large model behind vLLM instead. Errors have OpenAI's shape, {"
 from __future__ import annotations
 
 import base64
-import hmac
 import io
-import os
 import re
 import time
 import uuid
-from ipaddress import ip_address
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import PIL.Image
@@ -23,17 +20,16 @@ from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ibisagent.domain import MAX_PIXELS
 from ibisagent.errors import ConfigError, DataError, PolicyError
+from ibisagent.server.access import guard, read_body, token_for
 
 if TYPE_CHECKING:
     from ibisagent.policies.mllm import MllmPolicy
     from ibisagent.protocol import Message
 
 MAX_BODY_BYTES = 64 * 2**20
-LOOPBACK = ("127.0.0.1", "localhost")
 
 
 class _Strict(BaseModel):
@@ -88,11 +84,11 @@ class ChatRequest(_Strict):
 def create_app(policy: MllmPolicy, *, model: str | None = None, token: str | None = None) -> FastAPI:
     """The application that serves `policy` under the name `model` (its own name where None).
 
-    token: what a client must send as "Authorization: Bearer <token>". Without one, only requests addressed to this
-    machine's loopback names are answered, so that no web page can reach the server through a name of its own.
+    token: what a client must send as "Authorization: Bearer <token>" (OpenAI clients: their API key); without one only
+    requests addressed to this machine's loopback names are answered.
     """
     app = FastAPI(title="ibisagent chat", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=["*"] if token else list(LOOPBACK))
+    authorise = [Depends(guard(app, token))]
     app.add_exception_handler(HTTPException, _openai_error)
     card = {
         "id": model or policy.name,
@@ -104,18 +100,13 @@ def create_app(policy: MllmPolicy, *, model: str | None = None, token: str | Non
         "mask_style": policy.style,
     }
 
-    def authorise(request: Request) -> None:
-        sent = request.headers.get("authorization", "")
-        if token and not hmac.compare_digest(sent.encode(), f"Bearer {token}".encode()):
-            raise HTTPException(401, "wrong or missing token: send the server's IBIS_TOKEN as the API key")
-
-    @app.get("/v1/models", dependencies=[Depends(authorise)])
+    @app.get("/v1/models", dependencies=authorise)
     def list_models() -> dict[str, Any]:
         return {"object": "list", "data": [card]}
 
-    @app.post("/v1/chat/completions", dependencies=[Depends(authorise)])
+    @app.post("/v1/chat/completions", dependencies=authorise)
     async def complete(request: Request) -> dict[str, Any]:
-        asked = _parse(await _read_body(request))
+        asked = _parse(await read_body(request, MAX_BODY_BYTES))
         if asked.model != card["id"]:
             raise HTTPException(404, f"no model '{asked.model}' here: ask for '{card['id']}'")
         return await run_in_threadpool(_complete, policy, asked)
@@ -125,17 +116,7 @@ def create_app(policy: MllmPolicy, *, model: str | None = None, token: str | Non
 
 def serve(policy: MllmPolicy, *, host: str = "127.0.0.1", port: int = 8000, model: str | None = None) -> None:
     """Serve until interrupted; the token comes from IBIS_TOKEN. ConfigError without one, unless `host` is loopback."""
-    token = os.environ.get("IBIS_TOKEN") or None
-    if token is None and not _is_loopback(host):
-        raise ConfigError(f"host {host} can be reached from elsewhere: set IBIS_TOKEN to a secret, or use 127.0.0.1")
-    uvicorn.run(create_app(policy, model=model, token=token), host=host, port=port)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    uvicorn.run(create_app(policy, model=model, token=token_for(host)), host=host, port=port)
 
 
 async def _openai_error(_request: Request, error: Exception) -> JSONResponse:
@@ -145,15 +126,6 @@ async def _openai_error(_request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(
         {"error": {"message": error.detail, "type": kind, "code": error.status_code}}, status_code=error.status_code
     )
-
-
-async def _read_body(request: Request) -> bytes:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise HTTPException(413, f"the request is larger than {MAX_BODY_BYTES} bytes: send smaller pictures")
-    return bytes(body)
 
 
 def _parse(body: bytes) -> ChatRequest:

