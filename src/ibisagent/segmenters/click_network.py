@@ -81,7 +81,8 @@ class _Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.conv1(F.relu(self.norm1(x)))
-        return self.skip(x) + self.conv2(F.relu(self.norm2(h)))
+        both: torch.Tensor = self.conv2(F.relu(self.norm2(h))) + self.skip(x)
+        return both
 
 
 class ClickNetwork(nn.Module):

@@ -2,9 +2,10 @@
 
     python -m ibisagent.training.click DATA -o OUT --minutes 120
 
-Each picture is an episode in a pool: it starts with a click, a box or both (or a mask to refine), the network's own mask
-is fed back, and the next click goes where `clicks.next_click` or a random wrong pixel says. The training pass is also the
-step of the episode, so simulation costs nothing extra. Resolution grows during the run, from coarse and fast to full.
+Each picture is an episode in a pool: it starts with a click, a box or both (or a mask to refine), the network's own
+mask is fed back, and the next click goes where `clicks.next_click` or a random wrong pixel says. The training pass is
+also the step of the episode, so simulation costs nothing extra. Resolution grows during the run, from coarse and fast
+to full.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch.nn import functional as F
 from ibisagent.clicks import bounding_box, interior_depth, next_click
 from ibisagent.domain import Box, Case, Click, Mask, Prompt
 from ibisagent.masks import iou
-from ibisagent.segmenters.click_network import ClickNetwork, ClickNetworkConfig, prompt_maps
+from ibisagent.segmenters.click_network import ClickNetwork, prompt_maps
 
 STORED_SIDE = 384  # pictures are kept in memory at this longer side
 TARGET = "object"
@@ -82,6 +83,7 @@ class State:
     clicks_left: int
 
     def network_input(self) -> np.ndarray:
+        """(CHANNELS, S, S) float32, as `ClickNetwork` wants it."""
         side = self.truth.shape[0]
         maps = prompt_maps(self.prompts, side, scale=1.0)
         return np.concatenate([self.planes, self.probability[None], maps])
@@ -129,15 +131,15 @@ def _view(pair: Pair, side: int, random: np.random.Generator) -> tuple[np.ndarra
         zoom = np.clip(random.uniform(0.25, 0.8) / extent, 0.8, 6.0)
     scale = side / max(height, width) * zoom
     angle = 0.0 if random.random() < 0.4 else random.uniform(-30, 30) + 90 * random.integers(0, 4)
-    turn = cv2.getRotationMatrix2D((width / 2, height / 2), angle, scale)
-    turn[:, 2] += (side - np.array([width, height])) / 2
+    turn: np.ndarray = cv2.getRotationMatrix2D((width / 2, height / 2), angle, scale)
+    turn[:, 2] = turn[:, 2] + (side - np.array([width, height])) / 2
     if zoom == 1.0 and angle == 0.0:
         turn[:, 2] = 0  # exactly as at inference: picture in the upper left corner
     else:
         index = random.integers(rows.size)
         anchor = turn @ np.array([columns[index], rows[index], 1.0])
         wanted = side / 2 + random.uniform(-0.3, 0.3, size=2) * side
-        turn[:, 2] += (wanted - anchor) * random.uniform(0.3, 1.0)
+        turn[:, 2] = turn[:, 2] + (wanted - anchor) * random.uniform(0.3, 1.0)
     if random.random() < 0.5:
         turn[0] = [-turn[0, 0], -turn[0, 1], side - 1 - turn[0, 2]]
     shrink = scale < 0.8
@@ -252,7 +254,9 @@ def clicks_iou(network: ClickNetwork, pairs: Sequence[Pair], side: int, clicks: 
         state = State(pixels.transpose(2, 0, 1), truth, [], np.zeros((side, side), np.float32), clicks)
         best = 0.0
         for index in range(clicks):
-            click = next_click(truth, state.probability > 0.5, TARGET, [p for p in state.prompts if isinstance(p, Click)])
+            click = next_click(
+                truth, state.probability > 0.5, TARGET, [p for p in state.prompts if isinstance(p, Click)]
+            )
             if click is not None:
                 state.prompts.append(click)
                 batch = torch.from_numpy(state.network_input()[None])
@@ -334,7 +338,9 @@ def train(
             average.eval()
             look = clicks_iou(average, development[:60], side, 5)
             minutes_used = (used + now - start) / 60
-            print(f"{minutes_used:.1f} min, {states} states, side {side}, loss {running:.3f}, IoU@1-5 {look}", flush=True)
+            print(
+                f"{minutes_used:.1f} min, {states} states, side {side}, loss {running:.3f}, IoU@1-5 {look}", flush=True
+            )
         if now - last_save > 240:
             last_save = now
             state_dicts = {"network": network.state_dict(), "average": average.state_dict()}

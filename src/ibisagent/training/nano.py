@@ -3,9 +3,9 @@
     python -m ibisagent.training.nano DATA -o OUT --segmenter-weights DIR --minutes 90
 
 Losses: cross-entropy on the reply's words; for each place in the reply, cross-entropy against a distribution over all
-right places (deep inside the missed or leaked region, near the box corner) in stead of one of them; and, for the picture
-tokens only, where the asked-for object is. Masks of later turns come from the segmenter that the policy will work with,
-after right and wrong clicks, and from spoilt truths.
+right places (deep inside the missed or leaked region, near the box corner) instead of one of them; and a map of the
+object that is asked for. Masks of later turns come from the segmenter that the policy will work with, after right and
+wrong clicks, and from spoilt truths.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
@@ -66,7 +66,26 @@ QUERIES = (
 )
 MODALITY_QUERIES = ("Which imaging modality is this?", "What kind of image is this?", "Name the imaging modality.")
 ANYTHING = ("object", "structure", "target", "lesion", "region of interest", "abnormality", "finding", "area")
-SYLLABLES = ("ba", "co", "de", "fi", "gu", "hy", "ka", "lo", "mi", "nu", "pe", "ra", "si", "to", "ve", "xo", "cyte", "oma")
+SYLLABLES = (
+    "ba",
+    "co",
+    "de",
+    "fi",
+    "gu",
+    "hy",
+    "ka",
+    "lo",
+    "mi",
+    "nu",
+    "pe",
+    "ra",
+    "si",
+    "to",
+    "ve",
+    "xo",
+    "cyte",
+    "oma",
+)
 LOOK = ("I look for the {}.",)
 MISSED = ("A part of the {} is missing.",)
 LEAKED = ("The mask goes beyond the {}.",)
@@ -91,7 +110,16 @@ def build_processor(names: Sequence[str], words: int = 1024) -> IbisNanoProcesso
     """A processor whose tokenizer knows `words` byte-level BPE tokens from our own texts, then the location tokens."""
     corpus = [template.format(name) for name in names for template in QUERIES + LOOK + MISSED + LEAKED + DONE + ABSENT]
     corpus += [START_LINE, *MODALITY_QUERIES, *ANYTHING, *SYLLABLES]
-    corpus += ["click + (", "click - (", "; box (", ") (", "undo", "stop; absent ", "The image is ", "is segmented."] * 200
+    corpus += [
+        "click + (",
+        "click - (",
+        "; box (",
+        ") (",
+        "undo",
+        "stop; absent ",
+        "The image is ",
+        "is segmented.",
+    ] * 200
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -179,8 +207,10 @@ def body_part(modality: str, site: str) -> str:
     if modality in ("pathology", "microscopy"):
         return "cells"
     torso = {"chest", "heart", "lung", "abdomen", "liver", "lumbar spine", "prostate", "neck"}
-    return "torso" if site in torso else {"retinal": "eye", "brain": "brain", "knee": "leg", "limb": "", "skin": ""}.get(
-        site, site
+    return (
+        "torso"
+        if site in torso
+        else {"retinal": "eye", "brain": "brain", "knee": "leg", "limb": "", "skin": ""}.get(site, site)
     )
 
 
@@ -293,7 +323,8 @@ class Teacher:
         assert example.truth is not None
         box = bounding_box(example.truth, "")
         click = next_click(example.truth, np.zeros(VIEW, bool), "")
-        assert box is not None and click is not None  # `draw` skips empty truths
+        assert box is not None  # `draw` skips empty truths
+        assert click is not None
         reply = Reply(self._pick(LOOK).format(name), (click, box))
         example.reply = write(reply, VIEW, dialect="ibis")
         corners = [corner_distribution(box.x0, box.y0), corner_distribution(box.x1, box.y1)]
@@ -320,7 +351,7 @@ class Teacher:
                 example.places = [depth_distribution(wrong, power=1.5)]
 
     def _earlier_prompts(self, truth: Mask | None) -> list[Click | Box]:
-        """What an imperfect first turn may have asked for; empty for "a spoilt truth in stead"."""
+        """What an imperfect first turn may have asked for; empty for "a spoilt truth instead"."""
         assert truth is not None
         kind, prompts = self.random.random(), list[Click | Box]()
         if kind < 0.25:
@@ -356,8 +387,10 @@ class Teacher:
             if click is not None:
                 given.append(click)
         masks = self._predict(planes, prompts)
-        spoilt_too = zip(unseen, prompts, masks, strict=True)
-        return [mask if given else spoilt(example.truth, self.random) for (example, _), given, mask in spoilt_too]
+        return [
+            mask if given or example.truth is None else spoilt(example.truth, self.random)
+            for (example, _), given, mask in zip(unseen, prompts, masks, strict=True)
+        ]
 
     def _predict(self, planes: np.ndarray, prompts: Sequence[Sequence[Click | Box]]) -> list[Mask]:
         """One pass of the segmenter; `planes` keeps the mask probabilities for the next one."""
@@ -372,7 +405,7 @@ class Teacher:
 
 
 def collate(examples: Sequence[Example], processor: IbisNanoProcessor) -> tuple[dict[str, torch.Tensor], int]:
-    """Model inputs of a batch, left-padded, and how many last positions hold all replies (with their first predictor)."""
+    """Model inputs of a batch, left-padded, and how many last positions predict or hold all replies."""
     prompts = [f"<|user|>{example.query}<image><|assistant|>" for example in examples]
     replies = [snap_locations(example.reply) + "<|end|>" for example in examples]
     texts = [prompt + reply for prompt, reply in zip(prompts, replies, strict=True)]
@@ -398,7 +431,8 @@ def losses(
     batch["image_features"] *= kept_channels  # one in ten dropped, against learning pictures by heart
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(**batch, logits_to_keep=kept, use_cache=False)
-    assert output.logits is not None and output.region_logits is not None
+    assert output.logits is not None
+    assert output.region_logits is not None
     logprobs = output.logits[:, :-1].float().log_softmax(dim=-1)
     words = model.word_count
     is_place = labels >= words
@@ -416,7 +450,12 @@ def losses(
     inside = region_logits.sigmoid()
     overlap = 1 - (2 * (inside * target).sum((1, 2)) + 1) / (inside.sum((1, 2)) + target.sum((1, 2)) + 1)
     total = word_loss + 0.5 * cross + region + overlap.mean()
-    parts = {"words": word_loss.item(), "places": cross.item(), "region": region.item(), "overlap": overlap.mean().item()}
+    parts = {
+        "words": word_loss.item(),
+        "places": cross.item(),
+        "region": region.item(),
+        "overlap": overlap.mean().item(),
+    }
     return total, parts
 
 
@@ -460,7 +499,11 @@ def look(
             truth[box.y0 : box.y1, box.x0 : box.x1] = True
             overlaps.append(iou(guess, truth))
     good = float(np.mean(np.array(overlaps) >= 0.5))
-    return {"hit": round(float(np.mean(hits)), 3), "box_iou": round(float(np.mean(overlaps)), 3), "box_50": round(good, 3)}
+    return {
+        "hit": round(float(np.mean(hits)), 3),
+        "box_iou": round(float(np.mean(overlaps)), 3),
+        "box_50": round(good, 3),
+    }
 
 
 def train(
@@ -529,9 +572,7 @@ def train(
 
 def save(model: IbisNanoForConditionalGeneration, processor: IbisNanoProcessor, folder: Path) -> None:
     """save_pretrained of a bfloat16 copy of the model, and of the processor."""
-    copy = IbisNanoForConditionalGeneration(model.config)
-    copy.load_state_dict(model.state_dict())
-    copy.generation_config = model.generation_config
+    copy: Any = deepcopy(model)
     copy.to(torch.bfloat16).save_pretrained(folder)
     processor.save_pretrained(folder)
 
@@ -559,7 +600,9 @@ def load_segmenter_network(folder: Path) -> ClickNetwork:
 
     description: dict[str, Any] = json.loads((folder / "ibis-click.json").read_text())
     network = ClickNetwork(ClickNetworkConfig(**description["network"]))
-    network.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / "ibis-click.safetensors").items()})
+    network.load_state_dict(
+        {name: tensor.float() for name, tensor in load_file(folder / "ibis-click.safetensors").items()}
+    )
     return network.eval()
 
 

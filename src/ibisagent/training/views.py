@@ -1,8 +1,7 @@
 """A bank of augmented views with frozen features: what makes training the nano policy possible on a CPU.
 
-LiteMedSAM's encoder costs about 0.2 s a picture and is never trained, so every view of every training picture is embedded
-once, before training, into memory-mapped arrays. Building is resumable; training may start when the first round (the
-plain pictures) is complete.
+LiteMedSAM's encoder costs 0.2 to 1 s a picture and is never trained, so every view of every training picture is
+embedded once, before training, into memory-mapped arrays. Building is resumable.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ MIRRORED = {"fundus", "OCT"}  # right and left eye
 class Bank:
     """Memory-mapped arrays over V rounds of N pictures; round 0 is the plain picture.
 
-    features (V, N, GRID, GRID, WIDTH) float16; pixels (V, N, SIDE, SIDE, 3) uint8; turns (V, N, 2, 3) float32, affine maps
-    from squashed pixels to view pixels; done (V, N) uint8, 1 where a view is complete.
+    features (V, N, GRID, GRID, WIDTH) float16; pixels (V, N, SIDE, SIDE, 3) uint8; turns (V, N, 2, 3) float32, affine
+    maps from squashed pixels to view pixels; done (V, N) uint8, 1 where a view is complete.
     """
 
     features: np.memmap
@@ -52,7 +51,9 @@ class Bank:
         pixels = array("pixels.u8", np.uint8, SIDE, SIDE, 3)
         return cls(features, pixels, array("turns.f32", np.float32, 2, 3), array("done.u8", np.uint8))
 
-    def build(self, pictures: Sequence[np.ndarray], modalities: Sequence[str], groups: Sequence[str], seed: int) -> None:
+    def build(
+        self, pictures: Sequence[np.ndarray], modalities: Sequence[str], groups: Sequence[str], seed: int
+    ) -> None:
         """Embed every missing view of `pictures` (each (H, W, 3) uint8), round 0 untouched, later ones augmented.
 
         Later rounds leave out part of a group (data set) of more than FULL_GROUP pictures: it has variety of its own.
@@ -92,7 +93,7 @@ def random_turn(modality: str, random: np.random.Generator) -> np.ndarray:
     angle = random.uniform(-12, 12) + (90 * random.integers(0, 4) if modality in TURNABLE else 0)
     scale = math.exp(random.uniform(-0.18, 0.3))
     turn = cv2.getRotationMatrix2D((SIDE / 2, SIDE / 2), angle, scale)
-    turn[:, 2] += random.uniform(-0.09, 0.09, size=2) * SIDE
+    turn[:, 2] = turn[:, 2] + random.uniform(-0.09, 0.09, size=2) * SIDE
     if modality in TURNABLE | MIRRORED and random.random() < 0.5:
         turn[0] = [-turn[0, 0], -turn[0, 1], SIDE - 1 - turn[0, 2]]
     return turn.astype(np.float32)

@@ -1,0 +1,132 @@
+"""`ibis-nano` is a normal transformers model: built, saved, loaded, batched and decoded like any other."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PillowImage
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import ibisagent.policies
+from ibisagent.domain import Click, Image, Observation
+from ibisagent.policies import load_policy
+from ibisagent.policies.nano import LOCATIONS, TOKENS_PER_IMAGE, location_text, snap_locations
+from ibisagent.protocol import parse
+from ibisagent.training.nano import build_model, build_processor
+
+NAMES = ["bright disc", "left lung"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("nano")
+    processor = build_processor(NAMES)
+    build_model(processor).save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
+
+
+def picture(seed, shape=(61, 83), alpha=0):
+    pixels = np.random.default_rng(seed).integers(0, 255, (*shape, 3), dtype=np.uint8)
+    return PillowImage.fromarray(np.dstack([pixels, np.full(shape, alpha, np.uint8)]))
+
+
+def test_every_location_is_one_token_at_the_end_of_the_vocabulary(folder):
+    tokenizer = AutoProcessor.from_pretrained(folder).tokenizer
+    text = "".join(location_text(column, row) for row in range(LOCATIONS) for column in range(LOCATIONS))
+    ids = tokenizer(text)["input_ids"]
+    assert ids == list(range(len(tokenizer) - LOCATIONS**2, len(tokenizer)))
+
+
+@pytest.mark.parametrize("text", ["(0.5, 0.25)", "(0.508,0.258)", "( .50789 , 0.2500001 )"])
+def test_coordinates_snap_to_their_cell(text):
+    assert snap_locations(f"click + {text} disc") == f"click + {location_text(32, 16)} disc"
+
+
+def test_a_snapped_location_is_read_as_a_pixel_of_its_cell():
+    for column in (0, 31, LOCATIONS - 1):
+        reply = parse(f"<action>click + {location_text(column, 5)}</action>", (128, 192), dialect="ibis")
+        [click] = reply.actions
+        assert isinstance(click, Click)
+        assert click.x // 3 == column
+
+
+def test_the_auto_classes_load_what_was_saved(folder):
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    assert type(model).__name__ == "IbisNanoForConditionalGeneration"
+    batch = processor(text="<|user|>Find the disc.<image>", images=picture(0), return_tensors="pt")
+    assert batch["pixel_values"].shape == (1, 4, 256, 256)
+    assert int((batch["input_ids"] == model.config.image_token_id).sum()) == TOKENS_PER_IMAGE
+    assert ibisagent.policies.POLICIES  # the import that taught the Auto classes
+
+
+def test_the_mask_and_the_query_change_the_reply_and_the_batch_does_not(folder):
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    features = torch.randn(1, 256, 32, 32, generator=torch.Generator().manual_seed(1))
+
+    def logits(texts, pictures):
+        batch = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
+        with torch.inference_mode():
+            return model(**batch, image_features=features.expand(len(texts), -1, -1, -1)).logits[:, -1]
+
+    short, long = "<|user|>disc<image><|assistant|>", "<|user|>Segment the left lung, please.<image><|assistant|>"
+    alone = logits([short], [picture(0)])[0]
+    assert not torch.allclose(alone, logits([short], [picture(0, alpha=255)])[0], atol=1e-4)
+    assert not torch.allclose(alone, logits([long], [picture(0)])[0], atol=1e-4)
+    together = logits([short, long], [picture(0), picture(0)])
+    torch.testing.assert_close(together[0], alone, atol=2e-4, rtol=1e-3)
+
+
+def test_decoding_with_a_cache_equals_a_full_pass(folder):
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    batch = processor(text="<|user|>disc<image><|assistant|>", images=picture(2), return_tensors="pt")
+    features = torch.randn(1, 256, 32, 32, generator=torch.Generator().manual_seed(2))
+    steps = 6
+    cached = model.generate(**batch, image_features=features, max_new_tokens=steps, min_new_tokens=steps)
+    ids = batch["input_ids"]
+    for _ in range(steps):
+        with torch.inference_mode():
+            output = model(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                pixel_values=batch["pixel_values"],
+                image_features=features,
+            )
+        scores = output.logits[:, -1].clone()
+        scores[:, model.generation_config.eos_token_id] = -torch.inf
+        ids = torch.cat([ids, scores.argmax(dim=-1, keepdim=True)], dim=1)
+    assert torch.equal(cached, ids)
+
+
+def test_two_pictures_in_one_conversation_give_each_place_its_own_picture(folder):
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    text = "<|user|>disc<image><|assistant|>click<|end|><|user|>disc<image><|assistant|>"
+    features = torch.randn(2, 256, 32, 32, generator=torch.Generator().manual_seed(3))
+    both = processor(text=text, images=[[picture(3), picture(4)]], return_tensors="pt")
+    first = processor(text=text.partition("<|assistant|>")[0], images=[picture(3)], return_tensors="pt")
+    with torch.inference_mode():
+        long = model(**both, image_features=features).logits
+        short = model(**first, image_features=features[:1]).logits
+    places = slice(model.word_count, None)
+    length = short.shape[1]
+    torch.testing.assert_close(long[0, length - 1, places], short[0, -1, places], atol=2e-4, rtol=1e-3)
+    assert not torch.allclose(long[0, -1, places], long[0, length - 1, places], atol=1e-3)
+
+
+def test_as_a_policy_it_embeds_a_picture_once_and_speaks_alpha(folder):
+    policy = load_policy(str(folder), device="cpu", max_new_tokens=4)
+    assert (policy.dialect, policy.history, policy.style) == ("ibis", "none", "alpha")
+    pixels = np.full((61, 83, 3), 40, np.uint8)
+    pixels[20:40, 30:60] = 200
+    mask = np.zeros((61, 83), bool)
+    mask[20:40, 30:60] = True
+    bare = Observation("case", Image(pixels), "Segment the bright disc.")
+    masked = Observation("case", Image(pixels), "Segment the bright disc.", {"bright disc": mask})
+    replies = policy.respond([bare, masked])
+    assert len(replies) == 2
+    assert all(reply.tokens for reply in replies)
+    assert len(policy._model._frozen_features._cache) == 1

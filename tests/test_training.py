@@ -1,0 +1,165 @@
+"""The recipes of the packaged weights, in miniature: they run, learn, resume and save what the package loads."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from ibisagent.clicks import next_click
+from ibisagent.domain import Case, Click, Image
+from ibisagent.segmenters import load_segmenter
+from ibisagent.segmenters.click_network import ClickNetwork, letterbox, letterbox_scale, prompt_maps
+from ibisagent.training import click as click_recipe
+from ibisagent.training import nano as nano_recipe
+from ibisagent.training.views import GRID, SIDE, WIDTH, Bank, random_turn
+
+
+def disc_case(index, shape=(97, 131)):
+    random = np.random.default_rng(index)
+    truth = np.zeros(shape, np.uint8)
+    centre = (int(random.integers(35, 95)), int(random.integers(30, 65)))
+    cv2.circle(truth, centre, int(random.integers(12, 26)), 1, cv2.FILLED)
+    pixels = random.integers(20, 60, (*shape, 3)).astype(np.uint8)
+    pixels[truth > 0] += 120
+    meta = {"dataset": "discs", "modality": "CT", "site": "brain"}
+    return Case(f"disc-{index}", Image(pixels), "Segment the disc.", {"disc": truth > 0}, patient=str(index), meta=meta)
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return [disc_case(index) for index in range(12)]
+
+
+def test_training_the_click_network_learns_saves_and_resumes(cases, tmp_path, capsys):
+    pairs = click_recipe.pairs_from(cases)
+    assert len(pairs) == len(cases)
+    click_recipe.train(pairs, pairs[:2], tmp_path, minutes=0.15, seed=0)
+    assert (tmp_path / "ibis-click.safetensors").stat().st_size < 12_000_000
+    segmenter = load_segmenter(f"ibis-click:{tmp_path / 'ibis-click.safetensors'}", device="cpu", runtime="torch")
+    truth = cases[0].targets["disc"]
+    point = next_click(truth, np.zeros_like(truth), "disc")
+    prediction = segmenter.open(cases[0].image).predict([point])
+    assert prediction.mask.shape == truth.shape
+
+
+def test_one_step_of_the_click_recipe_lowers_the_loss_on_what_it_saw(cases):
+    torch.manual_seed(0)
+    random = np.random.default_rng(0)
+    pairs = click_recipe.pairs_from(cases)
+    weights = np.full(len(pairs), 1 / len(pairs))
+    states = [click_recipe.new_state(pairs, weights, 64, random) for _ in range(4)]
+    inputs = torch.from_numpy(np.stack([state.network_input() for state in states]))
+    truth = torch.from_numpy(np.stack([state.truth for state in states])[:, None].astype(np.float32))
+    network = ClickNetwork()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(6):
+        loss = click_recipe.mask_loss(network(inputs)[0], truth)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+
+
+def test_states_hold_prompts_that_fit_their_truth(cases):
+    random = np.random.default_rng(1)
+    pairs = click_recipe.pairs_from(cases)
+    weights = np.full(len(pairs), 1 / len(pairs))
+    for _ in range(40):
+        state = click_recipe.new_state(pairs, weights, 64, random)
+        assert state.network_input().shape == (7, 64, 64)
+        clicks = [prompt for prompt in state.prompts if isinstance(prompt, Click)]
+        started = state.probability.any()
+        assert started or all(state.truth[click.y, click.x] == click.positive for click in clicks)
+        assert state.prompts
+
+
+def test_letterbox_and_prompts_share_one_grid():
+    plane = np.zeros((61, 83, 3), np.float32)
+    plane[40, 70] = 1
+    scale = letterbox_scale((61, 83), 256)
+    boxed = letterbox(plane, 256)
+    assert boxed.shape == (256, 256, 3)
+    y, x = np.unravel_index(boxed[..., 0].argmax(), (256, 256))
+    disc = prompt_maps([Click(70, 40, True, "")], 256, scale)[0]
+    assert disc[y, x] == 1
+    assert not boxed[round(61 * scale) :].any()
+
+
+def test_patients_are_held_out_by_name_alone():
+    names = [f"patient-{index}" for index in range(2000)]
+    held_out = [name for name in names if click_recipe.is_development(name)]
+    assert held_out == [name for name in reversed(names) if click_recipe.is_development(name)][::-1]
+    assert 0.03 < len(held_out) / len(names) < 0.1
+
+
+@pytest.fixture(scope="module")
+def bank(cases, tmp_path_factory):
+    """A bank whose "features" are the picture itself: no encoder is needed to test what is done with them."""
+    _, pictures, _, _ = nano_recipe.pairs_and_pictures(cases)
+    made = Bank.open(tmp_path_factory.mktemp("bank"), 1, len(pictures))
+    for index, picture in enumerate(pictures):
+        view = cv2.resize(picture, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+        small = cv2.resize(view, (GRID, GRID), interpolation=cv2.INTER_AREA).mean(axis=2)
+        made.features[0, index] = np.repeat(small[..., None] / 100, WIDTH, axis=2) * np.linspace(-1, 1, WIDTH)
+        made.pixels[0, index], made.turns[0, index], made.done[0, index] = view, np.eye(2, 3), 1
+    return made
+
+
+@pytest.fixture(scope="module")
+def teacher(cases, bank):
+    pairs, *_ = nano_recipe.pairs_and_pictures(cases)
+    return nano_recipe.Teacher(pairs, bank, ClickNetwork().eval(), seed=0)
+
+
+def test_examples_are_replies_that_the_protocol_reads_and_places_that_are_right(teacher):
+    from ibisagent.protocol import parse
+
+    kinds = set()
+    for example in teacher.draw(120):
+        reply = parse(example.reply, (SIDE, SIDE), dialect="ibis", default_target="disc")
+        assert reply.problem is None
+        kinds.add(tuple(type(action).__name__ for action in reply.actions))
+        for place in example.places:
+            assert place.sum() == pytest.approx(1, abs=1e-3)
+        clicks = [action for action in reply.actions if isinstance(action, Click)]
+        for click in clicks:
+            assert example.truth[click.y, click.x] == click.positive
+            assert example.current[click.y, click.x] != click.positive
+    assert {("Click", "Box"), ("Click",), ("Stop",)} <= kinds
+
+
+def test_features_turn_with_their_picture():
+    random = np.random.default_rng(3)
+    picture = cv2.GaussianBlur(random.random((SIDE, SIDE)).astype(np.float32), (0, 0), 24)
+    picture = (picture - picture.min()) / np.ptp(picture)
+    turn = random_turn("CT", random)
+    small = cv2.resize(picture, (GRID, GRID), interpolation=cv2.INTER_AREA)
+    example = nano_recipe.Example(np.repeat(small[None], 2, axis=0), np.empty(0), None, "", turn)
+    turned = nano_recipe.turned_features([example])[0, 0].numpy()
+    wanted = cv2.resize(cv2.warpAffine(picture, turn, (SIDE, SIDE)), (GRID, GRID), interpolation=cv2.INTER_AREA)
+    assert np.abs(turned - wanted)[6:-6, 6:-6].max() < 0.05
+
+
+def test_training_the_policy_learns_and_saves_a_loadable_model(cases, bank, tmp_path):
+    torch.manual_seed(0)
+    pairs, *_ = nano_recipe.pairs_and_pictures(cases)
+    processor = nano_recipe.build_processor(["disc"])
+    model = nano_recipe.build_model(processor)
+    teacher = nano_recipe.Teacher(pairs, bank, None, seed=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    examples = teacher.draw(4)
+    totals = []
+    for _ in range(5):
+        loss, parts = nano_recipe.losses(model, examples, processor)
+        assert set(parts) == {"words", "places", "region", "overlap"}
+        totals.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert totals[-1] < 0.9 * totals[0]
+    found = nano_recipe.look(model, processor, pairs[:3], bank)
+    assert 0 <= found["hit"] <= 1
+    nano_recipe.save(model, processor, tmp_path / "ibis-nano")
+    assert sum(file.stat().st_size for file in (tmp_path / "ibis-nano").glob("*.safetensors")) < 17_000_000
