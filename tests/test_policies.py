@@ -585,7 +585,7 @@ def test_chat_server_is_for_loopback_names_and_small_bodies(chat_url: str) -> No
 
 
 def run(code: str) -> None:
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=300)
 
 
 def test_auto_classes_know_the_nano_and_importing_policies_is_cheap(tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def segmenter(request: pytest.FixtureRequest) -> Segmenter:
 
 
 class TestContract:
-    @pytest.mark.parametrize("size", [(61, 83), (90, 40), (5, 120)])
+    @pytest.mark.parametrize("size", [(61, 83), (120, 5)])
     def test_a_prediction_fits_the_image(self, segmenter: Segmenter, size: tuple[int, int]) -> None:
         image, mask = phantom(*size)
         session = segmenter.open(image)
@@ -233,7 +233,7 @@ class TestContract:
     def test_one_session_from_several_threads(self, segmenter: Segmenter) -> None:
         image, mask = phantom()
         session = segmenter.open(image)
-        asked: list[list[Prompt]] = [[inner_click(mask)], [box_of(mask)]] * 2
+        asked: list[list[Prompt]] = [[box_of(mask)], [Box(0, 0, 83, 61, "blob")]] * 2
         expected = [session.predict(prompts) for prompts in asked]
         found: dict[int, Prediction] = {}
 
@@ -716,7 +716,9 @@ class TestSam2:
             load_segmenter(f"sam2:{source}", device="cpu").open(image) for source in (sam2_folder, checkpoint)
         ]
         prompts: list[Prompt] = [inner_click(mask), box_of(mask)]
-        assert same(sessions[0].predict(prompts), sessions[1].predict(prompts))
+        one, other = (session.predict(prompts) for session in sessions)
+        assert np.allclose(one.logits, other.logits, rtol=1e-3, atol=1e-8)  # apart from the order of additions
+        assert np.ptp(one.logits) > 1e-6
 
     def test_three_masks_for_a_single_click_only(self, sam2_folder: Path) -> None:
         import torch
@@ -769,7 +771,7 @@ class TestSam2:
         if kind == "garbage":
             checkpoint.write_bytes(b"\x00" * 999)
         if kind == "objects":
-            checkpoint.write_bytes(pickle.dumps({"model": Path("x")}))
+            checkpoint.write_bytes(pickle.dumps({"model": Path("x")}, protocol=2))
         if kind == "other model":
             torch.save({"model": {"weight": torch.ones(2)}}, checkpoint)
         if kind == "unknown shape":
@@ -781,8 +783,10 @@ class TestSam2:
             Sam2(str(checkpoint), device="cpu")
 
     def test_a_folder_that_is_no_sam2(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match=r"^sam2:[^\n]*cannot be loaded[^\n]*\.pt[^\n]*$"):
+        with pytest.raises(ConfigError, match=r"^sam2: [^\n]*cannot be loaded[^\n]*\.pt[^\n]*$"):
             Sam2(str(tmp_path), device="cpu")
+        with pytest.raises(ConfigError, match=r"^sam2: there is no [^\n]*\.pt[^\n]*$"):
+            Sam2(str(tmp_path / "nothing"), device="cpu")
 
     def test_weights_that_are_missing_are_not_made_up(self, sam2_folder: Path, tmp_path: Path) -> None:
         from safetensors.torch import load_file, save_file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections.abc import Sequence
 from http import HTTPStatus
 
@@ -39,6 +40,7 @@ class RemoteSegmenter:
             headers={"Authorization": f"Bearer {token}"} if token else {},
             timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S),
         )
+        self.close = weakref.finalize(self, self._client.close)  # on request, else when nobody needs it any more
         answer = self._ask("GET", "/v1/segmenter").json()
         if not isinstance(answer, dict) or "segmenter" not in answer:
             raise SegmenterError(f"{self.url} answers, but is no segmenter server: check the address")
@@ -53,10 +55,6 @@ class RemoteSegmenter:
     def describe(self) -> dict[str, str]:
         """Facts for records: those of the server's segmenter, and "serves", its name there."""
         return {**self._facts, "segmenter": self.name, "serves": self._facts["segmenter"]}
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._client.close()
 
     def _ask(
         self, method: str, path: str, *, accept: Sequence[int] = (), json: BaseModel | None = None, body: bytes = b""

@@ -229,37 +229,53 @@ def _find_checkpoint(file: str) -> Path:
     path = Path(file).expanduser()
     if path.is_file():
         return path
-    parts = file.split("/")
-    if len(parts) != 3 or not all(parts):
+    owner, _, rest = file.partition("/")
+    repository, _, name = rest.partition("/")
+    if not (owner and repository and name) or "/" in name or owner in (".", "..", "~"):
         raise ConfigError(f"{path}: there is no such file: give the path of a SAM 2 or MedSAM2 checkpoint")
-    from huggingface_hub import hf_hub_download
+    found = _fetch(f"{owner}/{repository}", [name]) / name
+    if not found.is_file():
+        raise ConfigError(f"{file}: the hub's {owner}/{repository} has no {name}: check the name")
+    return found
+
+
+def _fetch(repository: str, patterns: list[str]) -> Path:
+    """The folder of a hub repository's files, downloaded unless they are in the Hugging Face cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(hf_hub_download("/".join(parts[:2]), parts[2]))
-    except (OSError, ValueError) as error:
-        reason = first_line(error)
-        raise ConfigError(f"{file}: neither here nor on the hub ({reason}): download it and give its path") from error
+        return Path(snapshot_download(repository, allow_patterns=patterns))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        remedy = f"run `hf download {repository} --local-dir weights` on a machine with internet, and give its path"
+        reason = first_line(error)[:120]
+        raise ConfigError(f"sam2: {repository} is not here and cannot be downloaded ({reason}): {remedy}") from error
 
 
 def _from_transformers(source: str) -> tuple[Sam2Model, Sam2Processor, Path]:
-    """Model, processor and weights file of a hub id or folder."""
+    """Model, processor and weights file of a folder or hub id."""
     from transformers import Sam2Model, Sam2Processor
-    from transformers.utils.hub import cached_file
 
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+            raise ConfigError(f"sam2: there is no {source}: give a hub id, a folder or a .pt file of SAM 2 or MedSAM2")
+        folder = _fetch(source, ["*.json", "model.safetensors"])
     report: dict[str, Any]
     model: Any
     loader: Any = Sam2Model
     try:
-        processor = Sam2Processor.from_pretrained(source)
-        model, report = loader.from_pretrained(source, output_loading_info=True)
-        file = cached_file(source, "model.safetensors")
+        processor = Sam2Processor.from_pretrained(folder, local_files_only=True)
+        model, report = loader.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError) as error:
         remedy = "give a hub id, a folder or a .pt file of SAM 2 or MedSAM2"
-        raise ConfigError(f"sam2:{source} cannot be loaded ({first_line(error)}): {remedy}") from error
+        raise ConfigError(f"sam2: {source} cannot be loaded ({first_line(error)}): {remedy}") from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
-        raise SegmenterError(f"sam2:{source} lacks {len(missing)} weights, such as {missing[0]}: give a SAM 2 model")
-    return model, processor, Path(str(file))
+        raise SegmenterError(f"sam2: {source} lacks {len(missing)} weights, such as {missing[0]}: give a SAM 2 model")
+    return model, processor, folder / "model.safetensors"
 
 
 def _from_original(path: Path, side: int | None) -> tuple[Sam2Model, Sam2Processor]:
