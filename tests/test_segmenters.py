@@ -32,7 +32,7 @@ from ibisagent.segmenters.litemedsam import LiteMedSam, LiteMedSamEncoder, encod
 from ibisagent.segmenters.region import RegionSegmenter
 from ibisagent.segmenters.remote import RemoteSegmenter
 from ibisagent.segmenters.sam2 import Sam2
-from ibisagent.segmenters.tidy import cut_off, fill_small_holes, keep_prompted
+from ibisagent.segmenters.tidy import fill_small_holes, keep_prompted, obey
 from ibisagent.server.segmenter_app import create_app
 
 SOURCE = Path(__file__).parent.parent / "src"
@@ -141,7 +141,7 @@ CONTRACT = [
     "litemedsam-torch",
     pytest.param("litemedsam-openvino", marks=OPENVINO),
     "ibis-click-torch",
-    "ibis-click-raw-torch",
+    "ibis-click-tidy-torch",
     pytest.param("ibis-click-openvino", marks=OPENVINO),
     "sam2",
     "remote",
@@ -358,20 +358,30 @@ class TestTidying:
         bay[:2, 10] = False
         assert np.array_equal(fill_small_holes(bay, []), bay)
 
-    def test_a_cut_follows_the_edge(self) -> None:
-        mask = np.ones((30, 60), dtype=bool)
-        edges = np.zeros((30, 60), dtype=np.float32)
-        edges[:, 40:42] = 1
-        kept = cut_off(mask, edges, [Click(5, 15, True, "a")], [Click(50, 15, False, "a")])
-        assert kept[:, :39].all()
-        assert not kept[:, 43:].any()
+    def test_a_contradicted_click_turns_the_disc_around_it(self) -> None:
+        found = obey(self.mask, [Click(12, 12, False, "a")])
+        changed = self.mask ^ found
+        assert changed[12, 12]
+        assert changed.sum() == pytest.approx(np.pi * 8**2, rel=0.1)  # up to the border of its square
+        assert not (changed & ~self.mask).any()
+        assert np.array_equal(obey(self.mask, [Click(7, 7, True, "a"), Click(0, 0, False, "a")]), self.mask)
 
-    def test_a_component_with_only_negative_clicks_goes_whole(self) -> None:
-        edges = np.zeros(self.mask.shape, dtype=np.float32)
-        kept = cut_off(self.mask, edges, [Click(7, 7, True, "a")], [Click(31, 26, False, "a")])
-        assert kept[5:20, 5:20].all()
-        assert not kept[25:].any()
-        assert cut_off(self.mask, edges, [], [Click(31, 26, False, "a")])[12, 12]
+    def test_discs_end_at_the_other_clicks_and_at_the_box(self) -> None:
+        clicks = [Click(12, 12, False, "a"), Click(14, 12, True, "a")]
+        found = obey(self.mask, clicks)
+        assert all(found[click.y, click.x] == click.positive for click in clicks)
+        assert (self.mask ^ found).sum() < 16
+        grown = obey(np.zeros((40, 50), dtype=bool), [Click(20, 20, True, "a")], Box(10, 15, 40, 26, "a"))
+        assert grown[20, 20]
+        assert grown[15, 20]
+        assert not grown[:15].any()
+
+    def test_many_clicks_are_all_obeyed(self) -> None:
+        random = np.random.default_rng(0)
+        spots = random.permutation(40 * 50)[:60]
+        clicks = [Click(int(spot % 50), int(spot // 50), bool(random.integers(2)), "a") for spot in spots]
+        found = obey(self.mask, clicks)
+        assert all(found[click.y, click.x] == click.positive for click in clicks)
 
 
 class TestFrame:
@@ -563,9 +573,9 @@ class TestIbisClick:
         second = session.predict([inner_click(mask), Click(0, 0, False, "blob")], first.logits)
         assert iou(unletterbox(second.logits[1], image.size) > 0.5, mask) > 0.9
 
-    def test_raw_is_untouched(self, click_weights: Path) -> None:
+    def test_the_network_has_the_last_word_unless_asked_to_tidy(self, click_weights: Path) -> None:
         image, mask = phantom()
-        prediction = IbisClick(click_weights, tidy=False, device="cpu", runtime="torch").open(image)
+        prediction = IbisClick(click_weights, device="cpu", runtime="torch").open(image)
         found = prediction.predict([inner_click(mask)])
         assert np.array_equal(found.mask, unletterbox(found.logits[0], image.size) > 0)
 

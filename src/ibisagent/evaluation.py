@@ -182,12 +182,10 @@ def location_prior(training: CaseSource, cases: CaseSource) -> LocationPriorPoli
 
     It is told the modality of `cases`. Reads every training mask; raises DataError if one cannot be read.
     """
-    rows = [row for row in training.rows if row.split == "train" and row.mask is not None]
-    if not rows:
+    if not any(row.split == "train" and row.mask is not None for row in training.rows):
         return None
-    learned = (
-        (row.object, row.modality, truth) for row in rows for truth in (training.decode(row).targets or {}).values()
-    )
+    masks = training.filter(lambda row: row.split == "train").truths()
+    learned = ((row.object, row.modality, truth) for row, truth in masks)
     return LocationPriorPolicy(learned, {row.id: row.modality for row in cases.rows})
 
 

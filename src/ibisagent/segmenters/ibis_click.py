@@ -29,14 +29,15 @@ class IbisClick:
 
     weights: a .safetensors file as `training.click` writes it, with its .json beside it; None takes the packaged one.
     tidy: drop components that nobody asked for and fill small holes (see `tidy`); the network itself never sees that.
+    Off by default: many targets have several parts, and it gained nothing on held-out patients (docs/log.md).
     """
 
     def __init__(
-        self, weights: Path | None = None, *, tidy: bool = True, device: str = "auto", runtime: str = "auto"
+        self, weights: Path | None = None, *, tidy: bool = False, device: str = "auto", runtime: str = "auto"
     ) -> None:
         from ibisagent.segmenters import click_network
 
-        kind = "ibis-click" if tidy else "ibis-click-raw"
+        kind = "ibis-click-tidy" if tidy else "ibis-click"
         self.name = kind if weights is None else f"{kind}:{weights}"
         self._tidy = tidy
         path = PACKAGED_WEIGHTS if weights is None else weights

@@ -4,10 +4,12 @@ The stock network understands boxes only, so clicks never enter it. What they do
 
 - the first click stands in for a box: four boxes of growing size around it are tried, each is refined once with the
   box of its own mask, and the mask with the best predicted IoU is kept;
-- later positive clicks stretch the box until it holds them all; one that is still missed is scanned by itself, and its
-  mask joins;
-- negative clicks cut: a watershed between the two kinds of clicks takes away what belongs to them, and the next box is
-  drawn around what is left.
+- after that the box is drawn around the mask so far, and stretched until it holds all positive clicks; a box that was
+  given stays;
+- a click that the new mask still contradicts turns the largest disc around it that is all wrong (`tidy.obey`).
+
+Mean IoU on 22 training objects of as many kinds, clicks 1 to 6: 0.54 0.58 0.63 0.67 0.68 0.71; a box and up to five
+clicks: 0.68 0.70 0.72 0.73 0.74 0.75.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from ibisagent.segmenters import Prediction, check_prior, check_prompts
 from ibisagent.segmenters.cache import EmbeddingCache
 from ibisagent.segmenters.frame import letterbox, letterbox_scale, letterbox_size, unletterbox
 from ibisagent.segmenters.runtime import Network, choose_device, choose_runtime, load_network
-from ibisagent.segmenters.tidy import cut_off, edge_strength, split_prompts
+from ibisagent.segmenters.tidy import obey, split_prompts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
 SIDE = 256  # pixels of the network's square frame
 SCAN = (0.125, 0.225, 0.325, 0.525)  # sides of the boxes tried around a click, as shares of the frame
 MARGIN = 3.0  # frame pixels that every box is widened by: the boxes of the training were up to 5 wider than the object
-CLICK_RADIUS = 2  # frame pixels that a click sets where the mask does not obey it
 WEIGHTS_SHA256 = "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76"
 LICENCE = "Apache-2.0"
 
@@ -130,31 +131,27 @@ class LiteMedSamSession:
         self._scale = letterbox_scale(image.size, SIDE)
         self._embedding = embedding
         self._decoder = decoder
-        self._edges = edge_strength(letterbox(image.pixels, SIDE))
 
     def predict(self, prompts: Sequence[Prompt], prior: np.ndarray | None = None) -> Prediction:
         """See `SegmenterSession`. Negative clicks alone, with nothing to cut from, give an empty mask of score 0."""
         check_prompts(prompts, self._size)
         check_prior(prior, self._size, (SIDE, SIDE))
-        positives, negatives, box = split_prompts([self._in_frame(prompt) for prompt in prompts])
-        known = self._bounds(prior) if prior is not None else None
-        if known is None or isinstance(prompts[-1], Box):
-            known = _box_frame(box) if box is not None else known
+        framed = [self._in_frame(prompt) for prompt in prompts]
+        clicks = [prompt for prompt in framed if isinstance(prompt, Click)]
+        positives, _, box = split_prompts(framed)
+        known = _box_frame(box) if box is not None else self._bounds(prior) if prior is not None else None
         if known is not None:
             logits, score = self._decode(_hull(known, positives))
         elif positives:
             logits, score = self._scan(positives)
         else:
             logits, score = np.full((SIDE, SIDE), -8, dtype=np.float32), 0.0
-        for click in positives:
-            if logits[click.y, click.x] <= 0 and known is not None:
-                logits = np.maximum(logits, self._scan([click])[0])
-        kept = cut_off(logits > 0, self._edges, positives, negatives)
-        logits = np.where(kept, logits, np.minimum(logits, -np.abs(logits)))
-        for click in (*positives, *negatives):
-            if (logits[click.y, click.x] > 0) != click.positive:
-                cv2.circle(logits, (click.x, click.y), CLICK_RADIUS, 4.0 if click.positive else -4.0, cv2.FILLED)
-        return Prediction(unletterbox(logits, self._size) > 0, score, logits)
+        logits = np.where(obey(logits > 0, clicks, box), np.maximum(logits, np.abs(logits)), -np.abs(logits))
+        mask = unletterbox(logits, self._size) > 0
+        for prompt in prompts:
+            if isinstance(prompt, Click):
+                mask[prompt.y, prompt.x] = prompt.positive  # the finer grid may round a small disc away
+        return Prediction(mask, score, logits)
 
     def _in_frame(self, prompt: Prompt) -> Prompt:
         """The prompt on the network's pixel grid."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from ibisagent.domain import Box, Click, Image, Mask, Prompt
 from ibisagent.segmenters import Prediction, check_prior, check_prompts
-from ibisagent.segmenters.tidy import cut_off, edge_strength, split_prompts
+from ibisagent.segmenters.tidy import obey, split_prompts
 
 TOLERANCE = 0.12  # of the picture's brightness range: how far a region may be from the pixel it grows from
 
@@ -40,22 +40,21 @@ class RegionSession:
         self._size = image.size
         self._grey = cv2.GaussianBlur(image.pixels.astype(np.float32).mean(axis=2), (0, 0), 0.8)
         self._range = max(float(np.ptp(self._grey)), 1.0)
-        self._edges = edge_strength(image.pixels)
 
     def predict(self, prompts: Sequence[Prompt], prior: np.ndarray | None = None) -> Prediction:
-        """See `SegmenterSession`. The prior, what is like each positive click around it and what stands out in the box
-        are joined; what belongs to the negative clicks is cut off."""
+        """See `SegmenterSession`. The prior, what stands out in the box and what is like the positive clicks are joined,
+        after what is like the negative clicks was taken away."""
         check_prompts(prompts, self._size)
         check_prior(prior, self._size, self._size)
         positives, negatives, box = split_prompts(prompts)
         mask = np.zeros(self._size, dtype=bool) if prior is None else prior > 0
         if box is not None:
             mask |= self._inside(box)
+        for click in negatives:
+            mask &= ~self._around(click)
         for click in positives:
             mask |= self._around(click)
-        mask = cut_off(mask, self._edges, positives, negatives)
-        for click in (*positives, *negatives):
-            mask[click.y, click.x] = click.positive
+        mask = obey(mask, [prompt for prompt in prompts if isinstance(prompt, Click)], box)
         return Prediction(mask, self._contrast(mask), np.where(mask, 1, -1).astype(np.float32))
 
     def _around(self, click: Click) -> Mask:

@@ -1,4 +1,4 @@
-"""Masks that agree with their prompts: stray components dropped, small holes filled, wrong parts cut off.
+"""Masks that agree with their prompts: stray components dropped, small holes filled, contradicted clicks obeyed.
 
 Nothing here fights a click: what a positive click touches stays, a hole with a negative click in it stays open.
 """
@@ -10,11 +10,10 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from ibisagent.clicks import deepest_pixel
+from ibisagent.clicks import interior_depth
 from ibisagent.domain import Box, Click, Mask, Prompt
 
 SMALL_HOLE = 0.02  # of the mask's area
-EDGE_COST = 20.0  # pixels that a strong edge is worth when a mask is divided between clicks
 
 
 def split_prompts(prompts: Sequence[Prompt]) -> tuple[list[Click], list[Click], Box | None]:
@@ -61,37 +60,24 @@ def fill_small_holes(mask: Mask, prompts: Sequence[Prompt]) -> Mask:
     return filled
 
 
-def cut_off(mask: Mask, edges: np.ndarray, positives: Sequence[Click], negatives: Sequence[Click]) -> Mask:
-    """`mask` without the pixels that are nearer to a negative click than to a positive one, walking inside the mask.
+def obey(mask: Mask, clicks: Sequence[Click], box: Box | None = None) -> Mask:
+    """`mask` with every click on its own side, oldest first.
 
-    The way is geodesic: a step costs 1, and up to EDGE_COST more where `edges` (H, W) is high: where objects end.
-    Components with negative clicks only go as a whole; where the mask has no positive click at all, its deepest pixel
-    stands in for one.
+    A click that the mask contradicts turns the largest disc around it that is all wrong: it ends at the mask's border,
+    at the picture's, at the newest box, and at the nearest click of the other sign.
     """
-    from skimage.graph import MCP_Geometric
-
-    wrong = [(click.x, click.y) for click in negatives if mask[click.y, click.x]]
-    if not wrong:
-        return mask
-    right = [(click.x, click.y) for click in positives if mask[click.y, click.x]]
-    if not right:
-        free = mask.astype(np.uint8)
-        for point in wrong:
-            cv2.circle(free, point, max(2, round(0.05 * max(mask.shape))), 0, cv2.FILLED)
-        centre = deepest_pixel(free.astype(bool))
-        right = [centre] if centre else []
-    strongest = max(float(np.percentile(edges, 95)), 1e-6)
-    steps = np.where(mask, 1 + EDGE_COST * np.clip(edges / strongest, 0, 1), -1)  # below 0: no way through
-    ways = [
-        MCP_Geometric(steps).find_costs([(y, x) for x, y in points])[0] if points else np.full(mask.shape, np.inf)
-        for points in (right, wrong)
-    ]
-    kept: Mask = mask & ((ways[0] < ways[1]) | np.isinf(ways[1]))
-    return kept
-
-
-def edge_strength(pixels: np.ndarray) -> np.ndarray:
-    """Gradient magnitude (H, W) float32 of an (H, W, 3) picture, lightly smoothed."""
-    grey = cv2.GaussianBlur(pixels.astype(np.float32).mean(axis=2), (0, 0), 1.0)
-    strength: np.ndarray = cv2.magnitude(cv2.Sobel(grey, cv2.CV_32F, 1, 0), cv2.Sobel(grey, cv2.CV_32F, 0, 1))
-    return strength
+    obeyed = mask.copy()
+    for click in clicks:
+        if obeyed[click.y, click.x] == click.positive:
+            continue
+        wrong = obeyed != click.positive
+        if box is not None and click.positive and box.x0 <= click.x < box.x1 and box.y0 <= click.y < box.y1:
+            wrong[: box.y0] = wrong[box.y1 :] = wrong[:, : box.x0] = wrong[:, box.x1 :] = False
+        for other in clicks:
+            if other.positive != click.positive:
+                wrong[other.y, other.x] = False
+        wrong[click.y, click.x] = True
+        radius = float(interior_depth(wrong)[click.y, click.x])
+        y, x = np.ogrid[: mask.shape[0], : mask.shape[1]]
+        obeyed[(x - click.x) ** 2 + (y - click.y) ** 2 < radius**2] = click.positive
+    return obeyed
