@@ -42,8 +42,8 @@ class RegionSession:
         self._range = max(float(np.ptp(self._grey)), 1.0)
 
     def predict(self, prompts: Sequence[Prompt], prior: np.ndarray | None = None) -> Prediction:
-        """See `SegmenterSession`. The prior, what stands out in the box and what is like the positive clicks are joined,
-        after what is like the negative clicks was taken away."""
+        """See `SegmenterSession`. The prior and what stands out in the box, without what is like the negative clicks,
+        with what is like the positive ones."""
         check_prompts(prompts, self._size)
         check_prior(prior, self._size, self._size)
         positives, negatives, box = split_prompts(prompts)
