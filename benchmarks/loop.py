@@ -73,9 +73,12 @@ def together_against_one_by_one(cases: CaseSource, policy: str, segmenter: str) 
         writer, engine = load_policy(policy, batch_size=TOGETHER), load_segmenter(segmenter)
         loaded = list(cases)
         rollout(
-            writer, [SegmentationEnv(loaded[-1], engine, dialect=writer.dialect)]
+            writer, [SegmentationEnv(loaded[-1], engine, dialect=writer.dialect, max_turns=session.DEFAULT_TURNS)]
         )  # whatever is loaded on first use
-        envs = [SegmentationEnv(case, engine, dialect=writer.dialect) for case in loaded[:TOGETHER]]
+        envs = [
+            SegmentationEnv(case, engine, dialect=writer.dialect, max_turns=session.DEFAULT_TURNS)
+            for case in loaded[:TOGETHER]
+        ]
         started = time.perf_counter()
         for batch in batches(envs):
             rollout(writer, batch)

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from ibisagent.session import Outputs
 
 EXIT_ERROR = 2
-DEFAULT_TURNS = 5  # where the packaged policy stops gaining on training patients held out (docs/log.md)
 stdout = Console(highlight=False, markup=False, soft_wrap=True)
 stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
@@ -64,7 +63,7 @@ DialectOption = Annotated[
 HistoryOption = Annotated[
     str | None, typer.Option(help="What the policy sees of past turns: none, actions, full. Default: the policy's own.")
 ]
-TurnsOption = Annotated[int, typer.Option(help="Most turns of one episode; the paper allows 20.", min=1)]
+TurnsOption = Annotated[int | None, typer.Option(help="Most turns of one episode (default 5; the paper: 20).", min=1)]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 DtypeOption = Annotated[str, typer.Option(help="Numbers of the policy: auto, float32, bfloat16, float16.")]
 AdapterOption = Annotated[Path | None, typer.Option(help="Folder of a PEFT adapter for the policy.")]
@@ -85,7 +84,7 @@ def segment(
     segmenter: SegmenterOption = "ibis-click",
     dialect: DialectOption = None,
     history: HistoryOption = None,
-    max_turns: TurnsOption = DEFAULT_TURNS,
+    max_turns: TurnsOption = None,
     start_mask: Annotated[
         list[Path] | None, typer.Option(help="Mask to refine (0 outside); once per image, in their order.")
     ] = None,
@@ -133,7 +132,9 @@ def segment(
             try:
                 case = session.read_case(Path(path).resolve(), query, start)
                 turn_printer = None if as_json else _turn_printer()
-                episode = session.segment(case, writer, engine, max_turns=max_turns, on_turn=turn_printer)
+                episode = session.segment(
+                    case, writer, engine, max_turns=max_turns or session.DEFAULT_TURNS, on_turn=turn_printer
+                )
                 seconds = time.perf_counter() - started
                 outputs = session.export(episode, case.image, output, name)
             except IbisError as error:
@@ -202,7 +203,7 @@ def evaluate(
     segmenter: SegmenterOption = "ibis-click",
     dialect: DialectOption = None,
     history: HistoryOption = None,
-    max_turns: TurnsOption = DEFAULT_TURNS,
+    max_turns: TurnsOption = None,
     batch_size: Annotated[int, typer.Option(help="Episodes run together.", min=1)] = 16,
     limit: Annotated[int | None, typer.Option(help="Only this many cases, spread over the data.", min=1)] = None,
     baselines: Annotated[bool, typer.Option(help="Also run the oracle's clicks and the blind clicks.")] = True,
@@ -260,7 +261,7 @@ def evaluate(
             prior=prior if baselines else None,
             centre=centre,
             oracle=baselines,
-            max_turns=max_turns,
+            max_turns=max_turns or session.DEFAULT_TURNS,
             batch_size=batch_size,
             made_by={"data": str(data), "split": split or "", **session.provenance(writer, engine)},
             on_case=lambda _: advance(),

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ibisagent.domain import Case, Episode, Image, Mask, Masks, Turn, check_query
-from ibisagent.environment import MAX_TURNS, SegmentationEnv, replay, rollout
+from ibisagent.environment import SegmentationEnv, replay, rollout
 from ibisagent.errors import DataError
 from ibisagent.images import read_image, read_masks, write_mask_png, write_png
 from ibisagent.policies.base import Policy
@@ -20,6 +20,9 @@ from ibisagent.protocol import overlay, target_of
 from ibisagent.segmenters import Segmenter, load_segmenter
 from ibisagent.segmenters.runtime import RUNTIMES
 from ibisagent.store import read_record, write_record
+
+DEFAULT_TURNS = 5
+"""Where the packaged policy stops gaining, on held-out training patients (docs/log.md); the paper allows 20."""
 
 MAX_NAME_BYTES = 80
 """Longest part of a file name that is taken from an image's or an object's name; file systems allow 255 in all."""
@@ -62,7 +65,7 @@ def segment(
     policy: Policy,
     segmenter: Segmenter,
     *,
-    max_turns: int = MAX_TURNS,
+    max_turns: int = DEFAULT_TURNS,
     on_turn: Callable[[Turn], None] | None = None,
 ) -> Episode:
     """One episode of `policy` with `segmenter` on `case`; its `made_by` says all that made it.

@@ -181,7 +181,7 @@ class _FrozenFeatures:
             if self._encoder is None:
                 from ibisagent.segmenters.litemedsam import LiteMedSamEncoder
 
-                self._encoder = LiteMedSamEncoder()
+                self._encoder = LiteMedSamEncoder(exact=False)  # as in training
             embedding = self._encoder.embed(picture[None])[0]
             factor = embedding.shape[1] // GRID
             pooled = embedding.reshape(FEATURES, GRID, factor, GRID, factor).mean(axis=(2, 4))

@@ -60,7 +60,7 @@ class Bank:
         """
         from ibisagent.segmenters.litemedsam import LiteMedSamEncoder
 
-        encoder = LiteMedSamEncoder()
+        encoder = LiteMedSamEncoder(exact=False)
         sizes = Counter(groups)
         for round_, picture in np.ndindex(self.done.shape):
             random = np.random.default_rng([seed, round_, picture])
