@@ -405,12 +405,6 @@ class TestFrame:
         assert not framed[:, columns:].any()
         assert np.abs(unletterbox(framed, size) - plane).max() < 0.5 / min(rows, columns) + 0.02
 
-    def test_the_click_network_uses_the_same_frame(self) -> None:
-        from ibisagent.segmenters import click_network
-
-        plane = np.random.default_rng(0).random((61, 83)).astype(np.float32)
-        assert np.array_equal(click_network.letterbox(plane, 64), letterbox(plane, 64))
-
 
 class TestCache:
     @staticmethod

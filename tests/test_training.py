@@ -8,7 +8,8 @@ import torch
 from ibisagent.clicks import next_click
 from ibisagent.domain import Case, Click, Image
 from ibisagent.segmenters import load_segmenter
-from ibisagent.segmenters.click_network import ClickNetwork, letterbox, letterbox_scale, prompt_maps
+from ibisagent.segmenters.click_network import ClickNetwork
+from ibisagent.segmenters.frame import letterbox, letterbox_scale, prompt_maps
 from ibisagent.training import click as click_recipe
 from ibisagent.training import nano as nano_recipe
 from ibisagent.training.views import GRID, SIDE, WIDTH, Bank, random_turn

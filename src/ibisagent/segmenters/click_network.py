@@ -1,4 +1,4 @@
-"""The network of `ibis-click` and the encoding of its input: the one place that training and inference share.
+"""The network of `ibis-click`; `frame` has the encoding of its input.
 
 A promptable segmenter of the RITM kind (Sofiiuk et al. 2022): prompts and the previous mask enter as picture planes, so
 the network needs no image embedding, follows every click, and runs on any crop.
@@ -6,19 +6,13 @@ the network needs no image embedding, follows every click, and runs on any crop.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-import cv2
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ibisagent.domain import Box, Click, Prompt
-
 CHANNELS = 7  # RGB, previous mask probability, positive clicks, negative clicks, box
-CLICK_RADIUS = 3 / 256  # of the network's side
 
 
 @dataclass(frozen=True)
@@ -32,39 +26,6 @@ class ClickNetworkConfig:
     def to_dict(self) -> dict[str, object]:
         """JSON-ready form, as stored beside the weights."""
         return asdict(self)
-
-
-def letterbox_scale(size: tuple[int, int], side: int) -> float:
-    """Network pixels per image pixel when the longer side of a (H, W) image becomes `side`."""
-    return side / max(size)
-
-
-def letterbox(plane: np.ndarray, side: int) -> np.ndarray:
-    """An (H, W[, C]) array scaled so that its longer side is `side`, zero-padded at bottom and right to a square."""
-    scale = letterbox_scale(plane.shape[:2], side)
-    height, width = (max(1, round(length * scale)) for length in plane.shape[:2])
-    resized = cv2.resize(plane, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-    padding = [(0, side - height), (0, side - width)] + [(0, 0)] * (plane.ndim - 2)
-    return np.pad(resized, padding)
-
-
-def prompt_maps(prompts: Sequence[Prompt], side: int, scale: float) -> np.ndarray:
-    """The three prompt planes, (3, side, side) float32 in {0, 1}: positive discs, negative discs, box.
-
-    Prompts are in image pixels; scale is network pixels per image pixel (`letterbox_scale`). The newest box counts.
-    """
-    maps = np.zeros((3, side, side), dtype=np.float32)
-    radius = max(1, round(CLICK_RADIUS * side))
-    for prompt in prompts:
-        if isinstance(prompt, Click):
-            centre = (int((prompt.x + 0.5) * scale), int((prompt.y + 0.5) * scale))
-            cv2.circle(maps[0 if prompt.positive else 1], centre, radius, 1.0, cv2.FILLED)
-        elif isinstance(prompt, Box):
-            x0, y0 = int(prompt.x0 * scale), int(prompt.y0 * scale)
-            x1, y1 = max(x0 + 1, round(prompt.x1 * scale)), max(y0 + 1, round(prompt.y1 * scale))
-            maps[2] = 0
-            maps[2, y0:y1, x0:x1] = 1
-    return maps
 
 
 class _Block(nn.Module):

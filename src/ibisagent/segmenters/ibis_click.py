@@ -13,7 +13,7 @@ import numpy as np
 from ibisagent.domain import Image, Mask, Prompt
 from ibisagent.errors import ConfigError, SegmenterError
 from ibisagent.segmenters import Prediction, check_prior, check_prompts
-from ibisagent.segmenters.frame import unletterbox
+from ibisagent.segmenters.frame import letterbox, letterbox_scale, prompt_maps, unletterbox
 from ibisagent.segmenters.runtime import Network, choose_device, choose_runtime, first_line, load_network
 from ibisagent.segmenters.tidy import fill_small_holes, keep_prompted
 
@@ -72,8 +72,6 @@ class IbisClickSession:
     """One image. Its logits are (2, side, side) float32: the network's mask logits, and the start mask as 0 or 1."""
 
     def __init__(self, image: Image, network: Network, side: int, tidy: bool) -> None:
-        from ibisagent.segmenters.click_network import letterbox, letterbox_scale
-
         self._size = image.size
         self._network = network
         self._side = side
@@ -83,8 +81,6 @@ class IbisClickSession:
 
     def predict(self, prompts: Sequence[Prompt], prior: np.ndarray | None = None) -> Prediction:
         """See `SegmenterSession`."""
-        from ibisagent.segmenters.click_network import letterbox, prompt_maps
-
         check_prompts(prompts, self._size)
         check_prior(prior, self._size, (2, self._side, self._side))
         start = np.zeros((self._side, self._side), dtype=np.float32)

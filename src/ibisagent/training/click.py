@@ -30,7 +30,8 @@ from torch.nn import functional as F
 from ibisagent.clicks import bounding_box, interior_depth, next_click
 from ibisagent.domain import Box, Case, Click, Mask, Prompt
 from ibisagent.masks import iou
-from ibisagent.segmenters.click_network import ClickNetwork, prompt_maps
+from ibisagent.segmenters.click_network import ClickNetwork
+from ibisagent.segmenters.frame import prompt_maps
 
 STORED_SIDE = 384  # pictures are kept in memory at this longer side
 TARGET = "object"

@@ -42,7 +42,8 @@ from ibisagent.policies.nano import (
     snap_locations,
 )
 from ibisagent.protocol import START_LINE, write
-from ibisagent.segmenters.click_network import ClickNetwork, ClickNetworkConfig, prompt_maps
+from ibisagent.segmenters.click_network import ClickNetwork, ClickNetworkConfig
+from ibisagent.segmenters.frame import prompt_maps
 from ibisagent.training.click import is_development, spoilt
 from ibisagent.training.views import SIDE, Bank, random_turn
 
