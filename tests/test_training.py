@@ -7,12 +7,13 @@ import torch
 
 from ibisagent.clicks import next_click
 from ibisagent.domain import Case, Click, Image
+from ibisagent.policies.nano import FEATURES, GRID, SIDE
 from ibisagent.segmenters import load_segmenter
 from ibisagent.segmenters.click_network import ClickNetwork
 from ibisagent.segmenters.frame import letterbox, letterbox_scale, prompt_maps
 from ibisagent.training import click as click_recipe
 from ibisagent.training import nano as nano_recipe
-from ibisagent.training.views import GRID, SIDE, WIDTH, Bank, random_turn
+from ibisagent.training.views import Bank, random_turn
 
 
 def disc_case(index, shape=(97, 131)):
@@ -103,7 +104,7 @@ def bank(cases, tmp_path_factory):
     for index, picture in enumerate(pictures):
         view = cv2.resize(picture, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
         small = cv2.resize(view, (GRID, GRID), interpolation=cv2.INTER_AREA).mean(axis=2)
-        made.features[0, index] = np.repeat(small[..., None] / 100, WIDTH, axis=2) * np.linspace(-1, 1, WIDTH)
+        made.features[0, index] = np.repeat(small[..., None] / 100, FEATURES, axis=2) * np.linspace(-1, 1, FEATURES)
         made.pixels[0, index], made.turns[0, index], made.done[0, index] = view, np.eye(2, 3), 1
     return made
 

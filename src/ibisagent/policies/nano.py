@@ -162,6 +162,12 @@ class IbisNanoOutput(ModelOutput):
     region_logits: torch.Tensor | None = None
 
 
+def pool(embedding: np.ndarray) -> np.ndarray:
+    """LiteMedSAM features (FEATURES, 64, 64) averaged to (FEATURES, GRID, GRID) float16, as in training."""
+    factor = embedding.shape[1] // GRID
+    return embedding.reshape(FEATURES, GRID, factor, GRID, factor).mean(axis=(2, 4)).astype(np.float16)
+
+
 class _FrozenFeatures:
     """LiteMedSAM features of colour planes, cached by content: (N, FEATURES, GRID, GRID) float16."""
 
@@ -182,10 +188,7 @@ class _FrozenFeatures:
                 from ibisagent.segmenters.litemedsam import LiteMedSamEncoder
 
                 self._encoder = LiteMedSamEncoder(exact=False)  # as in training
-            embedding = self._encoder.embed(picture[None])[0]
-            factor = embedding.shape[1] // GRID
-            pooled = embedding.reshape(FEATURES, GRID, factor, GRID, factor).mean(axis=(2, 4))
-            self._cache[key] = pooled.astype(np.float16)
+            self._cache[key] = pool(self._encoder.embed(picture[None])[0])
             if len(self._cache) > self._capacity:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)

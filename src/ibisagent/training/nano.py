@@ -34,6 +34,7 @@ from ibisagent.domain import Box, Case, Click, Mask, Reply, Stop
 from ibisagent.masks import iou
 from ibisagent.policies.nano import (
     LOCATIONS,
+    SIDE,
     IbisNanoConfig,
     IbisNanoForConditionalGeneration,
     IbisNanoImageProcessor,
@@ -45,7 +46,7 @@ from ibisagent.protocol import START_LINE, write
 from ibisagent.segmenters.click_network import ClickNetwork, ClickNetworkConfig
 from ibisagent.segmenters.frame import prompt_maps
 from ibisagent.training.click import is_development, spoilt
-from ibisagent.training.views import SIDE, Bank, random_turn
+from ibisagent.training.views import Bank, random_turn
 
 VIEW = (SIDE, SIDE)
 CELL = SIDE // LOCATIONS

@@ -15,9 +15,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-SIDE = 256  # pictures are squashed to this square, as the nano's image processor does
-GRID = 32  # features are stored on this grid
-WIDTH = 256  # channels of the features
+from ibisagent.policies.nano import FEATURES, GRID, SIDE, pool
+
 FULL_GROUP = 40  # pictures of a data set that get every augmented view
 
 # Pictures of these have no up or down, left or right.
@@ -29,8 +28,8 @@ MIRRORED = {"fundus", "OCT"}  # right and left eye
 class Bank:
     """Memory-mapped arrays over V rounds of N pictures; round 0 is the plain picture.
 
-    features (V, N, GRID, GRID, WIDTH) float16; pixels (V, N, SIDE, SIDE, 3) uint8; turns (V, N, 2, 3) float32, affine
-    maps from squashed pixels to view pixels; done (V, N) uint8, 1 where a view is complete.
+    features (V, N, GRID, GRID, FEATURES) float16; pixels (V, N, SIDE, SIDE, 3) uint8; turns (V, N, 2, 3) float32, the
+    affine maps from squashed pixels to view pixels; done (V, N) uint8, 1 where a view is complete.
     """
 
     features: np.memmap
@@ -47,7 +46,7 @@ class Bank:
             path, full = folder / name, (rounds, pictures, *shape)
             return np.memmap(path, dtype=dtype, mode="r+" if path.exists() else "w+", shape=full)
 
-        features = array("features.f16", np.float16, GRID, GRID, WIDTH)
+        features = array("features.f16", np.float16, GRID, GRID, FEATURES)
         pixels = array("pixels.u8", np.uint8, SIDE, SIDE, 3)
         return cls(features, pixels, array("turns.f32", np.float32, 2, 3), array("done.u8", np.uint8))
 
@@ -73,19 +72,12 @@ class Bank:
                 turn = random_turn(modalities[picture], random)
                 view = _recoloured(cv2.warpAffine(view, turn, (SIDE, SIDE), flags=cv2.INTER_LINEAR), random)
             embedding = encoder.embed((view.astype(np.float32) / 255).transpose(2, 0, 1)[None])[0]
-            self.features[round_, picture] = pool(embedding)
+            self.features[round_, picture] = pool(embedding).transpose(1, 2, 0)
             self.pixels[round_, picture] = view
             self.turns[round_, picture] = turn
             self.done[round_, picture] = 1
             if picture % 100 == 99:
                 print(f"view {round_} of picture {picture + 1} of {len(pictures)} embedded", flush=True)
-
-
-def pool(embedding: np.ndarray) -> np.ndarray:
-    """LiteMedSAM features (256, 64, 64) averaged to (GRID, GRID, WIDTH)."""
-    factor = embedding.shape[1] // GRID
-    blocks = embedding.reshape(WIDTH, GRID, factor, GRID, factor).mean(axis=(2, 4))
-    return blocks.transpose(1, 2, 0)
 
 
 def random_turn(modality: str, random: np.random.Generator) -> np.ndarray:
