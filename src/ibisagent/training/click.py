@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from ibisagent.clicks import bounding_box, interior_depth, next_click
 from ibisagent.domain import Box, Case, Click, Mask, Prompt
 from ibisagent.masks import iou
-from ibisagent.segmenters.click_network import ClickNetwork
+from ibisagent.segmenters.click_network import ClickNetwork, ClickNetworkConfig
 from ibisagent.segmenters.frame import prompt_maps
 
 STORED_SIDE = 384  # pictures are kept in memory at this longer side
@@ -120,27 +120,27 @@ def _made_up_target(pair: Pair, random: np.random.Generator) -> Mask:
 
 
 def _view(pair: Pair, side: int, random: np.random.Generator) -> tuple[np.ndarray, Mask] | None:
-    """A random view of a pair on the network's grid: flip, rotate, zoom, shift. None if it lost its object."""
+    """A random view of a pair on the network's grid: the whole picture, or a window on the object as the second look
+    of `ibis-click` takes it; flipped and turned. None if the object is not to be seen in it."""
     mask = _made_up_target(pair, random) if random.random() < 0.15 else pair.mask
-    if not mask.any():
+    box = bounding_box(mask, TARGET)
+    if box is None:
         return None
-    height, width = mask.shape
-    rows, columns = np.nonzero(mask)
-    extent = max(np.ptp(rows) + 1, np.ptp(columns) + 1) / max(height, width)
-    zoom = 1.0 if random.random() < 0.25 else math.exp(random.uniform(-0.35, 0.5))
-    if random.random() < 0.3:  # a crop around the object, as the zoomed second pass and small targets need
-        zoom = np.clip(random.uniform(0.25, 0.8) / extent, 0.8, 6.0)
-    scale = side / max(height, width) * zoom
-    angle = 0.0 if random.random() < 0.4 else random.uniform(-30, 30) + 90 * random.integers(0, 4)
-    turn: np.ndarray = cv2.getRotationMatrix2D((width / 2, height / 2), angle, scale)
-    turn[:, 2] = turn[:, 2] + (side - np.array([width, height])) / 2
-    if zoom == 1.0 and angle == 0.0:
-        turn[:, 2] = 0  # exactly as at inference: picture in the upper left corner
+    size = np.array([mask.shape[1], mask.shape[0]])
+    middle = np.array([box.x0 + box.x1, box.y0 + box.y1]) / 2
+    if random.random() < 0.3:
+        window = max(size) * (1.0 if random.random() < 0.5 else math.exp(random.uniform(-0.35, 0.3)))
+        middle = size / 2 + (middle - size / 2) * random.random()
     else:
-        index = random.integers(rows.size)
-        anchor = turn @ np.array([columns[index], rows[index], 1.0])
-        wanted = side / 2 + random.uniform(-0.3, 0.3, size=2) * side
-        turn[:, 2] = turn[:, 2] + (wanted - anchor) * random.uniform(0.3, 1.0)
+        extent = max(box.x1 - box.x0, box.y1 - box.y0)
+        window = np.clip(extent * math.exp(random.uniform(-0.1, 1.15)), 0.12 * max(size), max(size))
+        middle = middle + random.uniform(-0.15, 0.15, size=2) * window
+    scale = side / window
+    angle = 0.0 if random.random() < 0.4 else random.uniform(-30, 30) + 90 * random.integers(0, 4)
+    turn: np.ndarray = cv2.getRotationMatrix2D(tuple(middle), angle, scale)
+    turn[:, 2] = turn[:, 2] + side / 2 - middle
+    if angle == 0:  # as at inference: the window lies inside the picture, or the picture in the upper left corner
+        turn[:, 2] = np.clip(turn[:, 2], np.minimum(side - scale * size, 0), 0)
     if random.random() < 0.5:
         turn[0] = [-turn[0, 0], -turn[0, 1], side - 1 - turn[0, 2]]
     shrink = scale < 0.8
@@ -187,6 +187,16 @@ def spoilt(truth: Mask, random: np.random.Generator) -> Mask:
     bite = np.zeros_like(truth, dtype=np.uint8)
     cv2.circle(bite, (x, y), 2 * radius, 1, cv2.FILLED)
     return truth & (bite == 0) if random.random() < 0.5 else truth | (bite > 0)
+
+
+def coarsened(probability: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """A mask probability as a look from farther away leaves it: half of the time blurred by a smaller grid."""
+    if random.random() < 0.5:
+        return probability
+    side = probability.shape[0]
+    small = int(random.integers(side // 6, side // 2))
+    shrunk = cv2.resize(probability, (small, small), interpolation=cv2.INTER_AREA)
+    return cv2.resize(shrunk, (side, side), interpolation=cv2.INTER_LINEAR)
 
 
 def correct(state: State, random: np.random.Generator) -> bool:
@@ -269,42 +279,41 @@ def clicks_iou(network: ClickNetwork, pairs: Sequence[Pair], side: int, clicks: 
     return [round(float(score) / len(pairs), 4) for score in scores]
 
 
-def resolution(progress: float) -> tuple[int, int]:
-    """(side, batch) by share of the time used: coarse and many first, full resolution for the last third."""
-    if progress < 0.4:
-        return 128, 32
-    return (192, 16) if progress < 0.62 else (256, 16)
-
-
 def train(
-    pairs: Sequence[Pair], development: Sequence[Pair], out: Path, *, minutes: float, seed: int, rate: float = 1.5e-3
+    pairs: Sequence[Pair],
+    development: Sequence[Pair],
+    out: Path,
+    *,
+    states: int,
+    seed: int,
+    side: int = 192,
+    batch: int = 16,
+    rate: float = 1e-3,
+    start: ClickNetwork | None = None,
 ) -> None:
-    """Train for `minutes` of wall time (resuming from OUT/checkpoint.pt) and write OUT/ibis-click.safetensors."""
-    random, start = np.random.default_rng(seed), time.monotonic()
+    """Train for `states` states (resuming from OUT/checkpoint.pt) and write OUT/ibis-click.safetensors."""
+    random = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    network = ClickNetwork().to(memory_format=torch.channels_last)
-    average = ClickNetwork()
+    network = (start or ClickNetwork(ClickNetworkConfig(side=side))).to(memory_format=torch.channels_last)
+    average = ClickNetwork(network.config)
     average.load_state_dict(network.state_dict())
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.02)
     counts = Counter(pair.group for pair in pairs)
     weights = np.array([counts[pair.group] ** -0.6 for pair in pairs])
     weights /= weights.sum()
-    step, states, used = 0, 0, 0.0
+    step = 0
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         network.load_state_dict(saved["network"])
         average.load_state_dict(saved["average"])
         optimizer.load_state_dict(saved["optimizer"])
-        step, states, used = saved["step"], saved["states"], saved["used"]
+        step = saved["step"]
         random = np.random.default_rng([seed, step])
-    pool: list[State] = []
-    pool_side, last_save, last_look, running = 0, time.monotonic(), time.monotonic(), 0.0
-    while (progress := (used + time.monotonic() - start) / (60 * minutes)) < 1:
-        side, batch = resolution(progress)
-        if side != pool_side:
-            pool, pool_side = [new_state(pairs, weights, side, random) for _ in range(3 * batch)], side
-        warm = min(1.0, step / 200)
+    pool = [new_state(pairs, weights, side, random) for _ in range(3 * batch)]
+    last_save, last_look, running = time.monotonic(), time.monotonic(), 0.0
+    while (progress := step * batch / states) < 1:
+        warm = min(1.0, (step + 1) / 200)
         for group in optimizer.param_groups:
             group["lr"] = rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
         chosen = random.choice(len(pool), batch, replace=False)
@@ -320,7 +329,7 @@ def train(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
-        step, states = step + 1, states + batch
+        step += 1
         decay = min(0.999, step / (step + 10))
         with torch.no_grad():
             for kept, fresh in zip(average.parameters(), network.parameters(), strict=True):
@@ -331,24 +340,25 @@ def train(
             state = pool[index]
             state.probability = probability
             state.clicks_left -= 1
-            if state.clicks_left < 0 or not correct(state, random):
+            if state.clicks_left < 0:
+                pool[index] = new_state(pairs, weights, side, random)
+            elif random.random() < 0.15:
+                state.probability = coarsened(probability, random)
+            elif not correct(state, random):
                 pool[index] = new_state(pairs, weights, side, random)
         now = time.monotonic()
         if now - last_look > 300:
             last_look = now
             average.eval()
             look = clicks_iou(average, development[:60], side, 5)
-            minutes_used = (used + now - start) / 60
-            print(
-                f"{minutes_used:.1f} min, {states} states, side {side}, loss {running:.3f}, IoU@1-5 {look}", flush=True
-            )
+            print(f"{step * batch} states, loss {running:.3f}, IoU@1-5 {look}", flush=True)
         if now - last_save > 240:
             last_save = now
             state_dicts = {"network": network.state_dict(), "average": average.state_dict()}
-            saved = {**state_dicts, "optimizer": optimizer.state_dict(), "step": step, "states": states}
-            torch.save({**saved, "used": used + now - start}, checkpoint.with_suffix(".tmp"))
+            saved = {**state_dicts, "optimizer": optimizer.state_dict(), "step": step}
+            torch.save(saved, checkpoint.with_suffix(".tmp"))
             os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
-    save_weights(average, out, {"states": states, "steps": step, "minutes": minutes, "seed": seed, "pairs": len(pairs)})
+    save_weights(average, out, {"states": states, "steps": step, "seed": seed, "pairs": len(pairs)})
 
 
 def save_weights(network: ClickNetwork, out: Path, recipe: dict[str, object]) -> None:
@@ -370,15 +380,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="BiomedParse-style folder or manifest")
     parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=120)
+    parser.add_argument("--states", type=int, default=200_000)
+    parser.add_argument("--side", type=int, default=192)
+    parser.add_argument("--start", type=Path, help="weights to start from")
+    parser.add_argument("--without", default="", help="data sets to leave out, comma-separated")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--licence-class", default="ok", help="use only rows of this licence class; '' for all")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     cases = [case for case in read_cases(options.data, split="train") if _licensed(case, options.licence_class)]
+    cases = [case for case in cases if case.meta.get("dataset") not in options.without.split(",")]
     pairs = pairs_from(case for case in cases if not is_development(case.patient))
     development = pairs_from(case for case in cases if is_development(case.patient))
-    train(pairs, development, options.out, minutes=options.minutes, seed=options.seed)
+    start = None
+    if options.start:
+        from ibisagent.segmenters.ibis_click import _build, _read
+
+        content, config = _read(options.start)
+        start = _build(options.start, content, config)
+    train(pairs, development, options.out, states=options.states, seed=options.seed, side=options.side, start=start)
 
 
 def _licensed(case: Case, licence_class: str) -> bool:
