@@ -1,18 +1,24 @@
 """The recipes of the packaged weights, in miniature: they run, learn, resume and save what the package loads."""
 
+import json
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
 import torch
 
+from ibisagent.cli import app
 from ibisagent.clicks import next_click
 from ibisagent.domain import Case, Click, Image
+from ibisagent.errors import ConfigError, DataError
 from ibisagent.policies.nano import FEATURES, GRID, SIDE
 from ibisagent.segmenters import load_segmenter
 from ibisagent.segmenters.click_network import ClickNetwork
 from ibisagent.segmenters.frame import letterbox, letterbox_scale, prompt_maps
 from ibisagent.training import click as click_recipe
 from ibisagent.training import nano as nano_recipe
+from ibisagent.training.click_states import Pair, new_state, pairs_from
 from ibisagent.training.views import Bank, random_turn
 
 
@@ -32,24 +38,108 @@ def cases():
     return [disc_case(index) for index in range(12)]
 
 
-def test_training_the_click_network_learns_saves_and_resumes(cases, tmp_path, capsys):
-    pairs = click_recipe.pairs_from(cases)
-    assert len(pairs) == len(cases)
-    click_recipe.train(pairs, pairs[:2], tmp_path, minutes=0.15, seed=0)
-    assert (tmp_path / "ibis-click.safetensors").stat().st_size < 12_000_000
-    segmenter = load_segmenter(f"ibis-click:{tmp_path / 'ibis-click.safetensors'}", device="cpu", runtime="torch")
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """A recipe in a file for a tiny network, and 24 discs on disk; the hash of their names holds some out."""
+    folder = tmp_path_factory.mktemp("discs")
+    rows = ["image,mask,object,patient,split,dataset,licence_class"]
+    for index in range(24):
+        case = disc_case(index)
+        cv2.imwrite(str(folder / f"{index}.png"), case.image.pixels[..., ::-1])
+        cv2.imwrite(str(folder / f"{index}_mask.png"), case.targets["disc"].astype(np.uint8) * 255)
+        rows.append(f"{index}.png,{index}_mask.png,disc,p{index},train,{'rings' if index > 20 else 'discs'},ok")
+    (folder / "index.csv").write_text("\n".join(rows))
+    lines = [
+        f'data = "{folder}"',
+        f'out = "{folder / "run"}"',
+        "states = 48",
+        "side = 64",
+        "batch = 4",
+        "look_every = 24",
+    ]
+    lines += ['licence_class = "ok"', "widths = [8, 8, 16, 16, 16]", "depth = [1, 1, 1, 1, 1]", "seed = 3"]
+    path = folder / "recipe.toml"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_a_click_network_is_trained_from_a_recipe_and_used(recipe, cases, capsys):
+    assert app(["train-segmenter", str(recipe), "--json"], standalone_mode=False) is None
+    weights = Path(json.loads(capsys.readouterr().out)["weights"])
+    segmenter = load_segmenter(f"ibis-click:{weights}", device="cpu", runtime="torch")
     truth = cases[0].targets["disc"]
     point = next_click(truth, np.zeros_like(truth), "disc")
-    prediction = segmenter.open(cases[0].image).predict([point])
-    assert prediction.mask.shape == truth.shape
+    assert segmenter.open(cases[0].image).predict([point]).mask.shape == truth.shape
+    described = json.loads(weights.with_suffix(".json").read_text())
+    assert described["trained"]["states"] == 48
+    assert "data" not in described["trained"]  # names folders of the machine
+    assert described["quality"] != [1.0, 0.0]  # fitted on held-out patients
+    assert list((weights.parent / "tensorboard").iterdir())
+
+
+def test_a_click_run_goes_on_from_its_checkpoint_and_refuses_that_of_another_recipe(recipe, tmp_path):
+    plan = click_recipe.ClickRecipe.read(recipe).model_copy(update={"out": tmp_path, "tensorboard": False})
+    seen = []
+
+    def stop_half_way(states, loss, figures):
+        seen.append(states)
+        if states == 28:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        click_recipe.train(plan, stop_half_way)
+    click_recipe.train(plan, lambda states, loss, figures: seen.append(states))
+    assert seen == [*range(4, 29, 4), *range(28, 49, 4)]  # the checkpoint was written at 24
+    with pytest.raises(ConfigError, match="another recipe \\(rate\\)"):
+        click_recipe.train(plan.model_copy(update={"rate": 0.5}))
+
+
+def test_data_sets_can_be_left_out(recipe, tmp_path):
+    plan = click_recipe.ClickRecipe.read(recipe).model_copy(update={"out": tmp_path})
+    with pytest.raises(DataError, match="no training pair is left"):
+        click_recipe.train(plan.model_copy(update={"leave_out": ("discs", "rings")}))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rate = 1", "data: Field required"),
+        ('data = "x"\nout = "y"\nrates = 1', "rates: Extra inputs"),
+        ('data = "x"\nout = "y"\nside = 100', "side: .*multiple of 32"),
+        ("rate = ", "not TOML"),
+    ],
+)
+def test_a_bad_recipe_is_one_line(tmp_path, text, message):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        click_recipe.ClickRecipe.read(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_recipe_of_the_packaged_weights_is_valid():
+    click_recipe.ClickRecipe.read(Path(__file__).parent.parent / "recipes" / "ibis-click.toml")
+
+
+def test_pictures_without_a_usable_object_do_not_hang_training(cases):
+    pair = pairs_from(cases)[0]
+    empty = Pair(pair.pixels, np.zeros_like(pair.mask), "all", pair.regions)
+    with pytest.raises(DataError, match="show no object"):
+        new_state([empty], np.ones(1), 64, np.random.default_rng(0), made_up=0.0)
+
+
+def test_quality_is_fitted():
+    logits = np.random.default_rng(0).normal(0, 2, 4000)
+    slope, shift = click_recipe.fit_quality(logits, 1 / (1 + np.exp(-(0.5 * logits - 1))))
+    assert (slope, shift) == pytest.approx((0.5, -1), abs=0.01)
 
 
 def test_one_step_of_the_click_recipe_lowers_the_loss_on_what_it_saw(cases):
     torch.manual_seed(0)
     random = np.random.default_rng(0)
-    pairs = click_recipe.pairs_from(cases)
+    pairs = pairs_from(cases)
     weights = np.full(len(pairs), 1 / len(pairs))
-    states = [click_recipe.new_state(pairs, weights, 64, random) for _ in range(4)]
+    states = [new_state(pairs, weights, 64, random) for _ in range(4)]
     inputs = torch.from_numpy(np.stack([state.network_input() for state in states]))
     truth = torch.from_numpy(np.stack([state.truth for state in states])[:, None].astype(np.float32))
     network = ClickNetwork()
@@ -66,10 +156,10 @@ def test_one_step_of_the_click_recipe_lowers_the_loss_on_what_it_saw(cases):
 
 def test_states_hold_prompts_that_fit_their_truth(cases):
     random = np.random.default_rng(1)
-    pairs = click_recipe.pairs_from(cases)
+    pairs = pairs_from(cases)
     weights = np.full(len(pairs), 1 / len(pairs))
     for _ in range(40):
-        state = click_recipe.new_state(pairs, weights, 64, random)
+        state = new_state(pairs, weights, 64, random)
         assert state.network_input().shape == (7, 64, 64)
         clicks = [prompt for prompt in state.prompts if isinstance(prompt, Click)]
         started = state.probability.any()

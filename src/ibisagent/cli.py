@@ -352,6 +352,37 @@ def trajectories(
 
 
 @app.command()
+def train_segmenter(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file, such as recipes/ibis-click.toml.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Train a click network on image-mask pairs; use it as --segmenter ibis-click:OUT/ibis-click.safetensors.
+
+    Writes checkpoint, weights and TensorBoard logs to the recipe's folder; a run that was stopped goes on from there.
+    """
+    with _status("reading the data", quiet=as_json):
+        from ibisagent.training.click import ClickRecipe, train
+
+        plan = ClickRecipe.read(recipe)
+    with _progress(plan.states, "states", quiet=as_json) as advance:
+        done = 0
+
+        def report(states: int, loss: float, figures: dict[str, float] | None) -> None:
+            nonlocal done
+            advance(states - done)
+            done = states
+            if figures is not None and not as_json:
+                told = ", ".join(f"{name} {figure:.3f}" for name, figure in figures.items())
+                stderr.print(f"{states} states, loss {loss:.3f}; held-out patients: {told}")
+
+        weights = train(plan, report)
+    if as_json:
+        _print_json({"weights": str(weights), "states": plan.states})
+    else:
+        stdout.print(f"weights: {weights}\nuse them with --segmenter ibis-click:{weights}")
+
+
+@app.command()
 def serve_policy(
     policy: PolicyOption = "ibis-nano",
     dialect: DialectOption = None,

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import cv2
 import numpy as np
 
-from ibisagent.domain import Image, Mask, Prompt
+from ibisagent.domain import Box, Image, Mask, Prompt
 from ibisagent.errors import ConfigError, SegmenterError
-from ibisagent.segmenters import Prediction, check_prior, check_prompts
-from ibisagent.segmenters.frame import letterbox, letterbox_scale, prompt_maps, unletterbox
+from ibisagent.segmenters import Prediction, Request, check_prior, check_prompts
+from ibisagent.segmenters.frame import Window, letterbox, letterbox_scale, letterbox_size, prompt_maps, unletterbox
 from ibisagent.segmenters.runtime import Network, choose_device, choose_runtime, first_line, load_network
 from ibisagent.segmenters.tidy import fill_small_holes, keep_prompted
 
@@ -22,6 +25,21 @@ if TYPE_CHECKING:
 
 PACKAGED_WEIGHTS = Path(__file__).parent.parent / "weights" / "ibis-click.safetensors"
 LICENCE = "Apache-2.0"
+CANVAS = 512  # pixels: longer side of the mask that is fed back
+MARGIN, WIDER_MARGIN = 1.6, 2.2  # of the extent of mask and prompts: side of the window on them
+SMALLEST = 0.12  # of the image's longer side: the smallest window
+NOTHING = -12.0  # logit outside the window
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What every session looks with. side: pixels a side of a look. quality: slope and shift of the predicted IoU's
+    logit, fitted on held-out patients. tidy: see `IbisClick`."""
+
+    network: Network
+    side: int
+    quality: tuple[float, float] = (1.0, 0.0)
+    tidy: bool = False
 
 
 class IbisClick:
@@ -39,63 +57,156 @@ class IbisClick:
 
         kind = "ibis-click-tidy" if tidy else "ibis-click"
         self.name = kind if weights is None else f"{kind}:{weights}"
-        self._tidy = tidy
-        path = PACKAGED_WEIGHTS if weights is None else weights
+        read = _Weights.read(PACKAGED_WEIGHTS if weights is None else weights)
+        self._weights_sha256 = hashlib.sha256(read.content).hexdigest()
         device = choose_device(device)
-        content, config = _read(path)
-        self._weights_sha256 = hashlib.sha256(content).hexdigest()
-        self._side = config.side
         code = hashlib.sha256(Path(click_network.__file__).read_bytes()).hexdigest()
-        self._network = load_network(
-            lambda: _build(path, content, config),
-            [np.zeros((1, click_network.CHANNELS, config.side, config.side), dtype=np.float32)],
+        side = read.config.side
+        network = load_network(
+            read.network,
+            [np.zeros((1, click_network.CHANNELS, side, side), dtype=np.float32)],
             key=f"ibis-click-{self._weights_sha256[:16]}-{code[:8]}",
             runtime=choose_runtime(runtime, device),
             device=device,
+            batched=True,
         )
+        self._sight = Sight(network, side, read.quality, tidy)
 
     def open(self, image: Image) -> IbisClickSession:
         """A session on `image`: only shrinks it."""
-        return IbisClickSession(image, self._network, self._side, self._tidy)
+        return IbisClickSession(image, self._sight)
 
     def describe(self) -> dict[str, str]:
         """Facts for records."""
         return {
             "segmenter": self.name,
-            "runtime": self._network.runtime,
+            "runtime": self._sight.network.runtime,
             "weights_sha256": self._weights_sha256,
             "licence": LICENCE,
         }
 
 
-class IbisClickSession:
-    """One image. Its logits are (2, side, side) float32: the network's mask logits, and the start mask as 0 or 1."""
+Looks = Generator[np.ndarray, tuple[np.ndarray, float], Prediction]
+"""Yields what the network is to see (7, side, side), is sent its mask logits (side, side) and quality logit."""
 
-    def __init__(self, image: Image, network: Network, side: int, tidy: bool) -> None:
+
+class IbisClickSession:
+    """One image. Its logits are (2, h, w) float32 on a canvas, the image at a longer side of at most CANVAS: the mask's
+    logits, and the start mask as 0 or 1.
+
+    A prediction takes one or two looks: where nothing but clicks is known yet, the whole image first; then a window on
+    what was found, the box and the clicks, so that a small object gets as many pixels as a large one (FocalClick, Chen
+    et al. 2022); and a wider window where the mask ran into the border of that one.
+    """
+
+    def __init__(self, image: Image, sight: Sight) -> None:
         self._size = image.size
-        self._network = network
-        self._side = side
-        self._tidy = tidy
-        self._scale = letterbox_scale(image.size, side)
-        self._rgb = letterbox(image.pixels, side).astype(np.float32).transpose(2, 0, 1) / 255
+        self._pixels = image.pixels
+        self.sight = sight
+        self._side = sight.side
+        self._zoom = min(1.0, letterbox_scale(image.size, CANVAS))
+        self._canvas = letterbox_size(image.size, CANVAS) if self._zoom < 1 else image.size
+        self._seen: dict[Window, np.ndarray] = {}
 
     def predict(self, prompts: Sequence[Prompt], prior: np.ndarray | None = None) -> Prediction:
         """See `SegmenterSession`."""
+        return self.predict_together([(self, prompts, prior)])[0]
+
+    @staticmethod
+    def predict_together(asked: Sequence[Request[IbisClickSession]]) -> list[Prediction]:
+        """See `segmenters.predict_together`: the looks of all requests go through the network as one batch."""
+        looks = [session._looks(prompts, prior) for session, prompts, prior in asked]
+        waiting = {index: next(look) for index, look in enumerate(looks)}
+        done: dict[int, Prediction] = {}
+        while waiting:
+            logits, quality = asked[0][0].sight.network(np.stack(list(waiting.values())))
+            seen, waiting = list(waiting), {}
+            for row, index in enumerate(seen):
+                try:
+                    waiting[index] = looks[index].send((logits[row, 0], float(quality[row])))
+                except StopIteration as end:
+                    done[index] = end.value
+        return [done[index] for index in range(len(asked))]
+
+    def _looks(self, prompts: Sequence[Prompt], prior: np.ndarray | None) -> Looks:
         check_prompts(prompts, self._size)
-        check_prior(prior, self._size, (2, self._side, self._side))
-        start = np.zeros((self._side, self._side), dtype=np.float32)
-        before = start
+        check_prior(prior, self._size, (2, *self._canvas))
+        start = np.zeros(self._canvas, dtype=np.float32)
+        before: np.ndarray | None = None
         if prior is not None and prior.dtype == np.bool_:
-            before = start = (letterbox(prior.astype(np.float32), self._side) > 0.5).astype(np.float32)
+            before = start = (_resized(prior.astype(np.uint8) * 255, self._canvas) > 127).astype(np.float32)
         elif prior is not None:
             before, start = _sigmoid(prior[0]), prior[1].astype(np.float32)
-        planes = np.concatenate([self._rgb, before[None], prompt_maps(prompts, self._side, self._scale)])
-        logits, quality = self._network(planes[None])
-        mask: Mask = unletterbox(logits[0, 0], self._size) > 0
-        if self._tidy:
-            given = unletterbox(start, self._size) > 0.5 if start.any() else None
+        if before is None and not any(isinstance(prompt, Box) for prompt in prompts):
+            window = Window.whole(self._size)
+            logits, _ = yield self._planes(window, prompts, before)
+            before = _sigmoid(self._painted(logits, window))
+        window = self._window(before, prompts, MARGIN)
+        logits, quality = yield self._planes(window, prompts, before)
+        if window.cuts(unletterbox(logits, window.size) > 0, self._size):
+            before = _sigmoid(self._painted(logits, window))
+            window = self._window(before, prompts, WIDER_MARGIN)
+            logits, quality = yield self._planes(window, prompts, before)
+        mask: Mask = np.zeros(self._size, dtype=np.bool_)
+        window.cut(mask)[:] = unletterbox(logits, window.size) > 0
+        if self.sight.tidy:
+            given = _resized(start, self._size) > 0.5 if start.any() else None
             mask = fill_small_holes(keep_prompted(mask, prompts, given), prompts)
-        return Prediction(mask, float(_sigmoid(quality)[0]), np.stack([logits[0, 0], start]))
+        slope, shift = self.sight.quality
+        return Prediction(
+            mask, float(_sigmoid(np.array(slope * quality + shift))), np.stack([self._painted(logits, window), start])
+        )
+
+    def _window(self, before: np.ndarray | None, prompts: Sequence[Prompt], margin: float) -> Window:
+        """Where to look: around the mask so far (on the canvas), the box, all positive clicks and the newest prompt."""
+        columns: list[float] = []
+        rows: list[float] = []
+        if before is not None:
+            x, y, width, height = cv2.boundingRect((before > 0.5).astype(np.uint8))
+            if width:
+                columns += [x / self._zoom, (x + width) / self._zoom]
+                rows += [y / self._zoom, (y + height) / self._zoom]
+        for prompt in prompts:
+            if isinstance(prompt, Box):
+                columns += [prompt.x0, prompt.x1]
+                rows += [prompt.y0, prompt.y1]
+            elif prompt.positive or prompt is prompts[-1]:
+                columns += [prompt.x, prompt.x + 1]
+                rows += [prompt.y, prompt.y + 1]
+        extent = Window(int(min(columns)), int(min(rows)), math.ceil(max(columns)), math.ceil(max(rows)))
+        return Window.around(extent, self._size, margin, SMALLEST)
+
+    def _planes(self, window: Window, prompts: Sequence[Prompt], before: np.ndarray | None) -> np.ndarray:
+        """(7, side, side) float32: what the network sees in `window`."""
+        colours = self._seen.get(window)
+        if colours is None:
+            colours = letterbox(window.cut(self._pixels), self._side).astype(np.float32).transpose(2, 0, 1) / 255
+            whole = Window.whole(self._size)
+            kept = {seen: planes for seen, planes in self._seen.items() if seen == whole}
+            self._seen = kept | {window: colours}  # replaced, never changed: other threads may be reading it
+        scale = letterbox_scale(window.size, self._side)
+        mask = np.zeros((self._side, self._side), dtype=np.float32)
+        if before is not None:
+            rows, columns = letterbox_size(window.size, self._side)
+            part = window.scaled(self._zoom, self._canvas)
+            mask[:rows, :columns] = _resized(part.cut(before), (rows, columns))
+        maps = prompt_maps(window.moved(prompts), self._side, scale)
+        return np.concatenate([colours, mask[None], maps])
+
+    def _painted(self, logits: np.ndarray, window: Window) -> np.ndarray:
+        """(side, side) logits of a window on the canvas: nothing is there outside the window."""
+        canvas = np.full(self._canvas, NOTHING, dtype=np.float32)
+        part = window.scaled(self._zoom, self._canvas)
+        rows, columns = letterbox_size(window.size, self._side)
+        part.cut(canvas)[:] = _resized(logits[:rows, :columns], part.size)
+        return canvas
+
+
+def _resized(plane: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """An (H, W) array on another grid."""
+    shrinks = plane.shape[0] > size[0]
+    resized: np.ndarray = cv2.resize(plane, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    return resized
 
 
 def _sigmoid(logits: np.ndarray) -> np.ndarray:
@@ -103,34 +214,50 @@ def _sigmoid(logits: np.ndarray) -> np.ndarray:
     return probability.astype(np.float32)
 
 
-def _read(path: Path) -> tuple[bytes, ClickNetworkConfig]:
-    """The weights file as bytes, and the network's shape from the .json beside it."""
-    from ibisagent.segmenters.click_network import ClickNetworkConfig
+@dataclass(frozen=True)
+class _Weights:
+    """A weights file as bytes, and what the .json beside it says: shape, and slope and shift of the quality."""
 
-    description = path.with_suffix(".json")
-    for file in (path, description):
-        if not file.is_file():
-            remedy = "reinstall ibisagent, or train: python -m ibisagent.training.click DATA -o OUT"
-            raise ConfigError(f"{file}: the weights of ibis-click are not there: {remedy}")
-    try:
-        shape = json.loads(description.read_text())["network"]
-        config = ClickNetworkConfig(side=int(shape["side"]), widths=tuple(shape["widths"]), depth=tuple(shape["depth"]))
-        return path.read_bytes(), config
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SegmenterError(f"{description}: does not describe a click network ({first_line(error)})") from error
+    path: Path
+    content: bytes
+    config: ClickNetworkConfig
+    quality: tuple[float, float]
+
+    @classmethod
+    def read(cls, path: Path) -> _Weights:
+        from ibisagent.segmenters.click_network import ClickNetworkConfig
+
+        description = path.with_suffix(".json")
+        for file in (path, description):
+            if not file.is_file():
+                remedy = "reinstall ibisagent, or train: ibisagent train-segmenter RECIPE"
+                raise ConfigError(f"{file}: the weights of ibis-click are not there: {remedy}")
+        try:
+            said = json.loads(description.read_text())
+            shape, (slope, shift) = said["network"], said["quality"]
+            config = ClickNetworkConfig(int(shape["side"]), tuple(shape["widths"]), tuple(shape["depth"]))
+            return cls(path, path.read_bytes(), config, (float(slope), float(shift)))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SegmenterError(f"{description}: does not describe a click network ({first_line(error)})") from error
+
+    def network(self) -> ClickNetwork:
+        """The network with its weights, in float32."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        from ibisagent.segmenters.click_network import ClickNetwork
+
+        network = ClickNetwork(self.config)
+        try:
+            network.load_state_dict(load(self.content))
+        except (SafetensorError, RuntimeError) as error:
+            reason = first_line(error)
+            raise SegmenterError(
+                f"{self.path}: not the weights of this network ({reason}): train them again"
+            ) from error
+        return network
 
 
-def _build(path: Path, content: bytes, config: ClickNetworkConfig) -> ClickNetwork:
-    """The network with its weights, in float32."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    from ibisagent.segmenters.click_network import ClickNetwork
-
-    network = ClickNetwork(config)
-    try:
-        network.load_state_dict(load(content))
-    except (SafetensorError, RuntimeError) as error:
-        reason = first_line(error)
-        raise SegmenterError(f"{path}: not the weights of this network ({reason}): get or train them again") from error
-    return network
+def read_click_network(weights: Path) -> ClickNetwork:
+    """The network of a .safetensors file with its .json beside it, in float32, to train or to look into."""
+    return _Weights.read(weights).network()

@@ -1,242 +1,288 @@
-"""Trains `ibis-click`: iterative click simulation on image-mask pairs (RITM, Sofiiuk et al. 2022).
+"""Trains `ibis-click`: `ibisagent train-segmenter recipes/ibis-click.toml`.
 
-    python -m ibisagent.training.click DATA -o OUT --minutes 120
-
-Each picture is an episode in a pool: it starts with a click, a box or both (or a mask to refine), the network's own
-mask is fed back, and the next click goes where `clicks.next_click` or a random wrong pixel says. The training pass is
-also the step of the episode, so simulation costs nothing extra. Resolution grows during the run, from coarse and fast
-to full.
+The training pass is also the step of the simulated episode (see `click_states`), so simulation costs nothing extra.
 """
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import json
-import math
 import os
-import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
-import cv2
 import numpy as np
 import torch
-from skimage.segmentation import felzenszwalb
+from pydantic import Field
 from torch.nn import functional as F
 
-from ibisagent.clicks import bounding_box, interior_depth, next_click
-from ibisagent.domain import Box, Case, Click, Mask, Prompt
+from ibisagent.clicks import bounding_box, next_click
+from ibisagent.domain import Click, Image
+from ibisagent.errors import ConfigError, DataError
 from ibisagent.masks import iou
 from ibisagent.segmenters.click_network import ClickNetwork, ClickNetworkConfig
-from ibisagent.segmenters.frame import prompt_maps
+from ibisagent.segmenters.ibis_click import IbisClickSession, Sight, read_click_network
+from ibisagent.segmenters.runtime import TorchNetwork, choose_device
+from ibisagent.training.click_states import (
+    TARGET,
+    Pair,
+    State,
+    coarsened,
+    correct,
+    is_development,
+    new_state,
+    pairs_from,
+)
+from ibisagent.training.run import Recipe, load_checkpoint, rate_factor, save_checkpoint, update_average
 
-STORED_SIDE = 384  # pictures are kept in memory at this longer side
-TARGET = "object"
-
-
-@dataclass(frozen=True, eq=False)
-class Pair:
-    """One picture and one of its masks, as kept in memory. group: what sampling is balanced over."""
-
-    pixels: np.ndarray
-    mask: Mask
-    group: str
-    regions: np.ndarray = field(repr=False)
-
-
-def is_development(patient: str) -> bool:
-    """Whether a training patient is held out for choosing settings: one in sixteen, by the hash of its name."""
-    return hashlib.sha256(patient.encode()).digest()[0] % 16 == 0
+SECOND_LOOKS = 0.15  # of the steps of an episode bring no click, only the mask of the look before
 
 
-def pairs_from(cases: Iterable[Case]) -> list[Pair]:
-    """The pairs of `cases`, shrunk to STORED_SIDE, with superpixels of each picture for made-up targets."""
-    pairs: list[Pair] = []
-    cached: tuple[str, np.ndarray, np.ndarray] = ("", np.empty(0), np.empty(0))
-    for case in cases:
-        if case.image.sha256 != cached[0]:
-            scale = min(1.0, STORED_SIDE / max(case.image.size))
-            pixels = cv2.resize(case.image.pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-            coarse = cv2.resize(pixels, None, fx=0.4, fy=0.4, interpolation=cv2.INTER_AREA)
-            coarse_regions = felzenszwalb(coarse, scale=100, sigma=0.6, min_size=20).astype(np.int16)
-            shape = (pixels.shape[1], pixels.shape[0])
-            regions = cv2.resize(coarse_regions, shape, interpolation=cv2.INTER_NEAREST)
-            cached = (case.image.sha256, pixels, regions)
-        _, pixels, regions = cached
-        for name, mask in (case.targets or {}).items():
-            shape = (pixels.shape[1], pixels.shape[0])
-            small = cv2.resize(mask.astype(np.uint8), shape, interpolation=cv2.INTER_NEAREST) > 0
-            pairs.append(Pair(pixels, small, f"{case.meta.get('dataset', '')}/{name}", regions))
-    return pairs
+class ClickRecipe(Recipe):
+    """How to train a click network."""
+
+    data: Path
+    """Folder in BiomedParse's layout, or a manifest; pictures are kept in memory."""
+    out: Path
+    """Folder for checkpoint, weights and logs; a run that was stopped goes on from there."""
+    licence_class: str = ""
+    """Use only rows of this licence class; empty for all."""
+    leave_out: tuple[str, ...] = ()
+    """Data sets that are not trained on."""
+    start: Path | None = None
+    """Weights to start from, such as the packaged ones; none starts from scratch."""
+    side: int = Field(192, ge=32, multiple_of=32)
+    """Pixels a side of what the network sees."""
+    widths: tuple[int, ...] = ClickNetworkConfig.widths
+    depth: tuple[int, ...] = ClickNetworkConfig.depth
+    states: int = Field(200_000, ge=1)
+    """Simulated clicks to learn from: the length of the run."""
+    batch: int = Field(16, ge=1)
+    rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.02, ge=0)
+    warm_up: int = Field(200, ge=1)
+    average_decay: float = Field(0.999, ge=0, lt=1)
+    made_up: float = Field(0.15, ge=0, le=1)
+    """Share of targets that are superpixels instead of labelled objects."""
+    window: float = Field(0.7, ge=0, le=1)
+    """Share of views that are windows on the object instead of whole pictures."""
+    look_every: int = Field(8_000, ge=1)
+    """States between two looks at the patients held out for choosing settings (one in sixteen)."""
+    seed: int = 0
+    device: str = "auto"
+    tensorboard: bool = True
 
 
-@dataclass(eq=False)
-class State:
-    """An episode in the pool, on the network's grid. planes (3, S, S) float32; truth and probability (S, S)."""
-
-    planes: np.ndarray
-    truth: Mask
-    prompts: list[Prompt]
-    probability: np.ndarray
-    clicks_left: int
-
-    def network_input(self) -> np.ndarray:
-        """(CHANNELS, S, S) float32, as `ClickNetwork` wants it."""
-        side = self.truth.shape[0]
-        maps = prompt_maps(self.prompts, side, scale=1.0)
-        return np.concatenate([self.planes, self.probability[None], maps])
+Report = Callable[[int, float, dict[str, float] | None], None]
+"""Called after each step with the states so far, the running loss, and the figures of a look if there was one."""
 
 
-def _augment_colours(pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """(S, S, 3) float32 in [0, 1] with random contrast, gamma, colour cast, inversion, grey, blur and noise."""
-    if random.random() < 0.15:
-        pixels = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2)
-    if random.random() < 0.06:
-        pixels = 1 - pixels
-    if random.random() < 0.7:
-        pixels = np.clip(pixels, 1e-4, 1) ** np.float32(math.exp(random.uniform(-0.5, 0.5)))
-        pixels = pixels * np.float32(random.uniform(0.7, 1.3)) + np.float32(random.uniform(-0.12, 0.12))
-    if random.random() < 0.3:
-        pixels = pixels * random.uniform(0.85, 1.15, size=3).astype(np.float32)
-    if random.random() < 0.2:
-        pixels = cv2.GaussianBlur(pixels, (0, 0), random.uniform(0.4, 1.5))
-    if random.random() < 0.3:
-        pixels = pixels + random.normal(0, random.uniform(0.01, 0.06), pixels.shape).astype(np.float32)
-    return np.clip(pixels, 0, 1)
+def train(recipe: ClickRecipe, report: Report = lambda states, loss, figures: None) -> Path:
+    """Train as `recipe` says, going on from its checkpoint if there is one; returns the weights file.
+
+    A run that was interrupted sees other random views than one that was not: its weights differ slightly.
+    Raises ConfigError for a checkpoint of another recipe, DataError where there is nothing to train on.
+    """
+    from ibisagent.datasets import read_cases
+
+    licences = {recipe.licence_class} if recipe.licence_class else None
+    source = read_cases(recipe.data, split="train", licence_classes=licences)
+    cases = [case for case in source if case.meta.get("dataset") not in recipe.leave_out]
+    pairs = pairs_from(case for case in cases if not is_development(case.patient))
+    held_out = pairs_from(case for case in cases if is_development(case.patient))
+    if not pairs:
+        raise DataError(f"{recipe.data}: no training pair is left after licence_class, leave_out and held-out patients")
+    recipe.out.mkdir(parents=True, exist_ok=True)
+    return _Run(recipe, pairs, held_out).go(report)
 
 
-def _made_up_target(pair: Pair, random: np.random.Generator) -> Mask:
-    """A superpixel, or a few neighbouring ones: an object that no data set names."""
-    seed = pair.regions[tuple(random.integers(0, side) for side in pair.regions.shape)]
-    mask = pair.regions == seed
-    for _ in range(random.integers(0, 3)):
-        around = pair.regions[cv2.dilate(mask.astype(np.uint8), np.ones((5, 5), np.uint8)).astype(bool) & ~mask]
-        if around.size:
-            mask |= pair.regions == random.choice(around)
-    return mask
+class _Run:
+    """One training run: network, average, optimizer, and a pool of episodes three batches deep."""
+
+    def __init__(self, recipe: ClickRecipe, pairs: Sequence[Pair], held_out: Sequence[Pair]) -> None:
+        self.recipe, self.pairs, self.held_out = recipe, pairs, held_out
+        self.device = torch.device(choose_device(recipe.device))
+        torch.manual_seed(recipe.seed)
+        shape = ClickNetworkConfig(side=recipe.side, widths=recipe.widths, depth=recipe.depth)
+        first = ClickNetwork(shape) if recipe.start is None else read_click_network(recipe.start)
+        if (first.config.widths, first.config.depth) != (shape.widths, shape.depth):
+            raise ConfigError(
+                f"{recipe.start}: has widths {first.config.widths}, the recipe {shape.widths}: make them agree"
+            )
+        self.network = ClickNetwork(shape)
+        self.network.load_state_dict(first.state_dict())
+        self.network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.average = ClickNetwork(shape)
+        self.average.load_state_dict(first.state_dict())
+        self.average.to(self.device).eval()
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=recipe.rate, weight_decay=recipe.weight_decay)
+        counts = Counter(pair.group for pair in pairs)
+        weights = np.array([counts[pair.group] ** -0.6 for pair in pairs])
+        self.weights = weights / weights.sum()
+        self.step = 0
+        self._resume()
+        self.random = np.random.default_rng([recipe.seed, self.step])
+        self.pool = [self._new_state() for _ in range(3 * recipe.batch)]
+
+    def go(self, report: Report) -> Path:
+        """Train to the end and write the weights."""
+        recipe, running = self.recipe, 0.0
+        writer = self._writer()
+        while self.step * recipe.batch < recipe.states:
+            loss = self._learn()
+            running = 0.98 * running + 0.02 * loss if running else loss
+            states = self.step * recipe.batch
+            looks = states // recipe.look_every > (states - recipe.batch) // recipe.look_every
+            figures = self._look(min(60, len(self.held_out))) if looks else None
+            if figures is not None:
+                save_checkpoint(self._checkpoint, self._state())
+            if writer is not None and (looks or self.step % 20 == 0):
+                for name, figure in {"loss": running, **(figures or {})}.items():
+                    writer.add_scalar(name, figure, states)
+            report(states, running, figures)
+        save_checkpoint(self._checkpoint, self._state())
+        return save_weights(self.average, recipe.out, self._described(), self._quality_fit())
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.recipe.out / "checkpoint.pt"
+
+    def _described(self) -> dict[str, Any]:
+        """The recipe without what names this machine."""
+        return json.loads(self.recipe.model_dump_json(exclude={"data", "out", "start", "device"}))
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "network": self.network.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "recipe": json.dumps(self._described()),
+        }
+
+    def _resume(self) -> None:
+        saved = load_checkpoint(self._checkpoint)
+        if saved is None:
+            return
+        before, now = json.loads(saved["recipe"]), self._described()
+        changed = sorted(name for name in now if before.get(name) != now[name])
+        if changed:
+            raise ConfigError(
+                f"{self._checkpoint}: made with another recipe ({', '.join(changed)}): give another out, or delete it"
+            )
+        self.network.load_state_dict(saved["network"])
+        self.average.load_state_dict(saved["average"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.step = saved["step"]
+
+    def _writer(self) -> Any:
+        if not self.recipe.tensorboard:
+            return None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(
+                "tensorboard is not installed: pip install 'ibisagent[train]', or set tensorboard = false"
+            ) from error
+        return SummaryWriter(str(self.recipe.out / "tensorboard"))
+
+    def _new_state(self) -> State:
+        recipe = self.recipe
+        return new_state(self.pairs, self.weights, recipe.side, self.random, recipe.made_up, recipe.window)
+
+    def _learn(self) -> float:
+        """One step of the optimizer on a batch of the pool, whose episodes go on with the masks it gave."""
+        recipe, random = self.recipe, self.random
+        chosen = random.choice(len(self.pool), recipe.batch, replace=False)
+        inputs = torch.from_numpy(np.stack([self.pool[i].network_input() for i in chosen])).to(self.device)
+        truth = torch.from_numpy(np.stack([self.pool[i].truth for i in chosen])[:, None].astype(np.float32))
+        truth = truth.to(self.device)
+        for group in self.optimizer.param_groups:
+            progress = self.step * recipe.batch / recipe.states
+            group["lr"] = recipe.rate * rate_factor(self.step, recipe.warm_up, progress)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            logits, quality = self.network(inputs.contiguous(memory_format=torch.channels_last))
+        logits, quality = logits.float(), quality.float()
+        inside = logits.detach() > 0
+        reached = (inside & (truth > 0)).sum((1, 2, 3)) / (inside | (truth > 0)).sum((1, 2, 3)).clamp(min=1)
+        loss = mask_loss(logits, truth) + 0.2 * F.binary_cross_entropy_with_logits(quality, reached)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        update_average(self.average, self.network, self.step, recipe.average_decay)
+        probabilities = logits.detach().sigmoid()[:, 0].cpu().numpy()
+        for index, probability in zip(chosen, probabilities, strict=True):
+            if not self._goes_on(self.pool[index], probability):
+                self.pool[index] = self._new_state()
+        return loss.item()
+
+    def _goes_on(self, state: State, probability: np.ndarray) -> bool:
+        """Give an episode its new mask and, as a rule, the next click; False when it is over."""
+        state.clicks_left -= 1
+        if state.clicks_left < 0:
+            return False
+        state.probability = probability
+        if self.random.random() < SECOND_LOOKS:
+            state.probability = coarsened(probability, self.random)
+            return True
+        return correct(state, self.random)
+
+    def _sight(self) -> Sight:
+        return Sight(TorchNetwork(deepcopy(self.average), str(self.device)), self.recipe.side)
+
+    def _look(self, count: int) -> dict[str, float] | None:
+        """Mean IoU of held-out pairs after an expert's clicks, and in their true box."""
+        if not count:
+            return None
+        sight, clicks, boxes = self._sight(), np.zeros(5), 0.0
+        for pair in self.held_out[:count]:
+            clicks += [reached for _, reached in expert_episode(sight, pair, len(clicks))]
+            box = bounding_box(pair.mask, TARGET)
+            assert box is not None
+            boxes += iou(IbisClickSession(Image(pair.pixels), sight).predict([box]).mask, pair.mask)
+        figures = {f"IoU@{index + 1}": round(float(total) / count, 4) for index, total in enumerate(clicks)}
+        return figures | {"IoU box": round(boxes / count, 4)}
+
+    def _quality_fit(self) -> tuple[float, float]:
+        """Slope and shift that turn the quality logit into the IoU of held-out masks (Platt scaling)."""
+        if not self.held_out:
+            return 1.0, 0.0
+        sight = self._sight()
+        rows = [row for pair in self.held_out for row in expert_episode(sight, pair, 10)]
+        scores, reached = np.array(rows).clip(1e-4, 1 - 1e-4).T
+        return fit_quality(np.log(scores / (1 - scores)), reached)
 
 
-def _view(pair: Pair, side: int, random: np.random.Generator) -> tuple[np.ndarray, Mask] | None:
-    """A random view of a pair on the network's grid: the whole picture, or a window on the object as the second look
-    of `ibis-click` takes it; flipped and turned. None if the object is not to be seen in it."""
-    mask = _made_up_target(pair, random) if random.random() < 0.15 else pair.mask
-    box = bounding_box(mask, TARGET)
-    if box is None:
-        return None
-    size = np.array([mask.shape[1], mask.shape[0]])
-    middle = np.array([box.x0 + box.x1, box.y0 + box.y1]) / 2
-    if random.random() < 0.3:
-        window = max(size) * (1.0 if random.random() < 0.5 else math.exp(random.uniform(-0.35, 0.3)))
-        middle = size / 2 + (middle - size / 2) * random.random()
-    else:
-        extent = max(box.x1 - box.x0, box.y1 - box.y0)
-        window = np.clip(extent * math.exp(random.uniform(-0.1, 1.15)), 0.12 * max(size), max(size))
-        middle = middle + random.uniform(-0.15, 0.15, size=2) * window
-    scale = side / window
-    angle = 0.0 if random.random() < 0.4 else random.uniform(-30, 30) + 90 * random.integers(0, 4)
-    turn: np.ndarray = cv2.getRotationMatrix2D(tuple(middle), angle, scale)
-    turn[:, 2] = turn[:, 2] + side / 2 - middle
-    if angle == 0:  # as at inference: the window lies inside the picture, or the picture in the upper left corner
-        turn[:, 2] = np.clip(turn[:, 2], np.minimum(side - scale * size, 0), 0)
-    if random.random() < 0.5:
-        turn[0] = [-turn[0, 0], -turn[0, 1], side - 1 - turn[0, 2]]
-    shrink = scale < 0.8
-    pixels = cv2.GaussianBlur(pair.pixels, (0, 0), 0.35 / scale) if shrink else pair.pixels
-    view = cv2.warpAffine(pixels, turn, (side, side), flags=cv2.INTER_LINEAR).astype(np.float32) / 255
-    truth = cv2.warpAffine(mask.astype(np.uint8), turn, (side, side), flags=cv2.INTER_NEAREST) > 0
-    inside = np.count_nonzero(truth)
-    if inside < max(6, 0.25 * mask.sum() * scale * scale) or inside > 0.95 * side * side:
-        return None
-    return _augment_colours(view, random), truth
+def expert_episode(sight: Sight, pair: Pair, clicks: int) -> list[tuple[float, float]]:
+    """(predicted IoU, IoU) after each of `clicks` expert clicks on a pair; repeats the last where nothing is wrong."""
+    session, past, prior = IbisClickSession(Image(pair.pixels), sight), list[Click](), None
+    mask, rows = np.zeros_like(pair.mask), list[tuple[float, float]]()
+    for _ in range(clicks):
+        click = next_click(pair.mask, mask, TARGET, past)
+        if click is not None:
+            past.append(click)
+            prediction = session.predict(past, prior)
+            mask, prior = prediction.mask, prediction.logits
+            rows.append((prediction.score, iou(mask, pair.mask)))
+        else:
+            rows.append(rows[-1])
+    return rows
 
 
-def _random_pixel(region: Mask, random: np.random.Generator) -> tuple[int, int]:
-    """(x, y) of a pixel of `region`, inner ones more often."""
-    depth = interior_depth(region).ravel()
-    index = int(np.searchsorted(np.cumsum(depth), random.random() * float(depth.sum())))
-    y, x = divmod(min(index, depth.size - 1), region.shape[1])
-    return x, y
+def fit_quality(logits: np.ndarray, reached: np.ndarray) -> tuple[float, float]:
+    """(slope, shift) such that sigmoid(slope * logit + shift) predicts the IoU `reached`, by least cross-entropy."""
+    from scipy.optimize import minimize
 
+    def entropy(line: np.ndarray) -> float:
+        z = line[0] * logits + line[1]
+        return float(np.mean(np.logaddexp(0, z) - reached * z))
 
-def _jittered_box(truth: Mask, random: np.random.Generator) -> Box:
-    box = bounding_box(truth, TARGET)
-    assert box is not None  # views are never empty
-    spread = random.choice([0.0, 0.05, 0.12, 0.2])
-    width, height, side = box.x1 - box.x0, box.y1 - box.y0, truth.shape[0]
-    moves = random.normal(0, spread, 4) * [width, height, width, height]
-    x0, y0 = int(np.clip(box.x0 + moves[0], 0, side - 2)), int(np.clip(box.y0 + moves[1], 0, side - 2))
-    x1, y1 = int(np.clip(box.x1 + moves[2], x0 + 1, side)), int(np.clip(box.y1 + moves[3], y0 + 1, side))
-    return Box(x0, y0, x1, y1, TARGET)
-
-
-def spoilt(truth: Mask, random: np.random.Generator) -> Mask:
-    """An imperfect start mask: eroded, dilated, shifted or with a bite taken out."""
-    kind, side = random.integers(4), truth.shape[0]
-    radius = int(random.integers(1, max(2, side // 20)))
-    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
-    if kind == 0:
-        return cv2.erode(truth.astype(np.uint8), kernel) > 0
-    if kind == 1:
-        return cv2.dilate(truth.astype(np.uint8), kernel) > 0
-    if kind == 2:
-        return np.roll(truth, random.integers(-2 * radius, 2 * radius + 1, size=2), axis=(0, 1))
-    x, y = _random_pixel(truth, random)
-    bite = np.zeros_like(truth, dtype=np.uint8)
-    cv2.circle(bite, (x, y), 2 * radius, 1, cv2.FILLED)
-    return truth & (bite == 0) if random.random() < 0.5 else truth | (bite > 0)
-
-
-def coarsened(probability: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """A mask probability as a look from farther away leaves it: half of the time blurred by a smaller grid."""
-    if random.random() < 0.5:
-        return probability
-    side = probability.shape[0]
-    small = int(random.integers(side // 6, side // 2))
-    shrunk = cv2.resize(probability, (small, small), interpolation=cv2.INTER_AREA)
-    return cv2.resize(shrunk, (side, side), interpolation=cv2.INTER_LINEAR)
-
-
-def correct(state: State, random: np.random.Generator) -> bool:
-    """Append the next corrective click to `state`; False when nothing is left to correct."""
-    current = state.probability > 0.5
-    past = [prompt for prompt in state.prompts if isinstance(prompt, Click)]
-    click = next_click(state.truth, current, TARGET, past)
-    if click is None:
-        return False
-    if random.random() < 0.3:
-        wrong = state.truth & ~current if click.positive else current & ~state.truth
-        x, y = _random_pixel(wrong, random)
-        click = Click(x, y, click.positive, TARGET)
-    state.prompts.append(click)
-    return True
-
-
-def new_state(pairs: Sequence[Pair], weights: np.ndarray, side: int, random: np.random.Generator) -> State:
-    """A fresh episode: a random view of a pair with its first prompt(s)."""
-    while True:
-        view = _view(pairs[random.choice(len(pairs), p=weights)], side, random)
-        if view is not None:
-            break
-    pixels, truth = view
-    planes = np.ascontiguousarray(pixels.transpose(2, 0, 1))
-    clicks = int(random.choice([0, 1, 2, 3, 4, 6, 9, 14], p=[0.16, 0.16, 0.16, 0.15, 0.13, 0.12, 0.08, 0.04]))
-    state = State(planes, truth, [], np.zeros(truth.shape, np.float32), clicks)
-    start = random.random()
-    if start < 0.1:
-        state.probability = spoilt(truth, random).astype(np.float32)
-        if correct(state, random):
-            return state
-    if start < 0.4:
-        state.prompts.append(_jittered_box(truth, random))
-    if start < 0.25 or start >= 0.4:
-        centred = random.random() < 0.5
-        point = next_click(truth, np.zeros_like(truth), TARGET) if centred else None
-        x, y = (point.x, point.y) if point else _random_pixel(truth, random)
-        state.prompts.append(Click(x, y, True, TARGET))
-    return state
+    slope, shift = minimize(entropy, np.array([1.0, 0.0])).x
+    return round(float(slope), 4), round(float(shift), 4)
 
 
 def mask_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
@@ -251,159 +297,15 @@ def mask_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     return (focal + soft_dice).mean()
 
 
-@torch.no_grad()
-def clicks_iou(network: ClickNetwork, pairs: Sequence[Pair], side: int, clicks: int) -> list[float]:
-    """Mean IoU on the network's grid after 1..clicks simulated clicks: a quick look during training."""
-    scores = np.zeros(clicks)
-    for pair in pairs:
-        scale = side / max(pair.mask.shape)
-        shape = (round(pair.mask.shape[1] * scale), round(pair.mask.shape[0] * scale))
-        pixels = np.zeros((side, side, 3), np.float32)
-        pixels[: shape[1], : shape[0]] = cv2.resize(pair.pixels, shape, interpolation=cv2.INTER_AREA) / 255
-        truth = np.zeros((side, side), bool)
-        truth[: shape[1], : shape[0]] = cv2.resize(pair.mask.astype(np.uint8), shape, interpolation=cv2.INTER_NEAREST)
-        state = State(pixels.transpose(2, 0, 1), truth, [], np.zeros((side, side), np.float32), clicks)
-        best = 0.0
-        for index in range(clicks):
-            click = next_click(
-                truth, state.probability > 0.5, TARGET, [p for p in state.prompts if isinstance(p, Click)]
-            )
-            if click is not None:
-                state.prompts.append(click)
-                batch = torch.from_numpy(state.network_input()[None])
-                with torch.autocast("cpu", dtype=torch.bfloat16):
-                    logits, _ = network(batch)
-                state.probability = logits.float().sigmoid()[0, 0].numpy()
-                best = iou(state.probability > 0.5, truth)
-            scores[index] += best
-    return [round(float(score) / len(pairs), 4) for score in scores]
-
-
-def train(
-    pairs: Sequence[Pair],
-    development: Sequence[Pair],
-    out: Path,
-    *,
-    states: int,
-    seed: int,
-    side: int = 192,
-    batch: int = 16,
-    rate: float = 1e-3,
-    start: ClickNetwork | None = None,
-) -> None:
-    """Train for `states` states (resuming from OUT/checkpoint.pt) and write OUT/ibis-click.safetensors."""
-    random = np.random.default_rng(seed)
-    torch.manual_seed(seed)
-    network = (start or ClickNetwork(ClickNetworkConfig(side=side))).to(memory_format=torch.channels_last)
-    average = ClickNetwork(network.config)
-    average.load_state_dict(network.state_dict())
-    optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.02)
-    counts = Counter(pair.group for pair in pairs)
-    weights = np.array([counts[pair.group] ** -0.6 for pair in pairs])
-    weights /= weights.sum()
-    step = 0
-    checkpoint = out / "checkpoint.pt"
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        network.load_state_dict(saved["network"])
-        average.load_state_dict(saved["average"])
-        optimizer.load_state_dict(saved["optimizer"])
-        step = saved["step"]
-        random = np.random.default_rng([seed, step])
-    pool = [new_state(pairs, weights, side, random) for _ in range(3 * batch)]
-    last_save, last_look, running = time.monotonic(), time.monotonic(), 0.0
-    while (progress := step * batch / states) < 1:
-        warm = min(1.0, (step + 1) / 200)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-        chosen = random.choice(len(pool), batch, replace=False)
-        inputs = torch.from_numpy(np.stack([pool[i].network_input() for i in chosen]))
-        truth = torch.from_numpy(np.stack([pool[i].truth for i in chosen])[:, None].astype(np.float32))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits, quality = network(inputs.contiguous(memory_format=torch.channels_last))
-        logits, quality = logits.float(), quality.float()
-        inside = logits.detach() > 0
-        reached = (inside & (truth > 0)).sum((1, 2, 3)) / (inside | (truth > 0)).sum((1, 2, 3)).clamp(min=1)
-        loss = mask_loss(logits, truth) + 0.2 * F.binary_cross_entropy_with_logits(quality, reached)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        decay = min(0.999, step / (step + 10))
-        with torch.no_grad():
-            for kept, fresh in zip(average.parameters(), network.parameters(), strict=True):
-                kept.lerp_(fresh, 1 - decay)
-        running = 0.98 * running + 0.02 * loss.item() if running else loss.item()
-        probabilities = logits.detach().sigmoid()[:, 0].numpy()
-        for index, probability in zip(chosen, probabilities, strict=True):
-            state = pool[index]
-            state.probability = probability
-            state.clicks_left -= 1
-            if state.clicks_left < 0:
-                pool[index] = new_state(pairs, weights, side, random)
-            elif random.random() < 0.15:
-                state.probability = coarsened(probability, random)
-            elif not correct(state, random):
-                pool[index] = new_state(pairs, weights, side, random)
-        now = time.monotonic()
-        if now - last_look > 300:
-            last_look = now
-            average.eval()
-            look = clicks_iou(average, development[:60], side, 5)
-            print(f"{step * batch} states, loss {running:.3f}, IoU@1-5 {look}", flush=True)
-        if now - last_save > 240:
-            last_save = now
-            state_dicts = {"network": network.state_dict(), "average": average.state_dict()}
-            saved = {**state_dicts, "optimizer": optimizer.state_dict(), "step": step}
-            torch.save(saved, checkpoint.with_suffix(".tmp"))
-            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
-    save_weights(average, out, {"states": states, "steps": step, "seed": seed, "pairs": len(pairs)})
-
-
-def save_weights(network: ClickNetwork, out: Path, recipe: dict[str, object]) -> None:
-    """Write ibis-click.safetensors (float16) and ibis-click.json (config and recipe) to `out`."""
+def save_weights(network: ClickNetwork, out: Path, recipe: dict[str, Any], quality: tuple[float, float]) -> Path:
+    """Write ibis-click.safetensors (float16) and ibis-click.json (shape, quality fit, recipe) to `out`."""
     from safetensors.torch import save_file
 
-    tensors = {name: tensor.half().contiguous() for name, tensor in network.state_dict().items()}
-    temporary = out / "ibis-click.safetensors.tmp"
+    tensors = {name: tensor.half().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    weights = out / "ibis-click.safetensors"
+    temporary = weights.with_suffix(".tmp")
     save_file(tensors, temporary)
-    os.replace(temporary, out / "ibis-click.safetensors")
-    description = {"network": network.config.to_dict(), "trained": recipe}
+    os.replace(temporary, weights)
+    description = {"network": network.config.to_dict(), "quality": quality, "trained": recipe}
     (out / "ibis-click.json").write_text(json.dumps(description, indent=1) + "\n")
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line of the recipe."""
-    from ibisagent.datasets import read_cases
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="BiomedParse-style folder or manifest")
-    parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--states", type=int, default=200_000)
-    parser.add_argument("--side", type=int, default=192)
-    parser.add_argument("--start", type=Path, help="weights to start from")
-    parser.add_argument("--without", default="", help="data sets to leave out, comma-separated")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--licence-class", default="ok", help="use only rows of this licence class; '' for all")
-    options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    cases = [case for case in read_cases(options.data, split="train") if _licensed(case, options.licence_class)]
-    cases = [case for case in cases if case.meta.get("dataset") not in options.without.split(",")]
-    pairs = pairs_from(case for case in cases if not is_development(case.patient))
-    development = pairs_from(case for case in cases if is_development(case.patient))
-    start = None
-    if options.start:
-        from ibisagent.segmenters.ibis_click import _build, _read
-
-        content, config = _read(options.start)
-        start = _build(options.start, content, config)
-    train(pairs, development, options.out, states=options.states, seed=options.seed, side=options.side, start=start)
-
-
-def _licensed(case: Case, licence_class: str) -> bool:
-    return not licence_class or case.meta.get("licence_class") == licence_class
-
-
-if __name__ == "__main__":
-    main()
+    return weights

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -43,9 +41,11 @@ from ibisagent.policies.nano import (
     snap_locations,
 )
 from ibisagent.protocol import START_LINE, write
-from ibisagent.segmenters.click_network import ClickNetwork, ClickNetworkConfig
+from ibisagent.segmenters.click_network import ClickNetwork
 from ibisagent.segmenters.frame import prompt_maps
-from ibisagent.training.click import is_development, spoilt
+from ibisagent.segmenters.ibis_click import read_click_network
+from ibisagent.training.click_states import is_development, spoilt
+from ibisagent.training.run import load_checkpoint, rate_factor, save_checkpoint, update_average
 from ibisagent.training.views import Bank, random_turn
 
 VIEW = (SIDE, SIDE)
@@ -530,8 +530,8 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05, betas=(0.9, 0.98))
     step, used = 0, 0.0
     checkpoint = out / "checkpoint.pt"
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
+    saved = load_checkpoint(checkpoint)
+    if saved is not None:
         model.load_state_dict(saved["model"])
         average.load_state_dict(saved["average"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -541,17 +541,14 @@ def train(
     model.train()
     while (progress := (used + time.monotonic() - start) / (60 * minutes)) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, step / 60) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+            group["lr"] = rate * rate_factor(step, 60, progress)
         loss, parts = losses(model, teacher.draw(batch), processor)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step += 1
-        decay = min(0.998, step / (step + 10))
-        with torch.no_grad():
-            for kept, fresh in zip(average.parameters(), model.parameters(), strict=True):
-                kept.lerp_(fresh, 1 - decay)
+        update_average(average, model, step, 0.998)
         shown.update(parts)
         shown["steps"] += 1
         now = time.monotonic()
@@ -565,8 +562,7 @@ def train(
             last_save = now
             states = {"model": model.state_dict(), "average": average.state_dict()}
             saved = {**states, "optimizer": optimizer.state_dict(), "step": step, "used": used + now - start}
-            torch.save(saved, checkpoint.with_suffix(".tmp"))
-            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+            save_checkpoint(checkpoint, saved)
             save(average, processor, out / "ibis-nano")
     save(average, processor, out / "ibis-nano")
     print(json.dumps({"examples": step * batch, **look(average, processor, development, bank)}), flush=True)
@@ -596,18 +592,6 @@ def pairs_and_pictures(cases: Sequence[Case]) -> tuple[list[Pair], list[np.ndarr
     return pairs, pixels, modalities, groups
 
 
-def load_segmenter_network(folder: Path) -> ClickNetwork:
-    """The click network in `folder` (ibis-click.safetensors and .json), for simulating later turns."""
-    from safetensors.torch import load_file
-
-    description: dict[str, Any] = json.loads((folder / "ibis-click.json").read_text())
-    network = ClickNetwork(ClickNetworkConfig(**description["network"]))
-    network.load_state_dict(
-        {name: tensor.float() for name, tensor in load_file(folder / "ibis-click.safetensors").items()}
-    )
-    return network.eval()
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line of the recipe."""
     from ibisagent.datasets import read_cases
@@ -615,7 +599,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="BiomedParse-style folder or manifest")
     parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--segmenter-weights", type=Path, required=True, help="folder with ibis-click.safetensors")
+    parser.add_argument("--segmenter-weights", type=Path, required=True, help="ibis-click.safetensors")
     parser.add_argument("--minutes", type=float, default=90)
     parser.add_argument("--rounds", type=int, default=4, help="views per picture, the plain one included")
     parser.add_argument("--seed", type=int, default=0)
@@ -632,7 +616,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         [pair for pair, out in zip(pairs, held_out, strict=True) if not out],
         [pair for pair, out in zip(pairs, held_out, strict=True) if out],
         bank,
-        load_segmenter_network(options.segmenter_weights),
+        read_click_network(options.segmenter_weights).eval(),
         options.out,
         minutes=options.minutes,
         seed=options.seed,

@@ -1,0 +1,65 @@
+"""What every training run needs: a recipe from a file, a rate over time, an average of the weights, checkpoints."""
+
+from __future__ import annotations
+
+import math
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ibisagent.errors import ConfigError
+
+
+class Recipe(BaseModel):
+    """Settings of a run, as read from a TOML file; unknown names and wrong types are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The recipe in `path`; paths in it are relative to the working directory. ConfigError says what is wrong."""
+        try:
+            return cls.model_validate(tomllib.loads(path.read_text()))
+        except FileNotFoundError:
+            raise ConfigError(
+                f"{path}: there is no such recipe: give a TOML file, such as recipes/ibis-click.toml"
+            ) from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not TOML ({error}): see recipes/ for examples") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ConfigError(f"{path}: {where}: {first['msg']} (given: {first.get('input')!r})") from error
+
+
+def rate_factor(step: int, warm_up: int, progress: float) -> float:
+    """Learning rate as a share of its peak: linear warm-up, then a cosine down to 2%. progress: 0 to 1."""
+    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return min(1.0, (step + 1) / warm_up) * (0.02 + 0.98 * cosine)
+
+
+@torch.no_grad()
+def update_average(average: torch.nn.Module, network: torch.nn.Module, step: int, decay: float) -> None:
+    """Move `average` towards `network`: an exponential moving average that forgets its start quickly."""
+    weight = 1 - min(decay, step / (step + 10))
+    for kept, fresh in zip(average.parameters(), network.parameters(), strict=True):
+        kept.lerp_(fresh, weight)
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` (tensors, numbers, strings) to `path`, whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any] | None:
+    """What `save_checkpoint` wrote, None if there is nothing."""
+    if not path.exists():
+        return None
+    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    return state
