@@ -254,7 +254,7 @@ def oracle_curves(
     jitter: float = 0.0,
     seed: int = 0,
 ) -> list[OracleCurve]:
-    """What an expert who sees the truth reaches with at most `prompts` prompts per target: one curve per case, in order.
+    """What an expert who sees the truth reaches with at most `prompts` prompts per target: a curve per case, in order.
 
     cases: with at least one object in each. box_first: the first prompt is the target's bounding box, all others are
     clicks. jitter, seed: see `OraclePolicy`. Raises SegmenterError when the segmenter fails.
