@@ -37,6 +37,7 @@ from ibisagent.domain import Case, Image, Prompt, union
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.evaluation import Failure, OracleCurve, ellipse_iou, judge_cases, oracle_curves, patient_interval
 from ibisagent.policies.oracle import BOX_JITTER
+from ibisagent.protocol import DIALECTS
 from ibisagent.segmenters import Prediction, Segmenter, SegmenterSession
 
 MAX_CLICKS = 20
@@ -96,11 +97,15 @@ class Milliseconds:
 
 @dataclass(frozen=True, slots=True)
 class Agent:
-    """What an evaluation measured of a policy: the IoU that it reached and the prompts that it gave, by case."""
+    """What an evaluation measured of a policy: the IoU that it reached and the prompts that it gave, by case.
+
+    boxes: whether its dialect has boxes.
+    """
 
     policy: str
     ious: Mapping[str, float]
     prompts: Mapping[str, int]
+    boxes: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +113,8 @@ class Shortfall:
     """Why an agent does not reach an IoU of 1, over the cases that it shares with a ceiling.
 
     reachable: mean IoU of an expert with as many prompts on each case as the agent gave (at least one), with the same
-    segmenter: clicks alone, or a box first (then at most max(BOX_CLICKS) clicks), whichever is better on the whole.
+    segmenter: clicks alone, or, where the agent's dialect has boxes, a box first (then at most max(BOX_CLICKS) clicks),
+    whichever is better on the whole.
     policy_share, segmenter_share: what is missing from the agent to the expert, and from the expert to 1. interval: of
     their difference, policy less segmenter, 95%, patients resampled. bottleneck: the larger share, "both" where the
     interval holds 0 or there is none.
@@ -128,8 +134,8 @@ class Shortfall:
 class Ceiling:
     """All results of one run, in the order of the cases.
 
-    absent: how many cases do not show their object. peak_memory_bytes: the most that this process ever held, None where
-    the system does not say; the memory of a GPU or of another machine is not in it.
+    absent: how many cases have no mask, as their picture shows no object. peak_memory_bytes: the most that this process
+    ever held, None where the system does not say; the memory of a GPU or of another machine is not in it.
     """
 
     made_by: Mapping[str, str]
@@ -167,12 +173,9 @@ class Ceiling:
         if not shared:
             raise ConfigError(f"{agent.policy}: its evaluation has no case in common with this run; use the same data")
         reached = np.array([agent.ious[one.case_id] for one in shared])
-        experts = [
-            np.array(
-                [curve.after(max(1, agent.prompts[one.case_id])) for one, curve in zip(shared, curves, strict=True)]
-            )
-            for curves in ([one.clicks for one in shared], [one.box_first for one in shared])
-        ]
+        prompts = [max(1, agent.prompts[one.case_id]) for one in shared]
+        ways = [[one.clicks for one in shared]] + [[one.box_first for one in shared]] * agent.boxes
+        experts = [np.array([curve.after(number) for curve, number in zip(way, prompts, strict=True)]) for way in ways]
         expert = max(experts, key=lambda ious: float(ious.mean()))
         differences = (expert - reached) - (1 - expert)
         interval = patient_interval(zip((_patient(one) for one in shared), differences.tolist(), strict=True))
@@ -250,22 +253,18 @@ def measure_ceiling(
 
     max_clicks: of the expert who only clicks, and the cap of NoC. seed: of the moved boxes. on_case: called after each
     case. Cases that fail are listed; after `evaluation.MAX_FAILURES` failures in a row the last error is raised again.
-    Raises DataError if no case can be judged because no picture shows its object, ConfigError for max_clicks < 1.
+    Raises DataError if no case has a mask, ConfigError for max_clicks < 1.
     """
     if max_clicks < 1:
         raise ConfigError(f"{max_clicks} clicks: give 1 or more")
-    shown = cases.filter(lambda row: row.mask is not None) if any(row.mask for row in cases.rows) else None
-    if shown is None:
-        raise DataError(f"{cases.where}: no row has a mask, so there is no truth to click on; give masks")
+    if not any(row.mask for row in cases.rows):
+        raise DataError(f"{cases.where}: no row has a mask, so there is no object to click on; give masks")
     timed = _Stopwatch(segmenter)
-
-    def judge(batch: Sequence[Case]) -> list[CeilingCase | None]:
-        return [_judge(case, timed, max_clicks, seed) for case in batch]
-
-    judged, failures = judge_cases(shown, judge, on_case=None if on_case is None else lambda _: on_case())
-    results = [one for one in judged if one is not None]
-    if not results and not failures:
-        raise DataError(f"{cases.where}: all masks are empty, so there is no object to click on; check the masks")
+    results, failures = judge_cases(
+        cases.filter(lambda row: row.mask is not None),
+        lambda batch: [_judge(case, timed, max_clicks, seed) for case in batch],
+        on_case=None if on_case is None else lambda _: on_case(),
+    )
     facts = {"segmenter": segmenter.name, "max_clicks": str(max_clicks), "seed": str(seed), **(made_by or {})}
     absent = len(cases) - len(results) - len(failures)
     return Ceiling(facts, max_clicks, tuple(results), tuple(failures), absent, peak_memory_bytes())
@@ -284,6 +283,7 @@ def read_agent(path: Path, segmenter: Segmenter, cases: CaseSource) -> Agent:
             str(made_by["policy"]),
             {name: float(measures["iou"]) for name, measures in found.items()},
             {name: int(measures["clicks"]) for name, measures in found.items()},
+            "dialect" not in made_by or DIALECTS[made_by["dialect"]].boxes,
         )
         theirs = str(made_by["segmenter"])
     except OSError as error:
@@ -411,12 +411,10 @@ def _milliseconds_since(started: float) -> float:
     return round((time.perf_counter() - started) * 1000, 3)
 
 
-def _judge(case: Case, segmenter: _Stopwatch, max_clicks: int, seed: int) -> CeilingCase | None:
-    """One case; None if its picture does not show the object. Raises SegmenterError."""
+def _judge(case: Case, segmenter: _Stopwatch, max_clicks: int, seed: int) -> CeilingCase:
+    """One case with an object in it. Raises SegmenterError."""
     targets = case.targets or {}
     area = float(union(targets, list(targets), case.image.size).mean())
-    if not area:
-        return None
     segmenter.restart()
     [clicks] = oracle_curves([case], segmenter, prompts=max_clicks)
     open_ms, click_ms = segmenter.open_ms, tuple(segmenter.predict_ms)

@@ -654,7 +654,7 @@ def _print_ceiling(result: Ceiling, agent: Agent | None) -> None:
     if result.peak_memory_bytes is not None:
         stdout.print(f"peak memory of this process: {result.peak_memory_bytes / 1e6:.0f} MB")
     if result.absent:
-        stdout.print(f"left out, as there is no object to click: {result.absent}")
+        stdout.print(f"left out, as they have no mask: {result.absent}")
     for failure in result.failures:
         stderr.print(f"failed, left out: {failure.case_id}: {_one_line(failure.error, 300)}")
     stdout.print(result.verdict(agent))
@@ -671,7 +671,14 @@ def _print_groups(segmenter: str, max_clicks: int, groups: Mapping[str, Group]) 
     def table(
         title: str, columns: Mapping[str, str], more: Mapping[str, Callable[[Group], str]], digits: int = 3
     ) -> None:
-        shown = Table("", "cases", *columns, *more, title=title, title_justify="left", box=SIMPLE_HEAD)
+        shown = Table(
+            *("", "cases", *columns, *more),
+            title=title,
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,  # fits into 80 columns
+        )
         for name, group in groups.items():
             cells = [f"{group.means[measure]:.{digits}f}" for measure in columns.values()]
             cells += [cell(group) for cell in more.values()]
