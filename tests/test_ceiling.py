@@ -121,7 +121,9 @@ def test_figures_by_hand(tmp_path: Path) -> None:
     assert (found["nof_80"], found["nof_85"], found["nof_90"]) == (0, 0, 1)
     assert (found["last"], found["best"], found["best_scored"]) == (0.75, 0.85, 0.8)
     assert found["ellipse"] == pytest.approx(np.pi / 4, abs=0.01)
-    [group] = {id(group): group for name, group in result.groups().items() if name == "all"}.values()
+    group = result.groups()["all"]
+    assert group.curve == (0.5, 0.8, 0.85, 0.6, 0.75, 0.75)
+    assert group.falls == (4,)
     gaps = [0.05, 0.15, 0.6, 0.05, 0.7, 0.7]  # each score but 0.05 is alone in its bin
     assert group.calibration.expected_error == pytest.approx(sum(gaps) / 6)
     assert group.intervals["click_1"] is None  # of one patient

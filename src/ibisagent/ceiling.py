@@ -23,9 +23,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -77,13 +78,23 @@ class CeilingCase:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Means of every measure over some cases, their 95% intervals (patients resampled; None for fewer than two
-    patients), and how well the segmenter's own estimates after each click agree with what was measured."""
+    """Some cases together.
+
+    means, intervals: of every measure; 95%, patients resampled, None for fewer than two patients. curve: mean IoU after
+    each of the clicks. calibration: of the segmenter's own estimates after all clicks that were given.
+    """
 
     cases: int
     means: Mapping[str, float]
     intervals: Mapping[str, tuple[float, float] | None]
+    curve: tuple[float, ...]
     calibration: Calibration
+
+    @property
+    def falls(self) -> tuple[int, ...]:
+        """The clicks (the first is 1) after which the mean IoU is lower than before."""
+        pairs = enumerate(pairwise(self.curve), start=2)
+        return tuple(number for number, (before, after) in pairs if after < before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +163,7 @@ class Ceiling:
         members[NOT_SMALL] = [one for one in self.results if one.area >= SMALL]
         for modality in sorted({one.modality or "unknown" for one in self.results}, key=str.casefold):
             members[modality] = [one for one in self.results if (one.modality or "unknown") == modality]
-        return {name: _group(cases) for name, cases in members.items() if cases}
+        return {name: _group(cases, self.max_clicks) for name, cases in members.items() if cases}
 
     def milliseconds(self) -> dict[str, Milliseconds]:
         """{"open": ..., "first click": ..., "later clicks": ...}; a kind that never occurred is left out."""
@@ -196,7 +207,7 @@ class Ceiling:
         """In plain words, from the numbers alone: where the bound is, and with `agent` who keeps it from 1."""
         if not self.results:
             return "No case could be judged."
-        overall = _group(self.results)
+        overall = _group(self.results, self.max_clicks)
         missed = sum(one.measures["nof_80"] for one in self.results)
         count = _counted(overall.cases, "case")
         more = "" if self.max_clicks == 1 else f", {self.max_clicks} clicks {overall.means['last']:.3f}"
@@ -332,7 +343,7 @@ def draw(ceiling: Ceiling) -> bytes:
     figure = Figure(figsize=(15, 5), layout="constrained")
     sizes_axes, modality_axes, trust_axes = figure.subplots(1, 3)
     overall = groups["all"]
-    numbers = _click_numbers(ceiling.max_clicks)
+    clicks, numbers = range(1, ceiling.max_clicks + 1), _click_numbers(ceiling.max_clicks)
     intervals = [overall.intervals[f"click_{number}"] for number in numbers]
     if all(interval is not None for interval in intervals):
         low, high = zip(*(interval for interval in intervals if interval is not None), strict=True)
@@ -342,9 +353,8 @@ def draw(ceiling: Ceiling) -> bytes:
         (modality_axes, modalities),
     ):
         for name, group in shown.items():
-            reached = [group.means[f"click_{number}"] for number in numbers]
             colour, width = ("black", 2.5) if name == "all" else (None, 1.5)
-            axes.plot(numbers, reached, marker="o", color=colour, linewidth=width, label=f"{name} ({group.cases})")
+            axes.plot(clicks, group.curve, marker=".", color=colour, linewidth=width, label=f"{name} ({group.cases})")
         axes.set(xlabel="an expert's clicks", ylabel="mean IoU", ylim=(0, 1), xticks=numbers)
     for name, label, dashes in (("box", "true box", "--"), ("ellipse", "ellipse in it", ":")):
         sizes_axes.axhline(overall.means[name], linestyle=dashes, color="black", label=label)
@@ -473,15 +483,17 @@ def _patient(case: CeilingCase) -> str:
     return f"{case.dataset}/{case.patient}"
 
 
-def _group(cases: Sequence[CeilingCase]) -> Group:
+def _group(cases: Sequence[CeilingCase], max_clicks: int) -> Group:
     names = list(cases[0].measures)
-    turns: Iterable[OracleCurve] = [one.clicks for one in cases]
+    curves = [one.clicks for one in cases]
     return Group(
         len(cases),
         {name: float(np.mean([one.measures[name] for one in cases])) for name in names},
         {name: patient_interval((_patient(one), one.measures[name]) for one in cases) for name in names},
+        tuple(float(np.mean([curve.after(number) for curve in curves])) for number in range(1, max_clicks + 1)),
         calibration(
-            [score for curve in turns for score in curve.scores], [reached for curve in turns for reached in curve.ious]
+            [score for curve in curves for score in curve.scores],
+            [reached for curve in curves for reached in curve.ious],
         ),
     )
 

@@ -706,6 +706,8 @@ def _print_groups(segmenter: str, max_clicks: int, groups: Mapping[str, Group]) 
         {"ECE": lambda group: f"{group.calibration.expected_error:.3f}"},
     )
     shown = {f"{number} click{'s' * (number != '1')}": name for number, name in clicks.items()}
+    if falls := groups["all"].falls:
+        stdout.print(f"the mean IoU is lower than before after click {', '.join(map(str, falls))}")
     _print_bars(groups["all"], {**shown, "true box": "box", "ellipse in it": "ellipse"})
 
 
