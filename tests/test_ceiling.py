@@ -249,6 +249,7 @@ def agent_of(iou: float, prompts: int) -> Agent:
 def test_who_is_the_bottleneck(iou: float, prompts: int, reachable: float, bottleneck: str, words: str) -> None:
     run, agent = run_of([0.5, 0.75, 0.9]), agent_of(iou, prompts)
     found = run.shortfall(agent)
+    assert found is not None
     assert (found.cases, found.agent_iou, found.reachable) == pytest.approx((12, iou, reachable))
     assert found.policy_share == pytest.approx(reachable - iou)
     assert found.segmenter_share == pytest.approx(1 - reachable)
@@ -263,10 +264,17 @@ def test_uncertain_differences_are_called_so() -> None:
     wide = Agent(
         "nano", {name: 0.1 if index % 2 else 0.75 for index, name in enumerate(names)}, dict.fromkeys(names, 2)
     )
-    assert run.shortfall(wide).policy_share > run.shortfall(wide).segmenter_share
-    assert run.shortfall(wide).bottleneck == "both"
-    with pytest.raises(ConfigError, match="no case in common"):
-        run.shortfall(Agent("nano", {"other": 1.0}, {"other": 1}))
+    found = run.shortfall(wide)
+    assert found is not None
+    assert found.policy_share > found.segmenter_share
+    assert found.bottleneck == "both"
+
+
+def test_no_case_in_common_costs_no_run() -> None:
+    run, agent = run_of([0.5, 0.75, 0.9]), Agent("nano", {"other": 1.0}, {"other": 1})
+    assert run.shortfall(agent) is None
+    assert run.to_json(agent)["agent"] is None
+    assert "nothing to compare" in run.verdict(agent)
 
 
 # ------------------------------------------------------------------------------------------------------ calibration

@@ -178,11 +178,11 @@ class Ceiling:
             if values
         }
 
-    def shortfall(self, agent: Agent) -> Shortfall:
-        """Compare with what a policy reached on the same cases; ConfigError if there is no common case."""
+    def shortfall(self, agent: Agent) -> Shortfall | None:
+        """Compare with what a policy reached on the same cases; None if no case was judged in both."""
         shared = [one for one in self.results if one.case_id in agent.ious]
         if not shared:
-            raise ConfigError(f"{agent.policy}: its evaluation has no case in common with this run; use the same data")
+            return None
         reached = np.array([agent.ious[one.case_id] for one in shared])
         prompts = [max(1, agent.prompts[one.case_id]) for one in shared]
         ways = [[one.clicks for one in shared]] + [[one.box_first for one in shared]] * agent.boxes
@@ -222,6 +222,8 @@ class Ceiling:
                 " ibisagent evaluate DATA -o agent.json, then --agent agent.json here."
             )
         found = self.shortfall(agent)
+        if found is None:
+            return f"{bound} No case was judged both here and with {agent.policy}, so there is nothing to compare."
         judgement = {
             "policy": "the policy is the bottleneck",
             "segmenter": "the segmenter is the bottleneck",
@@ -237,11 +239,12 @@ class Ceiling:
 
     def to_json(self, agent: Agent | None = None) -> dict[str, Any]:
         """Everything as plain JSON values: made_by, groups, times, memory, verdict, failures, one row per case."""
+        shortfall = None if agent is None else self.shortfall(agent)
         return {
             "made_by": dict(self.made_by),
             "max_clicks": self.max_clicks,
             "verdict": self.verdict(agent),
-            "agent": asdict(self.shortfall(agent)) if agent and self.results else None,
+            "agent": None if shortfall is None else asdict(shortfall),
             "groups": {name: asdict(group) for name, group in self.groups().items()},
             "milliseconds": {name: asdict(times) for name, times in self.milliseconds().items()},
             "peak_memory_bytes": self.peak_memory_bytes,
@@ -308,7 +311,7 @@ def read_agent(path: Path, segmenter: Segmenter, cases: CaseSource) -> Agent:
     ours = segmenter.describe().get("weights_sha256", "")
     if made_by.get("weights_sha256", ours) != ours:
         raise ConfigError(f"{path}: was made with other weights of {theirs}; evaluate again with these")
-    if not any(row.id in agent.ious for row in cases.rows):
+    if not any(row.id in agent.ious for row in cases.rows if row.mask is not None):
         raise ConfigError(f"{path}: has no case in common with {cases.where}; evaluate on the same data and split")
     return agent
 
