@@ -12,10 +12,10 @@ SOURCE = Path(__file__).parent.parent / "src" / "ibisagent"
 LAYERS = (
     ("errors",),
     ("domain",),
-    ("masks", "images", "clicks", "protocol"),
+    ("masks", "images", "clicks", "protocol", "calibration"),
     ("segmenters", "policies", "datasets", "store"),
     ("environment", "rewards"),
-    ("teacher", "trajectories", "training", "evaluation", "session", "inventory"),
+    ("teacher", "trajectories", "training", "evaluation", "ceiling", "session", "inventory"),
     ("server",),
     ("cli",),
     ("__main__",),
@@ -23,6 +23,7 @@ LAYERS = (
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 SIDEWAYS = {
     ("policies.nano", "segmenters"),  # its eye is LiteMedSAM's encoder, which is embedded once for both
+    ("ceiling", "evaluation"),  # the expert's curves, the interval and the loop over cases are the same in both
 }
 HEAVY = {"torch", "torchvision", "transformers", "trl", "peft", "timm", "accelerate"}
 MAY_BE_HEAVY = ("segmenters/", "policies/mllm", "policies/nano", "training/", "inventory")  # the last: doctor looks

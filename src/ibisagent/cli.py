@@ -6,13 +6,14 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.bar import Bar
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -22,6 +23,7 @@ from typer.core import TyperGroup
 from ibisagent.errors import ConfigError, IbisError
 
 if TYPE_CHECKING:
+    from ibisagent.ceiling import Agent, Ceiling, Group
     from ibisagent.datasets import CaseSource
     from ibisagent.domain import Episode, Turn
     from ibisagent.evaluation import Evaluation, Summary
@@ -275,6 +277,68 @@ def evaluate(
         _print_json(plain)
     else:
         _print_evaluation(result, by)
+    if result.failures:
+        raise typer.Exit(EXIT_ERROR)
+
+
+@app.command()
+def ceiling(
+    data: Annotated[Path, typer.Argument(help="Data set folder, or a manifest (.csv, .jsonl).")],
+    split: Annotated[str | None, typer.Option(help="Rows to measure. Default: val where it exists, else all.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for ceiling.json, with every case, and ceiling.png.")
+    ] = None,
+    segmenter: SegmenterOption = "ibis-click",
+    clicks: Annotated[int, typer.Option(help="Most clicks per object; NoC counts a failure as so many.", min=1)] = 20,
+    limit: Annotated[int | None, typer.Option(help="Only this many cases, spread over the data.", min=1)] = None,
+    agent: Annotated[
+        Path | None, typer.Option(help="What 'evaluate -o' wrote: tells whether policy or segmenter limits that agent.")
+    ] = None,
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what SEGMENTER can reach on the masks of DATA when an expert who sees them clicks.
+
+    Run it before any training: no policy that only prompts this segmenter can be expected to do better. Cases that fail
+    are listed and left out.
+    """
+    with _status("reading the data and loading the segmenter", quiet=as_json):
+        from importlib.util import find_spec
+
+        from ibisagent import ceiling as measuring
+        from ibisagent.segmenters import load_segmenter
+
+        drawable = find_spec("matplotlib") is not None
+        if output is not None:
+            from ibisagent.store import make_folder
+
+            make_folder(output)
+            if not drawable:
+                stderr.print("matplotlib is not installed, so no ceiling.png: pip install 'ibisagent[plot]'")
+        _, cases = _cases(data, split, limit)
+        engine = load_segmenter(segmenter, device=device)
+        compared = None if agent is None else measuring.read_agent(agent, engine, cases)
+    with _progress(len(cases), "cases", quiet=as_json) as advance:
+        result = measuring.measure_ceiling(
+            cases,
+            engine,
+            max_clicks=clicks,
+            seed=seed,
+            made_by={"data": str(data), "split": split or "", **engine.describe()},
+            on_case=advance,
+        )
+    plain = result.to_json(compared)
+    if output is not None:
+        from ibisagent.images import write_whole
+
+        write_whole((json.dumps(plain, indent=1) + "\n").encode(), output / "ceiling.json")
+        if drawable and result.results:
+            write_whole(measuring.draw(result), output / "ceiling.png")
+    if as_json:
+        _print_json(plain)
+    else:
+        _print_ceiling(result, compared)
     if result.failures:
         raise typer.Exit(EXIT_ERROR)
 
@@ -611,6 +675,86 @@ def _print_evaluation(result: Evaluation, by: str) -> None:
     stdout.print("episodes ended: " + ", ".join(f"{name} {count}" for name, count in overall.stops.items()))
     for failure in result.failures:
         stderr.print(f"failed, left out: {failure.case_id}: {_one_line(failure.error, 300)}")
+
+
+def _print_ceiling(result: Ceiling, agent: Agent | None) -> None:
+    if groups := result.groups():
+        _print_groups(result.made_by["segmenter"], result.max_clicks, groups)
+    for kind, times in result.milliseconds().items():
+        stdout.print(f"{kind}: {times.median:.1f} ms median, {times.p95:.1f} ms p95 ({times.count})")
+    if result.peak_memory_bytes is not None:
+        stdout.print(f"peak memory of this process: {result.peak_memory_bytes / 1e6:.0f} MB")
+    if result.absent:
+        stdout.print(f"left out, as they have no mask: {result.absent}")
+    for failure in result.failures:
+        stderr.print(f"failed, left out: {failure.case_id}: {_one_line(failure.error, 300)}")
+    stdout.print(result.verdict(agent))
+
+
+def _print_groups(segmenter: str, max_clicks: int, groups: Mapping[str, Group]) -> None:
+    means = groups["all"].means
+    clicks = {name.removeprefix("click_"): name for name in means if name.startswith("click_")}
+    boxes = {"ellipse": "ellipse", "box": "box", "±10%": "box_off_10", "±20%": "box_off_20"}
+    boxes |= {f"+{name.removeprefix('box_click_')}": name for name in means if name.startswith("box_click_")}
+    goals = [name.removeprefix("noc_") for name in means if name.startswith("noc_")]
+    middle = "5" if "5" in clicks else str(max_clicks)
+
+    def table(
+        title: str, columns: Mapping[str, str], more: Mapping[str, Callable[[Group], str]], digits: int = 3
+    ) -> None:
+        shown = Table(
+            *("", "cases", *columns, *more),
+            title=title,
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,  # fits into 80 columns
+        )
+        for name, group in groups.items():
+            cells = [f"{group.means[measure]:.{digits}f}" for measure in columns.values()]
+            cells += [cell(group) for cell in more.values()]
+            shown.add_row(_one_line(name, 20).removeprefix("area "), str(group.cases), *cells)
+        stdout.print(shown)
+
+    def never(goal: str) -> Callable[[Group], str]:
+        return lambda group: f"{group.means[f'nof_{goal}'] * group.cases:.0f} ({group.means[f'nof_{goal}']:.0%})"
+
+    table(
+        f"{segmenter}: mean IoU after so many clicks of an expert",
+        clicks,
+        {f"95% at {middle}": lambda group: _interval_text(group, clicks[middle])},
+    )
+    table("the true box: its ellipse, alone, moved, and with so many clicks (mean IoU)", boxes, {})
+    table(
+        f"clicks to an IoU in % (NoC; {max_clicks} for each of the cases that never reach it, NoF)",
+        {f"NoC{goal}": f"noc_{goal}" for goal in goals},
+        {f"NoF{goal}": never(goal) for goal in goals},
+        digits=1,
+    )
+    table(
+        "which mask to keep (mean IoU), and the calibration error of the estimated IoU (ECE)",
+        {"last mask": "last", "best scored": "best_scored", "best": "best"},
+        {"ECE": lambda group: f"{group.calibration.expected_error:.3f}"},
+    )
+    shown = {f"{number} click{'s' * (number != '1')}": name for number, name in clicks.items()}
+    if falls := groups["all"].falls:
+        stdout.print(f"the mean IoU is lower than before after click {', '.join(map(str, falls))}")
+    _print_bars(groups["all"], {**shown, "true box": "box", "ellipse in it": "ellipse"})
+
+
+def _print_bars(group: Group, measures: Mapping[str, str]) -> None:
+    """Mean IoUs as bars from 0 to 1."""
+    title = f"mean IoU, {group.cases} case{'s' * (group.cases != 1)} (95% interval, patients resampled)"
+    table = Table("", "", "", "", title=title, title_justify="left", box=None, show_header=False)
+    for label, name in measures.items():
+        bar = Bar(1, 0, group.means[name], width=40)
+        table.add_row(label, bar, f"{group.means[name]:.3f}", _interval_text(group, name))
+    stdout.print(table)
+
+
+def _interval_text(group: Group, measure: str) -> str:
+    interval = group.intervals[measure]
+    return "" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
 
 
 @contextmanager

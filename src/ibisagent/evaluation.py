@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -42,6 +42,8 @@ ORACLE_CLICKS = (1, 2, 3, 5, 10)
 FIRST_BOX_IOU = 0.5
 MAX_FAILURES = 20
 """Failures in a row after which an evaluation gives up: then it is the machinery, not the cases."""
+
+Judged = TypeVar("Judged")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,9 @@ def summarise(results: Sequence[CaseResult], *, resamples: int = 2_000, seed: in
         name: float(np.mean([result.measures[name] for result in results if name in result.measures])) for name in names
     }
     stops = Counter(result.stop for result in results)
-    return Summary(len(results), means, _interval(results, resamples, seed), dict(stops.most_common()))
+    ious = [(f"{one.dataset}/{one.patient}", one.measures["iou"]) for one in results if "iou" in one.measures]
+    interval = patient_interval(ious, resamples=resamples, seed=seed)
+    return Summary(len(results), means, interval, dict(stops.most_common()))
 
 
 def evaluate(
@@ -137,30 +141,53 @@ def evaluate(
     a row the last error is raised again. ConfigError (a dialect that does not fit, for example) is raised at once.
     """
     blind = {name: baseline for name, baseline in (("prior", prior), ("centre", centre)) if baseline is not None}
-    results: list[CaseResult] = []
+    results, failures = judge_cases(
+        cases,
+        lambda batch: _judge(batch, policy, segmenter, blind, oracle, max_turns, made_by or {}),
+        batch_size=batch_size,
+        on_case=on_case,
+    )
+    facts = {"policy": policy.name, "segmenter": segmenter.name, "max_turns": str(max_turns), **(made_by or {})}
+    return Evaluation(facts, tuple(results), tuple(failures))
+
+
+def judge_cases(
+    cases: CaseSource,
+    judge: Callable[[Sequence[Case]], Sequence[Judged]],
+    *,
+    batch_size: int = 1,
+    on_case: Callable[[Judged | Failure], None] | None = None,
+) -> tuple[list[Judged], list[Failure]]:
+    """(what `judge` says of every case that can be judged, the failures), both in the order of `cases`.
+
+    judge: one judgement per case of a batch, in order; a batch for which it raises PolicyError or SegmenterError is
+    judged again case by case. on_case: called after each case. After MAX_FAILURES failures in a row the last error is
+    raised again; errors of other kinds are raised at once.
+    """
+    results: list[Judged] = []
     failures: list[Failure] = []
     in_a_row = 0
 
-    def judge(batch: Sequence[Case]) -> Iterator[CaseResult | IbisError]:
+    def judged(batch: Sequence[Case]) -> Iterator[Judged | IbisError]:
         try:
-            yield from _judge(batch, policy, segmenter, blind, oracle, max_turns, made_by or {})
+            yield from judge(batch)
         except (PolicyError, SegmenterError) as error:
             if len(batch) == 1:
                 yield error
             else:  # find out which of them it was
                 for case in batch:
-                    yield from judge([case])
+                    yield from judged([case])
 
     for start in range(0, len(cases), batch_size):
         rows = cases.rows[start : start + batch_size]
-        outcomes: dict[str, CaseResult | IbisError] = {}
+        outcomes: dict[str, Judged | IbisError] = {}
         batch: list[Case] = []
         for row in rows:
             try:
                 batch.append(cases.decode(row))
             except DataError as error:
                 outcomes[row.id] = error
-        outcomes.update(zip((case.id for case in batch), judge(batch) if batch else (), strict=True))
+        outcomes.update(zip((case.id for case in batch), judged(batch) if batch else (), strict=True))
         for row in rows:
             outcome = outcomes[row.id]
             if isinstance(outcome, IbisError):
@@ -173,8 +200,7 @@ def evaluate(
                 in_a_row = 0
             if on_case is not None:
                 on_case(failures[-1] if isinstance(outcome, IbisError) else outcome)
-    facts = {"policy": policy.name, "segmenter": segmenter.name, "max_turns": str(max_turns), **(made_by or {})}
-    return Evaluation(facts, tuple(results), tuple(failures))
+    return results, failures
 
 
 def location_prior(training: CaseSource, cases: CaseSource) -> LocationPriorPolicy | None:
@@ -202,6 +228,73 @@ def agreement(masks: Masks, case: Case) -> tuple[float, float]:
         found[target] = found[target] | masks[said]
     pairs = [(found[target], truth) for target, truth in case.targets.items()]
     return float(np.mean([iou(*pair) for pair in pairs])), float(np.mean([dice(*pair) for pair in pairs]))
+
+
+@dataclass(frozen=True, slots=True)
+class OracleCurve:
+    """An expert's prompts on one case: the IoU after each of them, and the segmenter's own estimate of it.
+
+    Both are in [0, 1] and equally long. They end early where no wrong pixel is left to click.
+    """
+
+    ious: tuple[float, ...]
+    scores: tuple[float, ...]
+
+    def after(self, prompts: int) -> float:
+        """The IoU after that many prompts (at least one); after the last one it stays as it is."""
+        return self.ious[min(prompts, len(self.ious)) - 1]
+
+
+def oracle_curves(
+    cases: Sequence[Case],
+    segmenter: Segmenter,
+    *,
+    prompts: int,
+    box_first: bool = False,
+    jitter: float = 0.0,
+    seed: int = 0,
+) -> list[OracleCurve]:
+    """What an expert who sees the truth reaches with at most `prompts` prompts per target: a curve per case, in order.
+
+    cases: with at least one object in each. box_first: the first prompt is the target's bounding box, all others are
+    clicks. jitter, seed: see `OraclePolicy`. Raises SegmenterError when the segmenter fails.
+    """
+    expert = OraclePolicy(
+        cases, iou_threshold=1.0, max_clicks=prompts, box_first=float(box_first), jitter=jitter, seed=seed
+    )
+    envs = [SegmentationEnv(case, segmenter, dialect=expert.dialect, max_turns=prompts) for case in cases]
+    curves = []
+    for case, episode in zip(cases, rollout(expert, envs), strict=True):
+        turns = [(turn.after, turn.segmenter_score) for turn in episode.turns]
+        prompted = [(agreement(masks, case)[0], score) for masks, score in turns if score is not None]
+        curves.append(OracleCurve(tuple(reached for reached, _ in prompted), tuple(score for _, score in prompted)))
+    return curves
+
+
+def ellipse_iou(case: Case) -> float:
+    """IoU of the ellipse inside the true bounding box of every target: what needs no segmenter, but the truth's box."""
+    boxes = {name: bounding_box(truth, name) for name, truth in (case.targets or {}).items()}
+    ellipses = {name: ellipse(box, case.image.size) for name, box in boxes.items() if box is not None}
+    return agreement(ellipses, case)[0]
+
+
+def patient_interval(
+    values: Iterable[tuple[str, float]], *, resamples: int = 2_000, seed: int = 0
+) -> tuple[float, float] | None:
+    """95% interval of the mean of `values`, pairs of (patient, value); None for fewer than two patients.
+
+    Percentile bootstrap over patients: images of one patient are no independent evidence.
+    """
+    by_patient: dict[str, list[float]] = {}
+    for patient, value in values:
+        by_patient.setdefault(patient, []).append(value)
+    if len(by_patient) < 2:
+        return None
+    sums = np.array([sum(values) for values in by_patient.values()])
+    counts = np.array([len(values) for values in by_patient.values()])
+    drawn = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
+    low, high = np.percentile(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1), [2.5, 97.5])
+    return float(low), float(high)
 
 
 def first_action_hits(episode: Episode, case: Case) -> bool | None:
@@ -267,12 +360,10 @@ def _judge(
             row[f"{name}_iou"] = agreement(episode.masks, case)[0]
             row[f"{name}_hit"] = float(bool(first_action_hits(episode, case)))
     if oracle:
-        clicks = max(ORACLE_CLICKS)
-        expert = OraclePolicy(seen, iou_threshold=1.0, max_clicks=clicks)
-        for (case, row), episode in zip(visible, run(expert, seen, clicks), strict=True):
-            row["ellipse_iou"] = agreement(_ellipses(case), case)[0]
-            for count in ORACLE_CLICKS:
-                row[f"oracle_iou_{count}"] = agreement(_masks_after(episode, count), case)[0]
+        curves = oracle_curves(seen, segmenter, prompts=max(ORACLE_CLICKS))
+        for (case, row), curve in zip(visible, curves, strict=True):
+            row["ellipse_iou"] = ellipse_iou(case)
+            row |= {f"oracle_iou_{count}": curve.after(count) for count in ORACLE_CLICKS}
     return [
         CaseResult(
             case.id,
@@ -285,28 +376,3 @@ def _judge(
         )
         for case, episode, row in zip(batch, episodes, rows, strict=True)
     ]
-
-
-def _masks_after(episode: Episode, turns: int) -> Masks:
-    """The masks after that many turns, or the last ones if there were fewer."""
-    return episode.turns[min(turns, len(episode.turns)) - 1].after if episode.turns else episode.start
-
-
-def _ellipses(case: Case) -> Masks:
-    boxes = {name: bounding_box(truth, name) for name, truth in (case.targets or {}).items()}
-    return {name: ellipse(box, case.image.size) for name, box in boxes.items() if box is not None}
-
-
-def _interval(results: Sequence[CaseResult], resamples: int, seed: int) -> tuple[float, float] | None:
-    """Percentile bootstrap over patients: images of one patient are no independent evidence."""
-    by_patient: dict[str, list[float]] = {}
-    for result in results:
-        if "iou" in result.measures:
-            by_patient.setdefault(f"{result.dataset}/{result.patient}", []).append(result.measures["iou"])
-    if len(by_patient) < 2:
-        return None
-    sums = np.array([sum(values) for values in by_patient.values()])
-    counts = np.array([len(values) for values in by_patient.values()])
-    drawn = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
-    low, high = np.percentile(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1), [2.5, 97.5])
-    return float(low), float(high)
