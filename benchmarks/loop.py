@@ -16,11 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from typing import Any
 
 from ibisagent import session
 from ibisagent.datasets import CaseSource, read_cases
+from ibisagent.domain import Case
 from ibisagent.environment import SegmentationEnv, rollout
 from ibisagent.policies import load_policy
 from ibisagent.segmenters import load_segmenter
@@ -28,6 +28,7 @@ from ibisagent.segmenters import load_segmenter
 IMAGES = 50
 WARM_UP = 3
 TOGETHER = 16
+CASES_OF_A_GROUP = 2  # a training step of reinforcement learning draws several episodes of each case
 REPEATS = 7
 LIMITS = {
     "seconds_per_image": ("<=", 2.0),
@@ -66,31 +67,31 @@ def seconds_per_image(cases: CaseSource, policy: str, segmenter: str) -> dict[st
     }
 
 
-def together_against_one_by_one(cases: CaseSource, policy: str, segmenter: str) -> dict[str, float]:
-    """Episodes per second of `cases` in one rollout, and one after the other; both with fresh models, used once."""
+def together_against_one_by_one(
+    cases: CaseSource, policy: str, segmenter: str, *, episodes_each: int = 1, temperature: float = 0.0
+) -> tuple[float, float]:
+    """Episodes per second in one rollout, and one after the other; both with fresh models.
 
-    def run(batches: Callable[[list[SegmentationEnv]], list[list[SegmentationEnv]]]) -> float:
-        writer, engine = load_policy(policy, batch_size=TOGETHER), load_segmenter(segmenter)
-        loaded = list(cases)
-        rollout(
-            writer, [SegmentationEnv(loaded[-1], engine, dialect=writer.dialect, max_turns=session.DEFAULT_TURNS)]
-        )  # whatever is loaded on first use
-        envs = [
-            SegmentationEnv(case, engine, dialect=writer.dialect, max_turns=session.DEFAULT_TURNS)
-            for case in loaded[:TOGETHER]
-        ]
+    The last of `cases` only warms up; the others are run `episodes_each` times, and share what caches keep of a picture.
+    """
+
+    def run(size: int) -> float:
+        writer: Any = load_policy(policy, batch_size=TOGETHER, temperature=temperature)
+        engine = load_segmenter(segmenter)
+        *loaded, spare = cases
+
+        def env(case: Case) -> SegmentationEnv:
+            return SegmentationEnv(case, engine, dialect=writer.dialect, max_turns=session.DEFAULT_TURNS)
+
+        rollout(writer, [env(spare)])  # whatever is loaded on first use
+        envs = [env(case) for case in loaded for _ in range(episodes_each)]
         started = time.perf_counter()
-        for batch in batches(envs):
-            rollout(writer, batch)
+        for first in range(0, len(envs), size):
+            writer.seed = first  # or else episodes of one case, one by one, would be the same one
+            rollout(writer, envs[first : first + size])
         return len(envs) / (time.perf_counter() - started)
 
-    together = run(lambda envs: [envs])
-    alone = run(lambda envs: [[env] for env in envs])
-    return {
-        "episodes_per_second_together": together,
-        "episodes_per_second_one_by_one": alone,
-        "speed_up_together": together / alone,
-    }
+    return run(TOGETHER), run(1)
 
 
 def start_up(*arguments: str) -> float:
@@ -113,15 +114,28 @@ def main() -> None:
     if "IBIS_DATA" not in os.environ:
         parser.error("set IBIS_DATA to a labelled data set, as 'ibisagent evaluate' reads it")
     cases = read_cases(os.environ["IBIS_DATA"], split="val")
+    load, models = os.getloadavg()[0], (options.policy, options.segmenter)
+    together, alone = together_against_one_by_one(distinct_images(cases, TOGETHER + 1), *models)
+    grouped, grouped_alone = together_against_one_by_one(
+        distinct_images(cases, CASES_OF_A_GROUP + 1),
+        *models,
+        episodes_each=TOGETHER // CASES_OF_A_GROUP,
+        temperature=1.0,
+    )
     figures: dict[str, Any] = {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "load_before": os.getloadavg()[0],
+        "load_before": load,
         "policy": options.policy,
         "segmenter": options.segmenter,
         "help_seconds": start_up("-m", "ibisagent", "--help"),
         "import_seconds": start_up("-c", "import ibisagent"),
-        **seconds_per_image(distinct_images(cases, IMAGES + WARM_UP), options.policy, options.segmenter),
-        **together_against_one_by_one(distinct_images(cases, TOGETHER + 1), options.policy, options.segmenter),
+        **seconds_per_image(distinct_images(cases, IMAGES + WARM_UP), *models),
+        "episodes_per_second_together": together,
+        "episodes_per_second_one_by_one": alone,
+        "speed_up_together": together / alone,
+        f"groups_of_{CASES_OF_A_GROUP}_cases_episodes_per_second_together": grouped,
+        f"groups_of_{CASES_OF_A_GROUP}_cases_episodes_per_second_one_by_one": grouped_alone,
+        f"groups_of_{CASES_OF_A_GROUP}_cases_speed_up_together": grouped / grouped_alone,
     }
     if options.json:
         print(json.dumps(figures, indent=1))
