@@ -69,10 +69,10 @@ def seconds_per_image(cases: CaseSource, policy: str, segmenter: str) -> dict[st
 
 def together_against_one_by_one(
     cases: CaseSource, policy: str, segmenter: str, *, episodes_each: int = 1, temperature: float = 0.0
-) -> tuple[float, float]:
+) -> dict[str, float]:
     """Episodes per second in one rollout, and one after the other; both with fresh models.
 
-    The last of `cases` only warms up; the others are run `episodes_each` times, and share what caches keep of a picture.
+    The last of `cases` only warms up; the others are run `episodes_each` times and share what caches keep of a picture.
     """
 
     def run(size: int) -> float:
@@ -91,7 +91,30 @@ def together_against_one_by_one(
             rollout(writer, envs[first : first + size])
         return len(envs) / (time.perf_counter() - started)
 
-    return run(TOGETHER), run(1)
+    together, alone = run(TOGETHER), run(1)
+    return {
+        "episodes_per_second_together": together,
+        "episodes_per_second_one_by_one": alone,
+        "speed_up_together": together / alone,
+    }
+
+
+def groups_against_one_by_one(cases: CaseSource, policy: str, segmenter: str) -> dict[str, float]:
+    """The same for what a training step draws: sampled episodes of few cases, whose pictures are embedded once."""
+    figures = together_against_one_by_one(
+        distinct_images(cases, CASES_OF_A_GROUP + 1),
+        policy,
+        segmenter,
+        episodes_each=TOGETHER // CASES_OF_A_GROUP,
+        temperature=1.0,
+    )
+    return {f"{CASES_OF_A_GROUP}_cases_{name}": value for name, value in figures.items()}
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    name = platform.processor() or platform.machine()
+    return {"machine": f"{name}, {os.cpu_count()} cores", "load_before": os.getloadavg()[0]}
 
 
 def start_up(*arguments: str) -> float:
@@ -114,37 +137,34 @@ def main() -> None:
     if "IBIS_DATA" not in os.environ:
         parser.error("set IBIS_DATA to a labelled data set, as 'ibisagent evaluate' reads it")
     cases = read_cases(os.environ["IBIS_DATA"], split="val")
-    load, models = os.getloadavg()[0], (options.policy, options.segmenter)
-    together, alone = together_against_one_by_one(distinct_images(cases, TOGETHER + 1), *models)
-    grouped, grouped_alone = together_against_one_by_one(
-        distinct_images(cases, CASES_OF_A_GROUP + 1),
-        *models,
-        episodes_each=TOGETHER // CASES_OF_A_GROUP,
-        temperature=1.0,
-    )
-    figures: dict[str, Any] = {
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "load_before": load,
-        "policy": options.policy,
-        "segmenter": options.segmenter,
-        "help_seconds": start_up("-m", "ibisagent", "--help"),
-        "import_seconds": start_up("-c", "import ibisagent"),
-        **seconds_per_image(distinct_images(cases, IMAGES + WARM_UP), *models),
-        "episodes_per_second_together": together,
-        "episodes_per_second_one_by_one": alone,
-        "speed_up_together": together / alone,
-        f"groups_of_{CASES_OF_A_GROUP}_cases_episodes_per_second_together": grouped,
-        f"groups_of_{CASES_OF_A_GROUP}_cases_episodes_per_second_one_by_one": grouped_alone,
-        f"groups_of_{CASES_OF_A_GROUP}_cases_speed_up_together": grouped / grouped_alone,
-    }
+    models = options.policy, options.segmenter
+    figures: dict[str, Any] = {}
+    for measure in (
+        lambda: machine() | {"policy": options.policy, "segmenter": options.segmenter},
+        lambda: {
+            "help_seconds": start_up("-m", "ibisagent", "--help"),
+            "import_seconds": start_up("-c", "import ibisagent"),
+        },
+        lambda: together_against_one_by_one(distinct_images(cases, TOGETHER + 1), *models),
+        lambda: groups_against_one_by_one(cases, *models),
+        lambda: seconds_per_image(distinct_images(cases, IMAGES + WARM_UP), *models),
+    ):
+        measured = measure()
+        figures |= measured
+        if not options.json:
+            print(*(line(*figure) for figure in measured.items()), sep="\n", flush=True)
     if options.json:
         print(json.dumps(figures, indent=1))
-        return
-    for name, value in figures.items():
-        sign, limit = LIMITS.get(name, ("", 0.0))
-        met = "" if not sign else "  ok" if (value <= limit if sign == "<=" else value >= limit) else "  MISSED"
-        shown = f"{value:.3f}" if isinstance(value, float) else value
-        print(f"{name:32}{shown}{f'  (goal {sign} {limit:g}){met}' if sign else ''}")
+
+
+def line(name: str, value: Any) -> str:
+    """A figure for people, with its goal where it has one."""
+    shown = f"{value:.3f}" if isinstance(value, float) else value
+    if name not in LIMITS:
+        return f"{name:42}{shown}"
+    sign, limit = LIMITS[name]
+    met = value <= limit if sign == "<=" else value >= limit
+    return f"{name:42}{shown}  (goal {sign} {limit:g})  {'ok' if met else 'MISSED'}"
 
 
 if __name__ == "__main__":
