@@ -16,11 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from typing import Any
 
 from ibisagent import session
 from ibisagent.datasets import CaseSource, read_cases
+from ibisagent.domain import Case
 from ibisagent.environment import SegmentationEnv, rollout
 from ibisagent.policies import load_policy
 from ibisagent.segmenters import load_segmenter
@@ -28,6 +28,7 @@ from ibisagent.segmenters import load_segmenter
 IMAGES = 50
 WARM_UP = 3
 TOGETHER = 16
+CASES_OF_A_GROUP = 2  # a training step of reinforcement learning draws several episodes of each case
 REPEATS = 7
 LIMITS = {
     "seconds_per_image": ("<=", 2.0),
@@ -66,31 +67,54 @@ def seconds_per_image(cases: CaseSource, policy: str, segmenter: str) -> dict[st
     }
 
 
-def together_against_one_by_one(cases: CaseSource, policy: str, segmenter: str) -> dict[str, float]:
-    """Episodes per second of `cases` in one rollout, and one after the other; both with fresh models, used once."""
+def together_against_one_by_one(
+    cases: CaseSource, policy: str, segmenter: str, *, episodes_each: int = 1, temperature: float = 0.0
+) -> dict[str, float]:
+    """Episodes per second in one rollout, and one after the other; both with fresh models.
 
-    def run(batches: Callable[[list[SegmentationEnv]], list[list[SegmentationEnv]]]) -> float:
-        writer, engine = load_policy(policy, batch_size=TOGETHER), load_segmenter(segmenter)
-        loaded = list(cases)
-        rollout(
-            writer, [SegmentationEnv(loaded[-1], engine, dialect=writer.dialect, max_turns=session.DEFAULT_TURNS)]
-        )  # whatever is loaded on first use
-        envs = [
-            SegmentationEnv(case, engine, dialect=writer.dialect, max_turns=session.DEFAULT_TURNS)
-            for case in loaded[:TOGETHER]
-        ]
+    The last of `cases` only warms up; the others are run `episodes_each` times and share what caches keep of a picture.
+    """
+
+    def run(size: int) -> float:
+        writer: Any = load_policy(policy, batch_size=TOGETHER, temperature=temperature)
+        engine = load_segmenter(segmenter)
+        *loaded, spare = cases
+
+        def env(case: Case) -> SegmentationEnv:
+            return SegmentationEnv(case, engine, dialect=writer.dialect, max_turns=session.DEFAULT_TURNS)
+
+        rollout(writer, [env(spare)])  # whatever is loaded on first use
+        envs = [env(case) for case in loaded for _ in range(episodes_each)]
         started = time.perf_counter()
-        for batch in batches(envs):
-            rollout(writer, batch)
+        for first in range(0, len(envs), size):
+            writer.seed = first  # or else episodes of one case, one by one, would be the same one
+            rollout(writer, envs[first : first + size])
         return len(envs) / (time.perf_counter() - started)
 
-    together = run(lambda envs: [envs])
-    alone = run(lambda envs: [[env] for env in envs])
+    together, alone = run(TOGETHER), run(1)
     return {
         "episodes_per_second_together": together,
         "episodes_per_second_one_by_one": alone,
         "speed_up_together": together / alone,
     }
+
+
+def groups_against_one_by_one(cases: CaseSource, policy: str, segmenter: str) -> dict[str, float]:
+    """The same for what a training step draws: sampled episodes of few cases, whose pictures are embedded once."""
+    figures = together_against_one_by_one(
+        distinct_images(cases, CASES_OF_A_GROUP + 1),
+        policy,
+        segmenter,
+        episodes_each=TOGETHER // CASES_OF_A_GROUP,
+        temperature=1.0,
+    )
+    return {f"{CASES_OF_A_GROUP}_cases_{name}": value for name, value in figures.items()}
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    name = platform.processor() or platform.machine()
+    return {"machine": f"{name}, {os.cpu_count()} cores", "load_before": os.getloadavg()[0]}
 
 
 def start_up(*arguments: str) -> float:
@@ -113,24 +137,34 @@ def main() -> None:
     if "IBIS_DATA" not in os.environ:
         parser.error("set IBIS_DATA to a labelled data set, as 'ibisagent evaluate' reads it")
     cases = read_cases(os.environ["IBIS_DATA"], split="val")
-    figures: dict[str, Any] = {
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "load_before": os.getloadavg()[0],
-        "policy": options.policy,
-        "segmenter": options.segmenter,
-        "help_seconds": start_up("-m", "ibisagent", "--help"),
-        "import_seconds": start_up("-c", "import ibisagent"),
-        **seconds_per_image(distinct_images(cases, IMAGES + WARM_UP), options.policy, options.segmenter),
-        **together_against_one_by_one(distinct_images(cases, TOGETHER + 1), options.policy, options.segmenter),
-    }
+    models = options.policy, options.segmenter
+    figures: dict[str, Any] = {}
+    for measure in (
+        lambda: machine() | {"policy": options.policy, "segmenter": options.segmenter},
+        lambda: {
+            "help_seconds": start_up("-m", "ibisagent", "--help"),
+            "import_seconds": start_up("-c", "import ibisagent"),
+        },
+        lambda: together_against_one_by_one(distinct_images(cases, TOGETHER + 1), *models),
+        lambda: groups_against_one_by_one(cases, *models),
+        lambda: seconds_per_image(distinct_images(cases, IMAGES + WARM_UP), *models),
+    ):
+        measured = measure()
+        figures |= measured
+        if not options.json:
+            print(*(line(*figure) for figure in measured.items()), sep="\n", flush=True)
     if options.json:
         print(json.dumps(figures, indent=1))
-        return
-    for name, value in figures.items():
-        sign, limit = LIMITS.get(name, ("", 0.0))
-        met = "" if not sign else "  ok" if (value <= limit if sign == "<=" else value >= limit) else "  MISSED"
-        shown = f"{value:.3f}" if isinstance(value, float) else value
-        print(f"{name:32}{shown}{f'  (goal {sign} {limit:g}){met}' if sign else ''}")
+
+
+def line(name: str, value: Any) -> str:
+    """A figure for people, with its goal where it has one."""
+    shown = f"{value:.3f}" if isinstance(value, float) else value
+    if name not in LIMITS:
+        return f"{name:42}{shown}"
+    sign, limit = LIMITS[name]
+    met = value <= limit if sign == "<=" else value >= limit
+    return f"{name:42}{shown}  (goal {sign} {limit:g})  {'ok' if met else 'MISSED'}"
 
 
 if __name__ == "__main__":

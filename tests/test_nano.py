@@ -130,3 +130,15 @@ def test_as_a_policy_it_embeds_a_picture_once_and_speaks_alpha(folder):
     assert len(replies) == 2
     assert all(reply.tokens for reply in replies)
     assert len(policy._model._frozen_features._cache) == 1
+
+
+def test_a_policy_keeps_its_tables_of_added_tokens_and_reads_the_same(folder):
+    """Making them anew costs milliseconds for thousands of places, several times a conversation."""
+    policy, processor = load_policy(str(folder), device="cpu"), AutoProcessor.from_pretrained(folder)
+    tokenizer = policy._processor.tokenizer
+    assert tokenizer.added_tokens_encoder is tokenizer.added_tokens_encoder
+    assert tokenizer.added_tokens_encoder == processor.tokenizer.added_tokens_encoder
+    message = {"role": "user", "content": f"disc<|end|>{location_text(3, 4)}<image><think>"}
+    reading = {"tokenize": True, "return_dict": True, "sanitize_control_tokens": True}
+    expected = processor.apply_chat_template([[message]], **reading)["input_ids"]
+    assert policy._processor.apply_chat_template([[message]], **reading)["input_ids"] == expected

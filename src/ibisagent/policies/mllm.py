@@ -319,7 +319,19 @@ def _load_processor(folder: Path, name: str) -> Any:
     tokenizer = processor.tokenizer
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    _remember_added_tokens(tokenizer)
     return processor
+
+
+def _remember_added_tokens(tokenizer: Any) -> None:
+    """Keep the tables of added tokens, which are otherwise made anew for every conversation.
+
+    A vocabulary with a token for each place has thousands: most of the time of reading a prompt (docs/log.md). A policy
+    never adds any.
+    """
+    tables = {name: getattr(tokenizer, name) for name in ("added_tokens_decoder", "added_tokens_encoder")}
+    kind = type(tokenizer)
+    tokenizer.__class__ = type(kind.__name__, (kind,), tables)
 
 
 def _image_options(processor: Any, min_pixels: int | None, max_pixels: int | None, name: str) -> dict[str, Any]:
