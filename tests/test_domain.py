@@ -141,6 +141,21 @@ def test_an_episode_knows_its_end():
     assert episode(turn(Undo())).answer == Stop()
 
 
+def test_the_mask_that_the_segmenter_liked_best_can_be_kept():
+    small, large = mask(2), mask(5)
+    turns = [
+        Turn(Completion("a"), Reply(), {}, {"disc": small, "cup": small}, 0.9),
+        Turn(Completion("b"), Reply(), {"disc": small, "cup": small}, {"disc": large, "cup": mask(2)}, 0.4),
+        Turn(Completion("c"), Reply(), {"disc": large, "cup": small}, {"disc": large, "cup": small}, None),
+    ]
+    whole = episode(*turns)
+    assert whole.kept("last") is whole.masks
+    assert {name: int(best[0].sum()) for name, best in whole.kept("best").items()} == {"disc": 2, "cup": 2}
+    assert np.array_equal(episode(*turns[1:]).kept("best")["disc"], large)
+    start = {"disc": large}
+    assert episode(start=start).kept("best") == start
+
+
 def test_kept_prompts_are_those_that_no_undo_took_back():
     a, b, c, d = (Click(column, 0, True, "disc") for column in range(4))
     box = Box(0, 0, 2, 2, "cup")

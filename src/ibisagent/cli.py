@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 from rich.bar import Bar
@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from typer.core import TyperGroup
 
+from ibisagent.domain import Keep
 from ibisagent.errors import ConfigError, IbisError
 
 if TYPE_CHECKING:
@@ -66,6 +67,9 @@ HistoryOption = Annotated[
     str | None, typer.Option(help="What the policy sees of past turns: none, actions, full. Default: the policy's own.")
 ]
 TurnsOption = Annotated[int | None, typer.Option(help="Most turns of one episode (default 5; the paper: 20).", min=1)]
+KeepOption = Annotated[
+    str, typer.Option(help="Which mask of an episode counts: last, or best by the segmenter's own estimate.")
+]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 DtypeOption = Annotated[str, typer.Option(help="Numbers of the policy: auto, float32, bfloat16, float16.")]
 AdapterOption = Annotated[Path | None, typer.Option(help="Folder of a PEFT adapter for the policy.")]
@@ -206,6 +210,7 @@ def evaluate(
     dialect: DialectOption = None,
     history: HistoryOption = None,
     max_turns: TurnsOption = None,
+    keep: KeepOption = "last",
     batch_size: Annotated[int, typer.Option(help="Episodes run together.", min=1)] = 16,
     limit: Annotated[int | None, typer.Option(help="Only this many cases, spread over the data.", min=1)] = None,
     baselines: Annotated[bool, typer.Option(help="Also run the oracle's clicks and the blind clicks.")] = True,
@@ -264,6 +269,7 @@ def evaluate(
             centre=centre,
             oracle=baselines,
             max_turns=max_turns or session.DEFAULT_TURNS,
+            keep=_check_keep(keep),
             batch_size=batch_size,
             made_by={"data": str(data), "split": split or "", **session.provenance(writer, engine)},
             on_case=lambda _: advance(),
@@ -533,6 +539,12 @@ def _require_server() -> None:
 
     if not find_spec("fastapi") or not find_spec("uvicorn"):
         raise ConfigError("serving needs fastapi and uvicorn: pip install 'ibisagent[server]'")
+
+
+def _check_keep(keep: str) -> Keep:
+    if keep not in get_args(Keep):
+        raise ConfigError(f"cannot keep '{keep}': give last or best")
+    return cast(Keep, keep)
 
 
 def _check_query(query: str) -> str:

@@ -19,6 +19,8 @@ from ibisagent.errors import ConfigError, DataError
 Mask: TypeAlias = np.ndarray
 Masks: TypeAlias = Mapping[str, Mask]
 StopReason = Literal["stopped", "max_turns", "malformed", "repeated"]
+Keep = Literal["last", "best"]
+"""Which mask of an episode is handed out: see `Episode.kept`."""
 
 MAX_QUERY_CHARS = 2_000
 MAX_TARGETS = 8
@@ -213,6 +215,21 @@ class Episode:
     def masks(self) -> Masks:
         """The final masks by target name; the start masks if no turn was taken."""
         return self.turns[-1].after if self.turns else self.start
+
+    def kept(self, keep: Keep) -> Masks:
+        """The masks to hand out. "last": the final ones. "best": of each target the mask that the segmenter itself
+        thought best, by `Turn.segmenter_score` of the turns that changed it (of two equals the later)."""
+        if keep == "last":
+            return self.masks
+        best = dict(self.masks)
+        scores = dict.fromkeys(best, -1.0)
+        for turn in self.turns:
+            for name, mask in turn.after.items():
+                changed = name not in turn.before or not np.array_equal(mask, turn.before[name])
+                score = -1.0 if turn.segmenter_score is None else turn.segmenter_score
+                if name in best and changed and score >= scores[name]:
+                    best[name], scores[name] = mask, score
+        return best
 
     @property
     def answer(self) -> Stop:

@@ -28,7 +28,7 @@ import numpy as np
 
 from ibisagent.clicks import bounding_box, ellipse
 from ibisagent.datasets import CaseSource
-from ibisagent.domain import Box, Case, Click, Episode, Masks, StopReason
+from ibisagent.domain import Box, Case, Click, Episode, Keep, Masks, StopReason
 from ibisagent.environment import MAX_TURNS, SegmentationEnv, rollout
 from ibisagent.errors import DataError, IbisError, PolicyError, SegmenterError
 from ibisagent.masks import dice, iou
@@ -130,6 +130,7 @@ def evaluate(
     centre: Policy | None = None,
     oracle: bool = True,
     max_turns: int = MAX_TURNS,
+    keep: Keep = "last",
     batch_size: int = 16,
     made_by: Mapping[str, str] | None = None,
     on_case: Callable[[CaseResult | Failure], None] | None = None,
@@ -137,17 +138,19 @@ def evaluate(
     """Run `policy` on every case, `batch_size` episodes together, and measure it beside the baselines.
 
     prior, centre: the blind one-click policies, each left out if None. oracle: whether to run the expert's clicks and
-    the ellipse. on_case: called after each case. Cases that fail are listed, not scored; after MAX_FAILURES failures in
-    a row the last error is raised again. ConfigError (a dialect that does not fit, for example) is raised at once.
+    the ellipse. keep: which mask of the policy's episode counts (`Episode.kept`). on_case: called after each case.
+    Cases that fail are listed, not scored; after MAX_FAILURES failures in a row the last error is raised again.
+    ConfigError (a dialect that does not fit, for example) is raised at once.
     """
     blind = {name: baseline for name, baseline in (("prior", prior), ("centre", centre)) if baseline is not None}
     results, failures = judge_cases(
         cases,
-        lambda batch: _judge(batch, policy, segmenter, blind, oracle, max_turns, made_by or {}),
+        lambda batch: _judge(batch, policy, segmenter, blind, oracle, max_turns, keep, made_by or {}),
         batch_size=batch_size,
         on_case=on_case,
     )
-    facts = {"policy": policy.name, "segmenter": segmenter.name, "max_turns": str(max_turns), **(made_by or {})}
+    facts = {"policy": policy.name, "segmenter": segmenter.name, "max_turns": str(max_turns), "keep": keep}
+    facts |= made_by or {}
     return Evaluation(facts, tuple(results), tuple(failures))
 
 
@@ -324,6 +327,7 @@ def _judge(
     blind: Mapping[str, Policy],
     oracle: bool,
     max_turns: int,
+    keep: Keep,
     made_by: Mapping[str, str],
 ) -> list[CaseResult]:
     """One CaseResult per case of `batch`, in order. Raises PolicyError or SegmenterError for the whole batch."""
@@ -341,7 +345,7 @@ def _judge(
     for case, episode in zip(batch, episodes, strict=True):
         row = {"turns": float(len(episode.turns)), "clicks": float(episode.clicks), "seconds": seconds}
         if case.targets:
-            row["iou"], row["dice"] = agreement(episode.masks, case)
+            row["iou"], row["dice"] = agreement(episode.kept(keep), case)
         elif case.answer is not None:
             row["answer_correct"] = answer_score(episode, case, {})
         hit = first_action_hits(episode, case)
