@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ibisagent.cli import app
 from ibisagent.clicks import next_click
@@ -19,6 +20,8 @@ from ibisagent.segmenters.frame import letterbox, letterbox_scale, prompt_maps
 from ibisagent.training import click as click_recipe
 from ibisagent.training import nano as nano_recipe
 from ibisagent.training.click_states import Pair, new_state, pairs_from
+from ibisagent.training.distillation import CHANNELS, TeacherFeatures, feature_file
+from ibisagent.training.distillation import GRID as FEATURE_GRID
 from ibisagent.training.views import Bank, random_turn
 
 
@@ -56,6 +59,7 @@ def recipe(tmp_path_factory):
         "side = 64",
         "batch = 4",
         "look_every = 24",
+        "distil = 0",
     ]
     lines += ['licence_class = "ok"', "widths = [8, 8, 16, 16, 16]", "depth = [1, 1, 1, 1, 1]", "seed = 3"]
     path = folder / "recipe.toml"
@@ -92,6 +96,37 @@ def test_a_click_run_goes_on_from_its_checkpoint_and_refuses_that_of_another_rec
     assert seen == [*range(4, 29, 4), *range(28, 49, 4)]  # the checkpoint was written at 24
     with pytest.raises(ConfigError, match="another recipe \\(rate\\)"):
         click_recipe.train(plan.model_copy(update={"rate": 0.5}))
+
+
+def test_features_of_a_view_are_those_of_its_place_in_the_picture(cases, tmp_path):
+    """A teacher whose features are known: a ramp along x and one along y, seen through a flip and a zoom."""
+    height, width = cases[0].image.size
+    ramps = np.zeros((1, CHANNELS, FEATURE_GRID, FEATURE_GRID), np.float16)
+    ramps[0, 0] = np.arange(FEATURE_GRID)[None, :] + 0.5
+    ramps[0, 1] = np.arange(FEATURE_GRID)[:, None] + 0.5
+    ramps.tofile(tmp_path / feature_file([cases[0].image.pixels]))
+    teacher = TeacherFeatures([cases[0].image.pixels], tmp_path)
+    turn = np.array([[-2.0, 0, 180], [0, 2.0, -40]])  # x = (180 - view x) / 2, y = (view y + 40) / 2
+    seen = teacher.seen(0, turn, 64).astype(np.float32)
+    assert seen.shape == (CHANNELS + 1, 8, 8)
+    spread, middle = ramps[0, 0].astype(np.float32).std(), FEATURE_GRID / 2
+    row, column = 5, 2
+    x, y = (180 - (column * 8 + 3.5)) / 2 + 0.5, (row * 8 + 3.5 + 40) / 2 + 0.5
+    scale = FEATURE_GRID / max(height, width)
+    expected = [(scale * x - middle) / spread, (scale * y - middle) / spread]
+    assert seen[:2, row, column] == pytest.approx(expected, abs=0.02)
+    assert seen[CHANNELS].all()
+    assert not teacher.seen(0, np.array([[1.0, 0, 500], [0, 1.0, 0]]), 64)[CHANNELS].any()  # the picture is elsewhere
+
+
+def test_features_are_learned_beside_the_masks(recipe, tmp_path):
+    plan = click_recipe.ClickRecipe.read(recipe).model_copy(
+        update={"out": tmp_path, "tensorboard": False, "distil": 1.0, "states": 8, "leave_out": ("discs",)}
+    )
+    click_recipe.train(plan)
+    [file] = tmp_path.glob("features-*.f16")
+    assert file.stat().st_size % (CHANNELS * FEATURE_GRID**2 * 2) == 0
+    assert not any("layers" in name for name in load_file(tmp_path / "ibis-click.safetensors"))  # the head is dropped
 
 
 def test_data_sets_can_be_left_out(recipe, tmp_path):

@@ -35,6 +35,7 @@ from ibisagent.training.click_states import (
     new_state,
     pairs_from,
 )
+from ibisagent.training.distillation import FeatureHead, TeacherFeatures
 from ibisagent.training.run import Recipe, load_checkpoint, rate_factor, save_checkpoint, update_average
 
 SECOND_LOOKS = 0.15  # of the steps of an episode bring no click, only the mask of the look before
@@ -68,6 +69,8 @@ class ClickRecipe(Recipe):
     """Share of targets that are superpixels instead of labelled objects."""
     window: float = Field(0.7, ge=0, le=1)
     """Share of views that are windows on the object instead of whole pictures."""
+    distil: float = Field(0.5, ge=0)
+    """Weight of a second task, to predict LiteMedSAM's features (see `distillation`); 0 leaves it out."""
     look_every: int = Field(8_000, ge=1)
     """States between two looks at the patients held out for choosing settings (one in sixteen)."""
     seed: int = 0
@@ -117,7 +120,16 @@ class _Run:
         self.average = ClickNetwork(shape)
         self.average.load_state_dict(first.state_dict())
         self.average.to(self.device).eval()
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=recipe.rate, weight_decay=recipe.weight_decay)
+        self.head, self.teacher = None, None
+        if recipe.distil:
+            pictures = dict(sorted({pair.picture: pair.pixels for pair in pairs}.items()))
+            self.teacher = TeacherFeatures(list(pictures.values()), recipe.out)
+            self.head = FeatureHead(self.network).to(self.device)
+        self.optimizer = torch.optim.AdamW(
+            [*self.network.parameters(), *(self.head.parameters() if self.head else ())],
+            lr=recipe.rate,
+            weight_decay=recipe.weight_decay,
+        )
         counts = Counter(pair.group for pair in pairs)
         weights = np.array([counts[pair.group] ** -0.6 for pair in pairs])
         self.weights = weights / weights.sum()
@@ -157,6 +169,7 @@ class _Run:
         return {
             "network": self.network.state_dict(),
             "average": self.average.state_dict(),
+            "head": self.head.state_dict() if self.head else {},
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "recipe": json.dumps(self._described()),
@@ -174,6 +187,8 @@ class _Run:
             )
         self.network.load_state_dict(saved["network"])
         self.average.load_state_dict(saved["average"])
+        if self.head:
+            self.head.load_state_dict(saved["head"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step = saved["step"]
 
@@ -208,6 +223,9 @@ class _Run:
         inside = logits.detach() > 0
         reached = (inside & (truth > 0)).sum((1, 2, 3)) / (inside | (truth > 0)).sum((1, 2, 3)).clamp(min=1)
         loss = mask_loss(logits, truth) + 0.2 * F.binary_cross_entropy_with_logits(quality, reached)
+        if self.head and self.teacher:
+            seen = [self.teacher.seen(self.pool[i].picture, self.pool[i].turn, recipe.side) for i in chosen]
+            loss = loss + recipe.distil * self.head.loss(torch.from_numpy(np.stack(seen)).to(self.device))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)

@@ -26,12 +26,14 @@ TARGET = "object"
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """One picture and one of its masks, as kept in memory. group: what sampling is balanced over."""
+    """One picture and one of its masks, as kept in memory. group: what sampling is balanced over. picture: a number
+    that pairs of the same picture share."""
 
     pixels: np.ndarray
     mask: Mask
     group: str
     regions: np.ndarray = field(repr=False)
+    picture: int = 0
 
 
 def is_development(patient: str) -> bool:
@@ -42,33 +44,39 @@ def is_development(patient: str) -> bool:
 def pairs_from(cases: Iterable[Case]) -> list[Pair]:
     """The pairs of `cases`, shrunk to STORED_SIDE, with superpixels of each picture for made-up targets."""
     pairs: list[Pair] = []
-    cached: tuple[str, np.ndarray, np.ndarray] = ("", np.empty(0), np.empty(0))
+    pictures: dict[str, tuple[int, np.ndarray, np.ndarray]] = {}
     for case in cases:
-        if case.image.sha256 != cached[0]:
+        if not case.targets:
+            continue
+        if case.image.sha256 not in pictures:
             scale = min(1.0, STORED_SIDE / max(case.image.size))
             pixels = cv2.resize(case.image.pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
             coarse = cv2.resize(pixels, None, fx=0.4, fy=0.4, interpolation=cv2.INTER_AREA)
             coarse_regions = felzenszwalb(coarse, scale=100, sigma=0.6, min_size=20).astype(np.int16)
-            shape = (pixels.shape[1], pixels.shape[0])
-            regions = cv2.resize(coarse_regions, shape, interpolation=cv2.INTER_NEAREST)
-            cached = (case.image.sha256, pixels, regions)
-        _, pixels, regions = cached
-        for name, mask in (case.targets or {}).items():
-            shape = (pixels.shape[1], pixels.shape[0])
-            small = cv2.resize(mask.astype(np.uint8), shape, interpolation=cv2.INTER_NEAREST) > 0
-            pairs.append(Pair(pixels, small, f"{case.meta.get('dataset', '')}/{name}", regions))
+            regions = cv2.resize(coarse_regions, pixels.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+            pictures[case.image.sha256] = (len(pictures), pixels, regions)
+        number, pixels, regions = pictures[case.image.sha256]
+        for name, mask in case.targets.items():
+            small = cv2.resize(mask.astype(np.uint8), pixels.shape[1::-1], interpolation=cv2.INTER_NEAREST) > 0
+            pairs.append(Pair(pixels, small, f"{case.meta.get('dataset', '')}/{name}", regions, number))
     return pairs
 
 
 @dataclass(eq=False)
 class State:
-    """An episode in the pool, on the network's grid. planes (3, S, S) float32; truth and probability (S, S)."""
+    """An episode in the pool, on the network's grid.
+
+    planes (3, S, S) float32; truth and probability (S, S). picture, turn: what it is a view of, and the (2, 3) affine
+    map from that picture's pixels to those of the view.
+    """
 
     planes: np.ndarray
     truth: Mask
     prompts: list[Prompt]
     probability: np.ndarray
     clicks_left: int
+    picture: int = 0
+    turn: np.ndarray = field(default_factory=lambda: np.eye(2, 3))
 
     def network_input(self) -> np.ndarray:
         """(CHANNELS, S, S) float32, as `ClickNetwork` wants it."""
@@ -108,9 +116,10 @@ def _made_up_target(pair: Pair, random: np.random.Generator) -> Mask:
 
 def _view(
     pair: Pair, side: int, random: np.random.Generator, made_up: float, window_share: float
-) -> tuple[np.ndarray, Mask] | None:
-    """A random view of a pair on the network's grid: the whole picture, or a window on the object as the second look
-    of `ibis-click` takes it; flipped and turned. None if the object is not to be seen in it."""
+) -> tuple[np.ndarray, Mask, np.ndarray] | None:
+    """A random view of a pair on the network's grid, its mask in it, and the affine map that leads there: the whole
+    picture, or a window on the object as the second look of `ibis-click` takes it; flipped and turned. None if the
+    object is not to be seen in it."""
     mask = _made_up_target(pair, random) if random.random() < made_up else pair.mask
     box = bounding_box(mask, TARGET)
     if box is None:
@@ -139,7 +148,7 @@ def _view(
     inside = np.count_nonzero(truth)
     if inside < max(6, 0.25 * mask.sum() * scale * scale) or inside > 0.95 * side * side:
         return None
-    return _augment_colours(view, random), truth
+    return _augment_colours(view, random), truth, turn
 
 
 def _random_pixel(region: Mask, random: np.random.Generator) -> tuple[int, int]:
@@ -216,17 +225,18 @@ def new_state(
     made_up, window_share: see `click.ClickRecipe`. DataError where no view shows an object.
     """
     for _ in range(1000):
-        view = _view(pairs[random.choice(len(pairs), p=weights)], side, random, made_up, window_share)
+        pair = pairs[random.choice(len(pairs), p=weights)]
+        view = _view(pair, side, random, made_up, window_share)
         if view is not None:
             break
     else:
         raise DataError(
             "1000 views of the training pictures show no object: are the masks empty, or all of the picture?"
         )
-    pixels, truth = view
+    pixels, truth, turn = view
     planes = np.ascontiguousarray(pixels.transpose(2, 0, 1))
     clicks = int(random.choice([0, 1, 2, 3, 4, 6, 9, 14], p=[0.16, 0.16, 0.16, 0.15, 0.13, 0.12, 0.08, 0.04]))
-    state = State(planes, truth, [], np.zeros(truth.shape, np.float32), clicks)
+    state = State(planes, truth, [], np.zeros(truth.shape, np.float32), clicks, pair.picture, turn)
     start = random.random()
     if start < 0.1:
         state.probability = spoilt(truth, random).astype(np.float32)
