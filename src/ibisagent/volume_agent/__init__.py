@@ -23,7 +23,7 @@ import numpy as np
 from ibisagent.clicks import bounding_box, interior_depth
 from ibisagent.domain import MAX_TARGETS, Box, Case, Episode, Image, Mask, Masks, Prompt, check_query
 from ibisagent.environment import SegmentationEnv, rollout
-from ibisagent.errors import ConfigError, SegmenterError
+from ibisagent.errors import ConfigError, DataError, SegmenterError
 from ibisagent.masks import iou
 from ibisagent.policies.base import Policy
 from ibisagent.rewards import match_names
@@ -102,9 +102,9 @@ def segment_volume(
 ) -> VolumeSegmentation:
     """Segment what `query` names in the volume of `view`.
 
-    keys: slices that the agent is asked about; None searches. recheck: how many slices the segmenter goes on alone; 0
-    never asks again. start: masks (I, J, K) to refine on key slices. on_episode: called with each finished episode and
-    its picture; on_slice: with each slice that the segmenter has finished.
+    keys: slices that the agent is asked about; None searches, or takes some of those that `start` shows. recheck: how
+    many slices the segmenter goes on alone; 0 never asks again. start: masks (I, J, K) to refine on key slices.
+    on_episode: called with each finished episode and its picture; on_slice: with each slice that was carried.
     Raises ConfigError for an empty query or slices that are not there, PolicyError and SegmenterError when their
     machinery fails.
     """
@@ -117,13 +117,23 @@ def segment_volume(
     agent = _VolumeAgent(
         view, query, policy, _Counted(segmenter), max_turns, recheck, made_by or {}, on_episode, on_slice
     )
+    if keys is None and start:
+        keys = _spread_keys(view, start, recheck or RECHECK)
     if keys is None:
-        agent.search(start or {})
+        agent.search()
     else:
         for key in sorted(set(keys)):
             agent.ask(key, "key", agent.start_masks(start or {}, key))
     agent.fill()
     return agent.result()
+
+
+def _spread_keys(view: SliceView, start: Mapping[str, np.ndarray], apart: int) -> list[int]:
+    """The first, the last and each `apart`-th of the slices that show a start mask; DataError if none does."""
+    shown = [index for index in range(view.count) if any(view.voxels_of(mask, index).any() for mask in start.values())]
+    if not shown:
+        raise DataError(f"{view.volume.name}: its start mask is empty, there is nothing to refine; leave it out")
+    return sorted({*shown[::apart], shown[-1]})
 
 
 def parse_slices(text: str, count: int) -> list[int]:
@@ -243,14 +253,14 @@ class _VolumeAgent:
         self._asked.append(Asked(index, why, episode.stop, len(episode.turns), tuple(found)))
         return found
 
-    def search(self, start: Mapping[str, np.ndarray]) -> None:
+    def search(self) -> None:
         """Ask coarse to fine, from the middle outwards, until the agent sees something; at worst 1 in FINEST slices."""
         count, asked = self._view.count, set[int]()
         places = min(FIRST_ASKED, count)
         while True:
             spread = {int((place + 0.5) * count / places) for place in range(places)}
             fresh = sorted(spread - asked, key=lambda index: abs(index - count / 2))
-            seen = [bool(self.ask(index, "search", self.start_masks(start, index))) for index in fresh]
+            seen = [bool(self.ask(index, "search", {})) for index in fresh]
             asked |= spread
             if any(seen) or 2 * places * FINEST > count:
                 return
