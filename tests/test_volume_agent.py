@@ -15,7 +15,16 @@ from ibisagent.policies.oracle import OraclePolicy
 from ibisagent.policies.scripted import ScriptedPolicy
 from ibisagent.protocol import write
 from ibisagent.segmenters import load_segmenter
-from ibisagent.volume_agent import SliceCases, VolumeSegmentation, between, parse_slices, segment_volume, slice_id
+from ibisagent.volume_agent import (
+    Look,
+    SliceCases,
+    VolumeSegmentation,
+    between,
+    parse_slices,
+    segment_volume,
+    slice_id,
+    vanishing,
+)
 from ibisagent.volumes import SliceView, Volume
 
 SHAPE = (47, 61, 40)
@@ -158,3 +167,33 @@ def test_shapes_are_interpolated() -> None:
     assert dice(between(left, right, 0.5), middle) > 0.9
     np.testing.assert_array_equal(between(left, right, 0), left)
     np.testing.assert_array_equal(between(left, right, 1), right)
+
+
+def test_an_abrupt_end_is_seen() -> None:
+    """The object ends right after a key slice; nobody is asked again, and the mask ends with it."""
+    ended = INSIDE.copy()
+    ended[:, :, 21:] = False
+    view = SliceView(volume(ended))
+    found = run(view, {"liver": ended}, keys=range(0, 40, 10), recheck=0)
+    assert ended[:, :, 20].any()
+    assert found.masks["liver"][:, :, 20].any()
+    assert not found.masks["liver"][:, :, 22:].any()
+
+
+def test_looks_compare_a_mask_with_what_the_agent_saw() -> None:
+    view = SliceView(volume(INSIDE))
+    seen, masks = view.image(18), [view.read_mask(INSIDE, index) for index in (18, 20)]
+    look = Look(seen, masks[0])
+    assert look.kept(view.image(20), masks[1]) > 0.8
+    assert look.kept(view.image(20), np.roll(masks[1], 30, axis=1) & ~masks[1]) < 0.3
+    flat = Look(view.image(0), masks[0])  # nothing is told by brightness there
+    assert flat.kept(view.image(18), masks[0]) == 1
+
+
+def test_shapes_vanish() -> None:
+    rows, columns = np.ogrid[:50, :70]
+    disc = (rows - 25) ** 2 + (columns - 34) ** 2 <= 20**2
+    np.testing.assert_array_equal(vanishing(disc, 0), disc)
+    half = (rows - 25) ** 2 + (columns - 34) ** 2 <= 10**2
+    assert dice(vanishing(disc, 0.5), half) > 0.9
+    assert not vanishing(disc, 1).any()

@@ -160,8 +160,9 @@ def test_what_cannot_be_used_is_one_line(tmp_path: Path, scan: Path, script: str
     assert (out / "scan_record.json").exists()  # the other one is done
 
 
-def test_a_remote_model_is_said_to_get_pictures(tmp_path: Path, scan: Path) -> None:
-    result = ibisagent("segment", scan, "liver", "-o", tmp_path, "--segmenter", "remote:http://127.0.0.1:9")
+def test_a_remote_model_is_said_to_get_pictures(tmp_path: Path, scan: Path, script: str) -> None:
+    options = ("--policy", script, "--segmenter", "remote:http://127.0.0.1:9")
+    result = ibisagent("segment", scan, "liver", "-o", tmp_path, *options)
     assert result.exit_code == 2
     assert result.stderr.splitlines()[0] == "pictures are sent to http://127.0.0.1:9"
 

@@ -87,7 +87,9 @@ def _client(url: str) -> Any:
     except ImportError as error:
         raise ConfigError("DICOMweb needs dicomweb-client: pip install 'ibisagent[medical]'") from error
     token = os.environ.get(TOKEN_VARIABLE)
-    return DICOMwebClient(url, headers={"Authorization": f"Bearer {token}"} if token else None)
+    client = DICOMwebClient(url, headers={"Authorization": f"Bearer {token}"} if token else None)
+    client.set_http_retry_params(max_attempts=3, wait_exponential_multiplier=100)  # a dead server is told in a second
+    return client
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
+import cv2
 import numpy as np
 
 from ibisagent.clicks import bounding_box, interior_depth
@@ -26,7 +27,7 @@ from ibisagent.environment import SegmentationEnv, rollout
 from ibisagent.errors import ConfigError, DataError, SegmenterError
 from ibisagent.masks import iou
 from ibisagent.policies.base import Policy
-from ibisagent.rewards import match_names
+from ibisagent.protocol import target_of
 from ibisagent.segmenters import Prediction, Segmenter, SegmenterSession
 from ibisagent.volumes import SliceView
 from ibisagent.volumes.grid import scratch
@@ -41,6 +42,14 @@ DOUBTED_SCORE = 0.5
 DOUBTED_OVERLAP = 0.5
 """A mask is in doubt when the segmenter predicts an IoU below the first, or it overlaps what was expected less than the
 second (IoU)."""
+
+DOUBTED_LOOK = 0.4
+"""... or when it looks less than this like the target did where the agent saw it, see `Look`. A segmenter that is given
+a mask tends to give it back, and to trust it, where the object has ended."""
+
+TOLD_BY_BRIGHTNESS = 0.3
+
+_LEVELS = 32
 
 Why = Literal["key", "search", "recheck", "doubt"]
 
@@ -236,12 +245,13 @@ class _VolumeAgent:
         self._policy_calls += len(episode.turns)
         if self._on_episode is not None:
             self._on_episode(index, why, episode, image)
-        absent = set(match_names(episode.answer.absent, episode.masks).values())
-        said = {name: mask for name, mask in episode.masks.items() if mask.any() and name not in absent}
-        known = match_names(said, self._masks)
+        absent = {_plain(name) for name in episode.answer.absent}
+        known = {_plain(target): target for target in self._masks}
         found: dict[str, Mask] = {}
-        for name, mask in said.items():
-            target = known.get(name, name)
+        for name, mask in episode.masks.items():
+            if not mask.any() or _plain(name) in absent:
+                continue
+            target = known.setdefault(_plain(name), name)
             if target not in self._masks and len({*self._masks, *found}) >= MAX_TARGETS:
                 self._ignored[target] = None
             else:
@@ -278,15 +288,24 @@ class _VolumeAgent:
         """The slices strictly between `low` and `high`, which the agent saw, unless they lie outside the volume."""
         below, above = self._shown(low), self._shown(high)
         middle = (low + high) // 2
-        ends = {target: _Gap(low, high, below[target], above[target]) for target in below.keys() & above.keys()}
-        self._sweep(low, {target: middle + 1 if target in ends else high for target in below}, below, ends)
-        self._sweep(high, {target: middle if target in ends else low for target in above}, above, ends)
+        both = below.keys() & above.keys()
+        known = low >= 0 and high < self._view.count
+        gaps = {
+            target: _Gap(low, high, below.get(target), above.get(target))
+            for target in below.keys() | above.keys()
+            if known
+        }
+        self._sweep(low, {target: middle + 1 if target in both else high for target in below}, below, gaps)
+        self._sweep(high, {target: middle if target in both else low for target in above}, above, gaps)
 
     def _sweep(
         self, origin: int, stops: Mapping[str, int], masks: Mapping[str, Mask], gaps: Mapping[str, _Gap]
     ) -> None:
         """Carry `masks` of slice `origin` on, each target to its slice in `stops`, which is not touched any more."""
+        if not masks:
+            return
         index, alone = origin, 0
+        looks = self._looks(origin, masks)
         step = 1 if any(stop > origin for stop in stops.values()) else -1
         while True:
             index += step
@@ -298,7 +317,7 @@ class _VolumeAgent:
             expected = {
                 target: gaps[target].expected(index, mask) if target in gaps else mask for target, mask in masks.items()
             }
-            guesses = self._predict(index, expected)
+            guesses = self._predict(index, expected, looks)
             alone += 1
             doubt = any(guess.doubt for guess in guesses.values())
             if self._recheck and (doubt or alone >= self._recheck):
@@ -307,6 +326,7 @@ class _VolumeAgent:
                 }
                 found = self.ask(index, "doubt" if doubt else "recheck", start)
                 masks, alone = {target: found[target] for target in masks if target in found}, 0
+                looks = self._looks(index, masks)
             else:
                 masks = {target: guess.settled(expected[target]) for target, guess in guesses.items()}
                 for target, mask in masks.items():
@@ -314,16 +334,26 @@ class _VolumeAgent:
             if self._on_slice is not None:
                 self._on_slice(index)
 
-    def _predict(self, index: int, expected: Mapping[str, Mask]) -> dict[str, _Guess]:
+    def _looks(self, index: int, masks: Mapping[str, Mask]) -> dict[str, Look]:
+        """How the targets look on a slice that the agent saw."""
+        image = self._view.image(index)
+        return {target: Look(image, mask) for target, mask in masks.items()}
+
+    def _predict(self, index: int, expected: Mapping[str, Mask], looks: Mapping[str, Look]) -> dict[str, _Guess]:
         """The segmenter's masks on slice `index` where `expected` are the best guesses, none of them empty."""
-        session = self._segmenter.open(self._view.image(index))
+        image = self._view.image(index)
+        session = self._segmenter.open(image)
         guesses = {}
         for target, mask in expected.items():
             box = bounding_box(mask, target)
             if box is None:
                 raise SegmenterError(f"slice {index}: nothing is expected of '{target}', so nothing can be asked")
             prediction = session.predict([_wider(box, mask.shape)], mask)
-            lost = prediction.score < DOUBTED_SCORE or not prediction.mask.any()
+            lost = (
+                prediction.score < DOUBTED_SCORE
+                or not prediction.mask.any()
+                or looks[target].kept(image, prediction.mask) < DOUBTED_LOOK
+            )
             guess = _Guess(prediction.mask, lost, iou(prediction.mask, mask) < DOUBTED_OVERLAP)
             guesses[target] = guess
             self._carried.append(Carried(index, target, prediction.score, guess.doubt))
@@ -342,19 +372,54 @@ class _VolumeAgent:
         self._view.write_mask(self._masks[target], index, mask)
 
 
+class Look:
+    """The grey levels by which a target stands out from its surroundings on one slice."""
+
+    def __init__(self, image: Image, mask: Mask) -> None:
+        """mask: (H, W), not empty."""
+        levels = _levels(image)
+        reach = max(3, round(0.3 * float(np.sqrt(np.count_nonzero(mask)))))
+        around = (_distance_to(mask) <= reach) & ~mask
+        inside, outside = (np.bincount(levels[part], minlength=_LEVELS) + 1.0 for part in (mask, around))
+        self._like = inside / inside.sum() > outside / outside.sum()
+        self._outside = float(self._like[levels[around]].mean()) if around.any() else 1.0
+        self._inside = float(self._like[levels[mask]].mean())
+
+    def kept(self, image: Image, mask: Mask) -> float:
+        """How much a mask on another slice looks so: about 1 as the target did, 0 as its surroundings did.
+
+        1 where brightness does not tell them apart: then nothing is known.
+        """
+        difference = self._inside - self._outside
+        if difference < TOLD_BY_BRIGHTNESS or not mask.any():
+            return 1.0
+        return (float(self._like[_levels(image)[mask]].mean()) - self._outside) / difference
+
+
+def _levels(image: Image) -> np.ndarray:
+    """(H, W): the smoothed brightness in _LEVELS steps."""
+    grey = cv2.GaussianBlur(cv2.cvtColor(image.pixels, cv2.COLOR_RGB2GRAY), (0, 0), 1.0)
+    return grey // (256 // _LEVELS)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Gap:
-    """Two slices that show a target, with nothing known between."""
+    """Two slices that the agent saw, with nothing known between; None where it saw no target."""
 
     low: int
     high: int
-    below: Mask
-    above: Mask
+    below: Mask | None
+    above: Mask | None
 
     def expected(self, index: int, neighbour: Mask) -> Mask:
-        """The interpolated mask of slice `index`; the neighbour's where that is empty."""
-        mask = between(self.below, self.above, (index - self.low) / (self.high - self.low))
-        return mask if mask.any() else neighbour
+        """The shape on slice `index`: interpolated, or vanishing towards the slice that does not show it."""
+        share = (index - self.low) / (self.high - self.low)
+        if self.below is not None and self.above is not None:
+            mask = between(self.below, self.above, share)
+            return mask if mask.any() else neighbour
+        shown = self.below if self.below is not None else self.above
+        away = share if self.below is not None else 1 - share
+        return neighbour if shown is None else vanishing(shown, away)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -375,14 +440,31 @@ class _Guess:
         return np.zeros_like(expected) if self.lost else expected if self.unlike else self.mask
 
 
+def _plain(name: str) -> str:
+    """A target's name as compared between slices: "The liver." is "liver"."""
+    return target_of(name).casefold()
+
+
 def between(below: Mask, above: Mask, share: float) -> Mask:
     """The shape that is `share` of the way from one (H, W) mask to the other, by their signed distances."""
     return np.asarray((1 - share) * _signed_depth(below) + share * _signed_depth(above) > 0)
 
 
+def vanishing(mask: Mask, share: float) -> Mask:
+    """The (H, W) mask without an outer layer of `share` of its greatest depth: whole at 0, gone at 1."""
+    depth = interior_depth(mask)
+    return np.asarray(mask & (depth > share * depth.max()))
+
+
 def _signed_depth(mask: Mask) -> np.ndarray:
-    depth: np.ndarray = interior_depth(mask) - interior_depth(~mask)
+    depth: np.ndarray = interior_depth(mask) - _distance_to(mask)
     return depth
+
+
+def _distance_to(mask: Mask) -> np.ndarray:
+    """Distance of every pixel to the nearest one of the mask, float32 (H, W); the mask must not be empty."""
+    distance: np.ndarray = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    return distance
 
 
 def _wider(box: Box, size: tuple[int, ...]) -> Box:
