@@ -117,7 +117,28 @@ def test_segmentations_say_what_they_are(tmp_path: Path) -> None:
         write_segmentation({"liver": mask}, source(tmp_path, "LPS-even", "nifti"), tmp_path / "x.dcm", MADE_BY)
 
 
-def test_a_segmentation_of_a_multi_frame_file(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore")  # of highdicom, about what the phantom's headers lack
+@pytest.mark.parametrize("grid", ["LPS-uneven", "oblique-even"])
+def test_a_multi_frame_file_is_its_series(tmp_path: Path, grid: str) -> None:
+    """Enhanced CT made by highdicom of the series: the same voxels and places, and a SEG that refers to its frames."""
+    from highdicom.legacy import LegacyConvertedEnhancedCTImage
+
+    series = source(tmp_path, grid, "dicom")
+    legacy = [pydicom.dcmread(file) for file in (tmp_path / "series").iterdir()]
+    for dataset in legacy:
+        dataset.BodyPartExamined, dataset.FrameType = "CHEST", ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"]
+    LegacyConvertedEnhancedCTImage(legacy, hd.UID(), 7, hd.UID(), 1).save_as(tmp_path / "many.dcm")
+    volume = read_volume(tmp_path / "many.dcm")
+    np.testing.assert_array_equal(bright(volume), bright(series))
+    np.testing.assert_allclose(volume.affine, series.affine, atol=1e-4)
+    np.testing.assert_allclose(volume.values(volume.voxels), series.values(series.voxels))
+    mask = bright(volume)
+    write_segmentation({"liver": mask}, volume, tmp_path / "seg.dcm", MADE_BY)
+    np.testing.assert_array_equal(masks_on(volume, tmp_path / "seg.dcm")["liver"], mask)
+    np.testing.assert_array_equal(masks_on(series, tmp_path / "seg.dcm")["liver"], mask)
+
+
+def test_a_source_without_what_dicom_demands_is_refused(tmp_path: Path) -> None:
     dose = Path(pydicom.__file__).parent / "data" / "test_files" / "rtdose.dcm"
     volume = read_volume(dose)
     mask = blob(volume.shape)
