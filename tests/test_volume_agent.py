@@ -197,3 +197,15 @@ def test_shapes_vanish() -> None:
     half = (rows - 25) ** 2 + (columns - 34) ** 2 <= 10**2
     assert dice(vanishing(disc, 0.5), half) > 0.9
     assert not vanishing(disc, 1).any()
+
+
+def test_a_recheck_is_believed_over_older_slices() -> None:
+    """Two key slices far apart; the object leaves the way between their shapes, which rechecks find."""
+    bent = np.zeros(SHAPE, bool)
+    for k in range(SHAPE[2]):
+        middle = 12 + round(20 * np.sin(np.pi * k / (SHAPE[2] - 1)))
+        bent[middle - 7 : middle + 8, 20:40, k] = True
+    view = SliceView(volume(bent))
+    found = run(view, {"liver": bent}, keys=[0, 39], recheck=4)
+    assert dice(found.masks["liver"].reshape(47, -1), bent.reshape(47, -1)) > 0.85
+    assert {asked.why for asked in found.asked} >= {"key", "recheck"}

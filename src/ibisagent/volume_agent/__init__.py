@@ -327,6 +327,11 @@ class _VolumeAgent:
                 found = self.ask(index, "doubt" if doubt else "recheck", start)
                 masks, alone = {target: found[target] for target in masks if target in found}, 0
                 looks = self._looks(index, masks)
+                gaps = {
+                    target: gaps[target].narrowed(index, mask, upward=step > 0)
+                    for target, mask in masks.items()
+                    if target in gaps
+                }
             else:
                 masks = {target: guess.settled(expected[target]) for target, guess in guesses.items()}
                 for target, mask in masks.items():
@@ -417,9 +422,13 @@ class _Gap:
         if self.below is not None and self.above is not None:
             mask = between(self.below, self.above, share)
             return mask if mask.any() else neighbour
-        shown = self.below if self.below is not None else self.above
+        shown = self.above if self.below is None else self.below
         away = share if self.below is not None else 1 - share
         return neighbour if shown is None else vanishing(shown, away)
+
+    def narrowed(self, index: int, mask: Mask, *, upward: bool) -> _Gap:
+        """What is left of the gap, going up or down, once the agent has seen the target on slice `index`."""
+        return replace(self, low=index, below=mask) if upward else replace(self, high=index, above=mask)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
