@@ -330,7 +330,7 @@ def test_files_that_are_no_picture(tmp_path):
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "A.DCM", "a.nrrd"])
 def test_volumes_are_named_as_what_they_are(tmp_path, name):
     (tmp_path / name).write_bytes(b"123")
-    with pytest.raises(DataError, match="volumes are not read yet"):
+    with pytest.raises(DataError, match="is a volume, not a picture"):
         read_image(tmp_path / name)
 
 

@@ -41,3 +41,8 @@ from .store import read_record as read_record
 from .store import write_record as write_record
 from .trajectories import TrajectoryConfig as TrajectoryConfig
 from .trajectories import generate as generate
+from .volume_agent import VolumeSegmentation as VolumeSegmentation
+from .volume_agent import segment_volume as segment_volume
+from .volumes import SliceView as SliceView
+from .volumes import Volume as Volume
+from .volumes import read_volume as read_volume

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
@@ -26,10 +27,14 @@ from ibisagent.errors import ConfigError, IbisError
 if TYPE_CHECKING:
     from ibisagent.ceiling import Agent, Ceiling, Group
     from ibisagent.datasets import CaseSource
-    from ibisagent.domain import Episode, Turn
+    from ibisagent.domain import Episode, Image, Turn
     from ibisagent.evaluation import Evaluation, Summary
     from ibisagent.policies.base import Policy
+    from ibisagent.segmenters import Segmenter
     from ibisagent.session import Outputs
+    from ibisagent.volume_agent import Cost
+    from ibisagent.volume_agent.files import VolumeOutputs
+    from ibisagent.volumes import Volume
 
 EXIT_ERROR = 2
 stdout = Console(highlight=False, markup=False, soft_wrap=True)
@@ -83,7 +88,14 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value f
 
 @app.command()
 def segment(
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Image files: PNG, JPEG, TIFF, BMP.")],
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGE",
+            help="Pictures (PNG, JPEG, TIFF, BMP), volumes (NIfTI, DICOM, NRRD, MHA), folders with a DICOM series, or"
+            " the DICOMweb address of one.",
+        ),
+    ],
     query: Annotated[str, typer.Argument(metavar="QUERY", help='What to segment, such as "the optic disc".')],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("ibisagent-output"),
     policy: PolicyOption = "ibis-nano",
@@ -100,14 +112,40 @@ def segment(
     max_pixels: PixelsOption = None,
     temperature: TemperatureOption = 0.0,
     seed: SeedOption = 0,
+    axis: Annotated[str, typer.Option(help="Volumes: slices to look at: auto, axial, coronal, sagittal.")] = "auto",
+    slices: Annotated[
+        str | None, typer.Option(help="Volumes: key slices, such as 12,40,77 or ::10. Default: searched for.")
+    ] = None,
+    window: Annotated[
+        str, typer.Option(help="Volumes: auto, lung, bone, 'soft tissue', brain, ..., LEVEL/WIDTH, or 1-99%.")
+    ] = "auto",
+    channel: Annotated[int | None, typer.Option(help="Volumes: which of several on one grid, from 0.", min=0)] = None,
+    series: Annotated[str | None, typer.Option(help="Volumes: which DICOM series of a folder: number or UID.")] = None,
+    recheck: Annotated[
+        int, typer.Option(help="Volumes: ask the agent again after so many slices; 0 never asks again.", min=0)
+    ] = 10,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="Volumes: nifti (default), seg and sr (DICOM), png, rle; may be repeated."),
+    ] = None,
+    store: Annotated[
+        str | None, typer.Option(help="Volumes: DICOMweb server to send seg and sr to; the pictures stay here.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Segment what QUERY names in each IMAGE.
 
-    Writes for each image NAME_mask_TARGET.png (the image's size, 255 inside), NAME_overlay.png and NAME_record.json,
-    from which 'ibisagent replay' rebuilds the mask. A failing image does not stop the others; the exit code is then 2.
+    Writes for each picture NAME_mask_TARGET.png (its size, 255 inside), NAME_overlay.png and NAME_record.json, from
+    which 'ibisagent replay' rebuilds the mask. For each volume NAME_mask_TARGET.nii.gz on its grid, or the formats
+    asked for, NAME_measures.json and .csv, NAME_overlay.png, NAME_record.json, and a record per slice that was asked.
+    A failing image does not stop the others; the exit code is then 2.
     """
     query = _check_query(query)
+    if store is not None and not {"seg", "sr"} & set(formats or ()):
+        raise ConfigError("--store sends DICOM objects: ask for them with --format seg, and --format sr")
+    for spec in (policy, segmenter):
+        if spec.startswith(("endpoint:", "remote:")):
+            stderr.print(f"pictures are sent to {_one_line(spec.partition(':')[2].partition('#')[0])}")
     starts: list[Path | None] = [*start_mask] if start_mask else [None] * len(images)
     if len(starts) != len(images):
         raise ConfigError(f"{len(starts)} start masks for {len(images)} images: give one per image, in their order")
@@ -130,12 +168,34 @@ def segment(
         engine = load_segmenter(segmenter, device=device)
     results: list[dict[str, Any]] = []
     names = session.file_names(images)
+    volumes = _Volumes(
+        writer,
+        engine,
+        query,
+        output,
+        taken=set(names),
+        max_turns=max_turns or session.DEFAULT_TURNS,
+        made_by=session.provenance(writer, engine),
+        axis=axis,
+        slices=slices,
+        window=window,
+        channel=channel,
+        series=series,
+        recheck=recheck,
+        formats=tuple(formats or ("nifti",)),
+        store=store,
+        quiet=as_json,
+    )
     with _progress(len(images), "images", quiet=as_json or len(images) == 1) as advance:
         for path, name, start in zip(images, names, starts, strict=True):
             if not as_json:
                 stdout.print(f"{path}: {_one_line(query, 200)}")
             started = time.perf_counter()
             try:
+                if volumes.wants(path):
+                    results.append(volumes.segment(path, start))
+                    advance()
+                    continue
                 case = session.read_case(Path(path).resolve(), query, start)
                 turn_printer = None if as_json else _turn_printer()
                 episode = session.segment(
@@ -156,6 +216,115 @@ def segment(
         _print_json({"query": query, "results": results})
     if any("error" in result for result in results):
         raise typer.Exit(EXIT_ERROR)
+
+
+@dataclass
+class _Volumes:
+    """The volumes of one `segment` command."""
+
+    writer: Policy
+    engine: Segmenter
+    query: str
+    output: Path
+    taken: set[str]
+    max_turns: int
+    made_by: dict[str, str]
+    axis: str
+    slices: str | None
+    window: str
+    channel: int | None
+    series: str | None
+    recheck: int
+    formats: tuple[str, ...]
+    store: str | None
+    quiet: bool
+
+    def wants(self, path: str) -> bool:
+        """Whether `path` is a volume rather than a picture."""
+        from ibisagent import pacs
+        from ibisagent.volumes import is_volume
+
+        return pacs.is_url(path) or is_volume(path)
+
+    def segment(self, path: str, start: Path | None) -> dict[str, Any]:
+        """Segment one volume, write and print what was found; the result for --json."""
+        from ibisagent import pacs
+        from ibisagent.volumes import read_volume
+
+        with tempfile.TemporaryDirectory(prefix="ibisagent-") as folder:
+            if pacs.is_url(path):
+                pacs.fetch_series(path, Path(folder))
+            source = Path(folder) if pacs.is_url(path) else Path(path)
+            volume = read_volume(source, channel=self.channel, series=self.series)
+            return self._segment(path, volume, start)
+
+    def _segment(self, path: str, volume: Volume, start: Path | None) -> dict[str, Any]:
+        from ibisagent import pacs, volume_agent
+        from ibisagent.protocol import target_of
+        from ibisagent.volume_agent.files import VolumeWriter
+        from ibisagent.volumes import SliceView
+        from ibisagent.volumes.writing import masks_on
+
+        started = time.perf_counter()
+        view = SliceView(volume, self.axis, self.window)
+        if not self.quiet:
+            sides = " x ".join(str(side) for side in volume.shape)
+            spacing = " x ".join(f"{side:.3g}" for side in volume.spacing_mm)
+            size = f"{sides} voxels of {spacing} mm" if volume.spacing_known else f"{sides} voxels"
+            stdout.print(f"  {volume.name}: {size}, {view.count} {view.axis} slices, window {view.window_source}")
+        masks = {} if start is None else masks_on(volume, start)
+        if len(masks) == 1:
+            masks = {target_of(self.query): mask for mask in masks.values()}
+        keys = None if self.slices is None else volume_agent.parse_slices(self.slices, view.count)
+        with VolumeWriter(self.output, self._name(volume), self.formats) as files:
+
+            def on_episode(index: int, why: volume_agent.Why, episode: Episode, image: Image) -> None:
+                files.episode(index, why, episode, image)
+                if not self.quiet:
+                    turns = len(episode.turns)
+                    found = ", ".join(_one_line(name, 60) for name, mask in episode.masks.items() if mask.any())
+                    stdout.print(f"  slice {index} ({why}): {episode.stop} after {turns} turns, {found or 'nothing'}")
+
+            found = volume_agent.segment_volume(
+                view,
+                self.query,
+                self.writer,
+                self.engine,
+                keys=keys,
+                recheck=self.recheck,
+                max_turns=self.max_turns,
+                start=masks,
+                made_by=self.made_by,
+                on_episode=on_episode,
+            )
+            facts = {"policy": self.writer.name, **self.made_by}
+            outputs = files.finish(found, view, self.query, facts)
+        if self.store is not None and outputs.dicom:
+            stderr.print(f"masks and measurements are sent to {_one_line(self.store)}, under the source's patient")
+            pacs.store(self.store, outputs.dicom)
+        seconds = time.perf_counter() - started
+        if not self.quiet:
+            _print_volume(outputs, found.cost, seconds)
+        return {
+            "image": path,
+            "masks": {
+                target: {kind: str(file) for kind, file in files.items()} for target, files in outputs.masks.items()
+            },
+            "dicom": [str(file) for file in outputs.dicom],
+            "measures": {target: asdict(values) for target, values in outputs.measures.items()},
+            "overlay": str(outputs.overview),
+            "record": str(outputs.record),
+            "cost": asdict(found.cost),
+            "seconds": round(seconds, 3),
+        }
+
+    def _name(self, volume: Volume) -> str:
+        number, name = 1, volume.name
+        while name in self.taken:
+            number += 1
+            name = f"{volume.name}-{number}"
+        self.taken.add(name)
+        return name
 
 
 @app.command()
@@ -640,6 +809,23 @@ def _print_segmented(episode: Episode, outputs: Outputs, seconds: float) -> None
     if not outputs.masks:
         stdout.print("  mask:    none was made")
     stdout.print(f"  overlay: {outputs.overlay}")
+    stdout.print(f"  record:  {outputs.record}")
+
+
+def _print_volume(outputs: VolumeOutputs, cost: Cost, seconds: float) -> None:
+    stdout.print(
+        f"  {cost.policy_calls} turns, {cost.encoder_calls} slices opened, {cost.predictions} masks in {seconds:.1f} s"
+    )
+    for target, files in outputs.masks.items():
+        values = outputs.measures[target]
+        size = f"{values.voxels} voxels" if values.volume_ml is None else f"{values.volume_ml:.3g} ml"
+        for file in files.values() or ("in the DICOM objects",):
+            stdout.print(f"  mask:    {file} ({_one_line(target, 60)}, {size})")
+    if not outputs.masks:
+        stdout.print("  mask:    none was made")
+    for file in outputs.dicom:
+        stdout.print(f"  DICOM:   {file} (names the patient as its source does)")
+    stdout.print(f"  overlay: {outputs.overview}")
     stdout.print(f"  record:  {outputs.record}")
 
 

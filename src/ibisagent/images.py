@@ -153,7 +153,9 @@ def _decode(path: Path, *, as_labels: bool) -> tuple[np.ndarray, bool]:
 
 def _check_readable(path: Path) -> None:
     if path.name.lower().endswith(_VOLUME_SUFFIXES):
-        raise DataError(f"{path}: NIfTI, DICOM and other volumes are not read yet; export the slice as PNG or TIFF")
+        raise DataError(
+            f"{path}: is a volume, not a picture; read it with volumes.read_volume, or export the slice as PNG"
+        )
     try:
         if path.is_dir():
             raise DataError(f"{path}: is a folder; name an image file")

@@ -1,0 +1,204 @@
+"""Masks of a volume to files on the source's exact grid, and back: NIfTI, PNG stack, COCO run lengths.
+
+DICOM segmentations and reports are written by `clinic`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ibisagent.errors import DataError
+from ibisagent.images import read_masks, write_mask_png, write_whole
+from ibisagent.masks import decode_rle, encode_rle
+from ibisagent.volumes.grid import NiftiOrigin, Volume, scratch
+
+RLE_FORMAT = "ibisagent volume masks"
+SAME_PLACE_MM = 0.01
+_GRID_FILE = "grid.json"
+_SLICE = re.compile(r"slice-(\d+)\.png")
+_NAMING_FIELDS = ("descrip", "aux_file", "intent_name", "db_name", "data_type")
+"""Free text of a NIfTI header, in which scanners and converters leave names and dates."""
+
+
+def write_nifti(mask: np.ndarray, volume: Volume, path: Path) -> None:
+    """Write an (I, J, K) bool mask as .nii or .nii.gz, 1 inside; affine and header are the source's if that was NIfTI.
+
+    Free text and extensions of the header are left out, since they may name the patient.
+    """
+    import nibabel as nib
+
+    _check_grid(mask, volume, str(path))
+    header, affine = None, volume.affine
+    if isinstance(volume.origin, NiftiOrigin):
+        header, affine = volume.origin.header.copy(), volume.origin.affine
+        header.extensions.clear()
+        for field in _NAMING_FIELDS:
+            if field in header:
+                header[field] = b""
+    large = max(mask.shape) > 32_767 or (header is not None and "Nifti2" in type(header).__name__)
+    image = (nib.Nifti2Image if large else nib.Nifti1Image)(mask.astype(np.uint8), affine, header)
+    image.header.set_data_dtype(np.uint8)
+    image.header["cal_min"], image.header["cal_max"] = 0, 1
+    if header is None:
+        image.header.set_xyzt_units("mm")
+    suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
+    part = path.parent / f".{uuid.uuid4().hex}{suffix}"
+    try:
+        try:
+            nib.save(image, part)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DataError(f"{path}: cannot be written ({reason}); free space or choose another folder") from error
+
+
+def write_png_stack(mask: np.ndarray, volume: Volume, folder: Path) -> None:
+    """Write an (I, J, K) bool mask as slice-0000.png, ... per k, rows j and columns i, with the grid in grid.json.
+
+    An older stack of that name is replaced.
+    """
+    _check_grid(mask, volume, str(folder))
+    try:
+        part = Path(tempfile.mkdtemp(prefix=".ibisagent-", dir=folder.parent))
+        try:
+            for k in range(volume.shape[2]):
+                write_mask_png(np.ascontiguousarray(mask[:, :, k].T).astype(bool), part / f"slice-{k:04d}.png")
+            write_whole((json.dumps(_grid(volume), indent=1) + "\n").encode(), part / _GRID_FILE)
+            part.chmod(0o755)
+            if (folder / _GRID_FILE).is_file():
+                shutil.rmtree(folder)
+            os.replace(part, folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
+
+
+def write_rle(masks: Mapping[str, np.ndarray], volume: Volume, path: Path) -> None:
+    """Write masks as JSON: the grid, and for each target the slices k that show it as COCO run lengths (rows j)."""
+    for mask in masks.values():
+        _check_grid(mask, volume, str(path))
+    coded = {
+        name: [
+            {"slice": k, "rle": encode_rle(np.ascontiguousarray(mask[:, :, k].T).astype(bool))}
+            for k in range(volume.shape[2])
+            if mask[:, :, k].any()
+        ]
+        for name, mask in masks.items()
+    }
+    content = {"format": RLE_FORMAT, "version": 1, **_grid(volume), "masks": coded}
+    write_whole((json.dumps(content, indent=1) + "\n").encode(), path)
+
+
+def read_volume_masks(path: str | Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Masks by name, (I, J, K) bool, and their affine, from what this module wrote, or any NIfTI mask ("mask").
+
+    Raises DataError for anything else.
+    """
+    path = Path(path)
+    if path.is_dir() and (path / _GRID_FILE).is_file():
+        return _read_png_stack(path)
+    if path.suffix.lower() == ".json":
+        return _read_rle(path)
+    from ibisagent.volumes import read_volume
+
+    volume = read_volume(path)
+    values = volume.values(np.asarray(volume.voxels))
+    inside = np.unique(values[values != 0])
+    if volume.coloured or len(inside) > 1 or not np.isfinite(values).all():
+        raise DataError(f"{path}: is not a mask of one object; save it with 0 outside and 1 inside")
+    return {"mask": values != 0}, volume.affine
+
+
+def masks_on(volume: Volume, path: str | Path) -> dict[str, np.ndarray]:
+    """Masks of a file, checked to lie on the grid of `volume`; DICOM segmentations too.
+
+    DataError if size or place differ: a mask is never resampled.
+    """
+    from ibisagent.volumes import is_volume
+    from ibisagent.volumes.segmentations import is_segmentation, read_segmentation
+
+    path = Path(path)
+    if path.is_file() and is_volume(path) and is_segmentation(path):
+        return read_segmentation(path, volume)
+    masks, affine = read_volume_masks(path)
+    for mask in masks.values():
+        _check_grid(mask, volume, str(path))
+    corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)], float)
+    corners[:, :3] *= np.array(volume.shape) - 1
+    off = float(np.abs(corners @ (affine - volume.affine).T).max())
+    if volume.oriented and off > SAME_PLACE_MM:
+        raise DataError(f"{path}: lies up to {off:.2f} mm beside {volume.name}; resample the mask onto its grid")
+    return masks
+
+
+def _check_grid(mask: np.ndarray, volume: Volume, where: str) -> None:
+    if mask.shape != volume.shape:
+        sizes = " and ".join(" x ".join(map(str, shape)) for shape in (mask.shape, volume.shape))
+        raise DataError(f"{where}: mask and volume {volume.name} have {sizes} voxels; resample the mask onto its grid")
+
+
+def _grid(volume: Volume) -> dict[str, Any]:
+    return {"shape": list(volume.shape), "affine": volume.affine.tolist(), "axes": "slices k, rows j, columns i"}
+
+
+def _read_grid(content: Any, path: Path) -> tuple[tuple[int, int, int], np.ndarray]:
+    try:
+        first, second, third = (int(side) for side in content["shape"])
+        affine = np.array(content["affine"], dtype=np.float64)
+        if affine.shape != (4, 4) or min(first, second, third) < 1:
+            raise ValueError("the grid is none")
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: does not state a grid ({error}); write it again") from error
+    return (first, second, third), affine
+
+
+def _load(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error}); write it again") from error
+
+
+def _read_png_stack(folder: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    shape, affine = _read_grid(_load(folder / _GRID_FILE), folder)
+    files = {int(match[1]): file for file in folder.iterdir() if (match := _SLICE.fullmatch(file.name))}
+    if sorted(files) != list(range(shape[2])):
+        raise DataError(f"{folder}: holds {len(files)} of {shape[2]} slices; copy it again")
+    mask = scratch(shape, bool)
+    for k, file in files.items():
+        plane = read_masks(file)["mask"].T
+        if plane.shape != shape[:2]:
+            raise DataError(f"{file}: is {plane.shape[0]} x {plane.shape[1]}, expected {shape[0]} x {shape[1]} pixels")
+        mask[:, :, k] = plane
+    return {"mask": mask}, affine
+
+
+def _read_rle(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    content = _load(path)
+    if not isinstance(content, dict) or content.get("format") != RLE_FORMAT:
+        raise DataError(f"{path}: holds no masks of a volume; give a file that 'ibisagent segment' wrote")
+    shape, affine = _read_grid(content, path)
+    masks: dict[str, np.ndarray] = {}
+    try:
+        for name, slices in content["masks"].items():
+            masks[name] = scratch(shape, bool)
+            for coded in slices:
+                masks[name][:, :, int(coded["slice"])] = decode_rle(coded["rle"]).T
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise DataError(f"{path}: is damaged ({error}); write it again") from error
+    return masks, affine
