@@ -483,23 +483,14 @@ def _print_json(value: Any) -> None:
 
 def _turn_printer() -> Callable[[Turn], None]:
     """Prints numbered turns as they come."""
-    from ibisagent.domain import Box, Click, Undo
+    from ibisagent.session import describe_actions
 
     number = 0
 
     def show(turn: Turn) -> None:
         nonlocal number
         number += 1
-        said = []
-        for action in turn.reply.actions:
-            if isinstance(action, Click):
-                said.append(f"click {'+' if action.positive else '-'} ({action.x}, {action.y}) {action.target}")
-            elif isinstance(action, Box):
-                said.append(f"box ({action.x0}, {action.y0}) ({action.x1}, {action.y1}) {action.target}")
-            elif isinstance(action, Undo):
-                said.append(f"undo {action.steps}")
-            else:
-                said.append("stop" + "".join(f", absent: {name}" for name in action.absent))
+        said = [describe_actions(turn.reply.actions)] if turn.reply.actions else []
         if turn.reply.problem is not None:
             said.append(f"malformed: {turn.reply.problem}")
         score = "" if turn.segmenter_score is None else f" [mask score {turn.segmenter_score:.2f}]"
