@@ -15,7 +15,7 @@ LAYERS = (
     ("masks", "images", "clicks", "protocol"),
     ("segmenters", "policies", "datasets", "store"),
     ("environment", "rewards"),
-    ("teacher", "trajectories", "training", "evaluation", "session", "inventory"),
+    ("teacher", "trajectories", "training", "evaluation", "session", "inventory", "client"),
     ("server",),
     ("cli",),
     ("__main__",),

@@ -218,6 +218,10 @@ MANIFEST_NAME = "manifest.csv"
 _MANIFEST_COLUMNS = ("image", "mask", "object", "query")
 
 
+class BusyError(ConfigError):
+    """The agent is at work in a session, and was asked once more."""
+
+
 @dataclass(frozen=True, eq=False)
 class Step:
     """One turn of a session, and whose it was. A person's turn is written in the dialect "ibis"."""
@@ -418,6 +422,12 @@ class Session:
         """End the agent's run; a reply that it is still writing is dropped. To hand back, `ask` or `run` again."""
         with self._lock:
             self._changes += 1
+
+    def discard(self) -> None:
+        """End the agent's run and save no more: the folder is about to go. The session itself can still be seen."""
+        with self._lock:
+            self._changes += 1
+            self.folder = None
 
     def request(self, query: str) -> None:
         """Begin a new round with another request. The same one again changes nothing. ConfigError for an empty one."""
@@ -680,7 +690,7 @@ class _AtWork:
         session = self._session
         with session._lock:
             if session._running:
-                raise ConfigError("the agent is at work in this session: wait, or take over first")
+                raise BusyError("the agent is at work in this session: wait, or take over first")
             if session.policy is None:
                 raise ConfigError("this session has no policy: it cannot be asked")
             if self._query is not None:
