@@ -156,10 +156,15 @@ class EpisodeStore:
 
 def write_record(episode: Episode, path: str | Path) -> None:
     """Write one episode as JSON: every turn, thought, action and mask, model names, hashes and seeds."""
-    path = Path(path)
-    plain = _table([_plain_episode(episode)], path).to_pylist(maps_as_pydicts="strict")[0]
+    write_whole(record_json(episode), path)
+
+
+def record_json(episode: Episode) -> bytes:
+    """What `write_record` writes."""
+    where = Path(f"record of case {episode.case_id}")
+    plain = _table([_plain_episode(episode)], where).to_pylist(maps_as_pydicts="strict")[0]
     record = {"format": RECORD_FORMAT, "version": SCHEMA_VERSION, **_without_none(plain)}
-    write_whole((json.dumps(record, indent=1) + "\n").encode("ascii"), path)
+    return (json.dumps(record, indent=1) + "\n").encode("ascii")
 
 
 def read_record(path: str | Path) -> Episode:

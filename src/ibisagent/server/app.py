@@ -14,7 +14,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from urllib.parse import quote
 
 import numpy as np
 import PIL.Image
@@ -35,8 +37,8 @@ from ibisagent.masks import encode_rle
 from ibisagent.protocol import MAX_NAME_CHARS, overlay
 from ibisagent.server.access import COOKIE, LOOPBACK_NAMES, Gate, is_token, token_for
 from ibisagent.server.service import FullError, Job, MissingError, Service, TooLargeError, export_zip
-from ibisagent.session import DEFAULT_TURNS, BusyError, RunEnd, Session, Step
-from ibisagent.store import plain_turn
+from ibisagent.session import DEFAULT_TURNS, BusyError, RunEnd, Session, Step, file_names
+from ibisagent.store import plain_turn, record_json
 
 Returned = TypeVar("Returned")
 Tags: TypeAlias = list[str | Enum]  # as FastAPI wants them
@@ -292,10 +294,9 @@ class Metrics:
         self._seconds.labels(method, area).observe(seconds)
 
 
-_AREAS = frozenset(
-    ("health", "ready", "metrics", "docs", "segment", "sessions", "jobs", "models", "info", "infer", "session")
-    + ("datastore", "mcp", "gradio_api")  # noqa: RUF005
-)
+_STATE_AREAS = ("health", "ready", "metrics", "docs")
+_WORK_AREAS = ("segment", "sessions", "jobs", "models", "info", "infer", "session", "datastore", "mcp", "gradio_api")
+_AREAS = frozenset((*_STATE_AREAS, *_WORK_AREAS))
 
 
 def create_app(
@@ -354,7 +355,12 @@ def check_host(host: str) -> None:
 
 def standard_mounts(*, page: bool) -> tuple[Mount, ...]:
     """What `ibisagent serve` adds to the application."""
-    return ()
+    mounts: list[Mount] = []
+    if page:
+        from ibisagent.server.page import mount_page
+
+        mounts.append(mount_page)  # last: it takes every address that nobody else has
+    return tuple(mounts)
 
 
 def serve(
@@ -586,10 +592,11 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
     @app.get("/v1/sessions/{id}/mask", tags=tags, response_class=Response, responses=_file("image/png"))
     def mask(id: str, target: Annotated[str, Query(min_length=1, max_length=MAX_NAME_CHARS)]) -> Response:  # noqa: A002
         """One mask: the image's size, 0 outside and 255 inside."""
-        masks = service.session(id).masks
+        session = service.session(id)
+        masks = session.masks
         if target not in masks:
             raise MissingError(f"no target '{target}' in this session")
-        return Response(png(masks[target]), media_type="image/png")
+        return _download(session, png(masks[target]), f"mask_{target}.png", "image/png")
 
     @app.get("/v1/sessions/{id}/image", tags=tags, response_class=Response, responses=_file("image/png"))
     def image(id: str) -> Response:  # noqa: A002
@@ -602,15 +609,32 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
         session = service.session(id)
         return Response(png(overlay(session.image, session.masks)), media_type="image/png")
 
-    @app.get("/v1/sessions/{id}/report", tags=tags, response_class=HTMLResponse)
-    def report(id: str) -> HTMLResponse:  # noqa: A002
+    @app.get("/v1/sessions/{id}/report", tags=tags, response_class=Response, responses=_file("text/html"))
+    def report(id: str) -> Response:  # noqa: A002
         """The session as one HTML page."""
-        return HTMLResponse(service.session(id).report())
+        session = service.session(id)
+        return _download(session, session.report().encode(), "report.html", "text/html")
+
+    @app.get("/v1/sessions/{id}/record", tags=tags, response_class=Response, responses=_file("application/json"))
+    def record(id: str) -> Response:  # noqa: A002
+        """The latest round as a record, which 'ibisagent replay' plays again."""
+        session = service.session(id)
+        return _download(session, record_json(session.episodes()[-1]), "record.json", "application/json")
 
     @app.get("/v1/sessions/{id}/export", tags=tags, response_class=Response, responses=_file("application/zip"))
     def export(id: str) -> Response:  # noqa: A002
         """Masks, overlay, records and report in a zip."""
-        return Response(export_zip(service, service.session(id)), media_type="application/zip")
+        session = service.session(id)
+        return _download(session, export_zip(service, session), "session.zip", "application/zip")
+
+
+def _download(session: Session, content: bytes, ending: str, media_type: str) -> Response:
+    """A file that a browser keeps, named after the image."""
+    name = file_names([f"{Path(session.image.source or 'image').stem}_{Path(ending).stem}.x"])[0]
+    kept = quote(name + Path(ending).suffix, safe="")
+    return Response(
+        content, media_type=media_type, headers={"content-disposition": f"attachment; filename*=UTF-8''{kept}"}
+    )
 
 
 def _file(media_type: str) -> dict[int | str, dict[str, Any]]:
