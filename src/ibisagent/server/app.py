@@ -355,7 +355,10 @@ def check_host(host: str) -> None:
 
 def standard_mounts(*, page: bool) -> tuple[Mount, ...]:
     """What `ibisagent serve` adds to the application."""
-    mounts: list[Mount] = []
+    from ibisagent.server.mcp import mount_mcp
+    from ibisagent.server.monai import mount_monai
+
+    mounts: list[Mount] = [mount_monai, mount_mcp]
     if page:
         from ibisagent.server.page import mount_page
 

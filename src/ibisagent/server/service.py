@@ -277,10 +277,15 @@ class Service:
 
     def segment(self, image: Image, query: str, max_turns: int = DEFAULT_TURNS, start: Mask | None = None) -> Session:
         """One run on one image, kept by nobody."""
-        query = check_query(query)
-        session = self._new(uuid.uuid4().hex, image, query, {} if start is None else {target_of(query): start}, None)
-        session.run(max_turns=self._turns(max_turns))
+        max_turns = self._turns(max_turns)
+        session = self.open_unkept(image, query, start)
+        session.run(max_turns=max_turns)
         return session
+
+    def open_unkept(self, image: Image, query: str, start: Mask | None = None) -> Session:
+        """A session for the moment, without an address or files."""
+        query = check_query(query)
+        return self._new(uuid.uuid4().hex, image, query, {} if start is None else {target_of(query): start}, None)
 
     def _turns(self, asked: int) -> int:
         if not 1 <= asked <= self.limits.turns:
