@@ -97,6 +97,11 @@ class Page:
         self._service = service
         self._volumes: OrderedDict[str, VolumeLike] = OrderedDict()
 
+    @property
+    def _kinds(self) -> list[str]:
+        volumes = [] if self._service.volumes is None else ["NIfTI", "DICOM"]
+        return ["PNG", "JPEG", "TIFF", "BMP", *volumes]
+
     # ------------------------------------------------------------------------------------------- what it looks like
 
     def build(self) -> gr.Blocks:
@@ -107,7 +112,7 @@ class Page:
             with gr.Row(equal_height=False):
                 with gr.Column(scale=2, min_width=280):
                     file = gr.File(
-                        label="1. Drop an image here (PNG, JPEG, TIFF, BMP, DICOM, NIfTI)",
+                        label=f"1. Drop an image here ({', '.join(self._kinds)})",
                         file_types=FILE_TYPES,
                         height=120,
                         elem_id="file",
