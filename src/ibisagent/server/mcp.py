@@ -36,7 +36,7 @@ INSTRUCTIONS = (
 
 def mount_mcp(app: FastAPI, service: Service, threads: AgentThreads) -> Callable[[], Any]:
     """Add the endpoint; its session manager runs with the application. Names and origins are checked by the gate."""
-    server = MCPServer("ibisagent", instructions=INSTRUCTIONS, version=package_version())
+    server = MCPServer("ibisagent", instructions=INSTRUCTIONS, version=package_version(), log_level="WARNING")
     _add_tools(server, service, threads)
     inner: Starlette = server.streamable_http_app(
         streamable_http_path="/mcp",
