@@ -61,7 +61,9 @@ def _count(url: str, document: dict[str, Any], known: str, requests: int, seed: 
     if requests < 10 * len(operations):  # a short run: deeper into some rather than hardly into all
         operations = operations[seed % 5 :: 5]
     streams = [_cases(operation, 2 * requests // len(operations) + 2, seed) for operation in operations]
-    for number, case in enumerate(itertools.islice(_in_turn(streams), requests)):
+    for number, case in enumerate(_in_turn(streams)):
+        if statuses.total() >= requests:
+            break
         if number % 2 and "id" in (case.path_parameters or {}):
             case.path_parameters["id"] = known  # half of them act on a session that is there
         if case.operation.method.upper() == "DELETE" and known in str(case.path_parameters):

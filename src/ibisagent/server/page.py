@@ -143,7 +143,7 @@ class Page:
                         alt_text="the image with the masks and clicks on it",
                     )
                     with gr.Group(visible=False) as volume_panel, gr.Row():
-                        axis = gr.Radio([("axis 1", 0), ("axis 2", 1), ("axis 3", 2)], value=2, label="Direction")
+                        axis = gr.Radio([("sagittal", 0), ("coronal", 1), ("axial", 2)], value=2, label="Direction")
                         index = gr.Slider(0, 1, 0, step=1, label="Slice", elem_id="slice")
                         window = gr.Dropdown([], label="Window", elem_id="window")
                     with gr.Accordion("Before and after", open=False) as compare:

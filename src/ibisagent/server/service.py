@@ -72,7 +72,7 @@ class VolumeLike(Protocol):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Slices along each axis."""
+        """Slices along each axis: sagittal, coronal, axial."""
         ...
 
     def slice(self, axis: int, index: int, window: str) -> Image:
