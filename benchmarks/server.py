@@ -1,6 +1,6 @@
 """Many sessions at once: errors, mixed-up masks, time of a click, memory, and what batching turns gains.
 
-    python benchmarks/server.py [--sessions 50] [--seconds 180] [--policy ibis-nano] [--segmenter ibis-click]
+    python benchmarks/server.py [--sessions 50] [--seconds 180] [--together 16] [--policy ibis-nano] [--segmenter ibis-click]
 
 Every session has an image of its own, drawn from its number. It asks the agent once, then acts like a person: a click
 (or an undo) every `PAUSE` seconds on average. At the end each session's record is played again with a segmenter of this
@@ -34,7 +34,6 @@ from ibisagent.segmenters import load_segmenter
 from ibisagent.store import read_record
 
 PAUSE = 5.0
-TOGETHER = 16
 SIZE = (240, 320)
 
 
@@ -107,11 +106,11 @@ def mixed_up(people: list[Person], segmenter: str, client: Client, folder: Path)
     return wrong
 
 
-def throughput(url: str, together: bool) -> float:
-    """Agent turns a second in TOGETHER fresh sessions, all at once or one after the other."""
+def throughput(url: str, count: int, together: bool) -> float:
+    """Agent turns a second in `count` fresh sessions, all at once or one after the other."""
     with Client(url, token="") as client:
         offset = 1000 if together else 2000
-        sessions = [client.open(encoded(draw(offset + number)), "Segment the polyp.") for number in range(TOGETHER)]
+        sessions = [client.open(encoded(draw(offset + number)), "Segment the polyp.") for number in range(count)]
         started = time.perf_counter()
         if together:
             threads = [threading.Thread(target=session.run) for session in sessions]
@@ -131,8 +130,9 @@ def throughput(url: str, together: bool) -> float:
 
 def measure(options: argparse.Namespace, url: str, process: int, folder: Path) -> dict[str, Any]:
     """All figures."""
-    throughput(url, together=True)  # whatever is loaded on first use
-    alone, together = throughput(url, together=False), throughput(url, together=True)
+    throughput(url, 1, together=True)  # whatever is loaded on first use
+    alone, together = (throughput(url, options.together, together) for together in (False, True))
+    print(f"turns a second: {alone:.2f} one by one, {together:.2f} together", file=sys.stderr, flush=True)
     until = time.time() + options.seconds
     people = [Person(url, number, until) for number in range(options.sessions)]
     for person in people:
@@ -171,6 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sessions", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=180)
+    parser.add_argument("--together", type=int, default=16, help="sessions that the gain of batching is measured with")
     parser.add_argument("--policy", default="ibis-nano")
     parser.add_argument("--segmenter", default="ibis-click")
     options = parser.parse_args()
