@@ -1,6 +1,6 @@
 """Many sessions at once: errors, mixed-up masks, time of a click, memory, and what batching turns gains.
 
-    python benchmarks/server.py [--sessions 50] [--seconds 180] [--together 16] [--policy ibis-nano] [--segmenter ibis-click]
+    python benchmarks/server.py [--sessions 50] [--seconds 180] [--together 16] [--policy NAME] [--segmenter NAME]
 
 Every session has an image of its own, drawn from its number. It asks the agent once, then acts like a person: a click
 (or an undo) every `PAUSE` seconds on average. At the end each session's record is played again with a segmenter of this
@@ -143,6 +143,7 @@ def measure(options: argparse.Namespace, url: str, process: int, folder: Path) -
         memory.append(round(resident(process)))
     for person in people:
         person.join()
+    print(f"memory of the server: {memory} MB; checking the masks", file=sys.stderr, flush=True)
     clicks = [seconds for person in people for seconds in person.clicks]
     errors = [error for person in people for error in person.errors]
     with Client(url, token="") as client:
