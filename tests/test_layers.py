@@ -15,7 +15,7 @@ LAYERS = (
     ("masks", "images", "clicks", "protocol", "calibration"),
     ("segmenters", "policies", "datasets", "store", "volumes", "pacs"),
     ("environment", "rewards"),
-    ("teacher", "trajectories", "training", "evaluation", "ceiling", "session", "inventory", "volume_agent"),
+    ("teacher", "trajectories", "training", "evaluation", "ceiling", "session", "inventory", "volume_agent", "client"),
     ("server",),
     ("cli",),
     ("__main__",),

@@ -671,6 +671,94 @@ def serve_segmenter(
     serve(engine, host=host, port=port)
 
 
+DataFolderOption = Annotated[
+    Path | None, typer.Option("--data", help="Folder for sessions and jobs. Default: this user's data folder.")
+]
+HostOption = Annotated[str, typer.Option(help="Address to listen on; beyond this machine set IBIS_TOKEN.")]
+SessionsOption = Annotated[int, typer.Option(help="Most sessions at a time.", min=1)]
+IdleOption = Annotated[float, typer.Option(help="Minutes after which an idle session and its files go.", min=0.1)]
+UploadOption = Annotated[int, typer.Option(help="Largest upload in megabytes.", min=1)]
+AreaOption = Annotated[int, typer.Option(help="Largest picture in megapixels.", min=1)]
+
+
+@app.command()
+def serve(
+    policy: PolicyOption = "ibis-nano",
+    segmenter: SegmenterOption = "ibis-click",
+    dialect: DialectOption = None,
+    history: HistoryOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    adapter: AdapterOption = None,
+    max_pixels: PixelsOption = None,
+    data: DataFolderOption = None,
+    host: HostOption = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8002,
+    max_sessions: SessionsOption = 100,
+    idle_minutes: IdleOption = 60.0,
+    max_upload: UploadOption = 64,
+    max_megapixels: AreaOption = 16,
+    page: Annotated[bool, typer.Option(help="Also serve the web page.")] = False,
+    open_browser: Annotated[bool, typer.Option("--open-browser", hidden=True)] = False,
+) -> None:
+    """Serve sessions, one-shot segmentation and batch jobs over HTTP, for programs, 3D Slicer, OHIF and agents (MCP).
+
+    The API is described at /docs. Only this machine is answered unless IBIS_TOKEN holds a secret.
+    """
+    _require_server(*(["gradio"] if page else []))
+    with _status("loading the models", quiet=False):
+        import platformdirs
+
+        from ibisagent.policies import load_policy
+        from ibisagent.segmenters import load_segmenter
+        from ibisagent.server import app as server
+        from ibisagent.server.service import Limits, Service
+        from ibisagent.server.volumes import PackageVolumes
+
+        mounts = server.standard_mounts(page=page)
+        writer = load_policy(
+            policy,
+            dialect=dialect,
+            history=history,  # type: ignore[arg-type]
+            device=device,
+            dtype=dtype,
+            adapter=adapter,
+            max_pixels=max_pixels,
+        )
+        limits = Limits(
+            sessions=max_sessions,
+            idle_seconds=idle_minutes * 60,
+            upload_bytes=max_upload * 2**20,
+            pixels=max_megapixels * 2**20,
+        )
+        folder = data or Path(platformdirs.user_data_dir("ibisagent")) / "server"
+        server.check_host(host)
+        engine = load_segmenter(segmenter, device=device)
+        service = Service(writer, engine, folder, limits=limits, volumes=PackageVolumes())
+    address = f"http://{host}:{port}"
+    stderr.print(f"{address}{'' if page else '/docs'} - sessions in {folder} - stop with Ctrl+C")
+    if open_browser:
+        import threading
+        import webbrowser
+
+        threading.Timer(2.0, webbrowser.open, [address]).start()
+    server.serve(service, host=host, port=port, mounts=mounts)
+
+
+@app.command()
+def ui(
+    policy: PolicyOption = "ibis-nano",
+    segmenter: SegmenterOption = "ibis-click",
+    device: DeviceOption = "auto",
+    data: DataFolderOption = None,
+    host: HostOption = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8002,
+    browser: Annotated[bool, typer.Option(help="Open the page in the web browser.")] = True,
+) -> None:
+    """The web page: open an image, say what to segment, watch the agent, correct it with your own clicks."""
+    serve(policy, segmenter, device=device, data=data, host=host, port=port, page=True, open_browser=browser)
+
+
 @app.command()
 def models(as_json: JsonOption = False) -> None:
     """List the policies and segmenters: what each is, and which weights are on this machine."""
@@ -703,11 +791,13 @@ def doctor(as_json: JsonOption = False) -> None:
         raise typer.Exit(EXIT_ERROR)
 
 
-def _require_server() -> None:
+def _require_server(*more: str) -> None:
     from importlib.util import find_spec
 
-    if not find_spec("fastapi") or not find_spec("uvicorn"):
-        raise ConfigError("serving needs fastapi and uvicorn: pip install 'ibisagent[server]'")
+    needed = ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "mcp", *more)
+    if missing := [name for name in needed if not find_spec(name)]:
+        extra = "ui" if "gradio" in missing else "server"
+        raise ConfigError(f"serving needs {', '.join(missing)}: pip install 'ibisagent[{extra}]'")
 
 
 def _check_keep(keep: str) -> Keep:
@@ -759,23 +849,14 @@ def _print_json(value: Any) -> None:
 
 def _turn_printer() -> Callable[[Turn], None]:
     """Prints numbered turns as they come."""
-    from ibisagent.domain import Box, Click, Undo
+    from ibisagent.session import describe_actions
 
     number = 0
 
     def show(turn: Turn) -> None:
         nonlocal number
         number += 1
-        said = []
-        for action in turn.reply.actions:
-            if isinstance(action, Click):
-                said.append(f"click {'+' if action.positive else '-'} ({action.x}, {action.y}) {action.target}")
-            elif isinstance(action, Box):
-                said.append(f"box ({action.x0}, {action.y0}) ({action.x1}, {action.y1}) {action.target}")
-            elif isinstance(action, Undo):
-                said.append(f"undo {action.steps}")
-            else:
-                said.append("stop" + "".join(f", absent: {name}" for name in action.absent))
+        said = [describe_actions(turn.reply.actions)] if turn.reply.actions else []
         if turn.reply.problem is not None:
             said.append(f"malformed: {turn.reply.problem}")
         score = "" if turn.segmenter_score is None else f" [mask score {turn.segmenter_score:.2f}]"

@@ -18,7 +18,8 @@ from ibisagent.errors import ConfigError, DataError
 
 Mask: TypeAlias = np.ndarray
 Masks: TypeAlias = Mapping[str, Mask]
-StopReason = Literal["stopped", "max_turns", "malformed", "repeated"]
+StopReason = Literal["stopped", "max_turns", "malformed", "repeated", "open"]
+"""Why an episode ended; "open": it is a person's session, in which nobody has said stop."""
 Keep = Literal["last", "best"]
 """Which mask of an episode is handed out: see `Episode.kept`."""
 

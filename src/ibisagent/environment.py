@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +24,7 @@ from ibisagent.domain import (
     Masks,
     Observation,
     Prompt,
+    Reply,
     Stop,
     StopReason,
     Turn,
@@ -58,7 +60,7 @@ class _Object:
 _Objects = Mapping[str, _Object]
 
 
-class _Board:
+class Board:
     """Masks as a pure function of the start masks and the prompts of every turn, with Undo.
 
     `_batches[i]` are the prompts of one turn and lead from `_states[i]` to `_states[i + 1]`. An Undo that takes back
@@ -73,8 +75,32 @@ class _Board:
         self._states: list[_Objects] = [{name: _Object((), mask, mask, None) for name, mask in start.items()}]
 
     @property
-    def objects(self) -> _Objects:
-        return self._states[-1]
+    def masks(self) -> Masks:
+        """The masks as they stand, by target."""
+        return MappingProxyType({name: thing.mask for name, thing in self._states[-1].items()})
+
+    def copy(self) -> Board:
+        """A board that goes its own way from here; what both have in common is shared."""
+        twin = copy(self)
+        twin._batches, twin._states = list(self._batches), list(self._states)
+        return twin
+
+    def take(self, completion: Completion, reply: Reply) -> tuple[Turn, bool]:
+        """Apply a reply that was read from `completion`: the turn, and whether it said anything new (see `apply`).
+
+        Raises SegmenterError and ConfigError as the segmenter does; then nothing has changed.
+        """
+        before, objects = self.masks, self._states[-1]
+        names = {*objects, *(action.target for action in reply.actions if not isinstance(action, Undo | Stop))}
+        if len(names) > MAX_TARGETS:
+            reply = replace(reply, actions=(), problem=f"names more than {MAX_TARGETS} objects")
+        fresh = self.apply(reply.actions)
+        scores = [
+            thing.score
+            for name, thing in self._states[-1].items()
+            if thing is not objects.get(name) and thing.score is not None
+        ]
+        return Turn(completion, reply, before, self.masks, float(np.mean(scores)) if scores else None), fresh
 
     def apply(self, actions: Sequence[Action]) -> bool:
         """Apply one reply's actions in order, up to a Stop; False, and no change, if its prompts were all given before.
@@ -137,6 +163,25 @@ def _check_prediction(prediction: Prediction, size: tuple[int, int], segmenter: 
         )
 
 
+def read_reply(
+    completion: Completion, size: tuple[int, int], dialect: str, default_target: str
+) -> tuple[Completion, Reply]:
+    """What a policy wrote, fit to be stored, and what it means on a picture of `size` (H, W). Never raises for text."""
+    text = completion.text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates cannot be stored
+    return replace(completion, text=text), protocol.parse(text, size, dialect=dialect, default_target=default_target)
+
+
+def stop_reason(turns: Sequence[Turn], fresh: bool) -> StopReason | None:
+    """Why a policy's run ends with the last of `turns`, the number of turns aside; fresh: it said anything new."""
+    if turns[-1].reply.stop is not None:
+        return "stopped"
+    if not fresh:
+        return "repeated"
+    last = turns[-MAX_MALFORMED:]
+    malformed = len(last) == MAX_MALFORMED and all(turn.reply.problem is not None for turn in last)
+    return "malformed" if malformed else None
+
+
 class SegmentationEnv:
     """One case, one episode, then discard. It never looks at the case's truth.
 
@@ -169,7 +214,7 @@ class SegmentationEnv:
         self.max_turns = max_turns
         self._case_id, self._image, self._query, self._start = case.id, case.image, case.query, dict(case.start)
         self._default_target = protocol.target_of(case.query)
-        self._board = _Board(case.image, segmenter, self._start)
+        self._board = Board(case.image, segmenter, self._start)
         self._made_by = {
             "segmenter": segmenter.name,
             "dialect": dialect,
@@ -183,16 +228,12 @@ class SegmentationEnv:
     @property
     def observation(self) -> Observation:
         """What the policy may see now."""
-        return Observation(self._case_id, self._image, self._query, self._masks, tuple(self._turns))
+        return Observation(self._case_id, self._image, self._query, self._board.masks, tuple(self._turns))
 
     @property
     def done(self) -> bool:
         """Whether the episode has ended."""
         return self._stop is not None
-
-    @property
-    def _masks(self) -> Masks:
-        return MappingProxyType({name: thing.mask for name, thing in self._board.objects.items()})
 
     def step(self, completion: Completion) -> Turn:
         """Read one completion, apply its actions and record the turn.
@@ -202,33 +243,11 @@ class SegmentationEnv:
         """
         if self._stop is not None:
             raise ConfigError(f"case {self._case_id}: the episode has ended ({self._stop}); open a new environment")
-        text = completion.text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates cannot be stored
-        completion = replace(completion, text=text)
-        reply = protocol.parse(text, self._image.size, dialect=self.dialect, default_target=self._default_target)
-        before, objects = self._masks, self._board.objects
-        names = {*objects, *(action.target for action in reply.actions if not isinstance(action, Undo | Stop))}
-        if len(names) > MAX_TARGETS:
-            reply = replace(reply, actions=(), problem=f"names more than {MAX_TARGETS} objects")
-        fresh = self._board.apply(reply.actions)
-        scores = [
-            thing.score
-            for name, thing in self._board.objects.items()
-            if thing is not objects.get(name) and thing.score is not None
-        ]
-        turn = Turn(completion, reply, before, self._masks, float(np.mean(scores)) if scores else None)
+        completion, reply = read_reply(completion, self._image.size, self.dialect, self._default_target)
+        turn, fresh = self._board.take(completion, reply)
         self._turns.append(turn)
-        self._stop = self._stop_reason(fresh)
+        self._stop = stop_reason(self._turns, fresh) or ("max_turns" if len(self._turns) >= self.max_turns else None)
         return turn
-
-    def _stop_reason(self, fresh: bool) -> StopReason | None:
-        if self._turns[-1].reply.stop is not None:
-            return "stopped"
-        if not fresh:
-            return "repeated"
-        last = self._turns[-MAX_MALFORMED:]
-        if len(last) == MAX_MALFORMED and all(turn.reply.problem is not None for turn in last):
-            return "malformed"
-        return "max_turns" if len(self._turns) >= self.max_turns else None
 
     def episode(self) -> Episode:
         """The finished episode; ConfigError while it still runs."""
@@ -283,7 +302,7 @@ def replay(episode: Episode, image: Image, segmenter: Segmenter) -> Masks:
     recorded = episode.made_by.get("segmenter", segmenter.name)
     if recorded != segmenter.name:
         raise ConfigError(f"the record was made with segmenter {recorded}, not {segmenter.name}; load that one")
-    board = _Board(image, segmenter, episode.start)
+    board = Board(image, segmenter, episode.start)
     for turn in episode.turns:
         board.apply(turn.reply.actions)
-    return {name: thing.mask for name, thing in board.objects.items()}
+    return dict(board.masks)

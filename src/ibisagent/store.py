@@ -13,13 +13,26 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ibisagent.domain import Action, Box, Click, Completion, Episode, Masks, Reply, Stop, Turn, Undo, check_masks
+from ibisagent.domain import (
+    Action,
+    Box,
+    Click,
+    Completion,
+    Episode,
+    Masks,
+    Reply,
+    Stop,
+    StopReason,
+    Turn,
+    Undo,
+    check_masks,
+)
 from ibisagent.errors import DataError
 from ibisagent.images import write_whole
 from ibisagent.masks import decode_rle, encode_rle
@@ -73,7 +86,7 @@ SCHEMA = pa.schema(
 _VERSION_KEY = b"ibisagent.schema_version"
 _NOTES_KEY = b"ibisagent.notes"
 _SHARD = re.compile(r"episodes-(\d{6})\.parquet")
-_STOPS = ("stopped", "max_turns", "malformed", "repeated")
+_STOPS = get_args(StopReason)
 
 
 class EpisodeStore:
@@ -143,10 +156,15 @@ class EpisodeStore:
 
 def write_record(episode: Episode, path: str | Path) -> None:
     """Write one episode as JSON: every turn, thought, action and mask, model names, hashes and seeds."""
-    path = Path(path)
-    plain = _table([_plain_episode(episode)], path).to_pylist(maps_as_pydicts="strict")[0]
+    write_whole(record_json(episode), path)
+
+
+def record_json(episode: Episode) -> bytes:
+    """What `write_record` writes."""
+    where = Path(f"record of case {episode.case_id}")
+    plain = _table([_plain_episode(episode)], where).to_pylist(maps_as_pydicts="strict")[0]
     record = {"format": RECORD_FORMAT, "version": SCHEMA_VERSION, **_without_none(plain)}
-    write_whole((json.dumps(record, indent=1) + "\n").encode("ascii"), path)
+    return (json.dumps(record, indent=1) + "\n").encode("ascii")
 
 
 def read_record(path: str | Path) -> Episode:
@@ -160,6 +178,41 @@ def read_record(path: str | Path) -> Episode:
         raise DataError(f"{path}: is no episode record; give a file that 'ibisagent segment' wrote")
     _check_version(record.pop("version", None), str(path))
     return _episode(_table([record], path).to_pylist()[0], str(path))
+
+
+def plain_turn(turn: Turn) -> dict[str, Any]:
+    """A turn as lists, texts and numbers, without the masks before it: those are known where it stands."""
+    return {
+        "text": turn.completion.text,
+        "tokens": turn.completion.tokens,
+        "seconds": turn.completion.seconds,
+        "thought": turn.reply.thought,
+        "actions": [{"kind": _KINDS[type(action)], **asdict(action)} for action in turn.reply.actions],
+        "problem": turn.reply.problem,
+        "masks": plain_masks(turn.after),
+        "segmenter_score": turn.segmenter_score,
+    }
+
+
+def read_turn(plain: Mapping[str, Any], before: Masks, size: tuple[int, int], where: str) -> Turn:
+    """The turn that `plain_turn` wrote, of an image of `size` (H, W). DataError if it is damaged."""
+    try:
+        return _turn(plain, before, size, where)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{where}: is damaged ({error})") from error
+
+
+def plain_masks(masks: Masks) -> list[dict[str, Any]]:
+    """Masks as names and run-length codes."""
+    return [{"name": name, "rle": encode_rle(mask)} for name, mask in masks.items()]
+
+
+def read_plain_masks(plain: list[Mapping[str, Any]], size: tuple[int, int], where: str) -> Masks:
+    """The masks that `plain_masks` wrote, each of `size` (H, W). DataError if they are damaged."""
+    try:
+        return _masks(plain, size, where)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{where}: is damaged ({error})") from error
 
 
 def make_folder(folder: Path) -> None:
@@ -221,10 +274,6 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def _plain_masks(masks: Masks) -> list[dict[str, Any]]:
-    return [{"name": name, "rle": encode_rle(mask)} for name, mask in masks.items()]
-
-
 def _plain_episode(episode: Episode) -> dict[str, Any]:
     turns = []
     before = episode.start
@@ -232,19 +281,7 @@ def _plain_episode(episode: Episode) -> dict[str, Any]:
         if not _same_masks(turn.before, before):
             raise DataError(f"episode of case {episode.case_id}: a turn does not start where the one before it ended")
         before = turn.after
-        actions = [{"kind": _KINDS[type(action)], **asdict(action)} for action in turn.reply.actions]
-        turns.append(
-            {
-                "text": turn.completion.text,
-                "tokens": turn.completion.tokens,
-                "seconds": turn.completion.seconds,
-                "thought": turn.reply.thought,
-                "actions": actions,
-                "problem": turn.reply.problem,
-                "masks": _plain_masks(turn.after),
-                "segmenter_score": turn.segmenter_score,
-            }
-        )
+        turns.append(plain_turn(turn))
     return {
         "case_id": episode.case_id,
         "query": episode.query,
@@ -252,7 +289,7 @@ def _plain_episode(episode: Episode) -> dict[str, Any]:
         "width": episode.size[1],
         "image_sha256": episode.image_sha256,
         "image_source": episode.image_source,
-        "start": _plain_masks(episode.start),
+        "start": plain_masks(episode.start),
         "turns": turns,
         "stop": episode.stop,
         "made_by": dict(sorted(episode.made_by.items())),

@@ -1,0 +1,200 @@
+"""Many sessions at once: errors, mixed-up masks, time of a click, memory, and what batching turns gains.
+
+    python benchmarks/server.py [--sessions 50] [--seconds 180] [--together 16] [--policy NAME] [--segmenter NAME]
+
+Every session has an image of its own, drawn from its number. It asks the agent once, then acts like a person: a click
+(or an undo) every `PAUSE` seconds on average. At the end each session's record is played again with a segmenter of this
+process on that session's image: a mask that came from elsewhere could not be rebuilt. Run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from ibisagent.client import Client, RemoteSession
+from ibisagent.domain import Image
+from ibisagent.environment import replay
+from ibisagent.errors import IbisError
+from ibisagent.segmenters import load_segmenter
+from ibisagent.store import read_record
+
+PAUSE = 5.0
+SIZE = (240, 320)
+
+
+def draw(number: int) -> np.ndarray:
+    """A noisy picture with one bright ellipse; both differ from number to number."""
+    rng = np.random.default_rng(number)
+    pixels = rng.normal(70, 12, (*SIZE, 3))
+    centre = (int(rng.integers(80, 240)), int(rng.integers(70, 170)))
+    axes = (int(rng.integers(20, 60)), int(rng.integers(20, 50)))
+    bright = cv2.ellipse(np.zeros(SIZE, np.uint8), centre, axes, float(rng.integers(0, 180)), 0, 360, 1, -1)
+    pixels[bright > 0] += 90
+    return pixels.clip(0, 255).astype(np.uint8)
+
+
+def encoded(pixels: np.ndarray) -> bytes:
+    """As PNG."""
+    return bytes(cv2.imencode(".png", pixels[..., ::-1])[1].tobytes())
+
+
+def resident(process: int) -> float:
+    """Megabytes of a process in memory."""
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError("no VmRSS")
+
+
+class Person(threading.Thread):
+    """One session until `until`."""
+
+    def __init__(self, url: str, number: int, until: float) -> None:
+        super().__init__()
+        self.url, self.number, self.until = url, number, until
+        self.clicks: list[float] = []
+        self.errors: list[str] = []
+        self.turns = 0
+        self.session: RemoteSession | None = None
+
+    def run(self) -> None:
+        """As the module says."""
+        chance = random.Random(self.number)
+        try:
+            with Client(self.url, token="") as client:
+                self.session = client.open(encoded(draw(self.number)), "Segment the polyp.")
+                self.turns = len(self.session.run()["turns"])
+                while time.time() < self.until:
+                    time.sleep(chance.expovariate(1 / PAUSE))
+                    started = time.perf_counter()
+                    if chance.random() < 0.2 and self.session.view["can_undo"]:
+                        self.session.undo()
+                        continue
+                    x, y = chance.randrange(SIZE[1]), chance.randrange(SIZE[0])
+                    self.session.click(x, y, positive=chance.random() < 0.6)
+                    self.clicks.append(time.perf_counter() - started)
+        except IbisError as error:
+            self.errors.append(str(error))
+
+
+def mixed_up(people: list[Person], segmenter: str, client: Client, folder: Path) -> int:
+    """Sessions whose masks are not those of their own image and clicks."""
+    engine, wrong = load_segmenter(segmenter), 0
+    for person in people:
+        if person.session is None:
+            continue
+        path = folder / f"{person.number}.json"
+        path.write_bytes(client.call("GET", f"/v1/sessions/{person.session.id}/record").content)
+        episode = read_record(path)
+        masks = replay(episode, Image(draw(person.number)), engine)
+        wrong += any(not np.array_equal(masks[name], mask) for name, mask in episode.masks.items())
+    return wrong
+
+
+def throughput(url: str, count: int, together: bool) -> float:
+    """Agent turns a second in `count` fresh sessions, all at once or one after the other."""
+    with Client(url, token="") as client:
+        offset = 1000 if together else 2000
+        sessions = [client.open(encoded(draw(offset + number)), "Segment the polyp.") for number in range(count)]
+        started = time.perf_counter()
+        if together:
+            threads = [threading.Thread(target=session.run) for session in sessions]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        else:
+            for session in sessions:
+                session.run()
+        seconds = time.perf_counter() - started
+        turns = sum(len(session.view["turns"]) for session in sessions)
+        for session in sessions:
+            session.close()
+        return turns / seconds
+
+
+def measure(options: argparse.Namespace, url: str, process: int, folder: Path) -> dict[str, Any]:
+    """All figures."""
+    throughput(url, 1, together=True)  # whatever is loaded on first use
+    alone, together = (throughput(url, options.together, together) for together in (False, True))
+    print(f"turns a second: {alone:.2f} one by one, {together:.2f} together", file=sys.stderr, flush=True)
+    until = time.time() + options.seconds
+    people = [Person(url, number, until) for number in range(options.sessions)]
+    for person in people:
+        person.start()
+    memory = []
+    while time.time() < until:
+        time.sleep(options.seconds / 12)
+        memory.append(round(resident(process)))
+    for person in people:
+        person.join()
+    print(f"memory of the server: {memory} MB; checking the masks", file=sys.stderr, flush=True)
+    clicks = [seconds for person in people for seconds in person.clicks]
+    errors = [error for person in people for error in person.errors]
+    with Client(url, token="") as client:
+        wrong = mixed_up(people, options.segmenter, client, folder)
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "load_after": os.getloadavg()[0],
+        "sessions": options.sessions,
+        "seconds": options.seconds,
+        "errors": len(errors),
+        "first_error": errors[0] if errors else "",
+        "sessions_with_masks_of_others": wrong,
+        "clicks": len(clicks),
+        "agent_turns": sum(person.turns for person in people),
+        "click_p50_seconds": round(float(np.percentile(clicks, 50)), 3) if clicks else None,
+        "click_p95_seconds": round(float(np.percentile(clicks, 95)), 3) if clicks else None,
+        "server_megabytes": memory,
+        "turns_per_second_one_by_one": round(alone, 2),
+        "turns_per_second_together": round(together, 2),
+        "batching_factor": round(together / alone, 2),
+    }
+
+
+def main() -> None:
+    """Start a server, measure, print JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sessions", type=int, default=50)
+    parser.add_argument("--seconds", type=float, default=180)
+    parser.add_argument("--together", type=int, default=16, help="sessions that the gain of batching is measured with")
+    parser.add_argument("--policy", default="ibis-nano")
+    parser.add_argument("--segmenter", default="ibis-click")
+    options = parser.parse_args()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as name:
+        arguments = ["serve", "-p", options.policy, "-s", options.segmenter, "--data", f"{name}/data", "--port", port]
+        command = [sys.executable, "-m", "ibisagent", *map(str, arguments)]
+        with subprocess.Popen(command) as server:
+            try:
+                with Client(f"http://127.0.0.1:{port}", token="") as client:
+                    for _ in range(600):
+                        try:
+                            client.call("GET", "/ready")
+                            break
+                        except IbisError:
+                            time.sleep(0.2)
+                print(json.dumps(measure(options, client.url, server.pid, Path(name)), indent=1))
+            finally:
+                server.terminate()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,728 @@
+"""The HTTP server: sessions, one-shot segmentation, batch jobs, health, metrics; OpenAPI at /docs.
+
+`create_app(service)` gives the application; `page`, `monai` and `mcp` are mounted in it by `serve`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from urllib.parse import quote
+
+import numpy as np
+import PIL.Image
+import uvicorn
+from fastapi import FastAPI, File, Form, HTTPException, Query, Request, UploadFile
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from ibisagent.domain import MAX_QUERY_CHARS, Mask, Turn
+from ibisagent.environment import package_version
+from ibisagent.errors import IbisError, PolicyError, SegmenterError
+from ibisagent.masks import encode_rle
+from ibisagent.protocol import MAX_NAME_CHARS, overlay
+from ibisagent.server.access import COOKIE, LOOPBACK_NAMES, Gate, is_token, token_for
+from ibisagent.server.service import FullError, Job, MissingError, Service, TooLargeError, export_zip
+from ibisagent.session import DEFAULT_TURNS, BusyError, RunEnd, Session, Step, file_names
+from ibisagent.store import plain_turn, record_json
+
+Returned = TypeVar("Returned")
+Tags: TypeAlias = list[str | Enum]  # as FastAPI wants them
+
+MAX_COORDINATE = 2**20
+FORM_BYTES = 2**20  # what a request may hold beside its upload
+EXPIRY_SECONDS = 30.0  # between two looks at what is idle
+
+
+class _Strict(BaseModel):
+    """Unknown fields are refused: a setting that would be ignored must not look as if it had worked."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+Coordinate = Annotated[int, Field(ge=0, le=MAX_COORDINATE, strict=True)]
+TargetName = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
+QueryText = Annotated[str, Field(min_length=1, max_length=MAX_QUERY_CHARS)]
+
+
+class AskRequest(_Strict):
+    """A turn of the agent. query: a new request, which begins a new round; left out, the last one stands."""
+
+    query: QueryText | None = None
+
+
+class RunRequest(AskRequest):
+    """Turns of the agent until it stops, at most `max_turns`."""
+
+    max_turns: Annotated[int, Field(ge=1, le=1000)] = DEFAULT_TURNS
+
+
+class ClickRequest(_Strict):
+    """A person's click on a pixel; `target` left out means the object clicked last."""
+
+    x: Coordinate
+    y: Coordinate
+    positive: bool = True
+    target: TargetName | None = None
+
+
+class BoxRequest(_Strict):
+    """A person's box, half-open, in pixels."""
+
+    x0: Coordinate
+    y0: Coordinate
+    x1: Coordinate
+    y1: Coordinate
+    target: TargetName | None = None
+
+
+class AcceptRequest(_Strict):
+    """A person says that the masks are right; `absent` names objects that the image does not show."""
+
+    answer: Annotated[str, Field(max_length=MAX_QUERY_CHARS)] = ""
+    absent: Annotated[list[TargetName], Field(max_length=8)] = []
+
+
+class ForkRequest(_Strict):
+    """A new session from the first `turn` turns of this one."""
+
+    turn: Annotated[int, Field(ge=0, le=100_000)]
+
+
+class TurnView(BaseModel):
+    """One turn. by: "agent" or "person". actions: as in records. problem: why a reply could not be read."""
+
+    number: int
+    by: str
+    thought: str
+    actions: list[dict[str, Any]]
+    problem: str | None
+    predicted_quality: float | None
+    seconds: float
+
+
+class TargetView(BaseModel):
+    """One object as it stands. pixels: how many its mask has."""
+
+    name: str
+    pixels: int
+
+
+class SessionView(BaseModel):
+    """A session as it stands; masks and pictures have addresses of their own below it."""
+
+    id: str
+    query: str
+    image: str
+    width: int
+    height: int
+    target: str
+    targets: list[TargetView]
+    turns: list[TurnView]
+    running: bool
+    can_undo: bool
+    can_redo: bool
+
+
+class StepView(BaseModel):
+    """What an action changed. ended: why a run ended; null after a single turn."""
+
+    ended: str | None = None
+    session: SessionView
+
+
+class SegmentView(BaseModel):
+    """What one run made of one image. masks: COCO run lengths by target."""
+
+    ended: str
+    answer: str
+    absent: list[str]
+    masks: dict[str, dict[str, Any]]
+    turns: list[TurnView]
+
+
+class JobView(BaseModel):
+    """A batch job. failures: what went wrong, by image; the others are not stopped by it."""
+
+    id: str
+    query: str
+    state: Literal["waiting", "running", "done", "cancelled"]
+    images: int
+    done: int
+    failures: dict[str, str]
+
+
+class ErrorView(BaseModel):
+    """What was wrong, where, and what to do, in one line."""
+
+    detail: str
+
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    code: {"model": ErrorView, "description": what}
+    for code, what in {
+        400: "cannot be read",
+        401: "wrong or missing token",
+        404: "not there",
+        409: "the agent is at work",
+        413: "too large",
+        422: "cannot be used as it is",
+        429: "the server is full",
+        503: "a model failed",
+    }.items()
+}
+
+
+def turn_view(number: int, step: Step) -> TurnView:
+    """A step, for clients."""
+    turn = step.turn
+    return TurnView(
+        number=number,
+        by=step.by,
+        thought=turn.reply.thought,
+        actions=_actions(turn),
+        problem=turn.reply.problem,
+        predicted_quality=turn.segmenter_score,
+        seconds=turn.completion.seconds,
+    )
+
+
+def _actions(turn: Turn) -> list[dict[str, Any]]:
+    actions: list[dict[str, Any]] = plain_turn(Turn(turn.completion, turn.reply, {}, {}))["actions"]
+    return actions
+
+
+def session_view(session: Session) -> SessionView:
+    """A session, for clients."""
+    height, width = session.image.size
+    return SessionView(
+        id=session.id,
+        query=session.query,
+        image=session.image.source,
+        width=width,
+        height=height,
+        target=session.target,
+        targets=[TargetView(name=name, pixels=int(mask.sum())) for name, mask in session.masks.items()],
+        turns=[turn_view(number, step) for number, step in enumerate(session.steps, 1)],
+        running=session.running,
+        can_undo=session.can_undo,
+        can_redo=session.can_redo,
+    )
+
+
+def job_view(job: Job) -> JobView:
+    """A job, for clients."""
+    return JobView(
+        id=job.id, query=job.query, state=job.state, images=len(job.names), done=job.done, failures=dict(job.failures)
+    )
+
+
+def png(picture: PIL.Image.Image | Mask | np.ndarray) -> bytes:
+    """A picture, or a mask as 0 and 255, as a PNG file."""
+    if isinstance(picture, np.ndarray):
+        picture = PIL.Image.fromarray(picture.astype(np.uint8) * 255 if picture.dtype == np.bool_ else picture)
+    encoded = io.BytesIO()
+    picture.save(encoded, format="PNG", compress_level=1)
+    return encoded.getvalue()
+
+
+class AgentThreads:
+    """Threads of their own for what waits for the model, so that clicks and looks never wait behind runs."""
+
+    def __init__(self, count: int) -> None:
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix="agent")
+
+    async def __call__(self, work: Callable[[], Returned]) -> Returned:
+        """The result of `work`, done in one of the threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+Mount: TypeAlias = Callable[[FastAPI, Service, AgentThreads], Callable[[], Any] | None]
+"""Adds something to an application; what it returns, if anything, is an async context manager that runs with it."""
+
+
+class Metrics:
+    """What Prometheus sees; a registry of its own, so that several servers fit in one process."""
+
+    def __init__(self, service: Service) -> None:
+        self.registry = CollectorRegistry()
+        self._service = service
+        self._requests = Counter(
+            "ibisagent_requests",
+            "Requests by method, area and status",
+            ["method", "area", "status"],
+            registry=self.registry,
+        )
+        self._seconds = Histogram(
+            "ibisagent_request_seconds", "Time to answer", ["method", "area"], registry=self.registry
+        )
+        self.turns = Counter("ibisagent_agent_turns", "Turns that the agent took", registry=self.registry)
+        sessions = Gauge("ibisagent_sessions", "Open sessions", registry=self.registry)
+        sessions.set_function(lambda: len(service.session_ids))
+        waiting = Gauge("ibisagent_waiting_turns", "Turns that wait for the model", registry=self.registry)
+        waiting.set_function(lambda: service.policy.waiting)
+        self.registry.register(self)
+
+    def collect(self) -> list[GaugeMetricFamily]:
+        """Batches of the shared model."""
+        batches, turns = self._service.batches
+        mean = GaugeMetricFamily("ibisagent_mean_batch", "Turns that are answered together, on average")
+        mean.add_metric([], turns / batches if batches else 0.0)
+        return [mean]
+
+    def observe(self, method: str, path: str, status: int, seconds: float) -> None:
+        """Count one request. Only known words become labels, so that strangers cannot make new ones."""
+        parts = path.strip("/").split("/")
+        area = parts[1] if parts[0] == "v1" and len(parts) > 1 else parts[0]
+        area = area if area in _AREAS else "other"
+        method = method if method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE") else "other"
+        self._requests.labels(method, area, str(status)).inc()
+        self._seconds.labels(method, area).observe(seconds)
+
+
+_STATE_AREAS = ("health", "ready", "metrics", "docs")
+_WORK_AREAS = ("segment", "sessions", "jobs", "models", "info", "infer", "session", "datastore", "mcp", "gradio_api")
+_AREAS = frozenset((*_STATE_AREAS, *_WORK_AREAS))
+
+
+def create_app(
+    service: Service,
+    *,
+    token: str | None = None,
+    mounts: tuple[Mount, ...] = (),
+) -> FastAPI:
+    """The application around `service`, which it closes when it ends.
+
+    token: what clients must send, see `access.Gate`; without one only loopback names are answered. mounts: add more to
+    the application (page, MONAI Label, MCP).
+    """
+    threads = AgentThreads(2 * service.limits.sessions)
+    metrics = Metrics(service)
+    running: list[Callable[[], Any]] = []
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            for start in running:
+                await stack.enter_async_context(start())
+            expiry = asyncio.create_task(_expire(service))
+            try:
+                yield
+            finally:
+                expiry.cancel()
+                await run_in_threadpool(service.close)
+
+    app = FastAPI(
+        title="ibisagent",
+        version=package_version(),
+        summary="Name an object in a biomedical image, get its mask. Research software: not for clinical use.",
+        lifespan=lifespan,
+        responses=_ERRORS,
+    )
+    app.state.service, app.state.metrics = service, metrics
+    _handle_errors(app)
+    _add_open(app, service, metrics, token)
+    _add_sessions(app, service, threads, metrics)
+    _add_segment(app, service, threads)
+    _add_jobs(app, service)
+    for mount in mounts:
+        started = mount(app, service, threads)
+        if started is not None:
+            running.append(started)
+    app.add_middleware(Gate, token=token, max_body=service.limits.upload_bytes + FORM_BYTES, observe=metrics.observe)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=["*"] if token else list(LOOPBACK_NAMES))
+    return app
+
+
+def check_host(host: str) -> None:
+    """ConfigError for a host that can be reached from elsewhere without a token."""
+    token_for(host)
+
+
+def standard_mounts(*, page: bool) -> tuple[Mount, ...]:
+    """What `ibisagent serve` adds to the application."""
+    from ibisagent.server.mcp import mount_mcp
+    from ibisagent.server.monai import mount_monai
+
+    mounts: list[Mount] = [mount_monai, mount_mcp]
+    if page:
+        from ibisagent.server.page import mount_page
+
+        mounts.append(mount_page)  # last: it takes every address that nobody else has
+    return tuple(mounts)
+
+
+def serve(
+    service: Service,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8002,
+    mounts: tuple[Mount, ...] = (),
+) -> None:
+    """Serve until interrupted; the token comes from IBIS_TOKEN. ConfigError without one, unless `host` is loopback.
+
+    Temporary files of every library in this process go to the data folder as well.
+    """
+    tempfile.tempdir = str(service.folder / "uploads")
+    app = create_app(service, token=token_for(host), mounts=mounts)
+    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=5)
+
+
+async def _expire(service: Service) -> None:
+    while True:
+        await asyncio.sleep(EXPIRY_SECONDS)
+        await run_in_threadpool(service.expire)
+
+
+_STATUS: tuple[tuple[type[IbisError], int], ...] = (
+    (MissingError, 404),
+    (FullError, 429),
+    (TooLargeError, 413),
+    (BusyError, 409),
+    (SegmenterError, 503),
+    (PolicyError, 503),
+    (IbisError, 422),
+)
+
+
+def _handle_errors(app: FastAPI) -> None:
+    @app.exception_handler(IbisError)
+    async def failed(_request: Request, error: IbisError) -> JSONResponse:
+        status = next(status for kind, status in _STATUS if isinstance(error, kind))
+        return JSONResponse({"detail": str(error)}, status_code=status)
+
+    @app.exception_handler(RequestValidationError)
+    async def refused(_request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:]) or "body"
+        return JSONResponse({"detail": f"{where[:200]}: {first['msg']}"}, status_code=422)
+
+
+_LOGIN = """<!doctype html><html lang="en"><meta charset="utf-8"><title>ibisagent</title>
+<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:24rem;margin:4rem auto;padding:0 1rem}}</style>
+<h1>ibisagent</h1><p role="alert">{message}</p><form method="post" action="/login"><label>Token
+<input name="token" type="password" autocomplete="current-password" autofocus></label> <button>Enter</button></form>
+"""
+
+
+def _add_open(app: FastAPI, service: Service, metrics: Metrics, token: str | None) -> None:
+    """Health, metrics, models and the way in."""
+
+    @app.get("/health", tags=["state"])
+    async def health() -> dict[str, str]:
+        """Whether the process answers."""
+        return {"status": "ok"}
+
+    @app.get("/ready", tags=["state"])
+    def ready() -> dict[str, str]:
+        """Whether work can be taken: the models are loaded, the data folder can be written."""
+        if not service.ready():
+            raise HTTPException(503, "the data folder cannot be written")
+        return {"status": "ready"}
+
+    @app.get("/metrics", tags=["state"], response_class=Response)
+    def prometheus() -> Response:
+        """Metrics for Prometheus."""
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/models", tags=["state"])
+    def model_info() -> dict[str, Any]:
+        """The loaded models with licences and hashes, the limits, the version."""
+        return service.describe()
+
+    @app.get("/login", include_in_schema=False)
+    async def login() -> HTMLResponse:
+        return HTMLResponse(_LOGIN.format(message="This server asks for its token."))
+
+    @app.post("/login", include_in_schema=False)
+    async def enter(token_sent: Annotated[str, Form(alias="token", max_length=1000)] = "") -> Response:
+        if token and not is_token(token_sent, token):
+            return HTMLResponse(_LOGIN.format(message="That is not the token."), 401)
+        answer = RedirectResponse("/", 303)
+        answer.set_cookie(COOKIE, token_sent, httponly=True, samesite="strict")
+        return answer
+
+
+def _add_segment(app: FastAPI, service: Service, threads: AgentThreads) -> None:
+    @app.post("/v1/segment", tags=["segment"])
+    async def segment(
+        image: Annotated[UploadFile, File(description="PNG, JPEG, TIFF or BMP")],
+        query: Annotated[str, Form(min_length=1, max_length=MAX_QUERY_CHARS)],
+        max_turns: Annotated[int, Form(ge=1, le=1000)] = DEFAULT_TURNS,
+        start_mask: Annotated[UploadFile | None, File(description="a mask to refine, 0 outside")] = None,
+    ) -> SegmentView:
+        """One run on one image; nothing is kept."""
+        picture, start = await _picture(service, image, start_mask)
+        session = await threads(lambda: service.segment(picture, query, max_turns, start))
+        [episode] = session.episodes()
+        return SegmentView(
+            ended=episode.stop,
+            answer=episode.answer.answer,
+            absent=list(episode.answer.absent),
+            masks={name: encode_rle(mask) for name, mask in session.masks.items()},
+            turns=[turn_view(number, step) for number, step in enumerate(session.steps, 1)],
+        )
+
+
+async def _picture(service: Service, image: UploadFile, start_mask: UploadFile | None) -> tuple[Any, Mask | None]:
+    content, name = await image.read(), image.filename or "image"
+    picture = await run_in_threadpool(service.read_picture, content, name)
+    if start_mask is None:
+        return picture, None
+    content, name = await start_mask.read(), start_mask.filename or "mask"
+    return picture, await run_in_threadpool(service.read_mask, content, name, picture.size)
+
+
+def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics: Metrics) -> None:
+    tags: Tags = ["sessions"]
+
+    @app.post("/v1/sessions", tags=tags, status_code=201)
+    async def open_session(
+        image: Annotated[UploadFile, File(description="PNG, JPEG, TIFF or BMP")],
+        query: Annotated[str, Form(min_length=1, max_length=MAX_QUERY_CHARS)],
+        start_mask: Annotated[UploadFile | None, File(description="a mask to refine, 0 outside")] = None,
+    ) -> SessionView:
+        """Open a session on an image. It expires when it is idle for too long."""
+        picture, start = await _picture(service, image, start_mask)
+        return session_view(await run_in_threadpool(service.open, picture, query, start))
+
+    @app.get("/v1/sessions", tags=tags)
+    def list_sessions() -> list[str]:
+        """The ids of the open sessions, oldest use first."""
+        return service.session_ids
+
+    @app.get("/v1/sessions/{id}", tags=tags)
+    def look(id: str) -> SessionView:  # noqa: A002
+        """A session as it stands."""
+        return session_view(service.session(id))
+
+    @app.delete("/v1/sessions/{id}", tags=tags, status_code=204)
+    def close(id: str) -> Response:  # noqa: A002
+        """Close a session and delete its files."""
+        service.close_session(id)
+        return Response(status_code=204)
+
+    def run_steps(session: Session, asked: RunRequest, on_step: Callable[[Step], None] | None = None) -> RunEnd:
+        def count(step: Step) -> None:
+            metrics.turns.inc()
+            if on_step is not None:
+                on_step(step)
+
+        return session.run(asked.query, max_turns=min(asked.max_turns, service.limits.turns), on_step=count)
+
+    @app.post("/v1/sessions/{id}/ask", tags=tags)
+    async def ask(id: str, asked: AskRequest) -> StepView:  # noqa: A002
+        """One turn of the agent; "taken_over" where a person acted meanwhile."""
+        session = await run_in_threadpool(service.session, id)
+        step = await threads(lambda: session.ask(asked.query))
+        metrics.turns.inc()
+        return StepView(ended=None if step else "taken_over", session=session_view(session))
+
+    @app.post("/v1/sessions/{id}/run", tags=tags)
+    async def run(id: str, asked: RunRequest) -> StepView:  # noqa: A002
+        """Turns of the agent until it ends: stopped, max_turns, repeated, malformed or taken_over."""
+        session = await run_in_threadpool(service.session, id)
+        ended = await threads(lambda: run_steps(session, asked))
+        return StepView(ended=ended, session=session_view(session))
+
+    @app.post(
+        "/v1/sessions/{id}/run/stream",
+        tags=tags,
+        response_class=StreamingResponse,
+        responses={200: {"content": {"text/event-stream": {}}, "description": "events turn ..., then end or error"}},
+    )
+    async def stream(id: str, asked: RunRequest) -> StreamingResponse:  # noqa: A002
+        """As run, but every turn is sent as it is taken, as server-sent events. Whoever hangs up takes over."""
+        session = await run_in_threadpool(service.session, id)
+        if session.running:
+            raise BusyError("the agent is at work in this session: wait, or take over first")
+        return StreamingResponse(
+            _events(session, threads, lambda on_step: run_steps(session, asked, on_step)),
+            media_type="text/event-stream",
+            headers={"cache-control": "no-store"},
+        )
+
+    @app.post("/v1/sessions/{id}/take-over", tags=tags)
+    def take_over(id: str) -> SessionView:  # noqa: A002
+        """End the agent's run; ask or run again to hand back."""
+        session = service.session(id)
+        session.take_over()
+        return session_view(session)
+
+    @app.post("/v1/sessions/{id}/click", tags=tags)
+    def click(id: str, asked: ClickRequest) -> SessionView:  # noqa: A002
+        """A person's click."""
+        session = service.session(id)
+        session.click(asked.x, asked.y, positive=asked.positive, target=asked.target)
+        return session_view(session)
+
+    @app.post("/v1/sessions/{id}/box", tags=tags)
+    def box(id: str, asked: BoxRequest) -> SessionView:  # noqa: A002
+        """A person's box."""
+        session = service.session(id)
+        session.box(asked.x0, asked.y0, asked.x1, asked.y1, target=asked.target)
+        return session_view(session)
+
+    @app.post("/v1/sessions/{id}/accept", tags=tags)
+    def accept(id: str, asked: AcceptRequest) -> SessionView:  # noqa: A002
+        """A person says that the masks are right."""
+        session = service.session(id)
+        session.accept(asked.answer, asked.absent)
+        return session_view(session)
+
+    for name in ("undo", "redo", "reset"):
+        _add_simple(app, service, name)
+
+    @app.post("/v1/sessions/{id}/fork", tags=tags, status_code=201)
+    def fork(id: str, asked: ForkRequest) -> SessionView:  # noqa: A002
+        """A new session from the first turns of this one."""
+        return session_view(service.fork(id, asked.turn))
+
+    @app.get("/v1/sessions/{id}/mask", tags=tags, response_class=Response, responses=_file("image/png"))
+    def mask(id: str, target: Annotated[str, Query(min_length=1, max_length=MAX_NAME_CHARS)]) -> Response:  # noqa: A002
+        """One mask: the image's size, 0 outside and 255 inside."""
+        session = service.session(id)
+        masks = session.masks
+        if target not in masks:
+            raise MissingError(f"no target '{target}' in this session")
+        return _download(session, png(masks[target]), f"mask_{target}.png", "image/png")
+
+    @app.get("/v1/sessions/{id}/image", tags=tags, response_class=Response, responses=_file("image/png"))
+    def image(id: str) -> Response:  # noqa: A002
+        """The image as the agent sees it."""
+        return Response(png(service.session(id).image.pixels), media_type="image/png")
+
+    @app.get("/v1/sessions/{id}/overlay", tags=tags, response_class=Response, responses=_file("image/png"))
+    def picture(id: str) -> Response:  # noqa: A002
+        """The image with its masks."""
+        session = service.session(id)
+        return Response(png(overlay(session.image, session.masks)), media_type="image/png")
+
+    @app.get("/v1/sessions/{id}/report", tags=tags, response_class=Response, responses=_file("text/html"))
+    def report(id: str) -> Response:  # noqa: A002
+        """The session as one HTML page."""
+        session = service.session(id)
+        return _download(session, session.report().encode(), "report.html", "text/html")
+
+    @app.get("/v1/sessions/{id}/record", tags=tags, response_class=Response, responses=_file("application/json"))
+    def record(id: str) -> Response:  # noqa: A002
+        """The latest round as a record, which 'ibisagent replay' plays again."""
+        session = service.session(id)
+        return _download(session, record_json(session.episodes()[-1]), "record.json", "application/json")
+
+    @app.get("/v1/sessions/{id}/export", tags=tags, response_class=Response, responses=_file("application/zip"))
+    def export(id: str) -> Response:  # noqa: A002
+        """Masks, overlay, records and report in a zip."""
+        session = service.session(id)
+        return _download(session, export_zip(service, session), "session.zip", "application/zip")
+
+
+def _download(session: Session, content: bytes, ending: str, media_type: str) -> Response:
+    """A file that a browser keeps, named after the image."""
+    name = file_names([f"{Path(session.image.source or 'image').stem}_{Path(ending).stem}.x"])[0]
+    kept = quote(name + Path(ending).suffix, safe="")
+    return Response(
+        content, media_type=media_type, headers={"content-disposition": f"attachment; filename*=UTF-8''{kept}"}
+    )
+
+
+def _file(media_type: str) -> dict[int | str, dict[str, Any]]:
+    return {200: {"content": {media_type: {}}, "description": "the file"}}
+
+
+def _add_simple(app: FastAPI, service: Service, name: str) -> None:
+    @app.post(f"/v1/sessions/{{id}}/{name}", tags=["sessions"], name=name, summary=name.capitalize())
+    def act(id: str) -> SessionView:  # noqa: A002
+        session = service.session(id)
+        getattr(session, name)()
+        return session_view(session)
+
+
+async def _events(
+    session: Session, threads: AgentThreads, run: Callable[[Callable[[Step], None]], RunEnd]
+) -> AsyncIterator[str]:
+    loop, steps = asyncio.get_running_loop(), asyncio.Queue[TurnView | None]()
+    count = len(session.steps)
+    lock = threading.Lock()
+
+    def on_step(step: Step) -> None:
+        nonlocal count
+        with lock:
+            count += 1
+            loop.call_soon_threadsafe(steps.put_nowait, turn_view(count, step))
+
+    def work() -> RunEnd:
+        try:
+            return run(on_step)
+        finally:
+            loop.call_soon_threadsafe(steps.put_nowait, None)
+
+    ended: Awaitable[RunEnd] = asyncio.ensure_future(threads(work))
+    try:
+        while (view := await steps.get()) is not None:
+            yield _event("turn", view.model_dump())
+        try:
+            yield _event("end", StepView(ended=await ended, session=session_view(session)).model_dump())
+        except IbisError as error:
+            yield _event("error", {"detail": str(error)})
+    except (asyncio.CancelledError, GeneratorExit):
+        session.take_over()
+        raise
+
+
+def _event(kind: str, value: Any) -> str:
+    return f"event: {kind}\ndata: {json.dumps(value)}\n\n"
+
+
+def _add_jobs(app: FastAPI, service: Service) -> None:
+    tags: Tags = ["jobs"]
+
+    @app.post("/v1/jobs", tags=tags, status_code=202)
+    async def submit(
+        images: Annotated[list[UploadFile], File(description="PNG, JPEG, TIFF or BMP, any number")],
+        query: Annotated[str, Form(min_length=1, max_length=MAX_QUERY_CHARS)],
+        max_turns: Annotated[int, Form(ge=1, le=1000)] = DEFAULT_TURNS,
+    ) -> JobView:
+        """Segment many images with one query, in the background."""
+        uploads = [(image.filename or f"image-{number}", await image.read()) for number, image in enumerate(images, 1)]
+        return job_view(await run_in_threadpool(service.submit, uploads, query, max_turns))
+
+    @app.get("/v1/jobs", tags=tags)
+    def list_jobs() -> list[JobView]:
+        """All jobs, oldest first."""
+        return [job_view(job) for job in service.jobs]
+
+    @app.get("/v1/jobs/{id}", tags=tags)
+    def look(id: str) -> JobView:  # noqa: A002
+        """How far a job is."""
+        return job_view(service.job(id))
+
+    @app.post("/v1/jobs/{id}/cancel", tags=tags)
+    def cancel(id: str) -> JobView:  # noqa: A002
+        """End a job after the images under way; what is done stays."""
+        return job_view(service.cancel(id))
+
+    @app.delete("/v1/jobs/{id}", tags=tags, status_code=204)
+    def remove(id: str) -> Response:  # noqa: A002
+        """Forget a job that is over, and delete its files."""
+        service.remove_job(id)
+        return Response(status_code=204)
+
+    @app.get("/v1/jobs/{id}/results", tags=tags, response_class=Response, responses=_file("application/zip"))
+    def results(id: str) -> Response:  # noqa: A002
+        """A zip of what is done so far: masks, overlays, records."""
+        return Response(service.results(id), media_type="application/zip")

@@ -1,0 +1,92 @@
+"""One model for many sessions: whoever waits while it works is answered together in the next batch."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+from ibisagent.domain import Completion, Observation
+from ibisagent.errors import PolicyError
+from ibisagent.policies.base import Policy
+
+MAX_BATCH = 16
+
+
+class SharedPolicy:
+    """A policy that batches the turns of different threads, first come, first served.
+
+    Every session waits with one turn at a time, so nobody gets two turns while another waits for one. A turn that comes
+    while the model is idle is answered at once, alone. If a batch fails, its turns are tried one by one, so that only
+    those fail that are at fault.
+    """
+
+    def __init__(
+        self, policy: Policy, *, max_batch: int = MAX_BATCH, on_batch: Callable[[int], None] | None = None
+    ) -> None:
+        """on_batch: called with the size of every batch."""
+        self.inner = policy
+        self.name, self.dialect = policy.name, policy.dialect
+        self._max_batch, self._on_batch = max_batch, on_batch
+        self._waiting: deque[tuple[Observation, Future[Completion]]] = deque()
+        self._arrived = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="policy", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Turns that wait for the model."""
+        return len(self._waiting)
+
+    def respond(self, observations: Sequence[Observation]) -> list[Completion]:
+        """As the policy itself; blocks until all are answered. PolicyError also after `close`."""
+        futures = [Future[Completion]() for _ in observations]
+        with self._arrived:
+            if self._closed:
+                raise PolicyError("the server is stopping: ask again when it is back")
+            self._waiting.extend(zip(observations, futures, strict=True))
+            self._arrived.notify()
+        return [future.result() for future in futures]
+
+    def describe(self) -> dict[str, str]:
+        """As the policy itself."""
+        facts: dict[str, str] = getattr(self.inner, "describe", dict)()
+        return facts
+
+    def close(self) -> None:
+        """Refuse whatever waits, and end the thread after the batch under way."""
+        with self._arrived:
+            self._closed = True
+            while self._waiting:
+                self._waiting.popleft()[1].set_exception(PolicyError("the server is stopping"))
+            self._arrived.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._arrived:
+                while not self._waiting and not self._closed:
+                    self._arrived.wait()
+                if self._closed:
+                    return
+                batch = [self._waiting.popleft() for _ in range(min(self._max_batch, len(self._waiting)))]
+            if self._on_batch is not None:
+                self._on_batch(len(batch))
+            self._answer(batch)
+
+    def _answer(self, batch: Sequence[tuple[Observation, Future[Completion]]]) -> None:
+        try:
+            completions = self.inner.respond([observation for observation, _ in batch])
+            if len(completions) != len(batch):
+                raise PolicyError(f"policy {self.name}: gave {len(completions)} completions for {len(batch)}")
+        except Exception as error:  # noqa: BLE001 - whoever waits must be told, whatever it was
+            if len(batch) == 1:
+                batch[0][1].set_exception(error)
+                return
+            for one in batch:
+                self._answer([one])
+            return
+        for (_, future), completion in zip(batch, completions, strict=True):
+            future.set_result(completion)

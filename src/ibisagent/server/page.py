@@ -1,0 +1,549 @@
+"""The web page: one image, one person, one agent. Gradio, mounted in the server's application.
+
+The page holds no truth of its own: what is seen comes from the `Session` in the service, by its id.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import cv2
+import gradio as gr
+import numpy as np
+from fastapi import FastAPI
+
+from ibisagent.domain import Box, Click, Image, Masks, kept_prompts
+from ibisagent.errors import ConfigError, IbisError
+from ibisagent.protocol import COLOURS, OPACITY, overlay
+from ibisagent.server.app import AgentThreads
+from ibisagent.server.service import VOLUME_SUFFIXES, Service, VolumeLike
+from ibisagent.session import RunEnd, Session, Step, describe_actions
+
+FILE_TYPES = [".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", *VOLUME_SUFFIXES, ".gz"]
+SAMPLE_QUERY = "Segment the optic disc."
+POSITIVE, NEGATIVE, BOX = "Positive click", "Negative click", "Box (two corners)"
+NOW = "as it is now"
+SHOWN_SIDE = 1200  # pixels: smaller pictures are enlarged by whole factors
+MAX_VOLUMES = 4  # kept in memory
+ENDS: dict[RunEnd, str] = {
+    "stopped": "The agent says that it is done.",
+    "max_turns": "The agent has used its turns. Let it go on, or correct the mask yourself.",
+    "malformed": "The agent wrote something that cannot be read, twice. Correct the mask yourself.",
+    "repeated": "The agent repeats itself. Correct the mask yourself, or ask differently.",
+    "taken_over": "You have taken over.",
+}
+CSS = """
+.gradio-container {max-width: 1500px !important; margin: 0 auto !important}
+#picture img {cursor: crosshair}
+#turns {max-height: 22rem; overflow-y: auto}
+#turns ol {margin: 0; padding-left: 1.4rem}
+#turns li {margin: 0 0 .5rem; padding: 0}
+#turns .person {border-left: 4px solid #1e64ff; padding-left: .5rem}
+#turns .agent {border-left: 4px solid #22c55e; padding-left: .5rem}
+#turns .act {font-family: ui-monospace, monospace; font-size: .85em; overflow-wrap: anywhere}
+.chip {display: inline-block; width: .8em; height: .8em; border-radius: .2em; margin-right: .3em}
+#status {min-height: 2.2rem; font-size: 1.05em}
+*:focus-visible {outline: 3px solid #1e64ff !important; outline-offset: 1px}
+"""
+
+
+@dataclass
+class Desk:
+    """What one browser tab works on: the open session, a box's first corner, and a volume's slice where there is one.
+
+    slices: the sessions of the slices of the volume that were worked on, by (axis, index, window).
+    """
+
+    session: str | None = None
+    corner: tuple[int, int] | None = None
+    volume: str | None = None
+    name: str = ""
+    place: tuple[int, int, str] = (0, 0, "")
+    slices: dict[tuple[int, int, str], str] = field(default_factory=dict)
+
+
+def mount_page(app: FastAPI, service: Service, _threads: AgentThreads) -> None:
+    """Serve the page at "/". Its uploads and downloads lie in the data folder."""
+    os.environ["GRADIO_TEMP_DIR"] = str(service.folder / "uploads" / "page")
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    blocks = Page(service).build()
+    fonts = ["system-ui", "sans-serif"]
+    gr.mount_gradio_app(
+        app,
+        blocks,
+        path="/",
+        ssr_mode=False,
+        footer_links=[],
+        css=CSS,
+        theme=gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"]),  # none from elsewhere
+        max_file_size=service.limits.upload_bytes,
+        show_error=True,
+    )
+
+
+class Page:
+    """Builds the page and answers its events."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._volumes: OrderedDict[str, VolumeLike] = OrderedDict()
+
+    @property
+    def _kinds(self) -> list[str]:
+        volumes = [] if self._service.volumes is None else ["NIfTI", "DICOM"]
+        return ["PNG", "JPEG", "TIFF", "BMP", *volumes]
+
+    # ------------------------------------------------------------------------------------------- what it looks like
+
+    def build(self) -> gr.Blocks:
+        """The page, ready to be mounted."""
+        with gr.Blocks(title="ibisagent", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as blocks:
+            desk = gr.State(Desk())
+            gr.Markdown("## ibisagent: name an object, get its mask\nResearch software: not for clinical use.")
+            with gr.Row(equal_height=False):
+                with gr.Column(scale=2, min_width=280):
+                    file = gr.File(
+                        label=f"1. Drop an image here ({', '.join(self._kinds)})",
+                        file_types=FILE_TYPES,
+                        height=120,
+                        elem_id="file",
+                    )
+                    sample = gr.Button("Take the sample: a photograph of an eye", elem_id="sample", size="sm")
+                    query = gr.Textbox(
+                        label="2. What is to be segmented?",
+                        placeholder="for example: Segment the optic disc.",
+                        elem_id="query",
+                        max_length=2000,
+                    )
+                    with gr.Row():
+                        run = gr.Button("Let the agent work", variant="primary", elem_id="run", min_width=240)
+                        ask = gr.Button("One turn", elem_id="ask", min_width=80)
+                        stop = gr.Button("Take over", elem_id="take-over", min_width=80)
+                    status = gr.Markdown("Open an image to begin.", elem_id="status")
+                    turns = gr.HTML(self._timeline(None), elem_id="turns")
+                    moment = gr.Dropdown([NOW], value=NOW, label="Look at", elem_id="moment")
+                    fork = gr.Button("Go on from there", elem_id="fork", size="sm")
+                with gr.Column(scale=4, min_width=420):
+                    picture = gr.Image(
+                        label="3. Click on the picture to correct the mask",
+                        interactive=False,
+                        format="jpeg",
+                        elem_id="picture",
+                        height=560,
+                        buttons=["fullscreen"],
+                        alt_text="the image with the masks and clicks on it",
+                    )
+                    with gr.Group(visible=False) as volume_panel, gr.Row():
+                        axis = gr.Radio([("sagittal", 0), ("coronal", 1), ("axial", 2)], value=2, label="Direction")
+                        index = gr.Slider(0, 1, 0, step=1, label="Slice", elem_id="slice")
+                        window = gr.Dropdown([], label="Window", elem_id="window")
+                    with gr.Accordion("Before and after", open=False) as compare:
+                        before_after = gr.ImageSlider(
+                            label="left: the image, right: with its masks", format="jpeg", elem_id="compare"
+                        )
+                with gr.Column(scale=2, min_width=260):
+                    tool = gr.Radio([POSITIVE, NEGATIVE, BOX], value=POSITIVE, label="A click means", elem_id="tool")
+                    target = gr.Dropdown(
+                        [],
+                        label="for this object (or a new name)",
+                        allow_custom_value=True,
+                        elem_id="target",
+                    )
+                    with gr.Row():
+                        undo = gr.Button("Undo", elem_id="undo", min_width=70)
+                        redo = gr.Button("Redo", elem_id="redo", min_width=70)
+                        reset = gr.Button("Start over", elem_id="reset", min_width=70)
+                    with gr.Accordion("Without a mouse: place by numbers", open=False), gr.Row():
+                        column = gr.Number(0, label="x (pixel)", precision=0, minimum=0, min_width=70, elem_id="x")
+                        row = gr.Number(0, label="y (pixel)", precision=0, minimum=0, min_width=70, elem_id="y")
+                        place = gr.Button("Place", elem_id="place", min_width=70)
+                    legend = gr.HTML("", elem_id="legend")
+                    shown = gr.CheckboxGroup([], label="Show", elem_id="shown")
+                    opacity = gr.Slider(0, 1, OPACITY, step=0.05, label="Opacity of the masks", elem_id="opacity")
+                    marks = gr.Checkbox(True, label="Show clicks and boxes", elem_id="marks")
+                    accept = gr.Button("The masks are right", elem_id="accept")
+
+            view = [desk, shown, opacity, marks, moment]
+            board = [desk, picture, turns, legend, shown, target, moment, status, before_after, query]
+            look = [desk, picture, legend, status, before_after]
+
+            opened = [desk, query, volume_panel, axis, index, window, status]
+            file.upload(self._open_file, [desk, file, query], opened).then(self._show, view, board)
+            sample.click(self._open_sample, [desk, query], opened).then(self._show, view, board)
+            run.click(self._run, [*view, query], board, show_progress="hidden")
+            query.submit(self._run, [*view, query], board, show_progress="hidden")
+            ask.click(self._ask, [*view, query], board, show_progress="hidden")
+            stop.click(self._take_over, view, board, show_progress="hidden")
+            picture.select(self._click, [*view, tool, target, query], board, show_progress="hidden")
+            place.click(self._place, [*view, tool, target, query, column, row], board, show_progress="hidden")
+            for button, act in ((undo, "undo"), (redo, "redo"), (reset, "reset"), (accept, "accept")):
+                button.click(self._simple(act), view, board, show_progress="hidden")
+            fork.click(self._fork, view, board, show_progress="hidden")
+            for control in (shown, opacity, marks, moment):
+                control.input(self._look, view, look, show_progress="hidden")
+            compare.expand(self._look, view, look, show_progress="hidden")
+            index.release(self._slice, [*view, axis, index, window], board, show_progress="hidden")
+            axis.input(self._axis, [desk, axis], index).then(self._slice, [*view, axis, index, window], board)
+            window.input(self._slice, [*view, axis, index, window], board, show_progress="hidden")
+        blocks.queue(default_concurrency_limit=16)
+        built: gr.Blocks = blocks
+        return built
+
+    # ------------------------------------------------------------------------------------------------------ showing
+
+    def _show(
+        self, desk: Desk, shown: list[str], opacity: float, marks: bool, moment: str, said: str = ""
+    ) -> list[Any]:
+        """Everything, as it is now. All objects are shown that were not hidden."""
+        session = self._session(desk)
+        if session is None:
+            picture = self._picture_of(desk)
+            pixels = None if picture is None else _enlarged(picture.pixels, _zoom(picture))
+            return [
+                desk,
+                pixels,
+                self._timeline(None),
+                "",
+                gr.update(choices=[], value=[]),
+                gr.update(choices=[]),
+                gr.update(choices=[NOW], value=NOW),
+                said or gr.skip(),
+                None,
+                gr.skip(),
+            ]
+        names = list(session.masks)
+        moments = [NOW, *(f"after turn {number}" for number in range(len(session.steps), -1, -1))]
+        state = self._look_at(session, desk, names, opacity, marks, NOW)
+        return [
+            desk,
+            state[0],
+            self._timeline(session),
+            state[1],
+            gr.update(choices=names, value=names),
+            gr.update(choices=list(dict.fromkeys([session.target, *names])), value=session.target),
+            gr.update(choices=moments, value=NOW),
+            said or self._summary(session),
+            state[2],
+            gr.skip(),
+        ]
+
+    def _look(self, desk: Desk, shown: list[str], opacity: float, marks: bool, moment: str) -> list[Any]:
+        """The picture alone, as its controls are set."""
+        session = self._session(desk)
+        if session is None:
+            return [desk, gr.skip(), gr.skip(), gr.skip(), gr.skip()]
+        picture, legend, pair = self._look_at(session, desk, shown, opacity, marks, moment)
+        return [desk, picture, legend, gr.skip(), pair]
+
+    def _look_at(
+        self, session: Session, desk: Desk, shown: list[str], opacity: float, marks: bool, moment: str
+    ) -> tuple[np.ndarray, str, tuple[np.ndarray, np.ndarray]]:
+        steps = session.steps
+        count = len(steps) if moment == NOW else int(moment.rpartition(" ")[2])
+        masks: Masks = session.masks if count == len(steps) else session.fork(count).masks
+        palette = list(COLOURS.values())
+        ranks = {name: rank for rank, name in enumerate(session.masks)} | {
+            name: rank for rank, name in enumerate(masks)
+        }
+        visible = {name: mask for name, mask in masks.items() if name in shown or count != len(steps)}
+        colours = [palette[ranks[name] % len(palette)] for name in visible] or palette
+        plain = session.image.pixels
+        tinted = np.asarray(overlay(session.image, visible, colours=colours, opacity=opacity))
+        pair = (plain, tinted)
+        zoom = _zoom(session.image)
+        tinted = _enlarged(tinted, zoom)
+        if marks:
+            prompts = session.prompts if count == len(steps) else kept_prompts([step.turn for step in steps[:count]])
+            _draw_marks(tinted, prompts, desk.corner, zoom)
+        return tinted, self._legend(session, masks, ranks), pair
+
+    @staticmethod
+    def _legend(session: Session, masks: Masks, ranks: dict[str, int]) -> str:
+        """The objects with their colours, and everything that can be downloaded: plain links to the server."""
+        palette = list(COLOURS.values())
+        base = f"/v1/sessions/{session.id}"
+        lines = []
+        for name, mask in masks.items():
+            link = f"{base}/mask?target={quote(name, safe='')}"
+            lines.append(
+                f'<span class="chip" style="background:rgb{palette[ranks[name] % len(palette)]}"></span>'
+                f"{html.escape(name)}: {int(mask.sum())} pixels,"
+                f' <a class="mask" href="{link}" download>download the mask</a>'
+            )
+        files = (("record", "Record"), ("report", "Report"), ("export", "Everything (zip)"))
+        links = " | ".join(f'<a class="{path}" href="{base}/{path}" download>{text}</a>' for path, text in files)
+        return "<br>".join([*lines, f"Download: {links}"])
+
+    @staticmethod
+    def _timeline(session: Session | None) -> str:
+        if session is None or not session.steps:
+            return "<p>No turns yet.</p>"
+        lines = []
+        for step in session.steps:
+            reply, score = step.turn.reply, step.turn.segmenter_score
+            act = f"could not be read: {reply.problem}" if reply.problem else describe_actions(reply.actions)
+            quality = "" if score is None else f" <b>predicted quality {score:.2f}</b>"
+            thought = f"{html.escape(reply.thought)}<br>" if reply.thought else ""
+            who = "Agent" if step.by == "agent" else "You"
+            said = f'<b>{who}</b>: {thought}<span class="act">{html.escape(act)}</span>{quality}'
+            lines.append(f'<li class="{step.by}">{said}</li>')
+        return f'<ol aria-label="turns">{"".join(lines)}</ol>'
+
+    @staticmethod
+    def _summary(session: Session) -> str:
+        if session.running:
+            return "The agent is thinking ..."
+        height, width = session.image.size
+        if not session.steps:
+            return f"{width} x {height} pixels. Say what to segment, or click on it."
+        count = len(session.steps)
+        return f"{count} turn{'s' * (count != 1)} so far. Click to correct, or let the agent go on."
+
+    # ------------------------------------------------------------------------------------------------------ opening
+
+    def _open_file(self, desk: Desk, file: str | None, query: str) -> list[Any]:
+        try:
+            if file is None:
+                raise ConfigError("no file arrived: drop it again")
+            path = Path(file)
+            content = path.read_bytes()
+            path.unlink(missing_ok=True)
+            if path.name.lower().endswith(VOLUME_SUFFIXES) and self._service.volumes is not None:
+                return self._open_volume(content, path.name, query)
+            return self._open(self._service.read_picture(content, path.name), query)
+        except (IbisError, OSError) as error:
+            return [desk, *[gr.skip()] * 5, _problem(error)]
+
+    def _open_sample(self, desk: Desk, query: str) -> list[Any]:
+        try:
+            import skimage
+
+            path = Path(skimage.__file__).parent / "data" / "retina.jpg"
+            image = self._service.read_picture(path.read_bytes(), path.name)
+            return self._open(image, query if query.strip() else SAMPLE_QUERY)
+        except (IbisError, OSError) as error:
+            return [desk, *[gr.skip()] * 5, _problem(error)]
+
+    def _open(self, image: Image, query: str) -> list[Any]:
+        session = self._service.open(image, query if query.strip() else "target")
+        hidden = gr.update(visible=False)
+        return [Desk(session.id), query, hidden, gr.skip(), gr.skip(), gr.skip(), self._summary(session)]
+
+    def _open_volume(self, content: bytes, name: str, query: str) -> list[Any]:
+        volume, formats = self._service.read_volume(content, name), self._service.volumes
+        key = f"{id(volume):x}"
+        self._volumes[key] = volume
+        while len(self._volumes) > MAX_VOLUMES:
+            self._volumes.popitem(last=False)
+        windows = list(formats.windows) if formats is not None else []
+        middle = volume.shape[2] // 2
+        desk = Desk(volume=key, name=name, place=(2, middle, windows[0]))
+        slider = gr.update(maximum=volume.shape[2] - 1, value=middle)
+        chosen = gr.update(choices=windows, value=windows[0])
+        said = f"{' x '.join(map(str, volume.shape))} voxels. Choose a slice, then say what to segment."
+        return [desk, query, gr.update(visible=True), gr.update(value=2), slider, chosen, said]
+
+    def _axis(self, desk: Desk, axis: int) -> Any:
+        volume = self._volumes.get(desk.volume or "")
+        return gr.skip() if volume is None else gr.update(maximum=volume.shape[axis] - 1, value=volume.shape[axis] // 2)
+
+    def _slice(
+        self,
+        desk: Desk,
+        shown: list[str],
+        opacity: float,
+        marks: bool,
+        moment: str,
+        axis: int,
+        index: float,
+        window: str,
+    ) -> list[Any]:
+        place = (axis, int(index), window)
+        desk = Desk(desk.slices.get(place), None, desk.volume, desk.name, place, desk.slices)
+        return self._show(desk, shown, opacity, marks, NOW)
+
+    def _picture_of(self, desk: Desk) -> Image | None:
+        volume = self._volumes.get(desk.volume or "")
+        return None if volume is None else volume.slice(*desk.place)
+
+    def _session(self, desk: Desk) -> Session | None:
+        return None if desk.session is None else self._service.session(desk.session)
+
+    def _at(self, desk: Desk, query: str) -> tuple[Desk, Session]:
+        """The session to act in; that of a slice is opened when somebody acts in it for the first time."""
+        session = self._session(desk)
+        if session is None:
+            image = self._picture_of(desk)
+            if image is None:
+                raise ConfigError("open an image first, or take the sample")
+            session = self._service.open(image, query if query.strip() else "target")
+            slices = {**desk.slices, desk.place: session.id}
+            desk = Desk(session.id, desk.corner, desk.volume, desk.name, desk.place, slices)
+        return desk, session
+
+    # ------------------------------------------------------------------------------------------------------- acting
+
+    def _run(
+        self,
+        desk: Desk,
+        shown: list[str],
+        opacity: float,
+        marks: bool,
+        moment: str,
+        query: str,
+        turns: int | None = None,
+    ) -> Iterator[list[Any]]:
+        """Turns as they happen; the picture is shown after each."""
+        controls = (shown, opacity, marks, moment)
+        try:
+            desk, session = self._at(desk, query)
+            if not query.strip():
+                raise ConfigError("say what is to be segmented first")
+            news: queue.Queue[Step | RunEnd | IbisError] = queue.Queue()
+
+            def work() -> None:
+                try:
+                    limit = {} if turns is None else {"max_turns": turns}
+                    news.put(session.run(query, on_step=news.put, **limit))
+                except IbisError as error:
+                    news.put(error)
+
+            threading.Thread(target=work, name="page-run", daemon=True).start()
+            yield self._show(desk, *controls, said="The agent is thinking ...")
+            while True:
+                one = news.get()
+                if isinstance(one, IbisError):
+                    raise one
+                if isinstance(one, str):
+                    ended = "" if turns == 1 and one == "max_turns" else ENDS[one]
+                    yield self._show(desk, *controls, said=ended)
+                    return
+                yield self._show(desk, *controls, said="The agent is thinking ...")
+        except IbisError as error:
+            yield self._show(desk, *controls, said=_problem(error))
+
+    def _ask(
+        self, desk: Desk, shown: list[str], opacity: float, marks: bool, moment: str, query: str
+    ) -> Iterator[list[Any]]:
+        yield from self._run(desk, shown, opacity, marks, moment, query, turns=1)
+
+    def _take_over(self, desk: Desk, shown: list[str], opacity: float, marks: bool, moment: str) -> list[Any]:
+        session = self._session(desk)
+        if session is not None:
+            session.take_over()
+        said = "You have taken over: click, or let the agent work again."
+        return self._show(desk, shown, opacity, marks, moment, said=said)
+
+    def _click(
+        self, desk: Desk, shown: list[str], opacity: float, marks: bool, moment: str, tool: str, target: str | None,
+        query: str, event: gr.SelectData,
+    ) -> list[Any]:  # fmt: skip
+        session = self._session(desk)
+        image = self._picture_of(desk) if session is None else session.image
+        x, y = (int(value) // (1 if image is None else _zoom(image)) for value in event.index)
+        return self._place(desk, shown, opacity, marks, moment, tool, target, query, x, y)
+
+    def _place(
+        self, desk: Desk, shown: list[str], opacity: float, marks: bool, moment: str, tool: str, target: str | None,
+        query: str, column: float | None, row: float | None,
+    ) -> list[Any]:  # fmt: skip
+        controls = (shown, opacity, marks, moment)
+        said = ""
+        try:
+            desk, session = self._at(desk, query)
+            if not session.steps and query.strip():  # what was typed since the image was opened
+                default = session.target
+                session.request(query)
+                target = None if target == default else target
+            if column is None or row is None:
+                raise ConfigError("give x and y as whole numbers")
+            x, y, name = int(column), int(row), target or None
+            if tool != BOX:
+                session.click(x, y, positive=tool == POSITIVE, target=name)
+                corner = None
+            elif desk.corner is None:
+                corner, said = (x, y), "Now the opposite corner of the box."
+            else:
+                (x0, x1), (y0, y1) = sorted((x, desk.corner[0])), sorted((y, desk.corner[1]))
+                corner = None
+                session.box(x0, y0, x1 + 1, y1 + 1, target=name)
+            desk = Desk(desk.session, corner, desk.volume, desk.name, desk.place, desk.slices)
+        except IbisError as error:
+            said = _problem(error)
+        return self._show(desk, *controls, said=said)
+
+    def _simple(self, act: str) -> Callable[..., list[Any]]:
+        def do(desk: Desk, shown: list[str], opacity: float, marks: bool, moment: str) -> list[Any]:
+            said = ""
+            try:
+                session = self._session(desk)
+                if session is None:
+                    raise ConfigError("open an image first, or take the sample")
+                getattr(session, act)()
+            except IbisError as error:
+                said = _problem(error)
+            return self._show(desk, shown, opacity, marks, moment, said=said)
+
+        return do
+
+    def _fork(self, desk: Desk, shown: list[str], opacity: float, marks: bool, moment: str) -> list[Any]:
+        said = ""
+        try:
+            session = self._session(desk)
+            if session is None or moment == NOW:
+                raise ConfigError("choose a turn under 'Look at' first")
+            fork = self._service.fork(session.id, int(moment.rpartition(" ")[2]))
+            slices = {**desk.slices, desk.place: fork.id} if desk.volume else {}
+            desk = Desk(fork.id, None, desk.volume, desk.name, desk.place, slices)
+            said = f"A new session that begins as it was {moment}. The old one is kept until it expires."
+        except IbisError as error:
+            said = _problem(error)
+        return self._show(desk, shown, opacity, marks, NOW, said=said)
+
+
+def _problem(error: Exception) -> str:
+    """An error in plain words, for the status line."""
+    text = " ".join(str(error).split())
+    return f"**That did not work:** {html.escape(text[:400])}"
+
+
+def _zoom(image: Image) -> int:
+    """How often the pixels of a small picture are repeated: Gradio shows no picture larger than it is."""
+    return max(1, SHOWN_SIDE // max(image.size))
+
+
+def _enlarged(pixels: np.ndarray, zoom: int) -> np.ndarray:
+    """A copy, each pixel `zoom` times along both axes."""
+    return np.array(pixels.repeat(zoom, axis=0).repeat(zoom, axis=1))
+
+
+def _draw_marks(pixels: np.ndarray, prompts: list[Click | Box], corner: tuple[int, int] | None, zoom: int) -> None:
+    """Clicks as discs with a sign, boxes as frames; sized so that they can be seen at any picture size."""
+    size = max(4, round(max(pixels.shape[:2]) / 90))
+    thin, middle = max(1, size // 4), zoom // 2
+    white, blue, green, red = (255, 255, 255), (30, 100, 255), (0, 140, 60), (210, 20, 40)
+    for prompt in prompts:
+        if isinstance(prompt, Box):
+            corners = (prompt.x0 * zoom, prompt.y0 * zoom), (prompt.x1 * zoom - 1, prompt.y1 * zoom - 1)
+            cv2.rectangle(pixels, *corners, white, thin * 2)
+            cv2.rectangle(pixels, *corners, blue, thin)
+            continue
+        x, y = prompt.x * zoom + middle, prompt.y * zoom + middle
+        cv2.circle(pixels, (x, y), size + thin, white, -1, cv2.LINE_AA)
+        cv2.circle(pixels, (x, y), size, green if prompt.positive else red, -1, cv2.LINE_AA)
+        arm = size // 2
+        cv2.line(pixels, (x - arm, y), (x + arm, y), white, thin)
+        if prompt.positive:
+            cv2.line(pixels, (x, y - arm), (x, y + arm), white, thin)
+    if corner is not None:
+        place = (corner[0] * zoom + middle, corner[1] * zoom + middle)
+        cv2.drawMarker(pixels, place, blue, cv2.MARKER_TILTED_CROSS, size * 3, thin * 2)

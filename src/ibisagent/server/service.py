@@ -1,0 +1,471 @@
+"""What the server does, without HTTP: sessions with limits and expiry, one shared model, batch jobs.
+
+Everything that is written lies below one data folder: `sessions/<id>/`, `jobs/<id>/`, `uploads/` (for a moment).
+Names that come from outside never become paths.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+import threading
+import time
+import uuid
+import zipfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from ibisagent.domain import Case, Image, Mask, Masks, check_query
+from ibisagent.environment import package_version
+from ibisagent.errors import ConfigError, DataError, IbisError
+from ibisagent.images import read_image, read_masks, write_whole
+from ibisagent.inventory import Model, models
+from ibisagent.policies.base import Policy
+from ibisagent.protocol import target_of
+from ibisagent.segmenters import Segmenter
+from ibisagent.server.batching import SharedPolicy
+from ibisagent.session import DEFAULT_TURNS, SESSION_FILE, Session, file_names
+from ibisagent.store import make_folder
+
+VOLUME_SUFFIXES = (".nii", ".nii.gz", ".dcm", ".mha", ".mhd", ".nrrd")
+_ID = re.compile(r"[0-9a-f]{32}")
+JOB_LANES = 4  # images of one job under way at once: enough to fill batches, few enough not to crowd people out
+
+
+class MissingError(ConfigError):
+    """What was asked for is not there (any more)."""
+
+
+class FullError(ConfigError):
+    """The server has as much as it may have; later it may have room."""
+
+
+class TooLargeError(DataError):
+    """An upload beyond the limits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one server takes. Sizes in bytes and pixels, times in seconds."""
+
+    sessions: int = 100
+    upload_bytes: int = 64 * 2**20
+    pixels: int = 2**24
+    idle_seconds: float = 3600.0
+    turns: int = 20
+    jobs: int = 20
+    job_images: int = 200
+
+    def __post_init__(self) -> None:
+        for name in self.__dataclass_fields__:
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"limit {name} is {getattr(self, name)}: give more than 0")
+
+
+class VolumeLike(Protocol):
+    """A stack of slices, as far as the server needs to know."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Slices along each axis: sagittal, coronal, axial."""
+        ...
+
+    def slice(self, axis: int, index: int, window: str) -> Image:
+        """One slice as it is shown, at a window by name."""
+        ...
+
+
+class VolumeFormats(Protocol):
+    """What reads, segments and writes volumes."""
+
+    windows: Sequence[str]
+    """Names of the windows that slices can be shown at."""
+
+    def read(self, path: Path) -> VolumeLike:
+        """The volume in a file. DataError where it cannot be used."""
+        ...
+
+    def segment(self, volume: VolumeLike, query: str, policy: Policy, segmenter: Segmenter) -> dict[str, Mask]:
+        """The masks of a volume on its own grid, by target."""
+        ...
+
+    def write_masks(self, masks: Masks, volume: VolumeLike, path: Path) -> None:
+        """All masks as one label map (1, 2, ... in their order) on the grid of `volume`."""
+        ...
+
+
+JobState = Literal["waiting", "running", "done", "cancelled"]
+
+
+@dataclass(eq=False)
+class Job:
+    """Many images, one request."""
+
+    id: str
+    query: str
+    names: list[str]
+    max_turns: int
+    state: JobState = "waiting"
+    done: int = 0
+    failures: dict[str, str] = field(default_factory=dict)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    touched: float = field(default_factory=time.time)
+
+
+class Service:
+    """The sessions and jobs of one server. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        segmenter: Segmenter,
+        folder: str | Path,
+        *,
+        limits: Limits | None = None,
+        volumes: VolumeFormats | None = None,
+    ) -> None:
+        """folder: where everything is kept; sessions of an earlier run that are in it come back.
+
+        volumes: None where this server reads pictures alone. Raises DataError where the folder cannot be written.
+        """
+        self.limits = limits or Limits()
+        self.segmenter, self.volumes = segmenter, volumes
+        self.batches: list[int] = [0, 0]  # how many, and turns in them
+        self.policy = SharedPolicy(policy, on_batch=self._note_batch)
+        self.folder = Path(folder)
+        for part in ("sessions", "jobs", "uploads"):
+            make_folder(self.folder / part)
+        for leftover in (self.folder / "uploads").iterdir():
+            _remove(leftover)
+        for folder_of_job in (self.folder / "jobs").iterdir():  # a job does not outlive its server
+            _remove(folder_of_job)
+        self._sessions: dict[str, Session | None] = {}
+        self._touched: dict[str, float] = {}
+        for kept in (self.folder / "sessions").iterdir():
+            file = kept / SESSION_FILE
+            if _ID.fullmatch(kept.name) and file.is_file():
+                self._sessions[kept.name] = None  # read when it is asked for
+                self._touched[kept.name] = file.stat().st_mtime
+            else:
+                _remove(kept)  # killed while it was opened
+        self._jobs: dict[str, Job] = {}
+        self._lock = threading.Lock()
+        self._job_threads = ThreadPoolExecutor(1, thread_name_prefix="job")
+
+    def close(self) -> None:
+        """Stop the jobs and the model's thread."""
+        for job in self._jobs.values():
+            job.cancelled.set()
+        self.policy.close()
+        self._job_threads.shutdown(cancel_futures=True)
+
+    # Pictures from outside.
+
+    def read_picture(self, content: bytes, name: str) -> Image:
+        """The picture in an upload. `name` is for people: its last part becomes the image's source.
+
+        TooLargeError beyond the limits, DataError for what is no picture.
+        """
+        image: Image = self._read(content, name, read_image)
+        self._check_size(image.size, name)
+        return replace(image, source=plain_name(name))
+
+    def read_mask(self, content: bytes, name: str, size: tuple[int, int]) -> Mask:
+        """The binary mask in an upload, of `size` (H, W). Errors as `read_picture`."""
+        mask: Mask = self._read(content, name, lambda path: read_masks(path)["mask"])
+        if mask.shape != size:
+            raise DataError(f"{plain_name(name)}: is {mask.shape[::-1]}, the image is {size[::-1]} pixels (W, H)")
+        if not mask.any():
+            raise DataError(f"{plain_name(name)}: is an empty mask, there is nothing to refine; leave it out")
+        return mask
+
+    def read_volume(self, content: bytes, name: str) -> VolumeLike:
+        """The volume in an upload, by the ending of its name. Errors as `read_picture`."""
+        if self.volumes is None:
+            raise DataError(f"{plain_name(name)}: this server reads pictures, not volumes; send a slice as PNG")
+        volume: VolumeLike = self._read(content, name, self.volumes.read)
+        return volume
+
+    def scratch(self, ending: str = "") -> Path:
+        """A path of its own for something that does not stay; the caller removes it."""
+        return self.folder / "uploads" / f"{uuid.uuid4().hex}{ending}"
+
+    def _read(self, content: bytes, name: str, read: Callable[[Path], Any]) -> Any:
+        """What `read` makes of an upload, which lies in the data folder meanwhile; errors speak of its own name."""
+        shown = plain_name(name)
+        if not content:
+            raise DataError(f"{shown}: is empty (0 bytes); send the file itself")
+        if len(content) > self.limits.upload_bytes:
+            raise TooLargeError(f"{shown}: {len(content)} bytes, at most {self.limits.upload_bytes} are taken")
+        path = self.scratch(next((ending for ending in VOLUME_SUFFIXES if shown.lower().endswith(ending)), ""))
+        write_whole(content, path)
+        try:
+            return read(path)
+        except DataError as error:
+            raise DataError(str(error).replace(str(path), shown)) from error
+        finally:
+            _remove(path)
+
+    def _check_size(self, size: tuple[int, int], name: str) -> None:
+        if size[0] * size[1] > self.limits.pixels:
+            raise TooLargeError(
+                f"{plain_name(name)}: {size[1]} x {size[0]} pixels, at most {self.limits.pixels} are taken; shrink it"
+            )
+
+    # Sessions.
+
+    def open(self, image: Image, query: str, start: Mask | None = None) -> Session:
+        """A new session. FullError where there are as many as there may be."""
+        query = check_query(query)
+        masks = {} if start is None else {target_of(query): start}
+        return self._add(lambda id_, folder: self._new(id_, image, query, masks, folder))
+
+    def fork(self, id_: str, turn: int) -> Session:
+        """A new session from the first `turn` turns of another."""
+        session = self.session(id_)
+        return self._add(lambda fresh, folder: session.fork(turn, id=fresh, folder=folder))
+
+    def session(self, id_: str) -> Session:
+        """An open session. MissingError where there is none (any more)."""
+        with self._lock:
+            if id_ not in self._sessions:
+                raise MissingError(f"no session '{id_[:40]}' here: it may have expired; open a new one")
+            self._touched[id_] = time.time()
+            session = self._sessions[id_]
+            if session is None:
+                session = Session.load(self._folder_of(id_), self.segmenter, self.policy)
+                self._sessions[id_] = session
+            return session
+
+    def close_session(self, id_: str) -> None:
+        """Take over where it runs, forget it, and delete its files. MissingError where there is none."""
+        with self._lock:
+            if id_ not in self._sessions:
+                raise MissingError(f"no session '{id_[:40]}' here")
+            session = self._sessions.pop(id_)
+            del self._touched[id_]
+        if session is not None:
+            session.discard()
+        _remove(self._folder_of(id_))
+
+    @property
+    def session_ids(self) -> list[str]:
+        """The open sessions, oldest use first."""
+        with self._lock:
+            return sorted(self._sessions, key=self._touched.__getitem__)
+
+    def expire(self, now: float | None = None) -> int:
+        """Close whatever has been idle for too long; how many sessions and jobs that were."""
+        limit = (time.time() if now is None else now) - self.limits.idle_seconds
+        with self._lock:
+            idle = [
+                id_
+                for id_, session in self._sessions.items()
+                if self._touched[id_] < limit and not (session is not None and session.running)
+            ]
+            old = [job.id for job in self._jobs.values() if job.touched < limit and job.state in ("done", "cancelled")]
+        for id_ in idle:
+            self.close_session(id_)
+        for id_ in old:
+            self.remove_job(id_)
+        return len(idle) + len(old)
+
+    def segment(self, image: Image, query: str, max_turns: int = DEFAULT_TURNS, start: Mask | None = None) -> Session:
+        """One run on one image, kept by nobody."""
+        max_turns = self._turns(max_turns)
+        session = self.open_unkept(image, query, start)
+        session.run(max_turns=max_turns)
+        return session
+
+    def open_unkept(self, image: Image, query: str, start: Mask | None = None) -> Session:
+        """A session for the moment, without an address or files."""
+        query = check_query(query)
+        return self._new(uuid.uuid4().hex, image, query, {} if start is None else {target_of(query): start}, None)
+
+    def _turns(self, asked: int) -> int:
+        if not 1 <= asked <= self.limits.turns:
+            raise ConfigError(f"max_turns is {asked}: give 1 to {self.limits.turns}")
+        return asked
+
+    def _new(self, id_: str, image: Image, query: str, start: Masks, folder: Path | None) -> Session:
+        return Session(Case(id_, image, query, start=start), self.segmenter, self.policy, folder=folder)
+
+    def _add(self, make: Callable[[str, Path], Session]) -> Session:
+        id_ = uuid.uuid4().hex
+        with self._lock:
+            if len(self._sessions) >= self.limits.sessions:
+                raise FullError(f"there are {len(self._sessions)} sessions, more are not taken: close one, or wait")
+            self._sessions[id_] = None  # its place
+            self._touched[id_] = time.time()
+        try:
+            session = make(id_, self._folder_of(id_))
+        except BaseException:
+            with self._lock:
+                self._sessions.pop(id_, None)
+                self._touched.pop(id_, None)
+            _remove(self._folder_of(id_))
+            raise
+        with self._lock:
+            self._sessions[id_] = session
+        return session
+
+    def _folder_of(self, id_: str) -> Path:
+        return self.folder / "sessions" / id_
+
+    # Jobs.
+
+    def submit(self, images: Sequence[tuple[str, bytes]], query: str, max_turns: int = DEFAULT_TURNS) -> Job:
+        """Segment many uploads (name, content) with one query, in the background. FullError, TooLargeError as above."""
+        query, max_turns = check_query(query), self._turns(max_turns)
+        if not 1 <= len(images) <= self.limits.job_images:
+            raise TooLargeError(f"a job of {len(images)} images: give 1 to {self.limits.job_images}")
+        names = file_names([plain_name(name) for name, _ in images])
+        job = Job(uuid.uuid4().hex, query, names, max_turns)
+        with self._lock:
+            if len(self._jobs) >= self.limits.jobs:
+                raise FullError(f"there are {len(self._jobs)} jobs, more are not taken: delete one that is done")
+            self._jobs[job.id] = job
+        folder = self._job_folder(job)
+        make_folder(folder / "in")
+        for number, (_, content) in enumerate(images):
+            write_whole(content, folder / "in" / str(number))
+        self._job_threads.submit(self._run_job, job, [name for name, _ in images])
+        return job
+
+    def job(self, id_: str) -> Job:
+        """A job that was submitted. MissingError where there is none."""
+        with self._lock:
+            if id_ not in self._jobs:
+                raise MissingError(f"no job '{id_[:40]}' here")
+            job = self._jobs[id_]
+            job.touched = time.time()
+            return job
+
+    @property
+    def jobs(self) -> list[Job]:
+        """All jobs, oldest first."""
+        return list(self._jobs.values())
+
+    def cancel(self, id_: str) -> Job:
+        """End a job after the images under way; what is done stays."""
+        job = self.job(id_)
+        job.cancelled.set()
+        if job.state == "waiting":
+            job.state = "cancelled"
+        return job
+
+    def remove_job(self, id_: str) -> None:
+        """Forget a job that is over, and delete its files. ConfigError while it runs."""
+        job = self.job(id_)
+        if job.state in ("waiting", "running"):
+            raise ConfigError(f"job {id_} is {job.state}: cancel it first")
+        with self._lock:
+            self._jobs.pop(id_, None)
+        _remove(self._job_folder(job))
+
+    def results(self, id_: str) -> bytes:
+        """A zip of what a job has made so far: masks, overlays, records."""
+        return zipped(self._job_folder(self.job(id_)) / "out")
+
+    def _job_folder(self, job: Job) -> Path:
+        return self.folder / "jobs" / job.id
+
+    def _run_job(self, job: Job, names: Sequence[str]) -> None:
+        if job.cancelled.is_set():
+            job.state = "cancelled"
+            return
+        job.state = "running"
+        with ThreadPoolExecutor(JOB_LANES, thread_name_prefix="job-image") as lanes:
+            list(lanes.map(lambda number: self._run_image(job, number, names[number]), range(len(names))))
+        job.state = "cancelled" if job.cancelled.is_set() else "done"
+        job.touched = time.time()
+        _remove(self._job_folder(job) / "in")
+
+    def _run_image(self, job: Job, number: int, name: str) -> None:
+        if job.cancelled.is_set():
+            return
+        folder = self._job_folder(job)
+        try:
+            image = self.read_picture((folder / "in" / str(number)).read_bytes(), name)
+            self.segment(image, job.query, job.max_turns).export(folder / "out", job.names[number])
+        except (IbisError, OSError) as error:
+            job.failures[plain_name(name)] = str(error)
+        job.done += 1
+
+    # What there is to know.
+
+    def describe(self) -> dict[str, Any]:
+        """Models with their licences and hashes, limits, version."""
+        used = {self.policy.name, self.segmenter.name}
+        listed = [
+            {"spec": one.spec, "kind": one.kind, "what": one.what, "licence": one.licence, "sha256": one.sha256}
+            for one in _models()
+            if one.spec in used
+        ]
+        return {
+            "version": package_version(),
+            "policy": {"name": self.policy.name, "dialect": self.policy.dialect, **self.policy.describe()},
+            "segmenter": {"name": self.segmenter.name, **self.segmenter.describe()},
+            "models": listed,
+            "limits": asdict(self.limits),
+            "notice": "Research software: not a medical device, not for clinical use.",
+        }
+
+    def ready(self) -> bool:
+        """Whether the data folder can be written."""
+        probe = self.scratch()
+        try:
+            write_whole(b"", probe)
+        except DataError:
+            return False
+        _remove(probe)
+        return True
+
+    def _note_batch(self, size: int) -> None:
+        self.batches[0] += 1
+        self.batches[1] += size
+
+
+@cache
+def _models() -> list[Model]:
+    return models()
+
+
+def plain_name(name: str) -> str:
+    """A client's file name, fit to be shown and recorded: its last part, in one line, at most 100 characters."""
+    last = name.replace("\\", "/").rpartition("/")[2]
+    return "".join(letter if letter.isprintable() else "_" for letter in last)[:100].strip() or "image"
+
+
+def zipped(folder: Path) -> bytes:
+    """The files of a folder, without those below it, as a zip."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted(folder.glob("[!.]*")) if folder.is_dir() else []:
+            archive.write(path, path.name)
+    return packed.getvalue()
+
+
+def export_zip(service: Service, session: Session) -> bytes:
+    """Masks, overlay, records and report of a session."""
+    folder = service.scratch()
+    try:
+        name = file_names([session.image.source or "image"])[0]
+        session.export(folder, name)
+        write_whole(session.report().encode(), folder / f"{name}_report.html")
+        return zipped(folder)
+    finally:
+        _remove(folder)
+
+
+def _remove(path: Path) -> None:
+    """Delete a file or a folder with all in it, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
