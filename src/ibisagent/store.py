@@ -125,10 +125,16 @@ class EpisodeStore:
         """
         if not self.folder.is_dir():
             raise DataError(f"{self.folder}: no such folder; give one that 'ibisagent trajectories' wrote")
-        for path in self.shards.values():
-            table = _read_shard(path)
-            for row in table.to_pylist():
-                yield _episode(row, str(path))
+        for shard in self.shards:
+            yield from self.read_shard(shard)
+
+    def read_shard(self, shard: int) -> Iterator[Episode]:
+        """Every episode of one shard. DataError if the shard is damaged, foreign, of a newer version or not there."""
+        path = self.shards.get(shard)
+        if path is None:
+            raise DataError(f"{self.folder}: has no shard {shard}; make it again")
+        for row in _read_shard(path).to_pylist():
+            yield _episode(row, str(path))
 
     def case_ids(self) -> set[str]:
         """The cases that have an episode; reads that column only."""
