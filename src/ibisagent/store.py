@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ibisagent.domain import Action, Box, Click, Completion, Episode, Masks, Reply, Stop, Turn, Undo, check_masks
+from ibisagent.domain import Action, Box, Click, Completion, Episode, Mask, Masks, Reply, Stop, Turn, Undo, check_masks
 from ibisagent.errors import DataError
 from ibisagent.images import write_whole
 from ibisagent.masks import decode_rle, encode_rle
@@ -321,7 +322,14 @@ def _action(plain: Mapping[str, Any]) -> Action:
     return cls(**fields)
 
 
+@lru_cache(maxsize=512)  # episodes of one picture share many masks
+def _decoded(size: tuple[int, ...], counts: str) -> Mask:
+    mask = decode_rle({"size": size, "counts": counts})
+    mask.flags.writeable = False
+    return mask
+
+
 def _masks(plain: list[Mapping[str, Any]], size: tuple[int, int], where: str) -> Masks:
-    masks = {str(mask["name"] or ""): decode_rle(mask["rle"]) for mask in plain}
+    masks = {str(mask["name"] or ""): _decoded(tuple(mask["rle"]["size"]), mask["rle"]["counts"]) for mask in plain}
     check_masks(masks, size, where)
     return masks

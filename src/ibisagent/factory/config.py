@@ -55,9 +55,9 @@ class FactoryConfig(Recipe):
     dialect: str = "ibis"
     shard_pictures: int = Field(16, ge=1, description="pictures that are worked on together: the unit of resuming")
 
-    goal_iou: float = Field(0.93, gt=0, le=1, description="the expert stops here")
-    max_clicks: int = Field(14, ge=1)
-    patience: int = Field(4, ge=1, description="clicks without gain after which the expert gives up")
+    goal_iou: float = Field(0.92, gt=0, le=1, description="the expert stops here")
+    max_clicks: int = Field(10, ge=1)
+    patience: int = Field(3, ge=1, description="clicks without gain after which the expert gives up")
     jitter: float = Field(0.3, ge=0, le=1)
     box_first: float = Field(0.3, ge=0, le=1)
 
@@ -74,7 +74,7 @@ class FactoryConfig(Recipe):
     teacher: Literal["rules", "endpoint"] = "rules"
     endpoint: EndpointConfig | None = None
 
-    min_iou: float = Field(0.85, ge=0, le=1)
+    min_iou: float = Field(0.87, ge=0, le=1)
     max_turns: int = Field(20, ge=1)
     near_duplicate_bits: int = Field(6, ge=0, le=15, description="of 256: pictures that differ by less are copies")
 

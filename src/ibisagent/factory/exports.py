@@ -21,16 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
+import numpy as np
 import pyarrow as pa
 
 from ibisagent.datasets import CaseRow
-from ibisagent.domain import Case, Episode, Masks, Observation, Reply
+from ibisagent.domain import Case, Episode, Image, Masks, Observation, Reply
 from ibisagent.errors import DataError
 from ibisagent.factory.config import FactoryConfig, Question, read_table, write_table
 from ibisagent.images import write_whole
 from ibisagent.masks import encode_rle
-from ibisagent.protocol import Message, parse, render
+from ibisagent.protocol import Message, OverlayStyle, overlay, parse, render
 from ibisagent.store import make_folder
 from ibisagent.trajectories import undone_turns
 
@@ -175,9 +175,14 @@ class _Pictures:
         self.written: dict[str, str] = {}
         make_folder(out / self._folder)
 
-    def file(self, picture: PIL.Image.Image) -> str:
-        name = hashlib.sha256(f"{picture.size}{picture.mode}".encode() + picture.tobytes()).hexdigest()[:20]
+    def file(self, image: Image, masks: Masks, style: OverlayStyle) -> str:
+        """The file that shows `masks` on `image`, relative to the export folder."""
+        digest = hashlib.sha256(image.sha256.encode())
+        for mask in masks.values():
+            digest.update(np.packbits(mask).tobytes())
+        name = digest.hexdigest()[:20]
         if name not in self.written:
+            picture = overlay(image, masks, style)
             relative = self._folder / f"{name}.{self._suffix}"
             buffer = io.BytesIO()
             if self._suffix == "jpg":
@@ -195,12 +200,12 @@ def _conversation(
     image = cases[question.rows[0]].image
     masks = episode.turns[-1].before
     observation = Observation(episode.case_id, image, episode.query, masks, episode.turns[:-1])
-    rendered = render(observation, dialect=config.dialect, history="full", style="colour")
+    rendered = render(observation, dialect=config.dialect, history="full", style="colour", paint=pictures.file)
     wrong = undone_turns(episode)
     messages: list[dict[str, Any]] = []
     files: list[str] = []
     for message in rendered:
-        parts, seen = _stored(message["content"], pictures)
+        parts, seen = _stored(message["content"])
         files += seen
         number = sum(said["role"] == "assistant" for said in messages)
         loss = message["role"] == "assistant" and number not in wrong
@@ -217,12 +222,12 @@ def _conversation(
     }
 
 
-def _stored(content: Sequence[Mapping[str, Any]], pictures: _Pictures) -> tuple[list[dict[str, Any]], list[str]]:
+def _stored(content: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
     parts: list[dict[str, Any]] = []
     files: list[str] = []
     for part in content:
         if part["type"] == "image":
-            files.append(pictures.file(part["image"]))
+            files.append(part["image"])
             parts.append({"type": "image", "text": None})
         else:
             parts.append({"type": "text", "text": part["text"]})
@@ -286,8 +291,8 @@ def _prompt(
     start = starts[question.raw] if question.start else {}
     observation = Observation(question.id, case.image, question.query, start)
     prompt, files = [], []
-    for message in render(observation, dialect=config.dialect, style="colour"):
-        parts, seen = _stored(message["content"], pictures)
+    for message in render(observation, dialect=config.dialect, style="colour", paint=pictures.file):
+        parts, seen = _stored(message["content"])
         files += seen
         prompt.append({"role": message["role"], "content": parts})
     truths = {name: truth for row in question.rows for name, truth in (cases[row].targets or {}).items()}

@@ -102,7 +102,7 @@ class Teller:
     def _sights(self, question: Question, raw: Episode, image: Image) -> list[tuple[Sight, ...]]:
         if not question.raw:
             stop = raw.turns[0].reply.stop
-            return [stop_sights(stop, {}) if stop is not None else ()]
+            return [stop_sights(stop, {}, {}) if stop is not None else ()]
         if question.raw not in self._seen:
             wrong = undone_turns(raw)
             self._seen[question.raw] = [
@@ -119,7 +119,7 @@ class Teller:
         turn = raw.turns[number]
         stop = turn.reply.stop
         if stop is not None:
-            return stop_sights(stop, turn.before)
+            return stop_sights(stop, turn.before, {name: self._truth(name) for name in turn.before})
         if any(isinstance(action, Undo) for action in turn.reply.actions):
             return (self._harm(raw.turns[number - 1]),)
         sights: list[Sight] = []
@@ -129,7 +129,8 @@ class Teller:
             truth = self._truth(action.target)
             current = turn.before.get(action.target, truth & False)
             if wrong:
-                sights.append(Sight(action.target, "wrong", boxed=isinstance(action, Box)))
+                cut = isinstance(action, Click) and not action.positive
+                sights.append(Sight(action.target, "wrong", extent="cut" if cut else "", boxed=isinstance(action, Box)))
             elif not current.any():
                 sights.append(first_sight(action.target, image, truth, action))
             else:

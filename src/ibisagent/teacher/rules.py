@@ -29,7 +29,7 @@ class RulesTeacher:
         sights = scene.sights
         if not sights:
             return _words(scene, draw)
-        done = [sight.name for sight in sights if sight.moment == "done"]
+        done = [sight for sight in sights if sight.moment == "done"]
         sentences = [_done(done, draw)] if done else []
         sentences += [_SAY[sight.moment](sight, scene, draw) for sight in sights if sight.moment != "done"]
         return " ".join(sentence for sentence in sentences if sentence)
@@ -201,6 +201,8 @@ def _wrong(sight: Sight, scene: Scene, draw: random.Random) -> str:
     name = sight.name
     if sight.boxed:
         return _pick(draw, f"The {name} should be about here; I draw a box.", f"I think that the {name} lies in this box.")
+    if sight.extent == "cut":
+        return _pick(draw, f"I think that this spot is not the {name}.", "The mask seems to reach too far here.")
     return _pick(
         draw,
         f"I think that the {name} is here, so I click on it.",
@@ -246,10 +248,20 @@ def _undo(sight: Sight, scene: Scene, draw: random.Random) -> str:
     return effect + plan
 
 
-def _done(names: Sequence[str], draw: random.Random) -> str:
+def _done(sights: Sequence[Sight], draw: random.Random) -> str:
+    names = [sight.name for sight in sights]
     listed, are = " and the ".join(names), "is" if len(names) == 1 else "are"
     fits = "fits" if len(names) == 1 else "fit"
     masks = "mask" if len(names) == 1 else "masks"
+    if any(sight.extent for sight in sights):
+        return _pick(
+            draw,
+            f"The {listed} {are} covered for the most part; more clicks would change little.",
+            f"This is good enough for the {listed}, though not perfect.",
+            f"Small flaws remain at the edge of the {listed}, but I stop here.",
+            f"I am content with the {masks} of the {listed}.",
+            f"More clicks would hardly improve the {masks} of the {listed}, so I stop.",
+        )
     return _pick(
         draw,
         f"The {masks} now {fits} the {listed}.",

@@ -10,8 +10,10 @@ import numpy as np
 
 from ibisagent.clicks import bounding_box
 from ibisagent.domain import Box, Click, Image, Mask, Masks, Prompt, Reply, Stop
+from ibisagent.masks import iou
 
 Moment = Literal["first", "missed", "leaked", "wrong", "undo", "done", "absent", "words", "foreign", "claim"]
+WELL_COVERED = 0.91
 MOMENTS: tuple[Moment, ...] = (
     "first", "missed", "leaked", "wrong", "undo", "done", "absent", "words", "foreign", "claim",
 )  # fmt: skip
@@ -167,7 +169,8 @@ def error_sight(name: str, image: Image, truth: Mask, current: Mask, prompt: Pro
     )
 
 
-def stop_sights(stop: Stop, masks: Masks) -> tuple[Sight, ...]:
-    """What is seen at the end."""
-    done = [Sight(name, "done") for name, mask in masks.items() if mask.any() and name not in stop.absent]
+def stop_sights(stop: Stop, masks: Masks, truths: Masks) -> tuple[Sight, ...]:
+    """What is seen at the end; extent "nearly" for a mask that leaves something to be wished for."""
+    nearly = {name for name, mask in masks.items() if name in truths and iou(mask, truths[name]) < WELL_COVERED}
+    done = [Sight(name, "done", extent="nearly" if name in nearly else "") for name, mask in masks.items() if mask.any() and name not in stop.absent]
     return (*done, *(Sight(name, "absent") for name in stop.absent))
