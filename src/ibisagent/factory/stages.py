@@ -298,6 +298,36 @@ def build(
     return write_card(worker)
 
 
+def estimate(plan: Plan) -> dict[str, Any]:
+    """What the teacher's thoughts would cost: exact where the stages before are finished, else by the settings' counts.
+
+    Asks nobody anything. Prices are those of the settings; the rule teacher costs nothing.
+    """
+    worker = Worker(plan)
+    config, endpoint = plan.config, plan.config.endpoint
+    thoughts = 0.0
+    if (plan.out / RUN_NAME).exists() and all(worker.path("questions", k).exists() for k in range(worker.shards)):
+        for shard in range(worker.shards):
+            turns = {episode.case_id: len(episode.turns) for episode in worker._raws(shard)}
+            thoughts += sum(turns.get(question.raw, 1) for question in read_questions(worker.path("questions", shard)))
+        basis = "finished trajectories and questions"
+    else:
+        drawn = config.referring + config.reasoning + config.existence + config.refinement
+        drawn_again = config.self_correction + config.inconsistency
+        thoughts = len(plan.cases) * ((drawn + drawn_again) * (config.max_clicks * 0.8 + 1) + config.absent + config.vqa)
+        basis = "settings alone: clicks are guessed as 80% of max_clicks"
+    report: dict[str, Any] = {"thoughts": round(thoughts), "basis": basis, "price": 0.0}
+    if config.teacher == "endpoint" and endpoint is not None:
+        from ibisagent.teacher.endpoint import PROMPT_TOKENS
+
+        tokens_in = thoughts * (PROMPT_TOKENS + (endpoint.tokens_per_picture if endpoint.images else 0))
+        tokens_out = thoughts * endpoint.max_tokens
+        price = (tokens_in * endpoint.price_in + tokens_out * endpoint.price_out) / 1e6
+        report |= {"tokens_in": round(tokens_in), "tokens_out_at_most": round(tokens_out), "price": round(price, 2)}
+        report["budget"] = endpoint.budget
+    return report
+
+
 def _run_here(worker: Worker) -> Callable[[Plan, Stage, Sequence[int], Callable[[int], None]], None]:
     def run(_plan: Plan, stage: Stage, shards: Sequence[int], finished: Callable[[int], None]) -> None:
         for shard in shards:
