@@ -342,7 +342,10 @@ def _claim(plan: Plan) -> None:
     digest = hashlib.sha256()
     for row in plan.cases.rows:
         digest.update(repr((row.id, row.query, row.label, row.split, row.patient)).encode("utf-8", "surrogateescape"))
-    facts = {**plan.config.model_dump(mode="json"), "cases": len(plan.cases), "cases_sha256": digest.hexdigest()}
+    # how fast and how dear the teacher may be asked can change between starts
+    told = {"endpoint": {"concurrency", "requests_per_minute", "retries", "pause_seconds", "timeout_seconds",
+                         "price_in", "price_out", "budget", "tokens_per_picture"}}  # fmt: skip
+    facts = {**plan.config.model_dump(mode="json", exclude=told if plan.config.endpoint else None), "cases": len(plan.cases), "cases_sha256": digest.hexdigest()}
     facts["ibisagent"] = package_version()
     path = plan.out / RUN_NAME
     if not path.exists():

@@ -148,7 +148,10 @@ class EndpointTeacher:
         path = self._cache / f"{hashlib.sha256(content.encode('utf-8', 'surrogateescape')).hexdigest()}.json"
         if path.exists():
             self._count("cached")
-            return _thought_in(self._read(path)["text"])
+            kept = _thought_in(self._read(path)["text"])
+            if isinstance(kept, Refusal):
+                self._count(kept.reason)
+            return kept
         return self._ask(request, path)
 
     def _ask(self, request: dict[str, Any], path: Path) -> Thought:
