@@ -24,6 +24,8 @@ from ibisagent.protocol import DIALECTS, write
 from ibisagent.segmenters import Prediction, Segmenter, SegmenterSession
 
 NO_GAIN = 0.005
+HOPELESS = 0.2  # below the wanted IoU: where clicks alone reach no more, refining is not tried
+CORRECTIONS = 6  # clicks at most where a mask is given
 MOST_TOGETHER = 4
 WRONG_TRIES = 3
 
@@ -88,7 +90,7 @@ def raw_episodes(
             plain.append((case, made["plain"]))
             if config.random(case.id, "correct?").random() < config.self_correction and DIALECTS[config.dialect].undo:
                 made |= _named("erring", maker.erring(case, made["plain"]))
-        if config.refinement:
+        if config.refinement and _reached(made["plain"], name, truth) >= config.min_iou - HOPELESS:
             made |= _named("start", maker.started(case, "start", imperfect(truth, config.random(case.id, "start"))))
         if good and config.random(case.id, "foreign?").random() < config.inconsistency:
             others = [t for other in cases for t in (other.targets or {}).values() if other.id != case.id]
@@ -221,7 +223,7 @@ class _Maker:
             [case],
             dialect=config.dialect,
             iou_threshold=config.goal_iou,
-            max_clicks=config.max_clicks,
+            max_clicks=min(config.max_clicks, CORRECTIONS) if case.start else config.max_clicks,
             jitter=config.jitter,
             box_first=boxes,
             seed=config.seed,

@@ -58,7 +58,7 @@ def disagreement(thought: str, reply: Reply, masks: Masks, size: tuple[int, int]
     """
     names = sorted({*masks, *(truth or {}), *(a.target for a in reply.actions if isinstance(a, Click | Box))}, key=len)
     for name in reversed(names):
-        thought = re.sub(re.escape(name), "it", thought, flags=re.IGNORECASE)
+        thought = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "it", thought, flags=re.IGNORECASE)
     clicks = [action for action in reply.actions if isinstance(action, Click)]
     prompts = [action for action in reply.actions if isinstance(action, Click | Box)]
     undoes = not prompts and reply.stop is None
