@@ -32,7 +32,9 @@ from ibisagent.teacher.phrasings import FAMILIES, PHRASINGS, phrasings
 from ibisagent.trajectories import undone_turns
 
 SIZE = (61, 83)
-CONFIG = FactoryConfig(segmenter="region", shard_pictures=3, self_correction=0.8, inconsistency=0.8, picture_format="png")
+CONFIG = FactoryConfig(
+    segmenter="region", shard_pictures=3, self_correction=0.8, inconsistency=0.8, picture_format="png"
+)
 
 
 def write_phantoms(folder: Path, count: int) -> None:
@@ -225,7 +227,12 @@ def test_overlaps_between_splits_are_found(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     pictures = [np.kron(draw.integers(0, 255, (12, 17, 3)), np.ones((5, 5, 1))).astype(np.uint8) for _ in range(3)]
     noisy = np.clip(pictures[0].astype(int) + draw.integers(-2, 3, pictures[0].shape), 0, 255).astype(np.uint8)
-    codes = {"a": fingerprint(pictures[0]), "b": fingerprint(noisy), "c": fingerprint(pictures[1]), "d": fingerprint(pictures[2])}
+    codes = {
+        "a": fingerprint(pictures[0]),
+        "b": fingerprint(noisy),
+        "c": fingerprint(pictures[1]),
+        "d": fingerprint(pictures[2]),
+    }
     splits = {"a": ("train", "p1"), "b": ("val", "p2"), "c": ("train", "p3"), "d": ("test", "p3")}
     groups = [[CaseRow(n, Path(n), None, "x", "q", split=s, patient=p)] for n, (s, p) in splits.items()]
     assert filters.find_overlaps(groups, codes, 12) == {
@@ -254,7 +261,9 @@ def test_conversations_come_back_with_the_same_actions(data: Path, made: Path, t
         read = conversation.actions(episode.size, dialect, target)
         wanted = [turn.reply for turn in episode.turns]
         if dialect == "released":  # it has no names: the mask's one stands for them
-            assert [[type(a) for a in reply.actions] for reply in read] == [[type(a) for a in w.actions] for w in wanted]
+            assert [[type(a) for a in reply.actions] for reply in read] == [
+                [type(a) for a in w.actions] for w in wanted
+            ]
         else:
             assert read == wanted
         wrong = undone_turns(episode)

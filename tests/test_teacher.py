@@ -35,7 +35,9 @@ def scene(number: int, *, left: bool = True) -> Scene:
     current = TRUTH & ((COLUMNS >= 40) if left else (COLUMNS < 50))
     click = Click(34 if left else 55, 30, True, "left kidney")
     sight = error_sight("left kidney", IMAGE, TRUTH, current, click)
-    return Scene(f"s{number}", "Segment it.", "referring", Reply("", (click,)), (sight,), IMAGE, {"left kidney": current})
+    return Scene(
+        f"s{number}", "Segment it.", "referring", Reply("", (click,)), (sight,), IMAGE, {"left kidney": current}
+    )
 
 
 def test_words_come_from_what_was_measured() -> None:
@@ -97,7 +99,9 @@ def test_contradictions_are_found(thought: str, reply: Reply, fault: str | None)
 
 def test_absent_names_never_cover_what_is_there() -> None:
     def row(name: str, modality: str = "CT", site: str = "chest", data: str = "A") -> CaseRow:
-        return CaseRow(f"{name}{data}", Path(f"{name}{data}"), None, name, "q", modality=modality, site=site, dataset=data)
+        return CaseRow(
+            f"{name}{data}", Path(f"{name}{data}"), None, name, "q", modality=modality, site=site, dataset=data
+        )
 
     rows = [row("left lung"), row("lung"), row("right lung"), row("heart"), row("optic disc", "fundus", "retinal", "B")]
     absences = Absences(rows)
@@ -133,7 +137,9 @@ def serving(answers: list[Any]) -> Iterator[tuple[_Server, str]]:
                 time.sleep(answer)
                 answer = "{}"
             status = answer if isinstance(answer, int) else 200
-            said = {"choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": answer}}]}
+            said = {
+                "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": answer}}]
+            }
             usage = {"prompt_tokens": 1000, "completion_tokens": 100, "total_tokens": 1100}
             head = {"id": "x", "object": "chat.completion", "created": 0, "model": "m"}
             content = json.dumps({**head, **said, "usage": usage} if status == 200 else {"error": {"message": "no"}})
@@ -200,7 +206,8 @@ def test_passing_trouble_is_tried_again(tmp_path: Path, trouble: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trouble", "reason"), [(429, "rate limit"), (500, "server error"), ("no JSON", "malformed reply"), (400, "refused")]
+    ("trouble", "reason"),
+    [(429, "rate limit"), (500, "server error"), ("no JSON", "malformed reply"), (400, "refused")],
 )
 def test_lasting_trouble_is_a_counted_refusal(tmp_path: Path, trouble: Any, reason: str) -> None:
     with serving([trouble]) as (_, url):

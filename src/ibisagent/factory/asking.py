@@ -45,16 +45,16 @@ class Asker:
             if "erring" in made:
                 questions.append(draw.question("correction", "referring", raw="erring", name=row.object))
             if "foreign" in made:
-                questions.append(draw.question("inconsistency", "refinement", raw="foreign", start=True, name=row.object))
+                questions.append(
+                    draw.question("inconsistency", "refinement", raw="foreign", start=True, name=row.object)
+                )
             elif draw.chance("claim") < self._config.inconsistency and (claim := _false_side(known)):
                 questions.append(
                     draw.question("inconsistency", "wrong side", raw="plain", name=row.object, claim=claim)
                 )
         return questions
 
-    def _present(
-        self, draw: _Draw, rows: Sequence[CaseRow], facts: Mapping[str, Mapping[str, Any]]
-    ) -> list[Question]:
+    def _present(self, draw: _Draw, rows: Sequence[CaseRow], facts: Mapping[str, Mapping[str, Any]]) -> list[Question]:
         config, row, known = self._config, draw.row, facts[draw.row.id]
         made = [draw.question("referring", "referring", name=row.object) for _ in range(config.referring)]
         alone = not any(_same_words(other.object, row.object) for other in rows if other.id != row.id)
@@ -102,9 +102,7 @@ class Asker:
             for name in names
         ]
 
-    def _words(
-        self, draw: _Draw, rows: Sequence[CaseRow], facts: Mapping[str, Mapping[str, Any]]
-    ) -> list[Question]:
+    def _words(self, draw: _Draw, rows: Sequence[CaseRow], facts: Mapping[str, Mapping[str, Any]]) -> list[Question]:
         row, known = draw.row, facts[draw.row.id]
         ways: list[tuple[str, str, dict[str, Any]]] = []
         if row.modality:
@@ -197,9 +195,7 @@ class _Draw:
         )
 
 
-def _comparisons(
-    row: CaseRow, rows: Sequence[CaseRow], facts: Mapping[str, Mapping[str, Any]]
-) -> list[dict[str, str]]:
+def _comparisons(row: CaseRow, rows: Sequence[CaseRow], facts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
     """Comparisons with one other object of the picture that `row` wins clearly."""
     here = facts[row.id]
     ways = []

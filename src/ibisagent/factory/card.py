@@ -111,7 +111,10 @@ def _text(card: Mapping[str, Any]) -> str:
         "",
         "| questions | asked | kept |",
         "|---|---|---|",
-        *(f"| {n} | {count} | {card['kept_by_family'].get(n, 0)} |" for n, count in card["questions_by_family"].items()),
+        *(
+            f"| {n} | {count} | {card['kept_by_family'].get(n, 0)} |"
+            for n, count in card["questions_by_family"].items()
+        ),
         "",
         "| not kept because | questions |",
         "|---|---|",

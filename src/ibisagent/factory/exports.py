@@ -56,9 +56,7 @@ TRAINING_TEMPLATE = (
 """Chat template in the form of Qwen2.5-VL that marks what is learnt: assistant turns without "loss": false."""
 
 _CONTENT = pa.list_(pa.struct({"type": pa.string(), "text": pa.string()}))
-_MASKS = pa.list_(
-    pa.struct({"name": pa.string(), "size": pa.list_(pa.int32(), 2), "counts": pa.string()})
-)
+_MASKS = pa.list_(pa.struct({"name": pa.string(), "size": pa.list_(pa.int32(), 2), "counts": pa.string()}))
 TRL_SCHEMA = pa.schema(
     {
         "id": pa.string(),
@@ -154,7 +152,9 @@ def export_shard(
     for split, chosen in sorted(asked.items()):
         records = [_prompt(question, rows, cases, starts, pictures, config) for question in chosen]
         if "grpo" in config.formats:
-            write_table(pa.Table.from_pylist(records, schema=GRPO_SCHEMA), out / "grpo" / f"{split}-{shard:06d}.parquet")
+            write_table(
+                pa.Table.from_pylist(records, schema=GRPO_SCHEMA), out / "grpo" / f"{split}-{shard:06d}.parquet"
+            )
             counts[f"grpo/{split}"] = len(records)
         if "verl" in config.formats:
             verl = [_verl(record, split, shard * 1_000_000 + n) for n, record in enumerate(records)]

@@ -165,7 +165,10 @@ def foreign(truth: Mask, others: Sequence[Mask], random: np.random.Generator) ->
     if box is None or (box.x1 - box.x0) > 0.5 * width or (box.y1 - box.y0) > 0.5 * height:
         return None
     for _ in range(20):
-        x, y = int(random.integers(0, width - (box.x1 - box.x0) + 1)), int(random.integers(0, height - (box.y1 - box.y0) + 1))
+        x, y = (
+            int(random.integers(0, width - (box.x1 - box.x0) + 1)),
+            int(random.integers(0, height - (box.y1 - box.y0) + 1)),
+        )
         moved = np.zeros_like(truth)
         moved[y : y + box.y1 - box.y0, x : x + box.x1 - box.x0] = truth[box.y0 : box.y1, box.x0 : box.x1]
         if not (moved & truth).any():
@@ -299,9 +302,7 @@ def _discard(name: str, truth: Mask, start: Mask, several: bool) -> Reply | None
     return Reply("", clicks if several else clicks[:1])
 
 
-def _wrong_prompt(
-    name: str, truth: Mask, before: Mask, boxes: bool, random: np.random.Generator
-) -> Click | Box | None:
+def _wrong_prompt(name: str, truth: Mask, before: Mask, boxes: bool, random: np.random.Generator) -> Click | Box | None:
     """A prompt that does harm: a click or box beside the object, or a negative click in its midst."""
     outside = cv2.erode((~truth & ~before).astype(np.uint8), np.ones((5, 5), np.uint8))
     rows, columns = np.nonzero(outside)

@@ -136,7 +136,10 @@ class Worker:
             episodes += made
             facts |= known
             if cases:
-                images[str(rows[0].image)] = {"sha256": cases[0].image.sha256, "hash": fingerprint(cases[0].image.pixels)}
+                images[str(rows[0].image)] = {
+                    "sha256": cases[0].image.sha256,
+                    "hash": fingerprint(cases[0].image.pixels),
+                }
         if groups and failures and not facts and all("DataError" not in failure["error"] for failure in failures):
             raise DataError(f"shard {shard}: every pair failed, the last one: {failures[-1]['error']}")
         notes = {"facts": facts, "images": images, "failures": failures}
@@ -181,7 +184,9 @@ class Worker:
     def _filter(self, shard: int, groups: Sequence[Sequence[CaseRow]]) -> None:
         questions = {question.id: question for question in self.questions(shard)}
         overlaps = json.loads((self.plan.out / OVERLAPS_NAME).read_bytes())
-        episodes = {episode.case_id: episode for stage in ("thoughts", "reflection") for episode in self._read(stage, shard)}
+        episodes = {
+            episode.case_id: episode for stage in ("thoughts", "reflection") for episode in self._read(stage, shard)
+        }
         kept: list[Episode] = []
         results: list[dict[str, Any]] = []
         rejected = [
@@ -314,7 +319,9 @@ def estimate(plan: Plan) -> dict[str, Any]:
     else:
         drawn = config.referring + config.reasoning + config.existence + config.refinement
         drawn_again = config.self_correction + config.inconsistency
-        thoughts = len(plan.cases) * ((drawn + drawn_again) * (config.max_clicks * 0.8 + 1) + config.absent + config.vqa)
+        thoughts = len(plan.cases) * (
+            (drawn + drawn_again) * (config.max_clicks * 0.8 + 1) + config.absent + config.vqa
+        )
         basis = "settings alone: clicks are guessed as 80% of max_clicks"
     report: dict[str, Any] = {"thoughts": round(thoughts), "basis": basis, "price": 0.0}
     if config.teacher == "endpoint" and endpoint is not None:
@@ -345,7 +352,11 @@ def _claim(plan: Plan) -> None:
     # how fast and how dear the teacher may be asked can change between starts
     told = {"endpoint": {"concurrency", "requests_per_minute", "retries", "pause_seconds", "timeout_seconds",
                          "price_in", "price_out", "budget", "tokens_per_picture"}}  # fmt: skip
-    facts = {**plan.config.model_dump(mode="json", exclude=told if plan.config.endpoint else None), "cases": len(plan.cases), "cases_sha256": digest.hexdigest()}
+    facts = {
+        **plan.config.model_dump(mode="json", exclude=told if plan.config.endpoint else None),
+        "cases": len(plan.cases),
+        "cases_sha256": digest.hexdigest(),
+    }
     facts["ibisagent"] = package_version()
     path = plan.out / RUN_NAME
     if not path.exists():

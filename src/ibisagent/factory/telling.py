@@ -85,7 +85,15 @@ class Teller:
         stop = Stop(question.answer, tuple(question.absent))
         turn = Turn(Completion(""), Reply("", (stop,)), {}, {})
         return Episode(
-            question.id, question.query, image.size, image.sha256, image.source, {}, (turn,), "stopped", {"policy": "oracle"}
+            question.id,
+            question.query,
+            image.size,
+            image.sha256,
+            image.source,
+            {},
+            (turn,),
+            "stopped",
+            {"policy": "oracle"},
         )
 
     def _answered(self, reply: Reply, question: Question, case: Case) -> Reply:

@@ -34,9 +34,12 @@ _LEAKED = re.compile(
     re.IGNORECASE,
 )
 _FINISHED = re.compile(
-    r"no more clicks|nothing (?:more|left) to correct|\bgood enough\b|\bi stop\b|(?:mask|outline) now fits", re.IGNORECASE
+    r"no more clicks|nothing (?:more|left) to correct|\bgood enough\b|\bi stop\b|(?:mask|outline) now fits",
+    re.IGNORECASE,
 )
-_TAKEN_BACK = re.compile(r"\bundo\b|take it back|\bgo back\b|\broll(?:ed|ing)? back\b|take (?:that|this) back", re.IGNORECASE)
+_TAKEN_BACK = re.compile(
+    r"\bundo\b|take it back|\bgo back\b|\broll(?:ed|ing)? back\b|take (?:that|this) back", re.IGNORECASE
+)
 _WAYS = {
     "left": re.compile(r"\bleft\b(?! out)", re.IGNORECASE),
     "right": re.compile(r"\b(?:at|on|to|of|in) (?:the |its )?(?:(?:upper|lower|far) )?right\b|\bright (?:side|edge|end|part|border)\b", re.IGNORECASE),
@@ -47,7 +50,9 @@ _OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 _TOLERANCE = 0.1  # of half the extent: so far past the middle a word may still be meant loosely
 
 
-def disagreement(thought: str, reply: Reply, masks: Masks, size: tuple[int, int], truth: Masks | None = None) -> str | None:
+def disagreement(
+    thought: str, reply: Reply, masks: Masks, size: tuple[int, int], truth: Masks | None = None
+) -> str | None:
     """How a thought contradicts the action it goes with, in a word; None if it does not.
 
     masks: before the action. truth: widens what "left" and "right" are measured against; without it only what is

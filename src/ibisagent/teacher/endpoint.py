@@ -173,7 +173,9 @@ class EndpointTeacher:
                 refusal = Refusal(_reason(error), _line(error))
                 continue
             except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-                raise PolicyError(f"{settings.url}: cannot be used ({_line(error)}); check key, model and URL") from error
+                raise PolicyError(
+                    f"{settings.url}: cannot be used ({_line(error)}); check key, model and URL"
+                ) from error
             except openai.APIStatusError as error:  # refused pictures, content filters: asking again does not help
                 refusal = Refusal("refused", _line(error))
                 break
@@ -324,5 +326,7 @@ def _hint(sight: Sight) -> str:
     }[sight.moment]
     more = [word for word in (sight.side, sight.place, sight.shape) if word]
     more += [f"{sight.tone} than its surroundings"] if sight.tone else []
-    more += [{"alike": "as bright as the rest"}.get(sight.contrast, f"{sight.contrast} than the rest")] * bool(sight.contrast)
+    more += [{"alike": "as bright as the rest"}.get(sight.contrast, f"{sight.contrast} than the rest")] * bool(
+        sight.contrast
+    )
     return ", ".join([what, *more])

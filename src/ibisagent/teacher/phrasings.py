@@ -211,20 +211,24 @@ def phrasings(kind: str, *, held_out: bool) -> list[tuple[int, str]]:
     """The (number, template) of `kind` that are for training, or those that are kept for evaluation."""
     last = HELD_OUT_EVERY - 1
     return [
-        (number, text)
-        for number, text in enumerate(PHRASINGS[kind])
-        if (number % HELD_OUT_EVERY == last) is held_out
+        (number, text) for number, text in enumerate(PHRASINGS[kind]) if (number % HELD_OUT_EVERY == last) is held_out
     ]
 
 
 DESCRIPTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "aorta": ("the great vessel that carries blood from the heart to the body", "the body's largest artery"),
-        "blood vessel": ("a channel that carries blood, seen in cross-section", "a structure through which blood flows"),
+        "blood vessel": (
+            "a channel that carries blood, seen in cross-section",
+            "a structure through which blood flows",
+        ),
         "brain tumor": ("an abnormal growth within the skull", "a mass in the brain"),
         "carotid artery": ("the artery of the neck that supplies the brain", "the pulsating vessel in the neck"),
         "foveal avascular zone": ("the small area at the centre of the macula that has no capillaries",),
-        "glomerulus": ("the tuft of capillaries that filters blood in the kidney", "the round filtering unit of the kidney"),
+        "glomerulus": (
+            "the tuft of capillaries that filters blood in the kidney",
+            "the round filtering unit of the kidney",
+        ),
         "kidney": ("the organ that makes urine", "the organ that filters the blood and makes urine"),
         "kidney tumor": ("an abnormal growth in the organ that makes urine",),
         "knee bones": ("the bones that meet in the joint between thigh and lower leg",),
@@ -273,7 +277,18 @@ DESCRIPTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """What objects are or do, for questions that do not name them. Only where one sentence settles which one is meant."""
 
-_ABNORMAL = ("tumor", "lesion", "polyp", "hematoma", "hemorrhage", "mass", "cancer", "dysplasia", "glioma", "meningioma")
+_ABNORMAL = (
+    "tumor",
+    "lesion",
+    "polyp",
+    "hematoma",
+    "hemorrhage",
+    "mass",
+    "cancer",
+    "dysplasia",
+    "glioma",
+    "meningioma",
+)
 _SIDES = frozenset({"left", "right", "anterior", "posterior", "upper", "lower", "superior", "inferior"})
 _DOUBTFUL = ("vessel", "artery", "nerve", "lesion", "aorta", "tissue", "mass")
 

@@ -89,7 +89,9 @@ def _first(sight: Sight, scene: Scene, draw: random.Random) -> str:
             f"I begin with the {name}",
         )
     if place:
-        where = _pick(draw, f"I see it {place}{appearance}", f"It lies {place}{appearance}", f"It is {place}{appearance}")
+        where = _pick(
+            draw, f"I see it {place}{appearance}", f"It lies {place}{appearance}", f"It is {place}{appearance}"
+        )
     elif look:
         where = _pick(draw, f"I see it as {look}", f"It shows as {look}", f"It appears as {look}")
     else:
@@ -146,7 +148,10 @@ def _missed(sight: Sight, scene: Scene, draw: random.Random) -> str:
         )
     elif sight.contrast:
         reason = _pick(
-            draw, f" It is {sight.contrast} than the rest, yet belongs to it.", f" There the {name} is {sight.contrast}.", ""
+            draw,
+            f" It is {sight.contrast} than the rest, yet belongs to it.",
+            f" There the {name} is {sight.contrast}.",
+            "",
         )
     plan = _pick(
         draw,
@@ -182,9 +187,11 @@ def _leaked(sight: Sight, scene: Scene, draw: random.Random) -> str:
         )
     reason = ""
     if sight.contrast in ("brighter", "darker"):
-        reason = _pick(
-            draw, f" The tissue there is {sight.contrast}.", f" It is {sight.contrast} than the {name}.", ""
-        ) if scene.modality not in ("endoscope", "dermoscopy") else f" It is {sight.contrast} there."
+        reason = (
+            _pick(draw, f" The tissue there is {sight.contrast}.", f" It is {sight.contrast} than the {name}.", "")
+            if scene.modality not in ("endoscope", "dermoscopy")
+            else f" It is {sight.contrast} there."
+        )
     plan = _pick(
         draw,
         " I put a negative click there.",
@@ -200,7 +207,9 @@ def _wrong(sight: Sight, scene: Scene, draw: random.Random) -> str:
     """Before a deliberately wrong action: what one may believe. Never trained on."""
     name = sight.name
     if sight.boxed:
-        return _pick(draw, f"The {name} should be about here; I draw a box.", f"I think that the {name} lies in this box.")
+        return _pick(
+            draw, f"The {name} should be about here; I draw a box.", f"I think that the {name} lies in this box."
+        )
     if sight.extent == "cut":
         return _pick(draw, f"I think that this spot is not the {name}.", "The mask seems to reach too far here.")
     return _pick(

@@ -172,5 +172,9 @@ def error_sight(name: str, image: Image, truth: Mask, current: Mask, prompt: Pro
 def stop_sights(stop: Stop, masks: Masks, truths: Masks) -> tuple[Sight, ...]:
     """What is seen at the end; extent "nearly" for a mask that leaves something to be wished for."""
     nearly = {name for name, mask in masks.items() if name in truths and iou(mask, truths[name]) < WELL_COVERED}
-    done = [Sight(name, "done", extent="nearly" if name in nearly else "") for name, mask in masks.items() if mask.any() and name not in stop.absent]
+    done = [
+        Sight(name, "done", extent="nearly" if name in nearly else "")
+        for name, mask in masks.items()
+        if mask.any() and name not in stop.absent
+    ]
     return (*done, *(Sight(name, "absent") for name in stop.absent))
