@@ -2,8 +2,8 @@
 
     python benchmarks/factory.py DATA [--limit 64] [--segmenter ibis-click] [--workers 2]
 
-Both runs must end with the same files. Run it on an idle machine: workers are only faster where cores are free. Starting
-Ray and loading the segmenter are part of the time; --limit should be large enough that they do not matter.
+Both runs must end with the same files. Run it on an idle machine: workers are only faster where cores are free.
+Starting Ray and loading the segmenter are part of the time: take --limit so large that they do not matter.
 """
 
 from __future__ import annotations

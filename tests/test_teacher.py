@@ -229,7 +229,7 @@ def test_a_budget_stops_before_it_is_exceeded_and_can_be_raised(tmp_path: Path) 
     scenes = [scene(number) for number in range(4)]
     with serving([GOOD]) as (server, url):
         asked = teacher(url, tmp_path, budget=0.0062)
-        with pytest.raises(PolicyError, match="budget of 0.0062 is used up"):
+        with pytest.raises(PolicyError, match=r"budget of 0\.0062 is used up"):
             asked.think(scenes)
         paid = len(server.requests)
         assert 0 < paid < 4

@@ -506,8 +506,8 @@ def render(
     or {"type": "image", "image": PIL image}; every user turn has one picture, made by `overlay`.
     history None: as the dialect prefers. "none": the current turn alone. "actions": the same, with the actions so far
     as text. "full": every earlier picture and reply, as they were. style None: as the dialect prefers; "alpha" has
-    no system prompt, as only models trained for it can read such pictures. paint: makes what stands for a picture in the
-    messages, in place of `overlay`; for writers that have the same picture already.
+    no system prompt, as only models trained for it can read such pictures. paint: makes what stands for a
+    picture in the messages, in place of `overlay`; for writers that have the same picture already.
 
     The query and names are escaped as in replies, so that they cannot pass for tags. Raises ConfigError for an unknown
     dialect, history or style.

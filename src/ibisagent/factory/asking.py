@@ -7,8 +7,9 @@ from typing import Any
 
 from ibisagent.datasets import CaseRow
 from ibisagent.factory.config import FactoryConfig, Question
-from ibisagent.teacher.phrasings import DESCRIPTIONS, Absences, is_abnormal, phrasings
+from ibisagent.teacher.phrasings import DESCRIPTIONS, Absences, is_abnormal, phrasings, with_article
 
+VAGUE_SITES = ("tissue", "cell")
 SHARES = {"a tenth": 0.1, "a quarter": 0.25, "half": 0.5, "a twentieth": 0.05}
 
 
@@ -107,7 +108,7 @@ class Asker:
         ways: list[tuple[str, str, dict[str, Any]]] = []
         if row.modality:
             ways.append(("modality", row.modality, {}))
-        if row.site:
+        if row.site and row.site not in VAGUE_SITES:
             ways.append(("organ", row.site, {}))
         if known["present"]:
             left, right = known["extent"]
@@ -123,7 +124,7 @@ class Asker:
             for share, value in SHARES.items():
                 if not 0.75 * value < known["area"] < 1.3 * value:
                     ways.append(("size", "yes" if known["area"] > value else "no", {"share": share}))
-        made = []
+        made: list[Question] = []
         kinds = list(dict.fromkeys(kind for kind, _, _ in ways))
         while ways and len(made) < self._config.vqa:
             kind = draw.pick(kinds)
@@ -171,6 +172,7 @@ class _Draw:
         self._used.add((kind, number))
         self._made += 1
         words = {"modality": row.modality or "medical", "claim": claim, **words}
+        words["a_name"] = with_article(words.get("name", row.object))
         return Question(
             # the family keeps ids of the two rounds of questions apart
             id=f"{row.id}?{family}-{self._made}",

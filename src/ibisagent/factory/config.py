@@ -22,7 +22,6 @@ from ibisagent.store import make_folder
 Stage = Literal["trajectories", "questions", "thoughts", "reflection", "filter", "export"]
 STAGES: tuple[Stage, ...] = ("trajectories", "questions", "thoughts", "reflection", "filter", "export")
 Format = Literal["trl", "sharegpt", "grpo", "verl"]
-Share = Field(ge=0, le=1)
 
 
 class EndpointConfig(BaseModel):
@@ -34,17 +33,17 @@ class EndpointConfig(BaseModel):
     model: str
     images: bool = True
     structured: bool = True
-    max_tokens: int = Field(200, ge=16)
-    temperature: float = Field(0.7, ge=0)
-    concurrency: int = Field(8, ge=1)
-    requests_per_minute: float = Field(0, ge=0, description="0: no limit")
-    retries: int = Field(5, ge=0)
-    pause_seconds: float = Field(1.0, ge=0, description="before the first retry; doubles, with jitter")
-    timeout_seconds: float = Field(60.0, gt=0)
-    price_in: float = Field(0, ge=0)
-    price_out: float = Field(0, ge=0)
-    budget: float | None = Field(None, ge=0)
-    tokens_per_picture: int = Field(800, ge=0, description="for the estimate before a request")
+    max_tokens: int = Field(default=200, ge=16)
+    temperature: float = Field(default=0.7, ge=0)
+    concurrency: int = Field(default=8, ge=1)
+    requests_per_minute: float = Field(default=0, ge=0, description="0: no limit")
+    retries: int = Field(default=5, ge=0)
+    pause_seconds: float = Field(default=1.0, ge=0, description="before the first retry; doubles, with jitter")
+    timeout_seconds: float = Field(default=60.0, gt=0)
+    price_in: float = Field(default=0, ge=0)
+    price_out: float = Field(default=0, ge=0)
+    budget: float | None = Field(default=None, ge=0)
+    tokens_per_picture: int = Field(default=800, ge=0, description="for the estimate before a request")
 
 
 class FactoryConfig(Recipe):
@@ -53,30 +52,34 @@ class FactoryConfig(Recipe):
     seed: int = 0
     segmenter: str = "ibis-click"
     dialect: str = "ibis"
-    shard_pictures: int = Field(16, ge=1, description="pictures that are worked on together: the unit of resuming")
+    shard_pictures: int = Field(
+        default=16, ge=1, description="pictures that are worked on together: the unit of resuming"
+    )
 
-    goal_iou: float = Field(0.92, gt=0, le=1, description="the expert stops here")
-    max_clicks: int = Field(10, ge=1)
-    patience: int = Field(3, ge=1, description="clicks without gain after which the expert gives up")
-    jitter: float = Field(0.3, ge=0, le=1)
-    box_first: float = Field(0.3, ge=0, le=1)
+    goal_iou: float = Field(default=0.92, gt=0, le=1, description="the expert stops here")
+    max_clicks: int = Field(default=10, ge=1)
+    patience: int = Field(default=3, ge=1, description="clicks without gain after which the expert gives up")
+    jitter: float = Field(default=0.3, ge=0, le=1)
+    box_first: float = Field(default=0.3, ge=0, le=1)
 
-    referring: int = Field(2, ge=0)
-    reasoning: int = Field(2, ge=0)
-    existence: int = Field(1, ge=0)
-    absent: int = Field(2, ge=0)
-    several: int = Field(1, ge=0, description="for each picture with two objects or more")
-    refinement: int = Field(2, ge=0)
-    vqa: int = Field(3, ge=0)
-    self_correction: float = Field(0.4, ge=0, le=1)
-    inconsistency: float = Field(0.4, ge=0, le=1)
+    referring: int = Field(default=2, ge=0)
+    reasoning: int = Field(default=2, ge=0)
+    existence: int = Field(default=1, ge=0)
+    absent: int = Field(default=2, ge=0)
+    several: int = Field(default=1, ge=0, description="for each picture with two objects or more")
+    refinement: int = Field(default=2, ge=0)
+    vqa: int = Field(default=3, ge=0)
+    self_correction: float = Field(default=0.4, ge=0, le=1)
+    inconsistency: float = Field(default=0.4, ge=0, le=1)
 
     teacher: Literal["rules", "endpoint"] = "rules"
     endpoint: EndpointConfig | None = None
 
-    min_iou: float = Field(0.87, ge=0, le=1)
-    max_turns: int = Field(20, ge=1)
-    near_duplicate_bits: int = Field(6, ge=0, le=15, description="of 256: pictures that differ by less are copies")
+    min_iou: float = Field(default=0.87, ge=0, le=1)
+    max_turns: int = Field(default=20, ge=1)
+    near_duplicate_bits: int = Field(
+        default=6, ge=0, le=15, description="of 256: pictures that differ by less are copies"
+    )
 
     formats: tuple[Format, ...] = ("trl", "sharegpt", "grpo", "verl")
     picture_format: Literal["jpeg", "png"] = "jpeg"

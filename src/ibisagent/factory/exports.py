@@ -1,9 +1,9 @@
 """What trainers read: conversations for TRL and LLaMA-Factory, prompts for GRPO, Parquet for verl; and readers of each.
 
-| folder | who reads it | turns that are taken back |
+| folder | who reads it | undone turns |
 |---|---|---|
 | trl/ | TRL's SFTTrainer, `assistant_only_loss`, with `TRAINING_TEMPLATE` | message key "loss": false |
-| sharegpt/ | LLaMA-Factory (`dataset_info.json` in the folder above) | reflection episodes are cut after each right reply, in the set `ibisagent_last`, which needs `mask_history: true` |
+| sharegpt/ | LLaMA-Factory (`dataset_info.json`) | cut after each right reply: set `ibisagent_last`, `mask_history` |
 | grpo/ | TRL's GRPOTrainer with our environment | (questions only) |
 | verl/ | verl's RLHFDataset | (questions only) |
 

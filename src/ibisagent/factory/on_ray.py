@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,15 +47,16 @@ def on_ray(
         raise ConfigError("Ray is not installed: pip install 'ibisagent[ray]', or leave out --workers") from None
 
     def run(plan: Plan, stage: Stage, shards: Sequence[int], finished: Callable[[int], None]) -> None:
-        if plan.config.teacher == "endpoint" and stage in ("thoughts", "reflection"):
+        paid = plan.config.teacher == "endpoint" and stage in ("thoughts", "reflection")
+        if paid or stage == "questions":  # questions take no time worth a process
             worker = Worker(plan)
             for shard in shards:
                 worker.run(stage, shard)
                 finished(shard)
             return
         if not ray.is_initialized():
-            local = {} if address else {"num_cpus": workers, "include_dashboard": False}
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
+            local: dict[str, Any] = {} if address else {"num_cpus": workers, "include_dashboard": False}
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
         ray.data.DataContext.get_current().enable_progress_bars = False
         tasks = [{"shard": shard, "stage": stage} for shard in shards]
         done = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(

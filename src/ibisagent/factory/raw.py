@@ -7,7 +7,7 @@ masks of the plain episode, since the environment restores exact states and pred
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -111,8 +111,8 @@ def raw_episodes(
 
 
 def measured(name: str, image: Image, truth: Mask) -> dict[str, Any]:
-    """What questions in words need: share of the picture, centre in [0, 1], pieces (0 where their number is unclear)."""
-    count, _, stats, _ = cv2.connectedComponentsWithStats(truth.astype(np.uint8))
+    """What questions in words need: share of the picture, centre in [0, 1], pieces (0 where unclear)."""
+    _, _, stats, _ = cv2.connectedComponentsWithStats(truth.astype(np.uint8))
     areas = sorted((int(area) for area in stats[1:, cv2.CC_STAT_AREA]), reverse=True)
     large = [area for area in areas if area >= 0.15 * areas[0]]
     clear = len(large) <= 5 and sum(areas) - sum(large) <= 0.02 * sum(areas)
@@ -142,14 +142,18 @@ def imperfect(truth: Mask, random: np.random.Generator) -> Mask | None:
             cv2.circle(disc, (int(xs[at]), int(ys[at])), 2 * radius, 1, cv2.FILLED)
             angle = random.uniform(0, 2 * np.pi)
             move = np.array([[1, 0, radius * np.cos(angle)], [0, 1, radius * np.sin(angle)]], dtype=np.float32)
-            made: tuple[Callable[[], np.ndarray], ...] = (
-                lambda kernel=kernel: cv2.erode(plane, kernel),
-                lambda kernel=kernel: cv2.dilate(plane, kernel),
-                lambda move=move: cv2.warpAffine(plane, move, plane.shape[::-1], flags=cv2.INTER_NEAREST),
-                lambda disc=disc: plane | disc,
-                lambda disc=disc: plane & (1 - disc),
-            )
-            mask = made[int(number)]() > 0
+            match int(number):
+                case 0:
+                    made = cv2.erode(plane, kernel)
+                case 1:
+                    made = cv2.dilate(plane, kernel)
+                case 2:
+                    made = cv2.warpAffine(plane, move, plane.shape[::-1], flags=cv2.INTER_NEAREST)
+                case 3:
+                    made = plane | disc
+                case _:
+                    made = plane & (1 - disc)
+            mask: Mask = made > 0
             if 0.3 <= iou(mask, truth) <= 0.85:
                 return mask
     return None

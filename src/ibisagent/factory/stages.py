@@ -255,7 +255,7 @@ class Worker:
 
 
 def fingerprint(pixels: np.ndarray) -> str:
-    """256 bits as hex, alike for pictures that look alike: where brightness rises from left to right on a 16 x 16 grid."""
+    """256 bits as hex, alike for pictures that look alike: where brightness rises to the right on a 16 x 16 grid."""
     grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
     small = cv2.resize(grey, (17, 16), interpolation=cv2.INTER_AREA).astype(np.int16)
     return np.packbits(small[:, 1:] > small[:, :-1] + 1).tobytes().hex()
@@ -270,7 +270,7 @@ def build(
 ) -> dict[str, Any]:
     """Run `stages` in order, going on where an earlier run stopped; the data card as far as it is known.
 
-    progress: called with (stage, shards done, shards in all). run_shards: who works on the shards; None is this process.
+    progress: called with (stage, shards done, shards in all). run_shards: who works on the shards; None: this process.
     One run at a time in a folder. Raises ConfigError when the folder holds a run with other data or settings, when a
     stage is asked for whose predecessors are not there, and what segmenters and teachers raise.
     """
@@ -314,7 +314,8 @@ def estimate(plan: Plan) -> dict[str, Any]:
     if (plan.out / RUN_NAME).exists() and all(worker.path("questions", k).exists() for k in range(worker.shards)):
         for shard in range(worker.shards):
             turns = {episode.case_id: len(episode.turns) for episode in worker._raws(shard)}
-            thoughts += sum(turns.get(question.raw, 1) for question in read_questions(worker.path("questions", shard)))
+            asked = read_questions(worker.path("questions", shard))
+            thoughts += sum(turns.get(question.raw, 1) for question in asked)
         basis = "finished trajectories and questions"
     else:
         drawn = config.referring + config.reasoning + config.existence + config.refinement

@@ -12,9 +12,11 @@ MAX_THOUGHT_CHARS = 1200
 _LEAKS = {
     "truth": r"ground[- ]?truth|\bgt\b|gold standard|reference (?:mask|segmentation)|true mask|annotat|\blabels?\b|"
     r"\boracle\b|expert mask|according to the mask of",
-    "measure": r"\biou\b|\bdice\b|\bdsc\b|intersection over union|\b(?:fp|fn|tp)s?\b|false (?:positive|negative)|true positive",
+    "measure": r"\biou\b|\bdice\b|\bdsc\b|intersection over union|\b(?:fp|fn|tp)s?\b|false (?:positive|negative)|"
+    r"true positive",
     "number": r"\d*\.\d+|\d+ ?%|\bper ?cent\b|\d+ ?(?:px\b|pixels?)|[(\[]\s*\d+\s*,\s*\d+\s*[)\]]",
-    "instruction": r"correct next action|i (?:was|am) given the (?:action|answer)|as an ai|the teacher|next action is|\bstudent\b",
+    "instruction": r"correct next action|i (?:was|am) given the (?:action|answer)|as an ai|the teacher|"
+    r"next action is|\bstudent\b",
 }
 _LEAK = {reason: re.compile(pattern, re.IGNORECASE) for reason, pattern in _LEAKS.items()}
 
@@ -30,7 +32,8 @@ _MISSED = re.compile(
     re.IGNORECASE,
 )
 _LEAKED = re.compile(
-    r"\bleak|\bspill|\bbeyond\b|too (?:large|far)|\boutside\b|\bexclude|does not belong|\bnegative(?:ly)?\b|over-?segment",
+    r"\bleak|\bspill|\bbeyond\b|too (?:large|far)|\boutside\b|\bexclude|does not belong|\bnegative(?:ly)?\b|"
+    r"over-?segment",
     re.IGNORECASE,
 )
 _FINISHED = re.compile(
@@ -42,7 +45,10 @@ _TAKEN_BACK = re.compile(
 )
 _WAYS = {
     "left": re.compile(r"\bleft\b(?! out)", re.IGNORECASE),
-    "right": re.compile(r"\b(?:at|on|to|of|in) (?:the |its )?(?:(?:upper|lower|far) )?right\b|\bright (?:side|edge|end|part|border)\b", re.IGNORECASE),
+    "right": re.compile(r"\b(?:at|on|to|of|in) (?:the |its )?(?:(?:upper|lower|far) )?right\b|"
+        r"\bright (?:side|edge|end|part|border)\b",
+        re.IGNORECASE,
+    ),
     "up": re.compile(r"\b(?:upper|top|above)\b", re.IGNORECASE),
     "down": re.compile(r"\b(?:lower|bottom|below)\b", re.IGNORECASE),
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """A teacher behind any OpenAI-compatible chat server: pictures in, one JSON field out, every reply kept and paid once.
 
-Replies are kept in a folder under the hash of what was asked (model, settings, text, pixels), so a run that was stopped
-asks nothing twice. The server sees what a student sees, the right action and the error in words; it never sees a mask of
+Replies are kept in a folder under the hash of what was asked (model, settings, text, pixels), so a stopped run asks
+nothing twice. The server sees what a student sees, the right action and the error in words; it never sees a mask of
 the truth.
 """
 
@@ -110,7 +110,7 @@ class EndpointTeacher:
         self._lock = threading.Lock()
         self._next_start = 0.0
         make_folder(cache)
-        self._spent = sum(self._read(path).get("price", 0.0) for path in sorted(cache.glob("*.json")))
+        self._spent: float = sum(float(self._read(path).get("price", 0.0)) for path in sorted(cache.glob("*.json")))
         self._reserved = 0.0
 
     @property
@@ -155,7 +155,7 @@ class EndpointTeacher:
         return self._ask(request, path)
 
     def _ask(self, request: dict[str, Any], path: Path) -> Thought:
-        """Ask until there is a usable reply, at most `retries` times more. Every paid reply is kept or accounted for."""
+        """Ask until there is a usable reply, at most `retries` times more; what is paid is accounted for."""
         settings = self._settings
         paid = 0.0
         refusal = Refusal("no reply")

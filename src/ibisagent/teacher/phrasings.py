@@ -92,11 +92,11 @@ PHRASINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ),
         "existence": _each(
             (
-                "Is there a {name} in this image? ",
-                "Do you see a {name}? ",
-                "Does this picture show a {name}? ",
-                "Check for a {name}. ",
-                "Can a {name} be seen here? ",
+                "Is there {a_name} in this image? ",
+                "Do you see {a_name}? ",
+                "Does this picture show {a_name}? ",
+                "Check for {a_name}. ",
+                "Can {a_name} be seen here? ",
             ),
             (
                 "If so, segment it.",
@@ -291,6 +291,11 @@ _ABNORMAL = (
 )
 _SIDES = frozenset({"left", "right", "anterior", "posterior", "upper", "lower", "superior", "inferior"})
 _DOUBTFUL = ("vessel", "artery", "nerve", "lesion", "aorta", "tissue", "mass")
+
+
+def with_article(name: str) -> str:
+    """The name with "a" or "an": "an optic disc"."""
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
 def is_abnormal(name: str) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ibisagent.domain import Undo
 from ibisagent.teacher.base import Thought
+from ibisagent.teacher.phrasings import with_article
 from ibisagent.teacher.scenes import Scene, Sight
 
 
@@ -66,16 +67,16 @@ def _first(sight: Sight, scene: Scene, draw: random.Random) -> str:
             draw,
             f"Yes, I can see the {name}",
             f"The {name} is there",
-            f"I do find a {name} here",
+            f"I do find {with_article(name)} here",
             f"There is indeed a {name}",
         )
     elif scene.kind == "abnormality":
         opening = _pick(
             draw,
-            f"I notice something abnormal, which looks like {_a(name)}",
+            f"I notice something abnormal, which looks like {with_article(name)}",
             f"There is a finding: the {name}",
-            f"This is not normal; I take it for {_a(name)}",
-            f"One area stands out, probably {_a(name)}",
+            f"This is not normal; I take it for {with_article(name)}",
+            f"One area stands out, probably {with_article(name)}",
         )
     else:
         opening = _pick(
@@ -289,10 +290,10 @@ def _absent(sight: Sight, scene: Scene, draw: random.Random) -> str:
         draw,
         f"I see no {name} here.",
         f"I find no {name} in this image.",
-        f"Nothing here looks like {_a(name)}.",
-        f"I looked for {_a(name)}, but this image does not show one.",
+        f"Nothing here looks like {with_article(name)}.",
+        f"I looked for {with_article(name)}, but this image does not show one.",
         f"There is no {name} to be seen, so I click nowhere for it.",
-        f"No structure in this picture is {_a(name)}.",
+        f"No structure in this picture is {with_article(name)}.",
     )
 
 
@@ -330,10 +331,6 @@ def _words(scene: Scene, draw: random.Random) -> str:
         "Here a look is enough.",
         "I answer in words.",
     )
-
-
-def _a(name: str) -> str:
-    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
 _SAY = {

@@ -94,7 +94,8 @@ def _ring(region: Mask) -> Mask:
     """The pixels just outside `region`, as wide as a tenth of its extent."""
     width = max(2, int(0.1 * np.sqrt(np.count_nonzero(region))))
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * width + 1, 2 * width + 1))
-    return (cv2.dilate(region.astype(np.uint8), kernel) > 0) & ~region
+    ring: Mask = (cv2.dilate(region.astype(np.uint8), kernel) > 0) & ~region
+    return ring
 
 
 def look(name: str, image: Image, truth: Mask) -> dict[str, str]:
