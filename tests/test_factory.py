@@ -380,3 +380,24 @@ def test_pictures_are_checked_by_size(made: Path) -> None:
     with pytest.raises(ValueError, match="holds no"):
         next(exports.read_trl(made / "export", "nowhere"))
     assert Image(np.zeros((3, 4, 3), np.uint8)).size == (3, 4)
+
+
+def test_the_command_and_its_recipe(data: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from ibisagent.cli import app
+
+    recipe = Path(__file__).parent.parent / "recipes" / "data.toml"
+    assert FactoryConfig.read(recipe) == FactoryConfig()
+    (tmp_path / "own.toml").write_text('segmenter = "region"\nshard_pictures = 3\nformats = ["grpo"]\n')
+    given = ["build-data", str(data), "-o", str(tmp_path / "out"), "-c", str(tmp_path / "own.toml"), "--limit", "4"]
+    done = CliRunner().invoke(app, [*given, "--stage", "trajectories", "--stage", "questions", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["pairs"] == 4
+    assert not (tmp_path / "out" / "thoughts").exists()
+    assert json.loads(CliRunner().invoke(app, [*given, "--dry-run"]).stdout)["price"] == 0
+    assert "# Data card" in CliRunner().invoke(app, given).stdout
+    assert [path.name for path in (tmp_path / "out" / "export").iterdir() if path.is_dir()].count("trl") == 0
+    wrong = CliRunner().invoke(app, [*given, "--stage", "dreams"])
+    assert wrong.exit_code == 2
+    assert "unknown stage 'dreams'" in wrong.output
