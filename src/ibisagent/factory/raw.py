@@ -25,6 +25,7 @@ from ibisagent.segmenters import Prediction, Segmenter, SegmenterSession
 
 NO_GAIN = 0.005
 HOPELESS = 0.2  # below the wanted IoU: where clicks alone reach no more, refining is not tried
+TRIAL_CLICKS, FAR_OFF = 5, 0.25  # so far below the wanted IoU after so many turns, nobody will get there
 CORRECTIONS = 6  # clicks at most where a mask is given
 MOST_TOGETHER = 4
 WRONG_TRIES = 3
@@ -245,6 +246,8 @@ class _Maker:
             turn = self._say(env, reply)
             replies.append(reply)
             reached.append(float(np.mean([iou(turn.after.get(n, t & False), t) for n, t in truths.items()])))
+            if len(reached) >= TRIAL_CLICKS and max(reached) < config.min_iou - FAR_OFF:
+                break
             if len(reached) > config.patience and max(reached[-config.patience :]) <= (
                 max(reached[: -config.patience]) + NO_GAIN
             ):
