@@ -590,6 +590,61 @@ def trajectories(
         raise typer.Exit(EXIT_ERROR)
 
 
+@app.command("build-data")
+def build_data(
+    data: Annotated[Path, typer.Argument(help="Data set folder, or a manifest (.csv, .jsonl).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an unfinished one is continued.")],
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="TOML file, such as recipes/data.toml.")] = None,
+    stage: Annotated[list[str] | None, typer.Option(help="Only this stage; give it several times for several.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only this many pairs, spread over the data.", min=1)] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes, on Ray; default: this one alone.", min=1)] = None,
+    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster that sees DATA and OUT.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Only say what the teacher would cost.")] = False,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Make training data from image-mask pairs: questions, expert episodes with thoughts, files for SFT and RL.
+
+    Stages: trajectories, questions, thoughts, reflection, filter, export. A run that was killed goes on where it
+    stopped and ends with the same bytes. OUT/card.md says what was made, and what was rejected and why.
+    """
+    with _status("reading the data", quiet=as_json):
+        from ibisagent.datasets import CaseSource, read_cases
+        from ibisagent.factory import stages as factory
+        from ibisagent.factory.config import STAGES, FactoryConfig, Stage
+
+        settings = FactoryConfig() if config is None else FactoryConfig.read(config)
+        if unknown := next((name for name in stage or () if name not in STAGES), None):
+            raise ConfigError(f"unknown stage '{unknown}'; there are: {', '.join(STAGES)}")
+        chosen: list[Stage] = [name for name in STAGES if not stage or name in stage]
+        cases = read_cases(data)
+        if limit is not None and limit < len(cases):
+            step = len(cases) / limit
+            cases = CaseSource([cases.rows[int(index * step)] for index in range(limit)], cases.where)
+        plan = factory.Plan(cases, output, settings, device)
+    if dry_run:
+        _print_json(factory.estimate(plan))
+        return
+    run_shards = None
+    if workers is not None or ray is not None:
+        from ibisagent.factory.on_ray import on_ray
+
+        run_shards = on_ray(workers or 2, ray)
+    card = factory.build(
+        plan,
+        chosen,
+        progress=None if as_json else lambda name, done, total: stderr.print(f"{name}: {done} of {total} shards"),
+        run_shards=run_shards,
+    )
+    if as_json:
+        _print_json(card)
+    else:
+        stdout.print((output / "card.md").read_text(encoding="utf-8"))
+    if card["failed_pairs"]:
+        stderr.print(f"{card['failed_pairs']} pairs could not be used; {output / 'card.json'} says why")
+        raise typer.Exit(EXIT_ERROR)
+
+
 @app.command()
 def train_segmenter(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file, such as recipes/ibis-click.toml.")],

@@ -493,7 +493,12 @@ def overlay(
 
 
 def render(
-    observation: Observation, *, dialect: str, history: History | None = None, style: OverlayStyle | None = None
+    observation: Observation,
+    *,
+    dialect: str,
+    history: History | None = None,
+    style: OverlayStyle | None = None,
+    paint: Callable[[Image, Masks, OverlayStyle], Any] | None = None,
 ) -> list[Message]:
     """The conversation that asks a policy for its next reply: [system], earlier turns, the current user turn.
 
@@ -501,7 +506,8 @@ def render(
     or {"type": "image", "image": PIL image}; every user turn has one picture, made by `overlay`.
     history None: as the dialect prefers. "none": the current turn alone. "actions": the same, with the actions so far
     as text. "full": every earlier picture and reply, as they were. style None: as the dialect prefers; "alpha" has
-    no system prompt, as only models trained for it can read such pictures.
+    no system prompt, as only models trained for it can read such pictures. paint: makes what stands for a
+    picture in the messages, in place of `overlay`; for writers that have the same picture already.
 
     The query and names are escaped as in replies, so that they cannot pass for tags. Raises ConfigError for an unknown
     dialect, history or style.
@@ -517,9 +523,9 @@ def render(
     turns = observation.turns
     for number, turn in enumerate(turns if history == "full" else ()):
         earlier = replace(observation, masks=turn.before, turns=turns[:number])
-        messages.append(_user(earlier, speech, history, style))
+        messages.append(_user(earlier, speech, history, style, paint))
         messages.append({"role": "assistant", "content": [{"type": "text", "text": _said(turn)}]})
-    messages.append(_user(observation, speech, history, style))
+    messages.append(_user(observation, speech, history, style, paint))
     return messages
 
 
@@ -528,7 +534,13 @@ PROBLEM_LINE = "Your last reply could not be read: {problem}. Nothing was change
 NEXT_LINE = "This is the picture after your last reply."
 
 
-def _user(observation: Observation, speech: Dialect, history: History, style: OverlayStyle) -> Message:
+def _user(
+    observation: Observation,
+    speech: Dialect,
+    history: History,
+    style: OverlayStyle,
+    paint: Callable[[Image, Masks, OverlayStyle], Any] | None,
+) -> Message:
     """The user turn that shows the masks of `observation`, the reply after `observation.turns` being asked for."""
     turns, masks = observation.turns, observation.masks
     shown = any(mask.any() for mask in masks.values())
@@ -549,7 +561,7 @@ def _user(observation: Observation, speech: Dialect, history: History, style: Ov
     if turns and turns[-1].reply.problem is not None:
         lines.append(PROBLEM_LINE.format(problem=_escape(turns[-1].reply.problem)))
     text = {"type": "text", "text": "\n".join(lines)}
-    picture = {"type": "image", "image": overlay(observation.image, masks, style)}
+    picture = {"type": "image", "image": (paint or overlay)(observation.image, masks, style)}
     return {"role": "user", "content": [picture, text] if speech.picture_first else [text, picture]}
 
 

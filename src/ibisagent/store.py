@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args
@@ -25,6 +26,7 @@ from ibisagent.domain import (
     Click,
     Completion,
     Episode,
+    Mask,
     Masks,
     Reply,
     Stop,
@@ -138,10 +140,16 @@ class EpisodeStore:
         """
         if not self.folder.is_dir():
             raise DataError(f"{self.folder}: no such folder; give one that 'ibisagent trajectories' wrote")
-        for path in self.shards.values():
-            table = _read_shard(path)
-            for row in table.to_pylist():
-                yield _episode(row, str(path))
+        for shard in self.shards:
+            yield from self.read_shard(shard)
+
+    def read_shard(self, shard: int) -> Iterator[Episode]:
+        """Every episode of one shard. DataError if the shard is damaged, foreign, of a newer version or not there."""
+        path = self.shards.get(shard)
+        if path is None:
+            raise DataError(f"{self.folder}: has no shard {shard}; make it again")
+        for row in _read_shard(path).to_pylist():
+            yield _episode(row, str(path))
 
     def case_ids(self) -> set[str]:
         """The cases that have an episode; reads that column only."""
@@ -352,7 +360,14 @@ def _action(plain: Mapping[str, Any]) -> Action:
     return cls(**fields)
 
 
+@lru_cache(maxsize=512)  # episodes of one picture share many masks
+def _decoded(size: tuple[int, ...], counts: str) -> Mask:
+    mask = decode_rle({"size": size, "counts": counts})
+    mask.flags.writeable = False
+    return mask
+
+
 def _masks(plain: list[Mapping[str, Any]], size: tuple[int, int], where: str) -> Masks:
-    masks = {str(mask["name"] or ""): decode_rle(mask["rle"]) for mask in plain}
+    masks = {str(mask["name"] or ""): _decoded(tuple(mask["rle"]["size"]), mask["rle"]["counts"]) for mask in plain}
     check_masks(masks, size, where)
     return masks

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PACKAGED_WEIGHTS = Path(__file__).parent.parent / "weights" / "ibis-click.safetensors"
 LICENCE = "Apache-2.0"
 CANVAS = 512  # pixels: longer side of the mask that is fed back
-MARGIN, WIDER_MARGIN = 1.6, 2.2  # of the extent of mask and prompts: side of the window on them
+MARGIN, WIDER_MARGIN = 2.0, 2.6  # of the extent of mask and prompts: side of the window on them
 SMALLEST = 0.12  # of the image's longer side: the smallest window
 NOTHING = -12.0  # logit outside the window
 
@@ -65,7 +65,7 @@ class IbisClick:
         network = load_network(
             read.network,
             [np.zeros((1, click_network.CHANNELS, side, side), dtype=np.float32)],
-            key=f"ibis-click-{self._weights_sha256[:16]}-{code[:8]}",
+            key=f"ibis-click-{self._weights_sha256[:16]}-{side}-{code[:8]}",
             runtime=choose_runtime(runtime, device),
             device=device,
             batched=True,

@@ -22,6 +22,7 @@ from ibisagent.clicks import bounding_box, next_click
 from ibisagent.domain import Click, Image
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.masks import iou
+from ibisagent.recipe import Recipe
 from ibisagent.segmenters.click_network import ClickNetwork, ClickNetworkConfig
 from ibisagent.segmenters.ibis_click import IbisClickSession, Sight, read_click_network
 from ibisagent.segmenters.runtime import TorchNetwork, choose_device
@@ -36,7 +37,7 @@ from ibisagent.training.click_states import (
     pairs_from,
 )
 from ibisagent.training.distillation import FeatureHead, TeacherFeatures
-from ibisagent.training.run import Recipe, load_checkpoint, rate_factor, save_checkpoint, update_average
+from ibisagent.training.run import load_checkpoint, rate_factor, save_checkpoint, update_average
 
 SECOND_LOOKS = 0.15  # of the steps of an episode bring no click, only the mask of the look before
 

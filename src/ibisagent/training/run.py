@@ -1,39 +1,13 @@
-"""What every training run needs: a recipe from a file, a rate over time, an average of the weights, checkpoints."""
+"""What every training run needs: a rate over time, an average of the weights, checkpoints."""
 
 from __future__ import annotations
 
 import math
 import os
-import tomllib
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from ibisagent.errors import ConfigError
-
-
-class Recipe(BaseModel):
-    """Settings of a run, as read from a TOML file; unknown names and wrong types are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """The recipe in `path`; paths in it are relative to the working directory. ConfigError says what is wrong."""
-        try:
-            return cls.model_validate(tomllib.loads(path.read_text()))
-        except FileNotFoundError:
-            raise ConfigError(
-                f"{path}: there is no such recipe: give a TOML file, such as recipes/ibis-click.toml"
-            ) from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: not TOML ({error}): see recipes/ for examples") from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise ConfigError(f"{path}: {where}: {first['msg']} (given: {first.get('input')!r})") from error
 
 
 def rate_factor(step: int, warm_up: int, progress: float) -> float:

@@ -1,0 +1,105 @@
+"""What is kept: every rejection has a reason that is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ibisagent.datasets import CaseRow
+from ibisagent.domain import Episode, Mask, union
+from ibisagent.factory.config import FactoryConfig, Question
+from ibisagent.masks import dice, iou
+from ibisagent.teacher.checks import MAX_THOUGHT_CHARS, disagreement, leak
+from ibisagent.trajectories import undone_turns
+
+BANDS = 16
+
+
+def judge(
+    question: Question,
+    episode: Episode,
+    truths: Mapping[str, Mapping[str, Mask]],
+    overlaps: Mapping[str, str],
+    config: FactoryConfig,
+) -> dict[str, Any] | str:
+    """The facts of an episode that is kept, or "reason|detail" of one that is not.
+
+    truths: masks by pair and name. overlaps: see `find_overlaps`. Thoughts of turns that are taken back are not judged:
+    nobody learns them.
+    """
+    if reason := overlapping(question, overlaps):
+        return reason
+    if episode.stop != "stopped" or len(episode.turns) > config.max_turns:
+        return f"too long|{len(episode.turns)} turns"
+    wanted = {name: truth for row in question.rows for name, truth in truths.get(row, {}).items()}
+    asked = {name: wanted[name] for name in question.targets}
+    ious = [iou(union(episode.masks, [name], episode.size), truth) for name, truth in asked.items()]
+    if ious and min(ious) < config.min_iou:
+        return f"low IoU|{min(ious):.3f}"
+    if question.absent and any(mask.any() for mask in episode.masks.values()):
+        return "mask of an absent object|"
+    wrong = undone_turns(episode)
+    for number, turn in enumerate(episode.turns):
+        if number in wrong:
+            continue
+        thought = turn.reply.thought
+        if not thought.strip() or len(thought) > MAX_THOUGHT_CHARS:
+            return f"thought without or beyond measure|turn {number + 1}"
+        if kind := leak(thought):
+            return f"leak: {kind}|turn {number + 1}: {thought[:160]}"
+        if fault := disagreement(thought, turn.reply, turn.before, episode.size, asked):
+            return f"thought against action: {fault}|turn {number + 1}: {thought[:160]}"
+    dices = [dice(union(episode.masks, [name], episode.size), truth) for name, truth in asked.items()]
+    return {
+        "id": question.id,
+        "family": question.family,
+        "modality": question.modality,
+        "split": question.split,
+        "image": question.image,
+        "iou": float(np.mean(ious)) if ious else None,
+        "dice": float(np.mean(dices)) if dices else None,
+        "area": min(float(truth.mean()) for truth in asked.values()) if asked else None,
+        "clicks": episode.clicks,
+        "turns": len(episode.turns),
+        "wrong": len(wrong),
+        "characters": sum(len(turn.completion.text) for turn in episode.turns),
+    }
+
+
+def overlapping(question: Question, overlaps: Mapping[str, str]) -> str | None:
+    """Why the question's picture must not be used; None if it may."""
+    return overlaps.get(question.image)
+
+
+def find_overlaps(groups: Sequence[Sequence[CaseRow]], hashes: Mapping[str, str], bits: int) -> dict[str, str]:
+    """Pictures of the split "train" that show a patient of another split, or look like a picture of one, with reasons.
+
+    hashes: 256-bit fingerprints as hex, by picture; pictures that differ in at most `bits` < 16 are alike. Takes time
+    linear in the pictures: two that differ in fewer than 16 bits agree in one of 16 bands at least.
+    """
+    split_of = {str(rows[0].image): rows[0].split for rows in groups}
+    patients = {row.patient for rows in groups for row in rows if row.patient and not _trained(row.split)}
+    found = {
+        f"{rows[0].image}": "patient in another split"
+        for rows in groups
+        if _trained(rows[0].split) and any(row.patient in patients for row in rows)
+    }
+    codes = {image: np.frombuffer(bytes.fromhex(text), dtype=np.uint8) for image, text in hashes.items()}
+    bands: dict[tuple[int, bytes], list[str]] = {}
+    for image, code in codes.items():
+        if not _trained(split_of[image]):
+            for band in range(BANDS):
+                bands.setdefault((band, code[2 * band : 2 * band + 2].tobytes()), []).append(image)
+    for image, code in codes.items():
+        if not _trained(split_of[image]) or image in found:
+            continue
+        alike = {o for band in range(BANDS) for o in bands.get((band, code[2 * band : 2 * band + 2].tobytes()), ())}
+        if any(int(np.unpackbits(code ^ codes[other]).sum()) <= bits for other in alike):
+            found[image] = "near duplicate in another split"
+    return found
+
+
+def _trained(split: str) -> bool:
+    return split in ("", "train")
