@@ -110,6 +110,7 @@ def wait_for_turns(page: Any, count: int) -> None:
 
 def click_picture(page: Any, x: float, y: float) -> None:
     """Click on a place of the picture, given as fractions of its width and height."""
+    page.wait_for_function("(document.querySelector('#picture img') || {}).naturalWidth > 0")  # while it is replaced
     box = page.locator("#picture img").bounding_box()
     natural = page.evaluate(
         "(() => { const i = document.querySelector('#picture img'); return [i.naturalWidth, i.naturalHeight]; })()"
