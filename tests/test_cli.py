@@ -21,6 +21,7 @@ from ibisagent.cli import app
 from ibisagent.domain import Action, Click, Reply, Stop
 from ibisagent.images import read_image, read_masks, write_mask_png, write_png
 from ibisagent.protocol import write
+from ibisagent.store import read_record
 
 SIZE = (61, 83)
 QUERY = "Segment the bright box."
@@ -77,6 +78,23 @@ def assert_one_line(result: Result, *parts: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- segment, replay
+
+
+def test_the_mask_of_the_best_turn_can_be_kept_and_is_replayed(image: Path, tmp_path: Path) -> None:
+    spread = text(Click(5, 5, True, "bright box"))  # on the ground: the region runs over the whole picture
+    script = scripted(tmp_path, [FIND, spread, STOP])
+    kept = {}
+    for keep in ("last", "best"):
+        out = tmp_path / keep
+        assert run_segment(image, QUERY, "--keep", keep, policy=script, out=out).exit_code == 0
+        assert ibisagent("replay", out / "box_record.json", "-o", out / "again").exit_code == 0
+        file = "box_mask_bright_box.png"
+        assert (out / file).read_bytes() == (out / "again" / file).read_bytes()
+        episode, mask = read_record(out / "box_record.json"), read_masks(out / file)["mask"]
+        assert (mask == episode.kept(keep)["bright box"]).all()
+        kept[keep] = next(turn.segmenter_score for turn in episode.turns if (turn.after["bright box"] == mask).all())
+    assert kept["best"] >= kept["last"]
+    assert_one_line(run_segment(image, QUERY, "--keep", "none", policy=script, out=tmp_path), "give last or best")
 
 
 def test_segment_writes_mask_overlay_and_record(image: Path, script: str, tmp_path: Path, truth: np.ndarray) -> None:

@@ -103,6 +103,7 @@ def segment(
     dialect: DialectOption = None,
     history: HistoryOption = None,
     max_turns: TurnsOption = None,
+    keep: KeepOption = "last",
     start_mask: Annotated[
         list[Path] | None, typer.Option(help="Mask to refine (0 outside); once per image, in their order.")
     ] = None,
@@ -140,7 +141,7 @@ def segment(
     asked for, NAME_measures.json and .csv, NAME_overlay.png, NAME_record.json, and a record per slice that was asked.
     A failing image does not stop the others; the exit code is then 2.
     """
-    query = _check_query(query)
+    query, kept = _check_query(query), _check_keep(keep)
     if store is not None and not {"seg", "sr"} & set(formats or ()):
         raise ConfigError("--store sends DICOM objects: ask for them with --format seg, and --format sr")
     for spec in (policy, segmenter):
@@ -198,9 +199,8 @@ def segment(
                     continue
                 case = session.read_case(Path(path).resolve(), query, start)
                 turn_printer = None if as_json else _turn_printer()
-                episode = session.segment(
-                    case, writer, engine, max_turns=max_turns or session.DEFAULT_TURNS, on_turn=turn_printer
-                )
+                turns = max_turns or session.DEFAULT_TURNS
+                episode = session.segment(case, writer, engine, max_turns=turns, keep=kept, on_turn=turn_printer)
                 seconds = time.perf_counter() - started
                 outputs = session.export(episode, case.image, output, name)
             except IbisError as error:
@@ -936,11 +936,14 @@ def _segment_result(path: str, episode: Episode, outputs: Outputs, seconds: floa
 
 
 def _print_segmented(episode: Episode, outputs: Outputs, seconds: float) -> None:
+    from ibisagent.session import final_masks
+
     count = len(episode.turns)
     answer = f' "{_one_line(episode.answer.answer)}"' if episode.answer.answer else ""
     stdout.print(f"  {episode.stop} after {count} turn{'s' * (count != 1)} in {seconds:.1f} s{answer}")
+    masks = final_masks(episode)
     for target, file in outputs.masks.items():
-        pixels = int(episode.masks[target].sum()) if target in episode.masks else 0
+        pixels = int(masks[target].sum())
         stdout.print(f"  mask:    {file} ({_one_line(target, 60)}, {pixels} pixels)")
     if not outputs.masks:
         stdout.print("  mask:    none was made")

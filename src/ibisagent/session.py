@@ -33,6 +33,7 @@ from ibisagent.domain import (
     Completion,
     Episode,
     Image,
+    Keep,
     Mask,
     Masks,
     Observation,
@@ -118,15 +119,16 @@ def segment(
     segmenter: Segmenter,
     *,
     max_turns: int = DEFAULT_TURNS,
+    keep: Keep = "last",
     on_turn: Callable[[Turn], None] | None = None,
 ) -> Episode:
     """One episode of `policy` with `segmenter` on `case`; its `made_by` says all that made it.
 
-    on_turn: called after every turn. Raises PolicyError and SegmenterError when their machinery fails.
+    keep: which of its masks `final_masks` and `export` hand out. on_turn: called after every turn. Raises PolicyError and
+    SegmenterError when their machinery fails.
     """
-    env = SegmentationEnv(
-        case, segmenter, dialect=policy.dialect, max_turns=max_turns, made_by=provenance(policy, segmenter)
-    )
+    made_by = {**provenance(policy, segmenter), "keep": keep}
+    env = SegmentationEnv(case, segmenter, dialect=policy.dialect, max_turns=max_turns, made_by=made_by)
     [episode] = rollout(policy, [env], on_turn=None if on_turn is None else lambda _, turn: on_turn(turn))
     return episode
 
@@ -176,9 +178,11 @@ def export(episode: Episode, image: Image, folder: str | Path, name: str) -> Out
 
 
 def final_masks(episode: Episode) -> Masks:
-    """The episode's masks, and an empty one for each object that its answer calls absent and that has none."""
+    """The masks that the episode hands out, the last or the best as it was made with (`Episode.kept`), and an empty one
+    for each object that its answer calls absent and that has none."""
     empty = np.zeros(episode.size, dtype=bool)
-    return {**dict.fromkeys(episode.answer.absent, empty), **episode.masks}
+    kept = episode.kept("best" if episode.made_by.get("keep") == "best" else "last")
+    return {**dict.fromkeys(episode.answer.absent, empty), **kept}
 
 
 def replay_record(path: str | Path, *, image: str | Path | None = None, device: str = "auto") -> tuple[Episode, Image]:
