@@ -124,8 +124,8 @@ def segment(
 ) -> Episode:
     """One episode of `policy` with `segmenter` on `case`; its `made_by` says all that made it.
 
-    keep: which of its masks `final_masks` and `export` hand out. on_turn: called after every turn. Raises PolicyError and
-    SegmenterError when their machinery fails.
+    keep: which of its masks `final_masks` and `export` hand out. on_turn: called after every turn. Raises PolicyError
+    and SegmenterError when their machinery fails.
     """
     made_by = {**provenance(policy, segmenter), "keep": keep}
     env = SegmentationEnv(case, segmenter, dialect=policy.dialect, max_turns=max_turns, made_by=made_by)
