@@ -103,7 +103,7 @@ def segment(
     dialect: DialectOption = None,
     history: HistoryOption = None,
     max_turns: TurnsOption = None,
-    keep: KeepOption = "last",
+    keep: KeepOption = "best",
     start_mask: Annotated[
         list[Path] | None, typer.Option(help="Mask to refine (0 outside); once per image, in their order.")
     ] = None,
@@ -379,7 +379,7 @@ def evaluate(
     dialect: DialectOption = None,
     history: HistoryOption = None,
     max_turns: TurnsOption = None,
-    keep: KeepOption = "last",
+    keep: KeepOption = "best",
     batch_size: Annotated[int, typer.Option(help="Episodes run together.", min=1)] = 16,
     limit: Annotated[int | None, typer.Option(help="Only this many cases, spread over the data.", min=1)] = None,
     baselines: Annotated[bool, typer.Option(help="Also run the oracle's clicks and the blind clicks.")] = True,

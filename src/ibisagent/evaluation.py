@@ -130,7 +130,7 @@ def evaluate(
     centre: Policy | None = None,
     oracle: bool = True,
     max_turns: int = MAX_TURNS,
-    keep: Keep = "last",
+    keep: Keep = "best",
     batch_size: int = 16,
     made_by: Mapping[str, str] | None = None,
     on_case: Callable[[CaseResult | Failure], None] | None = None,

@@ -119,7 +119,7 @@ def segment(
     segmenter: Segmenter,
     *,
     max_turns: int = DEFAULT_TURNS,
-    keep: Keep = "last",
+    keep: Keep = "best",
     on_turn: Callable[[Turn], None] | None = None,
 ) -> Episode:
     """One episode of `policy` with `segmenter` on `case`; its `made_by` says all that made it.
