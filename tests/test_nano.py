@@ -64,7 +64,7 @@ def test_the_auto_classes_load_what_was_saved(folder):
 def test_the_mask_and_the_query_change_the_reply_and_the_batch_does_not(folder):
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     processor = AutoProcessor.from_pretrained(folder)
-    features = torch.randn(1, 256, 32, 32, generator=torch.Generator().manual_seed(1))
+    features = torch.randn(1, 256, 28, 28, generator=torch.Generator().manual_seed(1))
 
     def logits(texts, pictures):
         batch = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
@@ -83,7 +83,7 @@ def test_decoding_with_a_cache_equals_a_full_pass(folder):
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     processor = AutoProcessor.from_pretrained(folder)
     batch = processor(text="<|user|>disc<image><|assistant|>", images=picture(2), return_tensors="pt")
-    features = torch.randn(1, 256, 32, 32, generator=torch.Generator().manual_seed(2))
+    features = torch.randn(1, 256, 28, 28, generator=torch.Generator().manual_seed(2))
     steps = 6
     cached = model.generate(**batch, image_features=features, max_new_tokens=steps, min_new_tokens=steps)
     ids = batch["input_ids"]
@@ -105,7 +105,7 @@ def test_two_pictures_in_one_conversation_give_each_place_its_own_picture(folder
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     processor = AutoProcessor.from_pretrained(folder)
     text = "<|user|>disc<image><|assistant|>click<|end|><|user|>disc<image><|assistant|>"
-    features = torch.randn(2, 256, 32, 32, generator=torch.Generator().manual_seed(3))
+    features = torch.randn(2, 256, 28, 28, generator=torch.Generator().manual_seed(3))
     both = processor(text=text, images=[[picture(3), picture(4)]], return_tensors="pt")
     first = processor(text=text.partition("<|assistant|>")[0], images=[picture(3)], return_tensors="pt")
     with torch.inference_mode():

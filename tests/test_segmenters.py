@@ -35,6 +35,7 @@ from ibisagent.segmenters import (
 )
 from ibisagent.segmenters.cache import EmbeddingCache
 from ibisagent.segmenters.frame import Window, letterbox, letterbox_size, unletterbox
+from ibisagent.segmenters.glance import GlanceEncoder, Glances, glance_input, places_seen
 from ibisagent.segmenters.ibis_click import IbisClick
 from ibisagent.segmenters.litemedsam import LiteMedSam, LiteMedSamEncoder, encoder_input
 from ibisagent.segmenters.region import RegionSegmenter
@@ -575,6 +576,48 @@ class TestLiteMedSam:
         rough = np.roll(mask, 3, axis=1)
         corner = Click(box_of(mask).x0, box_of(mask).y0, False, "blob")
         assert iou(litemedsam.open(image).predict([corner], rough).mask, mask) > 0.85
+
+
+class TestGlance:
+    def test_features_do_not_depend_on_the_batch(self) -> None:
+        encoder = GlanceEncoder(runtime="torch")
+        batch = np.stack([glance_input(phantom(seed=seed)[0].pixels) for seed in range(2)])
+        features = encoder.embed(batch)
+        assert (features.shape, features.dtype) == ((2, 256, 28, 28), np.float16)
+        assert np.array_equal(encoder.embed(batch[1:])[0], features[1])
+        with pytest.raises(ConfigError, match="112"):
+            encoder.embed(batch[:, :, :64])
+
+    def test_an_image_is_glanced_at_once(self) -> None:
+        glances, image = Glances(GlanceEncoder()), phantom(seed=4)[0]
+        assert glances(image) is glances(Image(image.pixels.copy()))
+        assert not np.array_equal(glances(image), glances(phantom(seed=5)[0]))
+
+    def test_a_look_finds_its_place_in_the_glance(self) -> None:
+        """A look of 64 pixels at the window from (20, 30), 32 pixels a side, of an image of 80 x 50 pixels."""
+        places = places_seen(np.array([[0.5, 0, 19.75], [0, 0.5, 29.75]]), (50, 80), 64)
+        assert places.shape == (8, 8, 2)
+        first = (20 + 2) / 80 * 2 - 1, (30 + 2) / 50 * 2 - 1  # a cell is 4 image pixels wide
+        assert places[0, 0] == pytest.approx(first)
+        assert places[0, 7] == pytest.approx([(20 + 30) / 80 * 2 - 1, first[1]])
+        assert (places[:, :, 1] > 1).any()  # below the image
+
+    def test_a_click_network_reads_it_where_it_looks(self) -> None:
+        import torch
+
+        from ibisagent.segmenters.click_network import ClickNetwork, ClickNetworkConfig
+
+        torch.manual_seed(0)
+        network = ClickNetwork(ClickNetworkConfig(64, (8, 8, 16, 16, 16), (1, 1, 1, 1, 1))).eval()
+        torch.nn.init.normal_(network.glance[-1].weight)
+        planes, features = torch.rand(1, 7, 64, 64), torch.randn(1, 256, 28, 28)
+        left = torch.from_numpy(places_seen(np.array([[0.5, 0, 0], [0, 1, 0]]), (64, 64), 64))[None]
+        changed = features.clone()
+        changed[..., 16:] = 0  # the right part of the picture, which is not looked at
+        with torch.inference_mode():
+            logits = [network(planes, given, left)[0] for given in (features, changed, torch.zeros_like(features))]
+        assert torch.equal(logits[0], logits[1])
+        assert not torch.allclose(logits[0], logits[2], atol=1e-3)
 
 
 class TestIbisClick:

@@ -7,22 +7,24 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from torch.nn import functional as F
 
 from ibisagent.cli import app
 from ibisagent.clicks import next_click
-from ibisagent.domain import Case, Click, Image
+from ibisagent.datasets import CaseRow, read_cases
+from ibisagent.domain import Case, Click, Image, Observation
 from ibisagent.errors import ConfigError, DataError
-from ibisagent.policies.nano import FEATURES, GRID, SIDE
+from ibisagent.policies import load_policy
 from ibisagent.segmenters import load_segmenter
 from ibisagent.segmenters.click_network import ClickNetwork
 from ibisagent.segmenters.frame import letterbox, letterbox_scale, prompt_maps
 from ibisagent.training import click as click_recipe
 from ibisagent.training import nano as nano_recipe
-from ibisagent.training.click_states import Pair, new_state, pairs_from
-from ibisagent.training.distillation import CHANNELS, TeacherFeatures, feature_file
-from ibisagent.training.distillation import GRID as FEATURE_GRID
-from ibisagent.training.views import Bank, random_turn
+from ibisagent.training.click_states import Pair, new_state
+from ibisagent.training.click_states import pairs_from as click_pairs
+from ibisagent.training.lessons import Example, Lessons, turned_features
+from ibisagent.training.lessons import pairs_from as nano_pairs
+from ibisagent.training.views import SIDE, Bank, random_turn
 
 
 def disc_case(index, shape=(97, 131)):
@@ -39,6 +41,17 @@ def disc_case(index, shape=(97, 131)):
 @pytest.fixture(scope="module")
 def cases():
     return [disc_case(index) for index in range(12)]
+
+
+@pytest.fixture(scope="module")
+def bank(cases, tmp_path_factory):
+    return Bank.of(cases, tmp_path_factory.mktemp("bank"), 2, 0)
+
+
+def row_of(case):
+    """The row that a disc would have been read from."""
+    rest = {"image": Path(case.id), "mask": None, "object": "disc", "query": case.query, "patient": case.patient}
+    return CaseRow(id=case.id, **rest, dataset="discs", modality="CT", site="brain")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +72,7 @@ def recipe(tmp_path_factory):
         "side = 64",
         "batch = 4",
         "look_every = 24",
-        "distil = 0",
+        "rounds = 1",
     ]
     lines += ['licence_class = "ok"', "widths = [8, 8, 16, 16, 16]", "depth = [1, 1, 1, 1, 1]", "seed = 3"]
     path = folder / "recipe.toml"
@@ -98,35 +111,34 @@ def test_a_click_run_goes_on_from_its_checkpoint_and_refuses_that_of_another_rec
         click_recipe.train(plan.model_copy(update={"rate": 0.5}))
 
 
-def test_features_of_a_view_are_those_of_its_place_in_the_picture(cases, tmp_path):
-    """A teacher whose features are known: a ramp along x and one along y, seen through a flip and a zoom."""
-    height, width = cases[0].image.size
-    ramps = np.zeros((1, CHANNELS, FEATURE_GRID, FEATURE_GRID), np.float16)
-    ramps[0, 0] = np.arange(FEATURE_GRID)[None, :] + 0.5
-    ramps[0, 1] = np.arange(FEATURE_GRID)[:, None] + 0.5
-    ramps.tofile(tmp_path / feature_file([cases[0].image.pixels]))
-    teacher = TeacherFeatures([cases[0].image.pixels], tmp_path)
-    turn = np.array([[-2.0, 0, 180], [0, 2.0, -40]])  # x = (180 - view x) / 2, y = (view y + 40) / 2
-    seen = teacher.seen(0, turn, 64).astype(np.float32)
-    assert seen.shape == (CHANNELS + 1, 8, 8)
-    spread, middle = ramps[0, 0].astype(np.float32).std(), FEATURE_GRID / 2
-    row, column = 5, 2
-    x, y = (180 - (column * 8 + 3.5)) / 2 + 0.5, (row * 8 + 3.5 + 40) / 2 + 0.5
-    scale = FEATURE_GRID / max(height, width)
-    expected = [(scale * x - middle) / spread, (scale * y - middle) / spread]
-    assert seen[:2, row, column] == pytest.approx(expected, abs=0.02)
-    assert seen[CHANNELS].all()
-    assert not teacher.seen(0, np.array([[1.0, 0, 500], [0, 1.0, 0]]), 64)[CHANNELS].any()  # the picture is elsewhere
+def test_an_episode_sees_the_part_of_the_glance_where_its_view_lies(cases, bank):
+    """Whatever the view and the round: the glance's picture, sampled at the places, is the view."""
+    random = np.random.default_rng(5)
+    pairs = click_pairs(cases, bank.place)
+    weights = np.full(len(pairs), 1 / len(pairs))
+    rounds = set()
+    for _ in range(30):
+        state = new_state(pairs, weights, bank, 64, random, made_up=0)
+        round_, number = state.glance
+        rounds.add(round_)
+        brightness = torch.from_numpy(bank.pixels[round_, number].mean(axis=2, dtype=np.float32))[None, None]
+        seen = F.grid_sample(brightness, torch.from_numpy(state.places)[None], align_corners=False)[0, 0].numpy()
+        view = state.truth.reshape(8, 8, 8, 8).mean(axis=(1, 3))
+        assert state.places.shape == (8, 8, 2)
+        assert seen[view == 1].min(initial=255) > 85  # the disc is bright, and the rest dark
+        assert seen[view == 0].max(initial=0) < 85
+    assert rounds == {0, 1}
 
 
-def test_features_are_learned_beside_the_masks(recipe, tmp_path):
-    plan = click_recipe.ClickRecipe.read(recipe).model_copy(
-        update={"out": tmp_path, "tensorboard": False, "distil": 1.0, "states": 8, "leave_out": ("discs",)}
-    )
-    click_recipe.train(plan)
-    [file] = tmp_path.glob("features-*.f16")
-    assert file.stat().st_size % (CHANNELS * FEATURE_GRID**2 * 2) == 0
-    assert not any("layers" in name for name in load_file(tmp_path / "ibis-click.safetensors"))  # the head is dropped
+def test_pictures_are_glanced_at_once(recipe, tmp_path):
+    plan = click_recipe.ClickRecipe.read(recipe)
+    cases = list(read_cases(plan.data, split="train"))[:3]
+    first = Bank.of(cases, tmp_path, 1, 0)
+    written = (next(tmp_path.iterdir()) / "features.f16").stat().st_mtime_ns
+    again = Bank.of(cases, tmp_path, 1, 0)
+    assert np.array_equal(first.features, again.features)
+    assert first.done.all()
+    assert [(folder / "features.f16").stat().st_mtime_ns for folder in tmp_path.iterdir()] == [written]
 
 
 def test_data_sets_can_be_left_out(recipe, tmp_path):
@@ -152,15 +164,17 @@ def test_a_bad_recipe_is_one_line(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
-def test_the_recipe_of_the_packaged_weights_is_valid():
-    click_recipe.ClickRecipe.read(Path(__file__).parent.parent / "recipes" / "ibis-click.toml")
+def test_the_recipes_of_the_packaged_weights_are_valid():
+    recipes = Path(__file__).parent.parent / "recipes"
+    click_recipe.ClickRecipe.read(recipes / "ibis-click.toml")
+    nano_recipe.NanoRecipe.read(recipes / "ibis-nano.toml")
 
 
-def test_pictures_without_a_usable_object_do_not_hang_training(cases):
-    pair = pairs_from(cases)[0]
+def test_pictures_without_a_usable_object_do_not_hang_training(cases, bank):
+    pair = click_pairs(cases, bank.place)[0]
     empty = Pair(pair.pixels, np.zeros_like(pair.mask), "all", pair.regions)
     with pytest.raises(DataError, match="show no object"):
-        new_state([empty], np.ones(1), 64, np.random.default_rng(0), made_up=0.0)
+        new_state([empty], np.ones(1), bank, 64, np.random.default_rng(0), made_up=0.0)
 
 
 def test_quality_is_fitted():
@@ -169,19 +183,21 @@ def test_quality_is_fitted():
     assert (slope, shift) == pytest.approx((0.5, -1), abs=0.01)
 
 
-def test_one_step_of_the_click_recipe_lowers_the_loss_on_what_it_saw(cases):
+def test_one_step_of_the_click_recipe_lowers_the_loss_on_what_it_saw(cases, bank):
     torch.manual_seed(0)
     random = np.random.default_rng(0)
-    pairs = pairs_from(cases)
+    pairs = click_pairs(cases, bank.place)
     weights = np.full(len(pairs), 1 / len(pairs))
-    states = [new_state(pairs, weights, 64, random) for _ in range(4)]
+    states = [new_state(pairs, weights, bank, 64, random) for _ in range(4)]
     inputs = torch.from_numpy(np.stack([state.network_input() for state in states]))
     truth = torch.from_numpy(np.stack([state.truth for state in states])[:, None].astype(np.float32))
+    features = torch.from_numpy(np.stack([bank.features[state.glance] for state in states]).astype(np.float32))
+    places = torch.from_numpy(np.stack([state.places for state in states]))
     network = ClickNetwork()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     losses = []
     for _ in range(6):
-        loss = click_recipe.mask_loss(network(inputs)[0], truth)
+        loss = click_recipe.mask_loss(network(inputs, features, places)[0], truth)
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -189,12 +205,12 @@ def test_one_step_of_the_click_recipe_lowers_the_loss_on_what_it_saw(cases):
     assert losses[-1] < losses[0]
 
 
-def test_states_hold_prompts_that_fit_their_truth(cases):
+def test_states_hold_prompts_that_fit_their_truth(cases, bank):
     random = np.random.default_rng(1)
-    pairs = pairs_from(cases)
+    pairs = click_pairs(cases, bank.place)
     weights = np.full(len(pairs), 1 / len(pairs))
     for _ in range(40):
-        state = new_state(pairs, weights, 64, random)
+        state = new_state(pairs, weights, bank, 64, random)
         assert state.network_input().shape == (7, 64, 64)
         clicks = [prompt for prompt in state.prompts if isinstance(prompt, Click)]
         started = state.probability.any()
@@ -222,29 +238,15 @@ def test_patients_are_held_out_by_name_alone():
 
 
 @pytest.fixture(scope="module")
-def bank(cases, tmp_path_factory):
-    """A bank whose "features" are the picture itself: no encoder is needed to test what is done with them."""
-    _, pictures, _, _ = nano_recipe.pairs_and_pictures(cases)
-    made = Bank.open(tmp_path_factory.mktemp("bank"), 1, len(pictures))
-    for index, picture in enumerate(pictures):
-        view = cv2.resize(picture, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
-        small = cv2.resize(view, (GRID, GRID), interpolation=cv2.INTER_AREA).mean(axis=2)
-        made.features[0, index] = np.repeat(small[..., None] / 100, FEATURES, axis=2) * np.linspace(-1, 1, FEATURES)
-        made.pixels[0, index], made.turns[0, index], made.done[0, index] = view, np.eye(2, 3), 1
-    return made
+def lessons(cases, bank):
+    return Lessons(nano_pairs(cases, [row_of(case) for case in cases], bank), bank, ClickNetwork().eval(), seed=0)
 
 
-@pytest.fixture(scope="module")
-def teacher(cases, bank):
-    pairs, *_ = nano_recipe.pairs_and_pictures(cases)
-    return nano_recipe.Teacher(pairs, bank, ClickNetwork().eval(), seed=0)
-
-
-def test_examples_are_replies_that_the_protocol_reads_and_places_that_are_right(teacher):
+def test_examples_are_replies_that_the_protocol_reads_and_places_that_are_right(lessons):
     from ibisagent.protocol import parse
 
     kinds = set()
-    for example in teacher.draw(120):
+    for example in lessons.draw(120):
         reply = parse(example.reply, (SIDE, SIDE), dialect="ibis", default_target="disc")
         assert reply.problem is None
         kinds.add(tuple(type(action).__name__ for action in reply.actions))
@@ -262,21 +264,20 @@ def test_features_turn_with_their_picture():
     picture = cv2.GaussianBlur(random.random((SIDE, SIDE)).astype(np.float32), (0, 0), 24)
     picture = (picture - picture.min()) / np.ptp(picture)
     turn = random_turn("CT", random)
-    small = cv2.resize(picture, (GRID, GRID), interpolation=cv2.INTER_AREA)
-    example = nano_recipe.Example(np.repeat(small[None], 2, axis=0), np.empty(0), None, "", turn)
-    turned = nano_recipe.turned_features([example])[0, 0].numpy()
-    wanted = cv2.resize(cv2.warpAffine(picture, turn, (SIDE, SIDE)), (GRID, GRID), interpolation=cv2.INTER_AREA)
+    small = cv2.resize(picture, (28, 28), interpolation=cv2.INTER_AREA)
+    example = Example(np.repeat(small[None], 2, axis=0), np.empty(0), None, turn)
+    turned = turned_features([example])[0, 0].numpy()
+    wanted = cv2.resize(cv2.warpAffine(picture, turn, (SIDE, SIDE)), (28, 28), interpolation=cv2.INTER_AREA)
     assert np.abs(turned - wanted)[6:-6, 6:-6].max() < 0.05
 
 
 def test_training_the_policy_learns_and_saves_a_loadable_model(cases, bank, tmp_path):
     torch.manual_seed(0)
-    pairs, *_ = nano_recipe.pairs_and_pictures(cases)
+    pairs = nano_pairs(cases, [row_of(case) for case in cases], bank)
     processor = nano_recipe.build_processor(["disc"])
     model = nano_recipe.build_model(processor)
-    teacher = nano_recipe.Teacher(pairs, bank, None, seed=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    examples = teacher.draw(4)
+    examples = Lessons(pairs, bank, None, seed=1).draw(4)
     totals = []
     for _ in range(5):
         loss, parts = nano_recipe.losses(model, examples, processor)
@@ -290,3 +291,20 @@ def test_training_the_policy_learns_and_saves_a_loadable_model(cases, bank, tmp_
     assert 0 <= found["hit"] <= 1
     nano_recipe.save(model, processor, tmp_path / "ibis-nano")
     assert sum(file.stat().st_size for file in (tmp_path / "ibis-nano").glob("*.safetensors")) < 17_000_000
+
+
+def test_the_nano_recipe_runs_goes_on_and_refuses_another(recipe, tmp_path, capsys):
+    plan = tmp_path / "nano.toml"
+    lines = [f'data = "{recipe.parent}"', f'out = "{tmp_path / "run"}"', f'bank = "{recipe.parent / "run"}"']
+    plan.write_text("\n".join([*lines, "rounds = 1", "batch = 2", "examples = 4", "look_every = 2", "seed = 3"]))
+    assert app(["train-nano", str(plan), "--json"], standalone_mode=False) is None
+    model = json.loads(capsys.readouterr().out)["model"]
+    [reply] = load_policy(model, device="cpu", max_new_tokens=3).respond(
+        [Observation("one", disc_case(0).image, "Segment the disc.")]
+    )
+    assert reply.text
+    seen = []
+    nano_recipe.train(nano_recipe.NanoRecipe.read(plan), lambda done, losses, figures: seen.append(done))
+    assert not seen  # all was done before
+    with pytest.raises(ConfigError, match="another recipe \\(rate\\)"):
+        nano_recipe.train(nano_recipe.NanoRecipe.read(plan).model_copy(update={"rate": 0.5}))

@@ -658,22 +658,50 @@ def train_segmenter(
         from ibisagent.training.click import ClickRecipe, train
 
         plan = ClickRecipe.read(recipe)
-    with _progress(plan.states, "states", quiet=as_json) as advance:
-        done = 0
-
-        def report(states: int, loss: float, figures: dict[str, float] | None) -> None:
-            nonlocal done
-            advance(states - done)
-            done = states
-            if figures is not None and not as_json:
-                told = ", ".join(f"{name} {figure:.3f}" for name, figure in figures.items())
-                stderr.print(f"{states} states, loss {loss:.3f}; held-out patients: {told}")
-
+    with _training(plan.states, "states", quiet=as_json) as report:
         weights = train(plan, report)
     if as_json:
         _print_json({"weights": str(weights), "states": plan.states})
     else:
         stdout.print(f"weights: {weights}\nuse them with --segmenter ibis-click:{weights}")
+
+
+@app.command()
+def train_nano(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file, such as recipes/ibis-nano.toml.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Train the small policy on image-mask pairs from scratch; use it as --policy OUT/ibis-nano.
+
+    Writes checkpoint and model to the recipe's folder; a run that was stopped goes on from there.
+    """
+    with _status("reading the data", quiet=as_json):
+        from ibisagent.training.nano import NanoRecipe, train
+
+        plan = NanoRecipe.read(recipe)
+    with _training(plan.examples, "examples", quiet=as_json) as report:
+        model = train(plan, report)
+    if as_json:
+        _print_json({"model": str(model), "examples": plan.examples})
+    else:
+        stdout.print(f"model: {model}\nuse it with --policy {model}")
+
+
+@contextmanager
+def _training(total: int, what: str, *, quiet: bool) -> Iterator[Callable[..., None]]:
+    """A progress bar for a training run, as its report (number done, losses, figures of a look or None)."""
+    with _progress(total, what, quiet=quiet) as advance:
+        before = 0
+
+        def report(done: int, losses: Mapping[str, float], figures: Mapping[str, float] | None) -> None:
+            nonlocal before
+            advance(done - before)
+            before = done
+            if figures is not None and not quiet:
+                told = (", ".join(f"{name} {value:.3f}" for name, value in part.items()) for part in (losses, figures))
+                stderr.print(f"{done} {what}, {next(told)}; held-out patients: {next(told)}")
+
+        yield report
 
 
 @app.command()

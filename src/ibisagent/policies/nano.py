@@ -1,6 +1,6 @@
 """`ibis-nano`: a vision-language model small enough to ship, a normal transformers model and processor.
 
-The picture is RGBA: colour is the image, alpha the current mask. LiteMedSAM's frozen encoder sees the colour only, so a
+The picture is RGBA: colour is the image, alpha the current mask. A frozen encoder (`glance`) sees the colour only, so a
 picture is embedded once however often its mask changes; a light convolution on all four planes adds the mask. The
 query comes before the picture, so the picture's tokens already know what is asked. A place is one token,
 `(0.508, 0.242)`, and its logit is read from the picture: a pointer (Vinyals et al. 2015) over LOCATIONS x LOCATIONS
@@ -39,9 +39,10 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.masking_utils import create_causal_mask
 from transformers.utils.generic import ModelOutput
 
+from ibisagent.segmenters.glance import FEATURES, GlanceEncoder, glance_input
+
 SIDE = 256  # pixels of the square that pictures are squashed to
-GRID = 32  # frozen features, averaged from LiteMedSAM's 64 x 64
-FEATURES = 256
+GRID = 32  # fine features, made of the glance's and of the planes
 TOKENS_PER_IMAGE = 64  # 8 x 8
 LOCATIONS = 64  # places per axis
 _POINT = re.compile(r"\(\s*([01]?\.\d{1,12}|[01])\s*,\s*([01]?\.\d{1,12}|[01])\s*\)")
@@ -162,33 +163,26 @@ class IbisNanoOutput(ModelOutput):
     region_logits: torch.Tensor | None = None
 
 
-def pool(embedding: np.ndarray) -> np.ndarray:
-    """LiteMedSAM features (FEATURES, 64, 64) averaged to (FEATURES, GRID, GRID) float16, as in training."""
-    factor = embedding.shape[1] // GRID
-    return embedding.reshape(FEATURES, GRID, factor, GRID, factor).mean(axis=(2, 4)).astype(np.float16)
-
-
 class _FrozenFeatures:
-    """LiteMedSAM features of colour planes, cached by content: (N, FEATURES, GRID, GRID) float16."""
+    """Glances at colour planes, kept by content."""
 
     def __init__(self, capacity: int = 512) -> None:
-        self._encoder: Any = None
+        self._encoder: GlanceEncoder | None = None
         self._cache: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self._capacity = capacity
 
     def __call__(self, colour: torch.Tensor) -> torch.Tensor:
-        """colour (N, 3, SIDE, SIDE) in [0, 1] -> features on the same device, in the same dtype."""
+        """colour (N, 3, SIDE, SIDE) in [0, 1] -> features (N, FEATURES, ...), on the same device, in the same dtype."""
         planes = colour.detach().float().cpu().numpy()
         return torch.from_numpy(np.stack([self._one(picture) for picture in planes])).to(colour)
 
     def _one(self, picture: np.ndarray) -> np.ndarray:
-        key = hashlib.blake2b(np.round(picture * 255).astype(np.uint8).tobytes(), digest_size=16).digest()
+        pixels = np.round(picture * 255).astype(np.uint8).transpose(1, 2, 0)
+        key = hashlib.blake2b(pixels.tobytes(), digest_size=16).digest()
         if key not in self._cache:
             if self._encoder is None:
-                from ibisagent.segmenters.litemedsam import LiteMedSamEncoder
-
-                self._encoder = LiteMedSamEncoder(exact=False)  # as in training
-            self._cache[key] = pool(self._encoder.embed(picture[None])[0])
+                self._encoder = GlanceEncoder()
+            self._cache[key] = self._encoder.embed(glance_input(pixels)[None])[0]
             if len(self._cache) > self._capacity:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
@@ -208,7 +202,7 @@ class _Residual(nn.Module):
 
 
 class _VisionStem(nn.Module):
-    """Frozen features and the four planes -> fine features (N, W, 32, 32) and picture tokens (N, 64, hidden)."""
+    """The glance and the four planes -> fine features (N, W, 32, 32) and picture tokens (N, 64, hidden)."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -228,7 +222,8 @@ class _VisionStem(nn.Module):
 
     def forward(self, features: torch.Tensor, planes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         features = F.layer_norm(features.movedim(1, -1), (FEATURES,)).movedim(-1, 1)
-        fine = self.fine(self.frozen(features) + self.planes_out(self.planes(planes * 2 - 1)))
+        known = F.interpolate(self.frozen(features), size=(GRID, GRID), mode="bilinear", align_corners=False)
+        fine = self.fine(known + self.planes_out(self.planes(planes * 2 - 1)))
         tokens = self.down(fine).flatten(2).transpose(1, 2)
         return fine, tokens + self.position
 
@@ -303,8 +298,9 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> IbisNanoOutput:
         """input_ids (B, L); pixel_values (N, 4, SIDE, SIDE) in [0, 1], one per picture of the batch.
 
-        image_features: frozen features (N, FEATURES, GRID, GRID) where the caller has them. location_keys
-        (B, LOCATIONS ** 2, K): the keys of each row's last picture, from the call that read it, while decoding.
+        image_features: the pictures' glances (N, FEATURES, glance.GRID, glance.GRID) where the caller has them.
+        location_keys (B, LOCATIONS ** 2, K): the keys of each row's last picture, from the call that read it, while
+        decoding.
         """
         embeds = self.get_input_embeddings()(input_ids)
         region = None

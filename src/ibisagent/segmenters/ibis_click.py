@@ -1,4 +1,5 @@
-"""`ibis-click`: our own click network as a segmenter. Prompts are pixels to it, so it needs no image embedding."""
+"""`ibis-click`: our own click network as a segmenter. Opening an image takes a glance at it (`glance`), a small and
+quick embedding; prompts are pixels to the network."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from ibisagent.domain import Box, Image, Mask, Prompt
 from ibisagent.errors import ConfigError, SegmenterError
 from ibisagent.segmenters import Prediction, Request, check_prior, check_prompts
 from ibisagent.segmenters.frame import Window, letterbox, letterbox_scale, letterbox_size, prompt_maps, unletterbox
+from ibisagent.segmenters.glance import FEATURES, GRID, STRIDE, GlanceEncoder, Glances, places_seen
 from ibisagent.segmenters.runtime import Network, choose_device, choose_runtime, first_line, load_network
 from ibisagent.segmenters.tidy import fill_small_holes, keep_prompted
 
@@ -33,11 +35,12 @@ NOTHING = -12.0  # logit outside the window
 
 @dataclass(frozen=True)
 class Sight:
-    """What every session looks with. side: pixels a side of a look. quality: slope and shift of the predicted IoU's
-    logit, fitted on held-out patients. tidy: see `IbisClick`."""
+    """What every session looks with. side: pixels a side of a look. glance: the features of an image (FEATURES, GRID,
+    GRID). quality: slope and shift of the predicted IoU's logit, fitted on held-out patients. tidy: see `IbisClick`."""
 
     network: Network
     side: int
+    glance: Glances
     quality: tuple[float, float] = (1.0, 0.0)
     tidy: bool = False
 
@@ -62,19 +65,24 @@ class IbisClick:
         device = choose_device(device)
         code = hashlib.sha256(Path(click_network.__file__).read_bytes()).hexdigest()
         side = read.config.side
+        cells = side // STRIDE
         network = load_network(
             read.network,
-            [np.zeros((1, click_network.CHANNELS, side, side), dtype=np.float32)],
+            [
+                np.zeros((1, click_network.CHANNELS, side, side), dtype=np.float32),
+                np.zeros((1, FEATURES, GRID, GRID), dtype=np.float32),
+                np.zeros((1, cells, cells, 2), dtype=np.float32),
+            ],
             key=f"ibis-click-{self._weights_sha256[:16]}-{side}-{code[:8]}",
             runtime=choose_runtime(runtime, device),
             device=device,
             exact=False,  # trained in bfloat16; masks agree with those of float32 to an IoU of 0.997 (docs/log.md)
             batched=True,
         )
-        self._sight = Sight(network, side, read.quality, tidy)
+        self._sight = Sight(network, side, Glances(GlanceEncoder(runtime, device)), read.quality, tidy)
 
     def open(self, image: Image) -> IbisClickSession:
-        """A session on `image`: only shrinks it."""
+        """A session on `image`; its glance comes from the cache where it is there."""
         return IbisClickSession(image, self._sight)
 
     def describe(self) -> dict[str, str]:
@@ -87,8 +95,10 @@ class IbisClick:
         }
 
 
-Looks = Generator[np.ndarray, tuple[np.ndarray, float], Prediction]
-"""Yields what the network is to see (7, side, side), is sent its mask logits (side, side) and quality logit."""
+Look = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""What the network is to see: planes (7, side, side), features of the glance, places in it; see `ClickNetwork`."""
+Looks = Generator[Look, tuple[np.ndarray, float], Prediction]
+"""Yields looks, is sent their mask logits (side, side) and quality logit."""
 
 
 class IbisClickSession:
@@ -105,6 +115,7 @@ class IbisClickSession:
         self._pixels = image.pixels
         self.sight = sight
         self._side = sight.side
+        self._features = sight.glance(image).astype(np.float32)
         self._zoom = min(1.0, letterbox_scale(image.size, CANVAS))
         self._canvas = letterbox_size(image.size, CANVAS) if self._zoom < 1 else image.size
         self._seen: dict[Window, np.ndarray] = {}
@@ -120,7 +131,7 @@ class IbisClickSession:
         waiting = {index: next(look) for index, look in enumerate(looks)}
         done: dict[int, Prediction] = {}
         while waiting:
-            logits, quality = asked[0][0].sight.network(np.stack(list(waiting.values())))
+            logits, quality = asked[0][0].sight.network(*map(np.stack, zip(*waiting.values(), strict=True)))
             seen, waiting = list(waiting), {}
             for row, index in enumerate(seen):
                 try:
@@ -140,14 +151,14 @@ class IbisClickSession:
             before, start = _sigmoid(prior[0]), prior[1].astype(np.float32)
         if before is None and not any(isinstance(prompt, Box) for prompt in prompts):
             window = Window.whole(self._size)
-            logits, _ = yield self._planes(window, prompts, before)
+            logits, _ = yield self._look(window, prompts, before)
             before = _sigmoid(self._painted(logits, window))
         window = self._window(before, prompts, MARGIN)
-        logits, quality = yield self._planes(window, prompts, before)
+        logits, quality = yield self._look(window, prompts, before)
         if window.cuts(unletterbox(logits, window.size) > 0, self._size):
             before = _sigmoid(self._painted(logits, window))
             window = self._window(before, prompts, WIDER_MARGIN)
-            logits, quality = yield self._planes(window, prompts, before)
+            logits, quality = yield self._look(window, prompts, before)
         mask: Mask = np.zeros(self._size, dtype=np.bool_)
         window.cut(mask)[:] = unletterbox(logits, window.size) > 0
         if self.sight.tidy:
@@ -177,8 +188,8 @@ class IbisClickSession:
         extent = Window(int(min(columns)), int(min(rows)), math.ceil(max(columns)), math.ceil(max(rows)))
         return Window.around(extent, self._size, margin, SMALLEST)
 
-    def _planes(self, window: Window, prompts: Sequence[Prompt], before: np.ndarray | None) -> np.ndarray:
-        """(7, side, side) float32: what the network sees in `window`."""
+    def _look(self, window: Window, prompts: Sequence[Prompt], before: np.ndarray | None) -> Look:
+        """What the network sees in `window`."""
         colours = self._seen.get(window)
         if colours is None:
             colours = letterbox(window.cut(self._pixels), self._side).astype(np.float32).transpose(2, 0, 1) / 255
@@ -192,7 +203,10 @@ class IbisClickSession:
             part = window.scaled(self._zoom, self._canvas)
             mask[:rows, :columns] = _resized(part.cut(before), (rows, columns))
         maps = prompt_maps(window.moved(prompts), self._side, scale)
-        return np.concatenate([colours, mask[None], maps])
+        step = 1 / scale
+        to_image = np.array([[step, 0, step / 2 - 0.5 + window.x0], [0, step, step / 2 - 0.5 + window.y0]])
+        places = places_seen(to_image, self._size, self._side)
+        return np.concatenate([colours, mask[None], maps]), self._features, places
 
     def _painted(self, logits: np.ndarray, window: Window) -> np.ndarray:
         """(side, side) logits of a window on the canvas: nothing is there outside the window."""

@@ -68,7 +68,7 @@ class LiteMedSamEncoder:
     def __init__(self, runtime: str = "auto", device: str = "cpu", *, exact: bool = True) -> None:
         device = choose_device(device)
         self._network = load_network(
-            lambda: _litemedsam().image_encoder,
+            lambda: litemedsam_network().image_encoder,
             [np.zeros((1, 3, SIDE, SIDE), dtype=np.float32)],
             key=f"{_KEY}-encoder",
             runtime=choose_runtime(runtime, device),
@@ -224,7 +224,7 @@ def weights_file() -> Path:
     return Path(package.origin).parent / "asset" / "lite_medsam.pth"
 
 
-def _litemedsam() -> Any:
+def litemedsam_network() -> Any:
     """The whole network with its weights. The package's own loader would copy them to ./temp and unpickle them."""
     path = weights_file()
     try:
@@ -269,4 +269,4 @@ def _box_decoder() -> nn.Module:
             )
             return logits, score
 
-    return BoxDecoder(_litemedsam())
+    return BoxDecoder(litemedsam_network())

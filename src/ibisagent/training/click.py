@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ibisagent.errors import ConfigError, DataError
 from ibisagent.masks import iou
 from ibisagent.recipe import Recipe
 from ibisagent.segmenters.click_network import ClickNetwork, ClickNetworkConfig
+from ibisagent.segmenters.glance import GlanceEncoder, Glances
 from ibisagent.segmenters.ibis_click import IbisClickSession, Sight, read_click_network
 from ibisagent.segmenters.runtime import TorchNetwork, choose_device
 from ibisagent.training.click_states import (
@@ -36,9 +37,10 @@ from ibisagent.training.click_states import (
     new_state,
     pairs_from,
 )
-from ibisagent.training.distillation import FeatureHead, TeacherFeatures
-from ibisagent.training.run import load_checkpoint, rate_factor, save_checkpoint, update_average
+from ibisagent.training.run import Report, load_checkpoint, rate_factor, save_checkpoint, unheard, update_average
+from ibisagent.training.views import Bank
 
+FORGOTTEN = 0.1  # of the glance's channels in each example, against learning pictures by heart
 SECOND_LOOKS = 0.15  # of the steps of an episode bring no click, only the mask of the look before
 
 
@@ -70,8 +72,10 @@ class ClickRecipe(Recipe):
     """Share of targets that are superpixels instead of labelled objects."""
     window: float = Field(0.7, ge=0, le=1)
     """Share of views that are windows on the object instead of whole pictures."""
-    distil: float = Field(0.5, ge=0)
-    """Weight of a second task, to predict LiteMedSAM's features (see `distillation`); 0 leaves it out."""
+    bank: Path | None = None
+    """Folder for the glances at the training pictures (0.4 MB a view), to share it between runs; none means `out`."""
+    rounds: int = Field(5, ge=1)
+    """Views of each picture that are glanced at: the plain one and augmented ones."""
     look_every: int = Field(8_000, ge=1)
     """States between two looks at the patients held out for choosing settings (one in sixteen)."""
     seed: int = 0
@@ -79,11 +83,7 @@ class ClickRecipe(Recipe):
     tensorboard: bool = True
 
 
-Report = Callable[[int, float, dict[str, float] | None], None]
-"""Called after each step with the states so far, the running loss, and the figures of a look if there was one."""
-
-
-def train(recipe: ClickRecipe, report: Report = lambda states, loss, figures: None) -> Path:
+def train(recipe: ClickRecipe, report: Report = unheard) -> Path:
     """Train as `recipe` says, going on from its checkpoint if there is one; returns the weights file.
 
     A run that was interrupted sees other random views than one that was not: its weights differ slightly.
@@ -94,19 +94,20 @@ def train(recipe: ClickRecipe, report: Report = lambda states, loss, figures: No
     licences = {recipe.licence_class} if recipe.licence_class else None
     source = read_cases(recipe.data, split="train", licence_classes=licences)
     cases = [case for case in source if case.meta.get("dataset") not in recipe.leave_out]
-    pairs = pairs_from(case for case in cases if not is_development(case.patient))
-    held_out = pairs_from(case for case in cases if is_development(case.patient))
-    if not pairs:
+    if all(is_development(case.patient) for case in cases):
         raise DataError(f"{recipe.data}: no training pair is left after licence_class, leave_out and held-out patients")
     recipe.out.mkdir(parents=True, exist_ok=True)
-    return _Run(recipe, pairs, held_out).go(report)
+    bank = Bank.of(cases, recipe.bank or recipe.out, recipe.rounds, recipe.seed)
+    pairs = pairs_from((case for case in cases if not is_development(case.patient)), bank.place)
+    held_out = pairs_from((case for case in cases if is_development(case.patient)), bank.place)
+    return _Run(recipe, pairs, held_out, bank).go(report)
 
 
 class _Run:
     """One training run: network, average, optimizer, and a pool of episodes three batches deep."""
 
-    def __init__(self, recipe: ClickRecipe, pairs: Sequence[Pair], held_out: Sequence[Pair]) -> None:
-        self.recipe, self.pairs, self.held_out = recipe, pairs, held_out
+    def __init__(self, recipe: ClickRecipe, pairs: Sequence[Pair], held_out: Sequence[Pair], bank: Bank) -> None:
+        self.recipe, self.pairs, self.held_out, self.bank = recipe, pairs, held_out, bank
         self.device = torch.device(choose_device(recipe.device))
         torch.manual_seed(recipe.seed)
         shape = ClickNetworkConfig(side=recipe.side, widths=recipe.widths, depth=recipe.depth)
@@ -121,16 +122,8 @@ class _Run:
         self.average = ClickNetwork(shape)
         self.average.load_state_dict(first.state_dict())
         self.average.to(self.device).eval()
-        self.head, self.teacher = None, None
-        if recipe.distil:
-            pictures = dict(sorted({pair.picture: pair.pixels for pair in pairs}.items()))
-            self.teacher = TeacherFeatures(list(pictures.values()), recipe.out)
-            self.head = FeatureHead(self.network).to(self.device)
-        self.optimizer = torch.optim.AdamW(
-            [*self.network.parameters(), *(self.head.parameters() if self.head else ())],
-            lr=recipe.rate,
-            weight_decay=recipe.weight_decay,
-        )
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=recipe.rate, weight_decay=recipe.weight_decay)
+        self.glances = Glances(GlanceEncoder(device=str(self.device)))
         counts = Counter(pair.group for pair in pairs)
         weights = np.array([counts[pair.group] ** -0.6 for pair in pairs])
         self.weights = weights / weights.sum()
@@ -154,7 +147,7 @@ class _Run:
             if writer is not None and (looks or self.step % 20 == 0):
                 for name, figure in {"loss": running, **(figures or {})}.items():
                     writer.add_scalar(name, figure, states)
-            report(states, running, figures)
+            report(states, {"loss": running}, figures)
         save_checkpoint(self._checkpoint, self._state())
         return save_weights(self.average, recipe.out, self._described(), self._quality_fit())
 
@@ -164,13 +157,12 @@ class _Run:
 
     def _described(self) -> dict[str, Any]:
         """The recipe without what names this machine."""
-        return json.loads(self.recipe.model_dump_json(exclude={"data", "out", "start", "device"}))
+        return json.loads(self.recipe.model_dump_json(exclude={"data", "out", "bank", "start", "device"}))
 
     def _state(self) -> dict[str, Any]:
         return {
             "network": self.network.state_dict(),
             "average": self.average.state_dict(),
-            "head": self.head.state_dict() if self.head else {},
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "recipe": json.dumps(self._described()),
@@ -188,8 +180,6 @@ class _Run:
             )
         self.network.load_state_dict(saved["network"])
         self.average.load_state_dict(saved["average"])
-        if self.head:
-            self.head.load_state_dict(saved["head"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step = saved["step"]
 
@@ -206,27 +196,27 @@ class _Run:
 
     def _new_state(self) -> State:
         recipe = self.recipe
-        return new_state(self.pairs, self.weights, recipe.side, self.random, recipe.made_up, recipe.window)
+        return new_state(self.pairs, self.weights, self.bank, recipe.side, self.random, recipe.made_up, recipe.window)
 
     def _learn(self) -> float:
         """One step of the optimizer on a batch of the pool, whose episodes go on with the masks it gave."""
         recipe, random = self.recipe, self.random
         chosen = random.choice(len(self.pool), recipe.batch, replace=False)
-        inputs = torch.from_numpy(np.stack([self.pool[i].network_input() for i in chosen])).to(self.device)
-        truth = torch.from_numpy(np.stack([self.pool[i].truth for i in chosen])[:, None].astype(np.float32))
-        truth = truth.to(self.device)
+        states = [self.pool[i] for i in chosen]
+        inputs = self._tensor([state.network_input() for state in states])
+        features = self._tensor([self.bank.features[state.glance] for state in states])
+        features = F.dropout2d(features, FORGOTTEN)
+        places = self._tensor([state.places for state in states])
+        truth = self._tensor([state.truth[None] for state in states])
         for group in self.optimizer.param_groups:
             progress = self.step * recipe.batch / recipe.states
             group["lr"] = recipe.rate * rate_factor(self.step, recipe.warm_up, progress)
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
-            logits, quality = self.network(inputs.contiguous(memory_format=torch.channels_last))
+            logits, quality = self.network(inputs.contiguous(memory_format=torch.channels_last), features, places)
         logits, quality = logits.float(), quality.float()
         inside = logits.detach() > 0
         reached = (inside & (truth > 0)).sum((1, 2, 3)) / (inside | (truth > 0)).sum((1, 2, 3)).clamp(min=1)
         loss = mask_loss(logits, truth) + 0.2 * F.binary_cross_entropy_with_logits(quality, reached)
-        if self.head and self.teacher:
-            seen = [self.teacher.seen(self.pool[i].picture, self.pool[i].turn, recipe.side) for i in chosen]
-            loss = loss + recipe.distil * self.head.loss(torch.from_numpy(np.stack(seen)).to(self.device))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
@@ -238,6 +228,9 @@ class _Run:
             if not self._goes_on(self.pool[index], probability):
                 self.pool[index] = self._new_state()
         return loss.item()
+
+    def _tensor(self, arrays: Sequence[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.stack(arrays).astype(np.float32)).to(self.device)
 
     def _goes_on(self, state: State, probability: np.ndarray) -> bool:
         """Give an episode its new mask and, as a rule, the next click; False when it is over."""
@@ -251,7 +244,7 @@ class _Run:
         return correct(state, self.random)
 
     def _sight(self) -> Sight:
-        return Sight(TorchNetwork(deepcopy(self.average), str(self.device)), self.recipe.side)
+        return Sight(TorchNetwork(deepcopy(self.average), str(self.device)), self.recipe.side, self.glances)
 
     def _look(self, count: int) -> dict[str, float] | None:
         """Mean IoU of held-out pairs after an expert's clicks, and in their true box."""

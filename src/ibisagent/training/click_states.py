@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import cv2
@@ -19,6 +19,9 @@ from ibisagent.clicks import bounding_box, interior_depth, next_click
 from ibisagent.domain import Box, Case, Click, Mask, Prompt
 from ibisagent.errors import DataError
 from ibisagent.segmenters.frame import prompt_maps
+from ibisagent.segmenters.glance import places_seen
+from ibisagent.training.views import SIDE as VIEW_SIDE
+from ibisagent.training.views import Bank
 
 STORED_SIDE = 512  # pictures are kept in memory at this longer side
 TARGET = "object"
@@ -26,8 +29,8 @@ TARGET = "object"
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """One picture and one of its masks, as kept in memory. group: what sampling is balanced over. picture: a number
-    that pairs of the same picture share."""
+    """One picture and one of its masks, as kept in memory. group: what sampling is balanced over. picture: the number
+    of its picture in the bank."""
 
     pixels: np.ndarray
     mask: Mask
@@ -41,10 +44,13 @@ def is_development(patient: str) -> bool:
     return hashlib.sha256(patient.encode()).digest()[0] % 16 == 0
 
 
-def pairs_from(cases: Iterable[Case]) -> list[Pair]:
-    """The pairs of `cases`, shrunk to STORED_SIDE, with superpixels of each picture for made-up targets."""
+def pairs_from(cases: Iterable[Case], place: Mapping[str, int]) -> list[Pair]:
+    """The pairs of `cases`, shrunk to STORED_SIDE, with superpixels of each picture for made-up targets.
+
+    place: the number of a picture by its content hash.
+    """
     pairs: list[Pair] = []
-    pictures: dict[str, tuple[int, np.ndarray, np.ndarray]] = {}
+    pictures: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for case in cases:
         if not case.targets:
             continue
@@ -54,11 +60,13 @@ def pairs_from(cases: Iterable[Case]) -> list[Pair]:
             coarse = cv2.resize(pixels, None, fx=0.4, fy=0.4, interpolation=cv2.INTER_AREA)
             coarse_regions = felzenszwalb(coarse, scale=100, sigma=0.6, min_size=20).astype(np.int16)
             regions = cv2.resize(coarse_regions, pixels.shape[1::-1], interpolation=cv2.INTER_NEAREST)
-            pictures[case.image.sha256] = (len(pictures), pixels, regions)
-        number, pixels, regions = pictures[case.image.sha256]
+            pictures[case.image.sha256] = (pixels, regions)
+        pixels, regions = pictures[case.image.sha256]
         for name, mask in case.targets.items():
             small = cv2.resize(mask.astype(np.uint8), pixels.shape[1::-1], interpolation=cv2.INTER_NEAREST) > 0
-            pairs.append(Pair(pixels, small, f"{case.meta.get('dataset', '')}/{name}", regions, number))
+            pairs.append(
+                Pair(pixels, small, f"{case.meta.get('dataset', '')}/{name}", regions, place[case.image.sha256])
+            )
     return pairs
 
 
@@ -66,8 +74,8 @@ def pairs_from(cases: Iterable[Case]) -> list[Pair]:
 class State:
     """An episode in the pool, on the network's grid.
 
-    planes (3, S, S) float32; truth and probability (S, S). picture, turn: what it is a view of, and the (2, 3) affine
-    map from that picture's pixels to those of the view.
+    planes (3, S, S) float32; truth and probability (S, S). glance: round and number of a view in the bank; places:
+    where in that view the cells of the episode's view lie (`places_seen`).
     """
 
     planes: np.ndarray
@@ -75,8 +83,8 @@ class State:
     prompts: list[Prompt]
     probability: np.ndarray
     clicks_left: int
-    picture: int = 0
-    turn: np.ndarray = field(default_factory=lambda: np.eye(2, 3))
+    glance: tuple[int, int]
+    places: np.ndarray
 
     def network_input(self) -> np.ndarray:
         """(CHANNELS, S, S) float32, as `ClickNetwork` wants it."""
@@ -159,10 +167,10 @@ def _random_pixel(region: Mask, random: np.random.Generator) -> tuple[int, int]:
     return x, y
 
 
-def _jittered_box(truth: Mask, random: np.random.Generator) -> Box:
+def jittered_box(truth: Mask, random: np.random.Generator, spread: float) -> Box:
+    """The box of a mask that is not empty, its sides moved by `spread` of its size (one standard deviation)."""
     box = bounding_box(truth, TARGET)
-    assert box is not None  # views are never empty
-    spread = random.choice([0.0, 0.0, 0.04, 0.1, 0.2])
+    assert box is not None
     width, height, side = box.x1 - box.x0, box.y1 - box.y0, truth.shape[0]
     moves = random.normal(0, spread, 4) * [width, height, width, height]
     x0, y0 = int(np.clip(box.x0 + moves[0], 0, side - 2)), int(np.clip(box.y0 + moves[1], 0, side - 2))
@@ -212,9 +220,29 @@ def correct(state: State, random: np.random.Generator) -> bool:
     return True
 
 
+def _glance_at(
+    pair: Pair, turn: np.ndarray, side: int, bank: Bank, random: np.random.Generator
+) -> tuple[int, np.ndarray]:
+    """Round of a bank view of the pair's picture, and the places in it of a (side, side) view, given by its affine map
+    from the picture's pixels. A view that lacks much of what is to be seen is left for the plain one."""
+    to_picture = cv2.invertAffineTransform(turn)
+    plain = places_seen(to_picture, pair.mask.shape, side)
+    shown = (np.abs(plain) < 1).all(axis=-1)
+    round_ = bank.draw(pair.picture, random)
+    further = bank.turns[round_, pair.picture].astype(np.float64)
+    unit = (plain + 1) / 2 * VIEW_SIDE - 0.5
+    places = (np.concatenate([unit, np.ones_like(unit[..., :1])], axis=-1) @ further.T + 0.5) / VIEW_SIDE * 2 - 1
+    places[~shown] = plain[~shown]
+    lost = shown & ~(np.abs(places) < 1).all(axis=-1)
+    if lost.sum() > 0.1 * shown.sum():
+        return 0, plain
+    return round_, places.astype(np.float32)
+
+
 def new_state(
     pairs: Sequence[Pair],
     weights: np.ndarray,
+    bank: Bank,
     side: int,
     random: np.random.Generator,
     made_up: float = 0.15,
@@ -234,16 +262,17 @@ def new_state(
             "1000 views of the training pictures show no object: are the masks empty, or all of the picture?"
         )
     pixels, truth, turn = view
+    round_, places = _glance_at(pair, turn, side, bank, random)
     planes = np.ascontiguousarray(pixels.transpose(2, 0, 1))
     clicks = int(random.choice([0, 1, 2, 3, 4, 6, 9, 14], p=[0.16, 0.16, 0.16, 0.15, 0.13, 0.12, 0.08, 0.04]))
-    state = State(planes, truth, [], np.zeros(truth.shape, np.float32), clicks, pair.picture, turn)
+    state = State(planes, truth, [], np.zeros(truth.shape, np.float32), clicks, (round_, pair.picture), places)
     start = random.random()
     if start < 0.1:
         state.probability = spoilt(truth, random).astype(np.float32)
         if correct(state, random):
             return state
     if start < 0.5:
-        state.prompts.append(_jittered_box(truth, random))
+        state.prompts.append(jittered_box(truth, random, random.choice([0.0, 0.0, 0.04, 0.1, 0.2])))
     if start < 0.28 or start >= 0.5:
         centred = random.random() < 0.5
         point = next_click(truth, np.zeros_like(truth), TARGET) if centred else None

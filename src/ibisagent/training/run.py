@@ -1,13 +1,21 @@
-"""What every training run needs: a rate over time, an average of the weights, checkpoints."""
+"""What every training run needs: a rate over time, an average of the weights, checkpoints, a report."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+Report = Callable[[int, Mapping[str, float], Mapping[str, float] | None], None]
+"""Called after each step with the examples so far, the running losses, and the figures of a look if there was one."""
+
+
+def unheard(done: int, losses: Mapping[str, float], figures: Mapping[str, float] | None) -> None:
+    """The report of a run that nobody follows."""
 
 
 def rate_factor(step: int, warm_up: int, progress: float) -> float:

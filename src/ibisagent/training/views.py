@@ -1,22 +1,25 @@
-"""A bank of augmented views with frozen features: what makes training the nano policy possible on a CPU.
+"""A bank of augmented views of the training pictures with their glances (`segmenters.glance`).
 
-LiteMedSAM's encoder costs 0.2 to 1 s a picture and is never trained, so every view of every training picture is
-embedded once, before training, into memory-mapped arrays. Building is resumable.
+The glance's encoder is never trained, so every view of every picture is embedded once, before training, into
+memory-mapped arrays: what makes training `ibis-click` and `ibis-nano` possible on a CPU. Building is resumable.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from ibisagent.policies.nano import FEATURES, GRID, SIDE, pool
+from ibisagent.domain import Case
+from ibisagent.segmenters.glance import FEATURES, GRID, GlanceEncoder, glance_input
 
+SIDE = 256  # pixels of the squashed views
 FULL_GROUP = 40  # pictures of a data set that get every augmented view
 
 # Pictures of these have no up or down, left or right.
@@ -28,56 +31,70 @@ MIRRORED = {"fundus", "OCT"}  # right and left eye
 class Bank:
     """Memory-mapped arrays over V rounds of N pictures; round 0 is the plain picture.
 
-    features (V, N, GRID, GRID, FEATURES) float16; pixels (V, N, SIDE, SIDE, 3) uint8; turns (V, N, 2, 3) float32, the
-    affine maps from squashed pixels to view pixels; done (V, N) uint8, 1 where a view is complete.
+    features (V, N, FEATURES, GRID, GRID) float16; pixels (V, N, SIDE, SIDE, 3) uint8; turns (V, N, 2, 3) float32, the
+    affine maps from squashed pixels to view pixels; done (V, N) uint8, 1 where a view is complete. place: the number of
+    a picture by its content hash.
     """
 
     features: np.memmap
     pixels: np.memmap
     turns: np.memmap
     done: np.memmap
+    place: Mapping[str, int]
 
     @classmethod
-    def open(cls, folder: Path, rounds: int, pictures: int) -> Bank:
-        """The bank in `folder`, made with space for `rounds` views of `pictures` pictures if it is not there."""
+    def of(cls, cases: Iterable[Case], folder: Path, rounds: int, seed: int) -> Bank:
+        """The bank of the pictures of `cases` under `folder`; missing views are embedded first (0.1 s a view and core).
+
+        Round 0 is untouched, later ones are augmented; they leave out part of a data set of more than FULL_GROUP
+        pictures, which has variety of its own.
+        """
+        pictures = list({case.image.sha256: case for case in cases}.values())
+        hashes = [case.image.sha256 for case in pictures]
+        content = sha256(" ".join([str(rounds), str(seed), *hashes]).encode()).hexdigest()[:16]
+        bank = cls._open(folder / f"views-{content}", rounds, hashes)
+        bank._build(pictures, seed)
+        return bank
+
+    @classmethod
+    def _open(cls, folder: Path, rounds: int, hashes: Sequence[str]) -> Bank:
         folder.mkdir(parents=True, exist_ok=True)
 
         def array(name: str, dtype: type, *shape: int) -> np.memmap:
-            path, full = folder / name, (rounds, pictures, *shape)
+            path, full = folder / name, (rounds, len(hashes), *shape)
             return np.memmap(path, dtype=dtype, mode="r+" if path.exists() else "w+", shape=full)
 
-        features = array("features.f16", np.float16, GRID, GRID, FEATURES)
-        pixels = array("pixels.u8", np.uint8, SIDE, SIDE, 3)
-        return cls(features, pixels, array("turns.f32", np.float32, 2, 3), array("done.u8", np.uint8))
+        return cls(
+            features=array("features.f16", np.float16, FEATURES, GRID, GRID),
+            pixels=array("pixels.u8", np.uint8, SIDE, SIDE, 3),
+            turns=array("turns.f32", np.float32, 2, 3),
+            done=array("done.u8", np.uint8),
+            place={hash_: number for number, hash_ in enumerate(hashes)},
+        )
 
-    def build(
-        self, pictures: Sequence[np.ndarray], modalities: Sequence[str], groups: Sequence[str], seed: int
-    ) -> None:
-        """Embed every missing view of `pictures` (each (H, W, 3) uint8), round 0 untouched, later ones augmented.
-
-        Later rounds leave out part of a group (data set) of more than FULL_GROUP pictures: it has variety of its own.
-        """
-        from ibisagent.segmenters.litemedsam import LiteMedSamEncoder
-
-        encoder = LiteMedSamEncoder(exact=False)
-        sizes = Counter(groups)
-        for round_, picture in np.ndindex(self.done.shape):
-            random = np.random.default_rng([seed, round_, picture])
-            wanted = round_ == 0 or random.random() < FULL_GROUP / sizes[groups[picture]]
-            if self.done[round_, picture] or not wanted:
+    def _build(self, pictures: Sequence[Case], seed: int) -> None:
+        encoder = GlanceEncoder()
+        sizes = Counter(case.meta.get("dataset") for case in pictures)
+        for round_, number in np.ndindex(self.done.shape):
+            random, case = np.random.default_rng([seed, round_, number]), pictures[number]
+            wanted = round_ == 0 or random.random() < FULL_GROUP / sizes[case.meta.get("dataset")]
+            if self.done[round_, number] or not wanted:
                 continue
-            view = cv2.resize(pictures[picture], (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+            view = cv2.resize(case.image.pixels, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
             turn = np.eye(2, 3, dtype=np.float32)
             if round_:
-                turn = random_turn(modalities[picture], random)
+                turn = random_turn(case.meta.get("modality", ""), random)
                 view = _recoloured(cv2.warpAffine(view, turn, (SIDE, SIDE), flags=cv2.INTER_LINEAR), random)
-            embedding = encoder.embed((view.astype(np.float32) / 255).transpose(2, 0, 1)[None])[0]
-            self.features[round_, picture] = pool(embedding).transpose(1, 2, 0)
-            self.pixels[round_, picture] = view
-            self.turns[round_, picture] = turn
-            self.done[round_, picture] = 1
-            if picture % 100 == 99:
-                print(f"view {round_} of picture {picture + 1} of {len(pictures)} embedded", flush=True)
+            self.features[round_, number] = encoder.embed(glance_input(view)[None])[0]
+            self.pixels[round_, number] = view
+            self.turns[round_, number] = turn
+            self.done[round_, number] = 1
+            if number % 200 == 199:
+                print(f"view {round_} of picture {number + 1} of {len(pictures)} embedded", flush=True)
+
+    def draw(self, picture: int, random: np.random.Generator) -> int:
+        """The round of a random view of a picture, given by its number."""
+        return int(random.choice(np.flatnonzero(self.done[:, picture])))
 
 
 def random_turn(modality: str, random: np.random.Generator) -> np.ndarray:

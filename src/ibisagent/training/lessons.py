@@ -1,0 +1,331 @@
+"""What `ibis-nano` is taught: turns about a view of a picture, each with a question, a state and the right reply.
+
+Masks of later turns come from the segmenter that the policy will work with, after right and wrong clicks, and from
+spoilt truths. Questions are those of the data factory (`teacher.phrasings`), without the ones kept for evaluation.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import cv2
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from ibisagent.clicks import bounding_box, interior_depth, next_click
+from ibisagent.datasets import CaseRow
+from ibisagent.domain import Box, Case, Click, Mask, Reply, Stop
+from ibisagent.masks import iou
+from ibisagent.policies.nano import LOCATIONS
+from ibisagent.protocol import START_LINE, write
+from ibisagent.segmenters.click_network import ClickNetwork
+from ibisagent.segmenters.frame import prompt_maps
+from ibisagent.segmenters.glance import places_seen
+from ibisagent.teacher.phrasings import DESCRIPTIONS, Absences, is_abnormal, phrasings, with_article
+from ibisagent.training.click_states import jittered_box, spoilt
+from ibisagent.training.views import SIDE, Bank, random_turn
+
+VIEW = (SIDE, SIDE)
+CELL = SIDE // LOCATIONS
+GOOD_ENOUGH = 0.8  # IoU at which the right reply is to stop
+LOOK_SIDE = 192  # pixels a side of the segmenter's looks
+
+WORDS, ABSENT, FIRST = 0.08, 0.14, 0.38
+"""Shares of the examples that ask for words, for an absent object, for a first turn; the rest are later turns."""
+
+SHARES = {"a tenth": 0.1, "a quarter": 0.25, "half": 0.5, "a twentieth": 0.05}
+ANYTHING = ("object", "structure", "target", "lesion", "region of interest", "abnormality", "finding", "area")
+SYLLABLES = (
+    *("ba", "co", "de", "fi", "gu", "hy", "ka", "lo", "mi"),
+    *("nu", "pe", "ra", "si", "to", "ve", "xo", "cyte", "oma"),
+)
+LOOK = "I look for the {}."
+MISSED = "A part of the {} is missing."
+LEAKED = "The mask goes beyond the {}."
+DONE = "The mask fits the {}."
+NOT_THERE = "I see no {} here."
+IN_WORDS = "No pixels are needed."
+KINDS = (
+    "referring",
+    "existence",
+    "reasoning",
+    "abnormality",
+    "refinement",
+    "modality",
+    "organ",
+    "side",
+    "size",
+    "which",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """One mask of one picture of the bank.
+
+    picture: its number there. mask (SIDE, SIDE) bool, squashed. present: names of all objects of the picture.
+    """
+
+    picture: int
+    mask: Mask
+    row: CaseRow
+    present: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the object."""
+        return self.row.object
+
+
+def pairs_from(cases: Iterable[Case], rows: Sequence[CaseRow], bank: Bank) -> list[Pair]:
+    """The pairs of `cases`, which `rows` describe one for one."""
+    present: dict[str, list[str]] = {}
+    for row in rows:
+        present.setdefault(str(row.image), []).append(row.object)
+    return [
+        Pair(bank.place[case.image.sha256], squash(case.targets[row.object]), row, tuple(present[str(row.image)]))
+        for case, row in zip(cases, rows, strict=True)
+        if case.targets and case.targets[row.object].any()
+    ]
+
+
+@dataclass(eq=False)
+class Example:
+    """One turn to learn. places: for each location token of the reply, its (LOCATIONS, LOCATIONS) distribution.
+
+    turn: (2, 3) affine map of SIDE x SIDE pixels that `features` still need; pixels and truth have had it. truth is
+    None where the question is not about a region.
+    """
+
+    features: np.ndarray
+    pixels: np.ndarray
+    truth: Mask | None
+    turn: np.ndarray = field(default_factory=lambda: np.eye(2, 3, dtype=np.float32))
+    query: str = ""
+    reply: str = ""
+    current: Mask = field(default_factory=lambda: np.zeros(VIEW, bool))
+    places: list[np.ndarray] = field(default_factory=list)
+
+    def answer(self, thought: str, *actions: Click | Box | Stop) -> None:
+        """Set the reply."""
+        self.reply = write(Reply(thought, actions), VIEW, dialect="ibis")
+
+
+def squash(plane: np.ndarray) -> Mask:
+    """A mask (H, W) on the SIDE x SIDE grid."""
+    return cv2.resize(plane.astype(np.uint8), VIEW, interpolation=cv2.INTER_NEAREST) > 0
+
+
+def depth_distribution(region: Mask, power: float = 1.0) -> np.ndarray:
+    """(LOCATIONS, LOCATIONS) float32 that sums to 1: places in `region`, deep ones more."""
+    depth = interior_depth(region) ** power
+    cells = depth.reshape(LOCATIONS, CELL, LOCATIONS, CELL).mean(axis=(1, 3))
+    return (cells / max(float(cells.sum()), 1e-9)).astype(np.float32)
+
+
+def corner_distribution(x: float, y: float, spread: float = 0.7) -> np.ndarray:
+    """(LOCATIONS, LOCATIONS) float32 that sums to 1: a bump of `spread` cells around view pixel (x, y)."""
+    row, column = np.mgrid[:LOCATIONS, :LOCATIONS] + 0.5
+    bump = np.exp(-((column - x / CELL) ** 2 + (row - y / CELL) ** 2) / (2 * spread**2))
+    return (bump / bump.sum()).astype(np.float32)
+
+
+def _square(turn: np.ndarray) -> np.ndarray:
+    """A (2, 3) affine map as a (3, 3) matrix."""
+    return np.vstack([turn, [0, 0, 1]])
+
+
+def turned_features(examples: Sequence[Example]) -> torch.Tensor:
+    """Features of a batch (B, C, GRID, GRID) after each example's `turn`: augmentation without the encoder's cost."""
+    to_unit = np.array([[2 / SIDE, 0, 1 / SIDE - 1], [0, 2 / SIDE, 1 / SIDE - 1], [0, 0, 1]])
+    from_unit = np.linalg.inv(to_unit)
+    maps = [(to_unit @ np.linalg.inv(_square(example.turn)) @ from_unit)[:2] for example in examples]
+    features = torch.from_numpy(np.stack([example.features for example in examples]).astype(np.float32))
+    grid = F.affine_grid(torch.from_numpy(np.stack(maps)).float(), list(features.shape), align_corners=False)
+    return F.grid_sample(features, grid, align_corners=False)
+
+
+class Lessons:
+    """Draws examples: a view of a pair, a question, a state, and the right reply to it."""
+
+    def __init__(self, pairs: Sequence[Pair], bank: Bank, segmenter: ClickNetwork | None, seed: int) -> None:
+        """segmenter: makes the masks of later turns; None leaves them out."""
+        self._pairs, self._bank, self._segmenter = pairs, bank, segmenter
+        self._random = np.random.default_rng(seed)
+        groups = [(pair.row.dataset, pair.name) for pair in pairs]
+        counts = Counter(groups)
+        weights = np.array([counts[group] ** -0.5 for group in groups])
+        self._weights = weights / weights.sum()
+        self._absences = Absences([pair.row for pair in pairs])
+        self._offered = {kind: [text for _, text in phrasings(kind, held_out=False)] for kind in KINDS}
+
+    def draw(self, count: int) -> list[Example]:
+        """`count` fresh examples."""
+        examples, unseen = [], []
+        for index in self._random.choice(len(self._pairs), count, p=self._weights):
+            pair = self._pairs[index]
+            example = self._view(pair)
+            examples.append(example)
+            kind = self._random.random()
+            if example.truth is None or not example.truth.any() or kind < WORDS:
+                self._ask_for_words(example, pair)
+            elif kind < WORDS + ABSENT and (absent := self._absent(pair)):
+                self._ask_for_absent(example, absent)
+            elif kind < WORDS + ABSENT + FIRST or self._segmenter is None:
+                self._first_turn(example, pair)
+            else:
+                unseen.append((example, pair))
+        if unseen:
+            self._later_turns(unseen)
+        return examples
+
+    def _pick(self, choices: Sequence[str]) -> str:
+        return choices[int(self._random.integers(len(choices)))]
+
+    def _view(self, pair: Pair) -> Example:
+        round_ = self._bank.draw(pair.picture, self._random)
+        turn, pixels = self._bank.turns[round_, pair.picture], self._bank.pixels[round_, pair.picture]
+        further = np.eye(2, 3, dtype=np.float32)
+        if self._random.random() < 0.75:
+            further = random_turn(pair.row.modality, self._random)
+            pixels = cv2.warpAffine(pixels, further, VIEW, flags=cv2.INTER_LINEAR)
+        both = (_square(further) @ _square(turn))[:2]
+        truth = cv2.warpAffine(pair.mask.astype(np.uint8), both, VIEW, flags=cv2.INTER_NEAREST) > 0
+        return Example(self._bank.features[round_, pair.picture], pixels, truth, further)
+
+    def _phrase(self, kind: str, name: str, **words: str) -> str:
+        return self._pick(self._offered[kind]).format(name=name, a_name=with_article(name), **words)
+
+    def _question(self, pair: Pair) -> tuple[str, str, str]:
+        """(kind, text, name to use for the object) of a question about an object that is there."""
+        name, dice = pair.name, self._random.random()
+        if dice < 0.07:  # an unknown word still means the thing that stands out
+            made_up = "".join(self._pick(SYLLABLES) for _ in range(self._random.integers(2, 5)))
+            name = self._pick(ANYTHING) if self._random.random() < 0.5 else made_up
+            return "referring", self._phrase("referring", name, modality=pair.row.modality), name
+        if dice < 0.22 and pair.name in DESCRIPTIONS:
+            return "reasoning", self._phrase("reasoning", name, description=self._pick(DESCRIPTIONS[name])), name
+        if dice < 0.26 and len(pair.present) == 1 and is_abnormal(name):
+            return "abnormality", self._phrase("abnormality", name), name
+        if dice < 0.4:
+            return "existence", self._phrase("existence", name), name
+        return "referring", self._phrase("referring", name, modality=pair.row.modality or "medical"), name
+
+    def _ask_for_words(self, example: Example, pair: Pair) -> None:
+        row, truth = pair.row, example.truth
+        ways: list[tuple[str, str, dict[str, str]]] = [("modality", row.modality, {}), ("organ", row.site, {})]
+        if truth is not None and truth.any():
+            columns = np.flatnonzero(truth.any(axis=0))
+            if columns[-1] < 0.48 * SIDE or columns[0] > 0.52 * SIDE:
+                ways.append(("side", "left" if columns[0] < SIDE / 2 else "right", {}))
+            share = self._pick(list(SHARES))
+            if not 0.75 * SHARES[share] < truth.mean() < 1.3 * SHARES[share]:
+                ways.append(("size", "yes" if truth.mean() > SHARES[share] else "no", {"share": share}))
+            if (near := self._absences.near(row, pair.present)) and not is_abnormal(pair.name):
+                both = list(self._random.permutation([pair.name, self._pick(near)]))
+                ways.append(("which", pair.name, {"first": both[0], "second": both[1]}))
+        ways = [way for way in ways if way[1]] or [("modality", "unknown", {})]
+        kind, answer, words = ways[int(self._random.integers(len(ways)))]
+        example.query, example.truth = self._phrase(kind, pair.name, **words), None
+        example.answer(IN_WORDS, Stop(answer))
+
+    def _absent(self, pair: Pair) -> str:
+        """The name of an object that the pair's picture does not show; "" where none is known."""
+        near, far = self._absences.near(pair.row, pair.present), self._absences.far(pair.row, pair.present)
+        choice = near if near and self._random.random() < 0.5 else far or near
+        return self._pick(choice) if choice else ""
+
+    def _ask_for_absent(self, example: Example, name: str) -> None:
+        kind = self._pick(("existence", "referring"))
+        example.query, example.truth = self._phrase(kind, name, modality="medical"), np.zeros(VIEW, bool)
+        example.answer(NOT_THERE.format(name), Stop(f"There is no {name} here.", (name,)))
+
+    def _first_turn(self, example: Example, pair: Pair) -> None:
+        _, example.query, name = self._question(pair)
+        self._begin(example, name)
+
+    def _begin(self, example: Example, name: str) -> None:
+        assert example.truth is not None
+        box = bounding_box(example.truth, "")
+        click = next_click(example.truth, np.zeros(VIEW, bool), "")
+        assert box is not None  # `draw` skips empty truths
+        assert click is not None
+        example.answer(LOOK.format(name), click, box)
+        corners = [corner_distribution(box.x0, box.y0), corner_distribution(box.x1, box.y1)]
+        example.places = [depth_distribution(example.truth), *corners]
+
+    def _later_turns(self, unseen: Sequence[tuple[Example, Pair]]) -> None:
+        prompts = [self._earlier_prompts(example.truth) for example, _ in unseen]
+        for (example, pair), mask in zip(unseen, self._masks(unseen, prompts), strict=True):
+            truth = example.truth
+            assert truth is not None
+            example.current = mask
+            kind, example.query, name = self._question(pair)
+            if self._random.random() < 0.2:  # as `render` says it of a mask that the user brought
+                if kind == "referring" and name == pair.name:
+                    example.query = self._phrase("refinement", name)
+                example.query += "\n" + START_LINE
+            click = next_click(truth, mask, "")
+            if click is None or iou(mask, truth) >= GOOD_ENOUGH:
+                seen = f"Yes, the {name} is visible and segmented."
+                example.answer(DONE.format(name), Stop(seen if kind == "existence" else f"The {name} is segmented."))
+            elif not mask.any():
+                self._begin(example, name)
+            else:
+                example.answer((MISSED if click.positive else LEAKED).format(name), click)
+                wrong = truth & ~mask if click.positive else mask & ~truth
+                example.places = [depth_distribution(wrong, power=1.5)]
+
+    def _earlier_prompts(self, truth: Mask | None) -> list[Click | Box]:
+        """What an imperfect first turn may have asked for; empty for "a spoilt truth instead"."""
+        assert truth is not None
+        kind, prompts = self._random.random(), list[Click | Box]()
+        if kind < 0.2:
+            return prompts
+        region = truth if kind < 0.85 else np.ones(VIEW, bool)
+        rows, columns = np.nonzero(region)
+        index = self._random.integers(rows.size)
+        prompts.append(Click(int(columns[index]), int(rows[index]), True, ""))
+        if kind < 0.7:
+            prompts.append(jittered_box(truth, self._random, self._random.choice([0.05, 0.15, 0.3])))
+        return prompts
+
+    def _masks(self, unseen: Sequence[tuple[Example, Pair]], prompts: Sequence[list[Click | Box]]) -> list[Mask]:
+        """Masks that the segmenter gives for `prompts`, some after one more click, right or wrong; or spoilt truths."""
+        planes = np.zeros((len(unseen), 7, LOOK_SIDE, LOOK_SIDE), np.float32)
+        for index, (example, _) in enumerate(unseen):
+            small = cv2.resize(example.pixels, (LOOK_SIDE, LOOK_SIDE), interpolation=cv2.INTER_AREA)
+            planes[index, :3] = small.transpose(2, 0, 1).astype(np.float32) / 255
+        features = turned_features([example for example, _ in unseen])
+        masks = self._predict(planes, features, prompts)
+        for (example, _), given, mask in zip(unseen, prompts, masks, strict=True):
+            assert example.truth is not None
+            click = next_click(example.truth, mask, "") if given and self._random.random() < 0.5 else None
+            if click is not None and self._random.random() < 0.3:
+                x, y = (int(number) for number in self._random.integers(SIDE, size=2))
+                click = Click(x, y, not mask[y, x], "")
+            if click is not None:
+                given.append(click)
+        masks = self._predict(planes, features, prompts)
+        return [
+            mask if given or example.truth is None else spoilt(example.truth, self._random)
+            for (example, _), given, mask in zip(unseen, prompts, masks, strict=True)
+        ]
+
+    def _predict(
+        self, planes: np.ndarray, features: torch.Tensor, prompts: Sequence[Sequence[Click | Box]]
+    ) -> list[Mask]:
+        """One pass of the segmenter; `planes` keeps the mask probabilities for the next one."""
+        assert self._segmenter is not None
+        step = SIDE / LOOK_SIDE
+        to_view = np.array([[step, 0, step / 2 - 0.5], [0, step, step / 2 - 0.5]])
+        places = torch.from_numpy(places_seen(to_view, VIEW, LOOK_SIDE)).expand(len(planes), -1, -1, -1)
+        for plane, given in zip(planes, prompts, strict=True):
+            plane[4:] = prompt_maps(given, LOOK_SIDE, 1 / step)
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = self._segmenter(torch.from_numpy(planes), features, places)[0][:, 0].float()
+        planes[:, 3] = logits.sigmoid().numpy()
+        return [cv2.resize(one, VIEW, interpolation=cv2.INTER_LINEAR) > 0 for one in logits.numpy()]
