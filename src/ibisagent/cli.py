@@ -27,6 +27,7 @@ from ibisagent.errors import ConfigError, IbisError
 if TYPE_CHECKING:
     from ibisagent.ceiling import Agent, Ceiling, Group
     from ibisagent.datasets import CaseSource
+    from ibisagent.doctor import RewardReport
     from ibisagent.domain import Episode, Image, Turn
     from ibisagent.evaluation import Evaluation, Summary
     from ibisagent.policies.base import Policy
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from ibisagent.volumes import Volume
 
 EXIT_ERROR = 2
+EXIT_CONSTANT = 1  # of 'doctor rewards': nothing failed, but what was looked for is there
 stdout = Console(highlight=False, markup=False, soft_wrap=True)
 stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
@@ -831,9 +833,15 @@ def models(as_json: JsonOption = False) -> None:
         stdout.print(f"{model.kind:9}  {model.spec}\n{'':11}{model.what}\n{'':11}weights: {', '.join(facts)}")
 
 
-@app.command()
-def doctor(as_json: JsonOption = False) -> None:
+doctor_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
+app.add_typer(doctor_app, name="doctor")
+
+
+@doctor_app.callback()
+def doctor(context: typer.Context, as_json: JsonOption = False) -> None:
     """Check this machine: versions, devices, weights, folders, and one tiny episode. Exit code 2 if something fails."""
+    if context.invoked_subcommand is not None:
+        return
     from ibisagent import inventory
 
     checks = inventory.check_machine()
@@ -843,6 +851,47 @@ def doctor(as_json: JsonOption = False) -> None:
         for check in checks:
             stdout.print(f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.finding}")
     if not all(check.passed for check in checks):
+        raise typer.Exit(EXIT_ERROR)
+
+
+@doctor_app.command("rewards")
+def doctor_rewards(
+    episodes: Annotated[
+        list[Path], typer.Argument(metavar="EPISODES...", help="Folders of episodes, or records of single ones.")
+    ],
+    data: Annotated[
+        Path, typer.Option(help="The truth: data set folder, manifest, or what 'build-data' made of them.")
+    ],
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="TOML file whose table [reward] holds weights and constants.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check that every reward term varies over recorded EPISODES, and which one decides.
+
+    Exit code 1 if a term is the same in all of them: training would not feel it. Episodes of the same case make a
+    group, as in GRPO; give several folders to bring them together. Episodes without truth in DATA are listed and left
+    out; the exit code is then 2.
+    """
+    with _status("reading the data", quiet=as_json):
+        from ibisagent import doctor as checking
+        from ibisagent.rewards import PAPER, read_weights
+
+        weights = PAPER if config is None else read_weights(config)
+        cases = checking.read_truth(data)
+    replayed = (episode for path in episodes for episode in checking.read_episodes(path))
+    report = checking.check_rewards(replayed, cases, weights)
+    if as_json:
+        _print_json(report.to_json())
+    else:
+        _print_rewards(report)
+    for failure in report.failures:
+        stderr.print(f"failed, left out: {failure.case_id}: {_one_line(failure.error, 300)}")
+    if constant := [term for term in report.terms if term.constant]:
+        listed = ", ".join(f"{term.name} ({term.mean:.3g})" for term in constant)
+        stderr.print(f"constant over all {report.episodes} episodes, so nothing can be learnt from it: {listed}")
+        raise typer.Exit(EXIT_CONSTANT)
+    if report.failures:
         raise typer.Exit(EXIT_ERROR)
 
 
@@ -1012,6 +1061,34 @@ def _print_evaluation(result: Evaluation, by: str) -> None:
     stdout.print("episodes ended: " + ", ".join(f"{name} {count}" for name, count in overall.stops.items()))
     for failure in result.failures:
         stderr.print(f"failed, left out: {failure.case_id}: {_one_line(failure.error, 300)}")
+
+
+def _print_rewards(report: RewardReport) -> None:
+    groups = f", {report.groups} of them with several" if report.groups else ""
+    table = Table(
+        *("", "weight", "min", "mean", "max", "std", "varies", "corr.", "share"),
+        title=f"{report.episodes} episodes of {report.cases} cases{groups}",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,  # fits into 80 columns
+    )
+    for term in (*report.terms, report.total):
+        values = [f"{value + 0.0:.3f}" for value in (term.minimum, term.mean, term.maximum, term.std)]
+        varies = "" if term.varies is None else f"{term.varies:.0%}"
+        if term is report.total:
+            table.add_row(term.name, "", *values, varies, "", "")
+        else:
+            correlation = "" if term.correlation is None else f"{term.correlation:+.2f}"
+            share = "" if term.constant or term.share is None else f"{term.share:.0%}"
+            table.add_row(term.name, f"{term.weight:g}", *values, varies, correlation, share)
+    stdout.print(table)
+    where = "within groups" if report.groups else "over the batch"
+    if report.groups:
+        stdout.print("varies: in this share of the groups")
+    stdout.print(f"corr.: with the total; share: of its variance {where}")
+    if (dominant := report.dominant) is not None and dominant.share is not None:
+        stdout.print(f"{dominant.name} decides: {dominant.share:.0%} of that variance comes from it")
 
 
 def _print_ceiling(result: Ceiling, agent: Agent | None) -> None:
