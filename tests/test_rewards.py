@@ -76,6 +76,7 @@ def test_the_papers_maximum() -> None:
     result = score(play((click(15, 15), whole), (STOP, whole)), case())
     assert (result.answer, result.format, result.click, result.progress, result.length) == (3, 1, 1, 1, 1)
     assert result.total == pytest.approx(1.4)
+    assert result.iou == 1
 
 
 @pytest.mark.parametrize(("part", "value"), [(0.5, 0), (0.55, 1), (0.7, 1), (0.75, 2), (0.8, 2), (0.85, 3), (1.0, 3)])
@@ -218,7 +219,8 @@ def test_several_targets() -> None:
     two = {**one, "liver": LIVER}
     result = score(play((click(15, 15), one), (click(45, 15, target="liver"), two), (STOP, two)), both)
     assert result.total == pytest.approx(1.4)
-    assert score(play((click(15, 15), one), (STOP, one)), both).answer == 1.5
+    missing = score(play((click(15, 15), one), (STOP, one)), both)
+    assert (missing.answer, missing.iou) == (1.5, 0.5)
     swapped = {"spleen": LIVER, "liver": SPLEEN}
     assert score(play((click(15, 15), swapped), (STOP, swapped)), both).answer == 0
     mixed = case({"spleen": SPLEEN, "kidney": NONE})
@@ -281,14 +283,21 @@ def test_border_progress_does_not_see_the_border() -> None:
 
 
 def test_predicted_quality_is_the_sum_of_what_the_steps_gained() -> None:
-    def turn(value: float | None, masks: Masks) -> Turn:
-        return Turn(Completion(""), Reply("", click(1, 1)), {}, masks, value)
+    def quality(*steps: tuple[float | None, Masks], start: Masks | None = None) -> float:
+        before, turns = start or {}, []
+        for value, after in steps:
+            turns.append(Turn(Completion(""), Reply("", click(1, 1)), before, after, value))
+            before = after
+        return predicted_quality_score(turns)
 
     half, whole = {"spleen": share(0.5)}, {"spleen": SPLEEN}
-    assert predicted_quality_score([]) == 0
-    assert predicted_quality_score([turn(0.4, half), turn(0.9, whole)]) == 0.9
-    assert predicted_quality_score([turn(0.9, whole), turn(0.4, half), turn(None, half)]) == 0.4
-    assert predicted_quality_score([turn(0.9, whole), turn(None, {})]) == 0
+    assert quality() == 0
+    assert quality((0.4, half), (0.9, whole)) == 0.9
+    assert quality((0.9, whole), (0.4, half), (None, half)) == 0.4
+    assert quality((0.9, whole), (None, {})) == 0
+    assert quality((0.9, whole), (None, half), start=half) == 0  # an Undo back to the given mask, which has no estimate
+    assert quality((0.8, whole), (0.4, {**whole, "liver": LIVER})) == pytest.approx(0.6)
+    assert quality((0.8, whole), (0.4, {**whole, "liver": LIVER}), (None, whole)) == 0.8
 
 
 def test_turns_cost_from_the_first_on() -> None:

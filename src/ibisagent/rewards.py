@@ -30,6 +30,7 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -84,22 +85,27 @@ PAPER = RewardWeights()
 def read_weights(path: str | Path) -> RewardWeights:
     """The table [reward] of a TOML file, whatever else it holds; the paper's weights where it has none.
 
-    ConfigError if the file cannot be read, or the table holds unknown names or values of another kind.
+    ConfigError if the file cannot be read, and as for `weights_of`.
     """
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8")).get("reward", {})
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as TOML ({error}); see recipes/ for examples") from error
-    if not isinstance(table, dict):
-        raise ConfigError(f"{path}: 'reward' is no table; give [reward]")
+    return weights_of(table, str(path))
+
+
+def weights_of(table: Any, where: str) -> RewardWeights:
+    """The weights in a table of settings. ConfigError for unknown names, or values of another kind."""
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{where}: 'reward' is no table; give [reward]")
     if unknown := sorted(table.keys() - asdict(PAPER).keys()):
-        raise ConfigError(f"{path}: reward: unknown '{unknown[0]}'; there are: {', '.join(asdict(PAPER))}")
+        raise ConfigError(f"{where}: reward: unknown '{unknown[0]}'; there are: {', '.join(asdict(PAPER))}")
     try:
-        return TypeAdapter(RewardWeights).validate_python(table)
+        return TypeAdapter(RewardWeights).validate_python(dict(table))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in ("reward", *first["loc"]))
-        raise ConfigError(f"{path}: {where}: {first['msg']} (given: {first['input']!r})") from error
+        place = ".".join(str(part) for part in ("reward", *first["loc"]))
+        raise ConfigError(f"{where}: {place}: {first['msg']} (given: {first['input']!r})") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +125,7 @@ class TurnScore:
 class Score:
     """The terms S_ans, S_format, S_click, S_pseg (`progress`), S_len of an episode, their total, every turn's part.
 
+    iou: mean IoU of the final masks over the targets and every other object with a mask; 1 if there are neither.
     more: the terms that are not the paper's, of those that are on.
     """
 
@@ -128,6 +135,7 @@ class Score:
     progress: float
     length: float
     total: float
+    iou: float
     turns: tuple[TurnScore, ...]
     more: Mapping[str, float] = field(default_factory=dict)
 
@@ -171,7 +179,7 @@ def score(episode: Episode, case: Case, weights: RewardWeights = PAPER) -> Score
     if weights.turns:
         more["turns"] = turns_score(len(progress))
     total = sum(weight * {**terms, **more}[name] for name, weight in weights.terms.items()) / 5
-    return Score(**terms, total=total, turns=turns, more=more)
+    return Score(**terms, total=total, iou=_agreement(episode.masks, targets, names), turns=turns, more=more)
 
 
 def answer_score(episode: Episode, case: Case, names: Mapping[str, str], weights: RewardWeights = PAPER) -> float:
@@ -241,16 +249,19 @@ def border_progress_score(
 def predicted_quality_score(turns: Sequence[Turn]) -> float:
     """What the segmenter itself thinks the steps have gained: its estimate of the IoU at the end, in [0, 1].
 
-    The estimate starts at 0, is that of the last turn that changed a mask, and 0 again when no mask is left. As the sum
-    of all steps' gains it cannot be raised by going to and fro. It is as good as the segmenter's calibration.
+    Each mask has the estimate of the last turn that changed it, a given one 0, and the mean over the masks is taken; 0
+    without any. As the sum of all steps' gains it cannot be raised by going to and fro. It is as good as the
+    segmenter's calibration.
     """
-    quality = 0.0
+    quality: dict[str, float] = {}
     for turn in turns:
-        if not any(mask.any() for mask in turn.after.values()):
-            quality = 0.0
-        elif turn.segmenter_score is not None:
-            quality = turn.segmenter_score
-    return quality
+        quality = {
+            name: quality.get(name, 0.0)
+            if name in turn.before and np.array_equal(mask, turn.before[name])
+            else turn.segmenter_score or 0.0
+            for name, mask in turn.after.items()
+        }
+    return float(np.mean([*quality.values()])) if quality else 0.0
 
 
 def turns_score(steps: int) -> float:
