@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -36,7 +37,9 @@ ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes" / "verl"
 SIZE = (61, 83)
 DISC = (np.mgrid[: SIZE[0], : SIZE[1]][1] - 30) ** 2 + (np.mgrid[: SIZE[0], : SIZE[1]][0] - 25) ** 2 <= 144
-needs_verl = pytest.mark.skipif(find_spec("verl") is None, reason="verl is not installed: pip install 'verl>=0.9.1'")
+needs_verl = pytest.mark.skipif(
+    find_spec("verl") is None, reason="verl is not installed: see recipes/verl/requirements.txt"
+)
 
 
 def test_the_reward_comes_with_its_terms() -> None:
@@ -59,6 +62,12 @@ def test_text_alone_is_refused() -> None:
 def test_the_package_does_not_need_verl() -> None:
     code = "import sys, ibisagent, ibisagent.verl.reward, ibisagent.cli; sys.exit('verl' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_requirements_beside_verl_are_ours() -> None:
+    ours = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    wanted = [line for line in (RECIPES / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    assert wanted == [name for name in ours if not name.startswith(("torch", "transformers"))]
 
 
 def test_the_launch_script_says_what_it_lacks(tmp_path: Path) -> None:
@@ -230,6 +239,31 @@ def test_the_stream_is_what_the_template_makes_of_the_whole_conversation(records
     assert [turn.split("\n")[0] for turn in turns] == ["system", *["user", "assistant"] * 3]
     assert all(turn.rstrip("\n").endswith("<|im_end|>") for turn in turns)
     assert [turn.count("<|image_pad|>") for turn in turns] == [0, 1, 0, 1, 0, 1, 0]
+
+
+@needs_verl
+def test_verl_makes_training_inputs_of_a_path(records: Any, processor: Any, tmp_path: Path) -> None:
+    """The worker's own steps after a path: pixels, places of every token, the reward on the last one."""
+    output, _ = play(processor, records["referring"], [MISS, STOP])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torch
+        from test_policies import tiny_qwen
+        from verl.experimental.agent_loop.agent_loop import AgentLoopWorker
+        from verl.utils.tokenizer import hf_processor
+
+        tiny_qwen(tmp_path)
+        worker = object.__new__(AgentLoopWorker)
+        worker.processor, worker.tokenizer, worker.mm_processor_kwargs = hf_processor(tmp_path), processor.tokenizer, {}
+        ids = torch.tensor([output.prompt_ids + output.response_ids])
+        inputs = worker._compute_multi_modal_inputs(output, ids)
+        places = worker._compute_position_ids(ids, torch.ones_like(ids), inputs)
+    assert len(inputs["image_grid_thw"]) == 2
+    assert inputs["image_grid_thw"].prod(dim=1).sum() // 4 == (ids == 0).sum()
+    assert places.shape == (1, 4, ids.shape[1])
+    rewards = output.as_dict()["rm_scores"]
+    assert rewards[-1] == pytest.approx(output.reward_score)
+    assert not rewards[:-1].any()
 
 
 @needs_verl
