@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -9,7 +10,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
@@ -88,7 +90,59 @@ SeedOption = Annotated[int, typer.Option(help="Seed of whatever is drawn.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value for machines instead of text.")]
 
 
+@dataclass(frozen=True)
+class PolicyChoice:
+    """The options of every command that loads a policy (see `_spread`)."""
+
+    policy: PolicyOption = "ibis-nano"
+    dialect: DialectOption = None
+    history: HistoryOption = None
+    device: DeviceOption = "auto"
+    dtype: DtypeOption = "auto"
+    adapter: AdapterOption = None
+    max_pixels: PixelsOption = None
+
+    def load(self, **more: Any) -> Policy:
+        """The policy. more: arguments of `load_policy` beyond these."""
+        from ibisagent.policies import load_policy
+
+        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "policy"}
+        return load_policy(self.policy, **given, **more)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """The options of every command that can draw replies by chance."""
+
+    temperature: TemperatureOption = 0.0
+    seed: SeedOption = 0
+
+
+def _spread(command: Callable[..., None]) -> Callable[..., None]:
+    """A command in which each parameter that is a dataclass stands for that class's fields, as options of their own."""
+    parameters = inspect.signature(command, eval_str=True).parameters
+    bundles: dict[str, Any] = {
+        name: each.annotation for name, each in parameters.items() if is_dataclass(each.annotation)
+    }
+    shown: dict[str, inspect.Parameter] = {}
+    for name, each in parameters.items():
+        spread = inspect.signature(bundles[name], eval_str=True).parameters if name in bundles else {name: each}
+        shown |= {name: one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, one in spread.items()}
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        for name, bundle in bundles.items():
+            parts = {field.name: given.pop(field.name) for field in fields(bundle) if field.name in given}
+            given[name] = bundle(**parts)
+        command(**given)
+
+    vars(run)["__signature__"] = inspect.Signature(list(shown.values()))
+    run.__annotations__ = {name: one.annotation for name, one in shown.items()}
+    return run
+
+
 @app.command()
+@_spread
 def segment(
     images: Annotated[
         list[str],
@@ -99,22 +153,15 @@ def segment(
         ),
     ],
     query: Annotated[str, typer.Argument(metavar="QUERY", help='What to segment, such as "the optic disc".')],
+    choice: PolicyChoice,
+    drawing: Drawing,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("ibisagent-output"),
-    policy: PolicyOption = "ibis-nano",
     segmenter: SegmenterOption = "ibis-click",
-    dialect: DialectOption = None,
-    history: HistoryOption = None,
     max_turns: TurnsOption = None,
     keep: KeepOption = "best",
     start_mask: Annotated[
         list[Path] | None, typer.Option(help="Mask to refine (0 outside); once per image, in their order.")
     ] = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    adapter: AdapterOption = None,
-    max_pixels: PixelsOption = None,
-    temperature: TemperatureOption = 0.0,
-    seed: SeedOption = 0,
     axis: Annotated[str, typer.Option(help="Volumes: slices to look at: auto, axial, coronal, sagittal.")] = "auto",
     slices: Annotated[
         str | None, typer.Option(help="Volumes: key slices, such as 12,40,77 or ::10. Default: searched for.")
@@ -146,7 +193,7 @@ def segment(
     query, kept = _check_query(query), _check_keep(keep)
     if store is not None and not {"seg", "sr"} & set(formats or ()):
         raise ConfigError("--store sends DICOM objects: ask for them with --format seg, and --format sr")
-    for spec in (policy, segmenter):
+    for spec in (choice.policy, segmenter):
         if spec.startswith(("endpoint:", "remote:")):
             stderr.print(f"pictures are sent to {_one_line(spec.partition(':')[2].partition('#')[0])}")
     starts: list[Path | None] = [*start_mask] if start_mask else [None] * len(images)
@@ -154,21 +201,10 @@ def segment(
         raise ConfigError(f"{len(starts)} start masks for {len(images)} images: give one per image, in their order")
     with _status("loading the models", quiet=as_json):
         from ibisagent import session
-        from ibisagent.policies import load_policy
         from ibisagent.segmenters import load_segmenter
 
-        writer = load_policy(
-            policy,
-            dialect=dialect,
-            history=history,  # type: ignore[arg-type]
-            device=device,
-            dtype=dtype,
-            adapter=adapter,
-            max_pixels=max_pixels,
-            temperature=temperature,
-            seed=seed,
-        )
-        engine = load_segmenter(segmenter, device=device)
+        writer = choice.load(**asdict(drawing))
+        engine = load_segmenter(segmenter, device=choice.device)
     results: list[dict[str, Any]] = []
     names = session.file_names(images)
     volumes = _Volumes(
@@ -372,26 +408,20 @@ def replay(
 
 
 @app.command()
+@_spread
 def evaluate(
     data: Annotated[Path, typer.Argument(help="Data set folder, or a manifest (.csv, .jsonl).")],
+    choice: PolicyChoice,
+    drawing: Drawing,
     split: Annotated[str | None, typer.Option(help="Rows to evaluate. Default: val where it exists, else all.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write all of it to this JSON file.")] = None,
-    policy: PolicyOption = "ibis-nano",
     segmenter: SegmenterOption = "ibis-click",
-    dialect: DialectOption = None,
-    history: HistoryOption = None,
     max_turns: TurnsOption = None,
     keep: KeepOption = "best",
     batch_size: Annotated[int, typer.Option(help="Episodes run together.", min=1)] = 16,
     limit: Annotated[int | None, typer.Option(help="Only this many cases, spread over the data.", min=1)] = None,
     baselines: Annotated[bool, typer.Option(help="Also run the oracle's clicks and the blind clicks.")] = True,
     by: Annotated[str, typer.Option(help="Group the table by modality, dataset or object.")] = "modality",
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    adapter: AdapterOption = None,
-    max_pixels: PixelsOption = None,
-    temperature: TemperatureOption = 0.0,
-    seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a policy with a segmenter on labelled DATA, beside the baselines.
@@ -406,25 +436,15 @@ def evaluate(
         from ibisagent.segmenters import load_segmenter
 
         everything, cases = _cases(data, split, limit)
-        engine = load_segmenter(segmenter, device=device)
-        needs_prior = baselines or policy == "location-prior"
+        engine = load_segmenter(segmenter, device=choice.device)
+        needs_prior = baselines or choice.policy == "location-prior"
         prior = evaluation.location_prior(everything, cases) if needs_prior else None
         writer: Policy | None
-        if policy == "location-prior":
+        if choice.policy == "location-prior":
             writer = prior
         else:
-            writer = load_policy(
-                policy,
-                dialect=dialect,
-                history=history,  # type: ignore[arg-type]
-                device=device,
-                dtype=dtype,
-                adapter=adapter,
-                max_pixels=max_pixels,
-                temperature=temperature,
-                seed=seed,
-                batch_size=batch_size,
-                cases=cases.by_id if policy == "oracle" else None,
+            writer = choice.load(
+                **asdict(drawing), batch_size=batch_size, cases=cases.by_id if choice.policy == "oracle" else None
             )
         if writer is None:
             raise ConfigError(f"{data}: has no rows of split 'train', from which location-prior learns")
@@ -679,35 +699,23 @@ def train_segmenter(
 
 
 @app.command()
+@_spread
 def serve_policy(
-    policy: PolicyOption = "ibis-nano",
-    dialect: DialectOption = None,
-    history: HistoryOption = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    adapter: AdapterOption = None,
-    max_pixels: PixelsOption = None,
+    choice: PolicyChoice,
     host: Annotated[str, typer.Option(help="Address to listen on; beyond this machine set IBIS_TOKEN.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
 ) -> None:
     """Serve a model to anything that speaks the OpenAI chat protocol, such as --policy endpoint:URL#MODEL."""
     _require_server()
     with _status("loading the model", quiet=False):
-        from ibisagent.policies import load_policy
         from ibisagent.policies.mllm import MllmPolicy
         from ibisagent.server.chat import serve
 
-        writer = load_policy(
-            policy,
-            dialect=dialect,
-            history=history,  # type: ignore[arg-type]
-            device=device,
-            dtype=dtype,
-            adapter=adapter,
-            max_pixels=max_pixels,
-        )
+        writer = choice.load()
     if not isinstance(writer, MllmPolicy):
-        raise ConfigError(f"policy '{policy}' is no model that could be served; give ibis-nano, a folder or a hub id")
+        raise ConfigError(
+            f"policy '{choice.policy}' is no model that could be served; give ibis-nano, a folder or a hub id"
+        )
     serve(writer, host=host, port=port)
 
 
@@ -739,15 +747,10 @@ AreaOption = Annotated[int, typer.Option(help="Largest picture in megapixels.", 
 
 
 @app.command()
+@_spread
 def serve(
-    policy: PolicyOption = "ibis-nano",
+    choice: PolicyChoice,
     segmenter: SegmenterOption = "ibis-click",
-    dialect: DialectOption = None,
-    history: HistoryOption = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    adapter: AdapterOption = None,
-    max_pixels: PixelsOption = None,
     data: DataFolderOption = None,
     host: HostOption = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8002,
@@ -766,22 +769,13 @@ def serve(
     with _status("loading the models", quiet=False):
         import platformdirs
 
-        from ibisagent.policies import load_policy
         from ibisagent.segmenters import load_segmenter
         from ibisagent.server import app as server
         from ibisagent.server.service import Limits, Service
         from ibisagent.server.volumes import PackageVolumes
 
         mounts = server.standard_mounts(page=page)
-        writer = load_policy(
-            policy,
-            dialect=dialect,
-            history=history,  # type: ignore[arg-type]
-            device=device,
-            dtype=dtype,
-            adapter=adapter,
-            max_pixels=max_pixels,
-        )
+        writer = choice.load()
         limits = Limits(
             sessions=max_sessions,
             idle_seconds=idle_minutes * 60,
@@ -790,7 +784,7 @@ def serve(
         )
         folder = data or Path(platformdirs.user_data_dir("ibisagent")) / "server"
         server.check_host(host)
-        engine = load_segmenter(segmenter, device=device)
+        engine = load_segmenter(segmenter, device=choice.device)
         service = Service(writer, engine, folder, limits=limits, volumes=PackageVolumes())
     address = f"http://{host}:{port}"
     stderr.print(f"{address}{'' if page else '/docs'} - sessions in {folder} - stop with Ctrl+C")
@@ -813,7 +807,16 @@ def ui(
     browser: Annotated[bool, typer.Option(help="Open the page in the web browser.")] = True,
 ) -> None:
     """The web page: open an image, say what to segment, watch the agent, correct it with your own clicks."""
-    serve(policy, segmenter, device=device, data=data, host=host, port=port, page=True, open_browser=browser)
+    serve(
+        policy=policy,
+        segmenter=segmenter,
+        device=device,
+        data=data,
+        host=host,
+        port=port,
+        page=True,
+        open_browser=browser,
+    )
 
 
 @app.command()
