@@ -92,6 +92,20 @@ def test_each_touched_target_is_predicted_once_from_all_its_prompts() -> None:
     assert second.segmenter_score == pytest.approx(0.3)
 
 
+def test_a_caller_can_end_an_episode() -> None:
+    environment = env(NotebookSegmenter())
+    turn = do(environment, click(3, 4))
+    environment.cut()
+    episode = environment.episode()
+    assert (episode.turns, episode.stop, environment.done) == ((turn,), "max_turns", True)
+    with pytest.raises(ConfigError, match="has ended"):
+        do(environment, click(9, 9))
+    stopped = env(NotebookSegmenter())
+    do(stopped, Stop(""))
+    stopped.cut()
+    assert stopped.episode().stop == "stopped"
+
+
 def test_image_is_opened_once_and_only_for_a_prompt() -> None:
     segmenter = NotebookSegmenter()
     environment = env(segmenter)

@@ -18,6 +18,7 @@ LAYERS = (
     ("teacher",),
     ("trajectories", "training", "evaluation", "ceiling", "session", "inventory", "volume_agent", "client"),
     ("factory",),
+    ("doctor", "verl"),
     ("server",),
     ("cli",),
     ("__main__",),

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from ibisagent.domain import Action, Box, Case, Click, Completion, Episode, Image, Mask, Masks, Reply, Stop, Turn, Undo
-from ibisagent.errors import DataError
-from ibisagent.rewards import RewardWeights, box_iou, length_score, match_names, score
+from ibisagent.errors import ConfigError, DataError
+from ibisagent.rewards import (
+    PAPER,
+    RewardWeights,
+    border_progress_score,
+    box_iou,
+    length_score,
+    match_names,
+    predicted_quality_score,
+    read_weights,
+    score,
+    turns_score,
+)
 
 SIZE = (40, 60)
 IMAGE = Image(np.zeros((*SIZE, 3), dtype=np.uint8))
@@ -63,6 +76,7 @@ def test_the_papers_maximum() -> None:
     result = score(play((click(15, 15), whole), (STOP, whole)), case())
     assert (result.answer, result.format, result.click, result.progress, result.length) == (3, 1, 1, 1, 1)
     assert result.total == pytest.approx(1.4)
+    assert result.iou == 1
 
 
 @pytest.mark.parametrize(("part", "value"), [(0.5, 0), (0.55, 1), (0.7, 1), (0.75, 2), (0.8, 2), (0.85, 3), (1.0, 3)])
@@ -113,6 +127,32 @@ def test_undo_is_a_step_without_click() -> None:
     assert result.click == 0
 
 
+def test_clicks_beside_an_undo_are_judged_by_what_it_restores() -> None:
+    good, bad, whole = {"spleen": share(0.5)}, {"spleen": share(0.5) | area(25, 10, 40, 30)}, {"spleen": SPLEEN}
+    begin = ((click(15, 15), good), (click(35, 35), bad))
+    again = score(play(*begin, ((Undo(), *click(28, 15)), whole), (STOP, whole)), case())
+    assert again.turns[2].clicks == (1,)  # in the leak of `bad`, but missing from `good`
+    beside = score(play(*begin, ((Undo(), *click(28, 15, False)), good), (STOP, good)), case())
+    assert beside.turns[2].clicks == (-1,)
+    from_start = score(play(*begin, ((Undo(2), *click(12, 15)), whole), (STOP, whole)), case())
+    assert from_start.turns[2].clicks == (1,)
+    own = score(play(*begin, ((*click(35, 15, False), Undo(1), *click(35, 15, False)), good), (STOP, good)), case())
+    assert own.turns[2].clicks == (1, 1)  # it takes back its own click only, so `bad` stays
+
+
+def test_an_undo_of_half_a_turn_is_judged_by_the_masks_before_it() -> None:
+    half, leaky = {"spleen": share(0.5)}, {"spleen": share(0.5) | area(32, 10, 38, 20)}
+    two = ((*click(15, 15), *click(35, 15)), leaky)
+    result = score(play(two, ((Undo(1), *click(35, 12, False)), half), (STOP, half)), case())
+    assert result.turns[1].clicks == (1,)
+
+
+def test_what_follows_a_stop_counts_for_nothing() -> None:
+    whole = {"spleen": SPLEEN}
+    result = score(play((click(15, 15), whole), ((*STOP, *click(50, 35)), whole)), case())
+    assert result.total == pytest.approx(1.4)
+
+
 def test_segmenting_without_any_click_costs() -> None:
     result = score(play((STOP, {})), case())
     assert (result.answer, result.format, result.click, result.progress, result.length) == (0, 1, -1, 0, 1)
@@ -155,13 +195,32 @@ def test_absent_objects() -> None:
     assert score(play((click(15, 15), whole), (named, whole)), case()).answer == 0  # it is there
 
 
+def test_a_given_mask_that_is_right_needs_no_click() -> None:
+    fits, poor = {"spleen": share(0.9)}, {"spleen": share(0.7)}
+    assert score(play((STOP, fits), start=fits), case()).total == pytest.approx(1.4)
+    stopped = score(play((STOP, poor), start=poor), case())
+    assert (stopped.answer, stopped.click, stopped.progress) == (1, -1, 0)
+    both = case({"spleen": SPLEEN, "liver": LIVER})
+    assert score(play((STOP, fits), start=fits), both).click == -1  # the liver is still missing
+
+
+def test_a_given_mask_of_what_is_absent_is_to_be_taken_away() -> None:
+    absent, foreign = case({"spleen": NONE}), {"spleen": LIVER}
+    named = (Stop("No spleen here.", ("spleen",)),)
+    kept = score(play((named, foreign), start=foreign), absent)
+    assert (kept.answer, kept.click, kept.progress) == (0, -1, 0)
+    removed = score(play((click(45, 15, False), {"spleen": NONE}), (named, {"spleen": NONE}), start=foreign), absent)
+    assert removed.total == pytest.approx(1.4)
+
+
 def test_several_targets() -> None:
     both = case({"spleen": SPLEEN, "liver": LIVER})
     one = {"spleen": SPLEEN}
     two = {**one, "liver": LIVER}
     result = score(play((click(15, 15), one), (click(45, 15, target="liver"), two), (STOP, two)), both)
     assert result.total == pytest.approx(1.4)
-    assert score(play((click(15, 15), one), (STOP, one)), both).answer == 1.5
+    missing = score(play((click(15, 15), one), (STOP, one)), both)
+    assert (missing.answer, missing.iou) == (1.5, 0.5)
     swapped = {"spleen": LIVER, "liver": SPLEEN}
     assert score(play((click(15, 15), swapped), (STOP, swapped)), both).answer == 0
     mixed = case({"spleen": SPLEEN, "kidney": NONE})
@@ -192,6 +251,80 @@ def test_weights_and_constants() -> None:
     episode = play((click(15, 15), whole), (STOP, whole))
     assert score(episode, case(), RewardWeights(answer=0, length=2)).total == pytest.approx(1.0)
     assert score(episode, case(), RewardWeights(optimal_turns=0, turn_cost=0.5)).length == -0.5
+
+
+def test_the_other_terms_are_off_until_they_are_weighed() -> None:
+    whole = {"spleen": SPLEEN}
+    episode = play((click(15, 15), whole), (STOP, whole))
+    assert score(episode, case()).terms.keys() == {"answer", "format", "click", "progress", "length"}
+    result = score(episode, case(), RewardWeights(border_progress=1, predicted_quality=2, turns=0.5))
+    assert result.more == {"border_progress": 1, "predicted_quality": 0, "turns": -1}
+    assert result.total == pytest.approx(1.4 + (1 + 0 - 0.5) / 5)
+    assert result.turns[-1].border_progress is None
+    assert score(play((STOP, whole), start=whole), case(), RewardWeights(border_progress=1)).total == pytest.approx(1.6)
+
+
+def test_border_progress_does_not_see_the_border() -> None:
+    def step(before: Mask, after: Mask, truth: Mask = SPLEEN, pixels: int = 2) -> float:
+        turn = Turn(Completion(""), Reply("", click(15, 15)), {"spleen": before}, {"spleen": after})
+        return border_progress_score(turn, {"spleen": truth}, {"spleen": "spleen"}, RewardWeights(border_pixels=pixels))
+
+    inner = area(11, 11, 29, 29)
+    assert step(NONE, share(0.5)) == 1
+    assert step(share(0.5), inner) == 1
+    assert step(inner, SPLEEN) == 0  # one pixel all around
+    assert step(area(6, 6, 34, 34), inner) == 1  # four pixels
+    assert step(area(8, 8, 32, 32), inner) == 1  # only the corners, which are farther than two pixels
+    assert step(SPLEEN | area(40, 10, 45, 20), SPLEEN) == 1  # a leak far away
+    thin = area(10, 10, 50, 12)
+    assert step(area(10, 10, 30, 12), thin, thin) == 1  # nothing would be left of it, so all of it counts
+    edge = area(0, 0, 20, 20)
+    assert step(area(2, 0, 20, 20), edge, edge) == 1  # the picture's edge is no border
+
+
+def test_predicted_quality_is_the_sum_of_what_the_steps_gained() -> None:
+    def quality(*steps: tuple[float | None, Masks], start: Masks | None = None) -> float:
+        before, turns = start or {}, []
+        for value, after in steps:
+            turns.append(Turn(Completion(""), Reply("", click(1, 1)), before, after, value))
+            before = after
+        return predicted_quality_score(turns)
+
+    half, whole = {"spleen": share(0.5)}, {"spleen": SPLEEN}
+    assert quality() == 0
+    assert quality((0.4, half), (0.9, whole)) == 0.9
+    assert quality((0.9, whole), (0.4, half), (None, half)) == 0.4
+    assert quality((0.9, whole), (None, {})) == 0
+    assert quality((0.9, whole), (None, half), start=half) == 0  # an Undo back to the given mask, which has no estimate
+    assert quality((0.8, whole), (0.4, {**whole, "liver": LIVER})) == pytest.approx(0.6)
+    assert quality((0.8, whole), (0.4, {**whole, "liver": LIVER}), (None, whole)) == 0.8
+
+
+def test_turns_cost_from_the_first_on() -> None:
+    assert [turns_score(steps) for steps in (0, 1, 4)] == [0, -1, -4]
+
+
+def test_weights_come_from_the_table_of_a_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "rl.toml"
+    recipe.write_text("[reward]\nclick = 0\nturns = 0.1\nanswer_steps = [[0.9, 3], [0.5, 1]]\n[other]\nx = 1\n")
+    weights = read_weights(recipe)
+    assert weights == RewardWeights(click=0, turns=0.1, answer_steps=((0.9, 3.0), (0.5, 1.0)))
+    assert list(weights.terms) == ["answer", "format", "progress", "length", "turns"]
+    recipe.write_text("[other]\nx = 1\n")
+    assert read_weights(recipe) == PAPER
+    for text, message in (
+        ("[reward]\nclik = 0", "unknown 'clik'"),
+        ("[reward]\nclick = 'much'", "reward.click"),
+        ("[reward]\nborder_pixels = 0", "border_pixels is 0"),
+        ("[reward]\nanswer_steps = []", "answer_steps is empty"),
+        ("reward = 1", "no table"),
+        ("reward = ", "cannot be read"),
+    ):
+        recipe.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            read_weights(recipe)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_weights(tmp_path / "none.toml")
 
 
 def test_every_term_varies() -> None:

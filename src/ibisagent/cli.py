@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -9,7 +10,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
@@ -27,6 +29,7 @@ from ibisagent.errors import ConfigError, IbisError
 if TYPE_CHECKING:
     from ibisagent.ceiling import Agent, Ceiling, Group
     from ibisagent.datasets import CaseSource
+    from ibisagent.doctor import RewardReport
     from ibisagent.domain import Episode, Image, Turn
     from ibisagent.evaluation import Evaluation, Summary
     from ibisagent.policies.base import Policy
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from ibisagent.volumes import Volume
 
 EXIT_ERROR = 2
+EXIT_CONSTANT = 1  # of 'doctor rewards': nothing failed, but what was looked for is there
 stdout = Console(highlight=False, markup=False, soft_wrap=True)
 stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
@@ -86,7 +90,59 @@ SeedOption = Annotated[int, typer.Option(help="Seed of whatever is drawn.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value for machines instead of text.")]
 
 
+@dataclass(frozen=True)
+class PolicyChoice:
+    """The options of every command that loads a policy (see `_spread`)."""
+
+    policy: PolicyOption = "ibis-nano"
+    dialect: DialectOption = None
+    history: HistoryOption = None
+    device: DeviceOption = "auto"
+    dtype: DtypeOption = "auto"
+    adapter: AdapterOption = None
+    max_pixels: PixelsOption = None
+
+    def load(self, **more: Any) -> Policy:
+        """The policy. more: arguments of `load_policy` beyond these."""
+        from ibisagent.policies import load_policy
+
+        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "policy"}
+        return load_policy(self.policy, **given, **more)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """The options of every command that can draw replies by chance."""
+
+    temperature: TemperatureOption = 0.0
+    seed: SeedOption = 0
+
+
+def _spread(command: Callable[..., None]) -> Callable[..., None]:
+    """A command in which each parameter that is a dataclass stands for that class's fields, as options of their own."""
+    parameters = inspect.signature(command, eval_str=True).parameters
+    bundles: dict[str, Any] = {
+        name: each.annotation for name, each in parameters.items() if is_dataclass(each.annotation)
+    }
+    shown: dict[str, inspect.Parameter] = {}
+    for name, each in parameters.items():
+        spread = inspect.signature(bundles[name], eval_str=True).parameters if name in bundles else {name: each}
+        shown |= {name: one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, one in spread.items()}
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        for name, bundle in bundles.items():
+            parts = {field.name: given.pop(field.name) for field in fields(bundle) if field.name in given}
+            given[name] = bundle(**parts)
+        command(**given)
+
+    vars(run)["__signature__"] = inspect.Signature(list(shown.values()))
+    run.__annotations__ = {name: one.annotation for name, one in shown.items()}
+    return run
+
+
 @app.command()
+@_spread
 def segment(
     images: Annotated[
         list[str],
@@ -97,22 +153,15 @@ def segment(
         ),
     ],
     query: Annotated[str, typer.Argument(metavar="QUERY", help='What to segment, such as "the optic disc".')],
+    choice: PolicyChoice,
+    drawing: Drawing,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("ibisagent-output"),
-    policy: PolicyOption = "ibis-nano",
     segmenter: SegmenterOption = "ibis-click",
-    dialect: DialectOption = None,
-    history: HistoryOption = None,
     max_turns: TurnsOption = None,
     keep: KeepOption = "best",
     start_mask: Annotated[
         list[Path] | None, typer.Option(help="Mask to refine (0 outside); once per image, in their order.")
     ] = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    adapter: AdapterOption = None,
-    max_pixels: PixelsOption = None,
-    temperature: TemperatureOption = 0.0,
-    seed: SeedOption = 0,
     axis: Annotated[str, typer.Option(help="Volumes: slices to look at: auto, axial, coronal, sagittal.")] = "auto",
     slices: Annotated[
         str | None, typer.Option(help="Volumes: key slices, such as 12,40,77 or ::10. Default: searched for.")
@@ -144,7 +193,7 @@ def segment(
     query, kept = _check_query(query), _check_keep(keep)
     if store is not None and not {"seg", "sr"} & set(formats or ()):
         raise ConfigError("--store sends DICOM objects: ask for them with --format seg, and --format sr")
-    for spec in (policy, segmenter):
+    for spec in (choice.policy, segmenter):
         if spec.startswith(("endpoint:", "remote:")):
             stderr.print(f"pictures are sent to {_one_line(spec.partition(':')[2].partition('#')[0])}")
     starts: list[Path | None] = [*start_mask] if start_mask else [None] * len(images)
@@ -152,21 +201,10 @@ def segment(
         raise ConfigError(f"{len(starts)} start masks for {len(images)} images: give one per image, in their order")
     with _status("loading the models", quiet=as_json):
         from ibisagent import session
-        from ibisagent.policies import load_policy
         from ibisagent.segmenters import load_segmenter
 
-        writer = load_policy(
-            policy,
-            dialect=dialect,
-            history=history,  # type: ignore[arg-type]
-            device=device,
-            dtype=dtype,
-            adapter=adapter,
-            max_pixels=max_pixels,
-            temperature=temperature,
-            seed=seed,
-        )
-        engine = load_segmenter(segmenter, device=device)
+        writer = choice.load(**asdict(drawing))
+        engine = load_segmenter(segmenter, device=choice.device)
     results: list[dict[str, Any]] = []
     names = session.file_names(images)
     volumes = _Volumes(
@@ -370,26 +408,20 @@ def replay(
 
 
 @app.command()
+@_spread
 def evaluate(
     data: Annotated[Path, typer.Argument(help="Data set folder, or a manifest (.csv, .jsonl).")],
+    choice: PolicyChoice,
+    drawing: Drawing,
     split: Annotated[str | None, typer.Option(help="Rows to evaluate. Default: val where it exists, else all.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write all of it to this JSON file.")] = None,
-    policy: PolicyOption = "ibis-nano",
     segmenter: SegmenterOption = "ibis-click",
-    dialect: DialectOption = None,
-    history: HistoryOption = None,
     max_turns: TurnsOption = None,
     keep: KeepOption = "best",
     batch_size: Annotated[int, typer.Option(help="Episodes run together.", min=1)] = 16,
     limit: Annotated[int | None, typer.Option(help="Only this many cases, spread over the data.", min=1)] = None,
     baselines: Annotated[bool, typer.Option(help="Also run the oracle's clicks and the blind clicks.")] = True,
     by: Annotated[str, typer.Option(help="Group the table by modality, dataset or object.")] = "modality",
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    adapter: AdapterOption = None,
-    max_pixels: PixelsOption = None,
-    temperature: TemperatureOption = 0.0,
-    seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a policy with a segmenter on labelled DATA, beside the baselines.
@@ -404,25 +436,15 @@ def evaluate(
         from ibisagent.segmenters import load_segmenter
 
         everything, cases = _cases(data, split, limit)
-        engine = load_segmenter(segmenter, device=device)
-        needs_prior = baselines or policy == "location-prior"
+        engine = load_segmenter(segmenter, device=choice.device)
+        needs_prior = baselines or choice.policy == "location-prior"
         prior = evaluation.location_prior(everything, cases) if needs_prior else None
         writer: Policy | None
-        if policy == "location-prior":
+        if choice.policy == "location-prior":
             writer = prior
         else:
-            writer = load_policy(
-                policy,
-                dialect=dialect,
-                history=history,  # type: ignore[arg-type]
-                device=device,
-                dtype=dtype,
-                adapter=adapter,
-                max_pixels=max_pixels,
-                temperature=temperature,
-                seed=seed,
-                batch_size=batch_size,
-                cases=cases.by_id if policy == "oracle" else None,
+            writer = choice.load(
+                **asdict(drawing), batch_size=batch_size, cases=cases.by_id if choice.policy == "oracle" else None
             )
         if writer is None:
             raise ConfigError(f"{data}: has no rows of split 'train', from which location-prior learns")
@@ -687,6 +709,10 @@ def train_nano(
         stdout.print(f"model: {model}\nuse it with --policy {model}")
 
 
+def _figures(named: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in named.items())
+
+
 @contextmanager
 def _training(total: int, what: str, *, quiet: bool) -> Iterator[Callable[..., None]]:
     """A progress bar for a training run, as its report (number done, losses, figures of a look or None)."""
@@ -698,42 +724,29 @@ def _training(total: int, what: str, *, quiet: bool) -> Iterator[Callable[..., N
             advance(done - before)
             before = done
             if figures is not None and not quiet:
-                told = (", ".join(f"{name} {value:.3f}" for name, value in part.items()) for part in (losses, figures))
-                stderr.print(f"{done} {what}, {next(told)}; held-out patients: {next(told)}")
+                stderr.print(f"{done} {what}, {_figures(losses)}; held-out patients: {_figures(figures)}")
 
         yield report
 
 
 @app.command()
+@_spread
 def serve_policy(
-    policy: PolicyOption = "ibis-nano",
-    dialect: DialectOption = None,
-    history: HistoryOption = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    adapter: AdapterOption = None,
-    max_pixels: PixelsOption = None,
+    choice: PolicyChoice,
     host: Annotated[str, typer.Option(help="Address to listen on; beyond this machine set IBIS_TOKEN.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
 ) -> None:
     """Serve a model to anything that speaks the OpenAI chat protocol, such as --policy endpoint:URL#MODEL."""
     _require_server()
     with _status("loading the model", quiet=False):
-        from ibisagent.policies import load_policy
         from ibisagent.policies.mllm import MllmPolicy
         from ibisagent.server.chat import serve
 
-        writer = load_policy(
-            policy,
-            dialect=dialect,
-            history=history,  # type: ignore[arg-type]
-            device=device,
-            dtype=dtype,
-            adapter=adapter,
-            max_pixels=max_pixels,
-        )
+        writer = choice.load()
     if not isinstance(writer, MllmPolicy):
-        raise ConfigError(f"policy '{policy}' is no model that could be served; give ibis-nano, a folder or a hub id")
+        raise ConfigError(
+            f"policy '{choice.policy}' is no model that could be served; give ibis-nano, a folder or a hub id"
+        )
     serve(writer, host=host, port=port)
 
 
@@ -765,15 +778,10 @@ AreaOption = Annotated[int, typer.Option(help="Largest picture in megapixels.", 
 
 
 @app.command()
+@_spread
 def serve(
-    policy: PolicyOption = "ibis-nano",
+    choice: PolicyChoice,
     segmenter: SegmenterOption = "ibis-click",
-    dialect: DialectOption = None,
-    history: HistoryOption = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    adapter: AdapterOption = None,
-    max_pixels: PixelsOption = None,
     data: DataFolderOption = None,
     host: HostOption = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8002,
@@ -792,22 +800,13 @@ def serve(
     with _status("loading the models", quiet=False):
         import platformdirs
 
-        from ibisagent.policies import load_policy
         from ibisagent.segmenters import load_segmenter
         from ibisagent.server import app as server
         from ibisagent.server.service import Limits, Service
         from ibisagent.server.volumes import PackageVolumes
 
         mounts = server.standard_mounts(page=page)
-        writer = load_policy(
-            policy,
-            dialect=dialect,
-            history=history,  # type: ignore[arg-type]
-            device=device,
-            dtype=dtype,
-            adapter=adapter,
-            max_pixels=max_pixels,
-        )
+        writer = choice.load()
         limits = Limits(
             sessions=max_sessions,
             idle_seconds=idle_minutes * 60,
@@ -816,7 +815,7 @@ def serve(
         )
         folder = data or Path(platformdirs.user_data_dir("ibisagent")) / "server"
         server.check_host(host)
-        engine = load_segmenter(segmenter, device=device)
+        engine = load_segmenter(segmenter, device=choice.device)
         service = Service(writer, engine, folder, limits=limits, volumes=PackageVolumes())
     address = f"http://{host}:{port}"
     stderr.print(f"{address}{'' if page else '/docs'} - sessions in {folder} - stop with Ctrl+C")
@@ -839,7 +838,16 @@ def ui(
     browser: Annotated[bool, typer.Option(help="Open the page in the web browser.")] = True,
 ) -> None:
     """The web page: open an image, say what to segment, watch the agent, correct it with your own clicks."""
-    serve(policy, segmenter, device=device, data=data, host=host, port=port, page=True, open_browser=browser)
+    serve(
+        policy=policy,
+        segmenter=segmenter,
+        device=device,
+        data=data,
+        host=host,
+        port=port,
+        page=True,
+        open_browser=browser,
+    )
 
 
 @app.command()
@@ -859,9 +867,15 @@ def models(as_json: JsonOption = False) -> None:
         stdout.print(f"{model.kind:9}  {model.spec}\n{'':11}{model.what}\n{'':11}weights: {', '.join(facts)}")
 
 
-@app.command()
-def doctor(as_json: JsonOption = False) -> None:
+doctor_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
+app.add_typer(doctor_app, name="doctor")
+
+
+@doctor_app.callback()
+def doctor(context: typer.Context, as_json: JsonOption = False) -> None:
     """Check this machine: versions, devices, weights, folders, and one tiny episode. Exit code 2 if something fails."""
+    if context.invoked_subcommand is not None:
+        return
     from ibisagent import inventory
 
     checks = inventory.check_machine()
@@ -871,6 +885,47 @@ def doctor(as_json: JsonOption = False) -> None:
         for check in checks:
             stdout.print(f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.finding}")
     if not all(check.passed for check in checks):
+        raise typer.Exit(EXIT_ERROR)
+
+
+@doctor_app.command("rewards")
+def doctor_rewards(
+    episodes: Annotated[
+        list[Path], typer.Argument(metavar="EPISODES...", help="Folders of episodes, or records of single ones.")
+    ],
+    data: Annotated[
+        Path, typer.Option(help="The truth: data set folder, manifest, or what 'build-data' made of them.")
+    ],
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="TOML file whose table [reward] holds weights and constants.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check that every reward term varies over recorded EPISODES, and which one decides.
+
+    Exit code 1 if a term is the same in all of them: training would not feel it. Episodes of the same case make a
+    group, as in GRPO; give several folders to bring them together. Episodes without truth in DATA are listed and left
+    out; the exit code is then 2.
+    """
+    with _status("reading the data", quiet=as_json):
+        from ibisagent import doctor as checking
+        from ibisagent.rewards import PAPER, read_weights
+
+        weights = PAPER if config is None else read_weights(config)
+        cases = checking.read_truth(data)
+    replayed = (episode for path in episodes for episode in checking.read_episodes(path))
+    report = checking.check_rewards(replayed, cases, weights)
+    if as_json:
+        _print_json(report.to_json())
+    else:
+        _print_rewards(report)
+    for failure in report.failures:
+        stderr.print(f"failed, left out: {failure.case_id}: {_one_line(failure.error, 300)}")
+    if constant := [term for term in report.terms if term.constant]:
+        listed = ", ".join(f"{term.name} ({term.mean:.3g})" for term in constant)
+        stderr.print(f"constant over all {report.episodes} episodes, so nothing can be learnt from it: {listed}")
+        raise typer.Exit(EXIT_CONSTANT)
+    if report.failures:
         raise typer.Exit(EXIT_ERROR)
 
 
@@ -1040,6 +1095,34 @@ def _print_evaluation(result: Evaluation, by: str) -> None:
     stdout.print("episodes ended: " + ", ".join(f"{name} {count}" for name, count in overall.stops.items()))
     for failure in result.failures:
         stderr.print(f"failed, left out: {failure.case_id}: {_one_line(failure.error, 300)}")
+
+
+def _print_rewards(report: RewardReport) -> None:
+    groups = f", {report.groups} of them with several" if report.groups else ""
+    table = Table(
+        *("", "weight", "min", "mean", "max", "std", "varies", "corr.", "share"),
+        title=f"{report.episodes} episodes of {report.cases} cases{groups}",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,  # fits into 80 columns
+    )
+    for term in (*report.terms, report.total):
+        values = [f"{value + 0.0:.3f}" for value in (term.minimum, term.mean, term.maximum, term.std)]
+        varies = "" if term.varies is None else f"{term.varies:.0%}"
+        if term is report.total:
+            table.add_row(term.name, "", *values, varies, "", "")
+        else:
+            correlation = "" if term.correlation is None else f"{term.correlation:+.2f}"
+            share = "" if term.constant or term.share is None else f"{term.share:.0%}"
+            table.add_row(term.name, f"{term.weight:g}", *values, varies, correlation, share)
+    stdout.print(table)
+    where = "within groups" if report.groups else "over the batch"
+    if report.groups:
+        stdout.print("varies: in this share of the groups")
+    stdout.print(f"corr.: with the total; share: of its variance {where}")
+    if (dominant := report.dominant) is not None and dominant.share is not None:
+        stdout.print(f"{dominant.name} decides: {dominant.share:.0%} of that variance comes from it")
 
 
 def _print_ceiling(result: Ceiling, agent: Agent | None) -> None:

@@ -4,35 +4,53 @@ Nothing here calls a model: every turn holds its masks. Where the paper's defini
 or leave it a hole, the rules are:
 
 - A *step* is a turn that does more than stop. S_pseg is averaged over the steps, S_click over the clicks.
-- No step, or no click: the score is 1 where nothing is to be segmented (absent objects, questions answered in words),
-  else clicks score -1. (With 0, as in the paper, a weak policy learns never to click.)
+- No step, or no click: the score is 1 where nothing was to be done (absent objects, questions answered in words, a
+  start mask that already earns the best S_ans), else clicks score -1. (With 0, as in the paper, a weak policy learns
+  never to click.)
 - Absent objects: S_ans is 3 for a Stop that names the object absent while its mask is empty, else 0; the same Stop on
-  an object that is there scores 0. Clicks on absent or not asked-for objects are misses.
+  an object that is there scores 0. Clicks on absent or not asked-for objects are misses, but for negative ones that
+  take away a mask that they were given.
 - Several targets: S_ans and IoU are averaged over the targets and every other object that was given a mask, whose
   truth is empty.
 - A box counts as a click: +1 if its IoU with the box around the missed region is at least `box_iou`, else -1.
-- An Undo is a step, no click: its S_pseg is 1 if it raises the IoU.
+- An Undo is a step, no click: its S_pseg is 1 if it raises the IoU. Clicks of the same reply are judged by the masks
+  that the Undo restores, as those are what they correct.
+
+Three more terms are off unless they are given a weight; they are not the paper's (docs/rewards.md):
+
+- `border_progress`: S_pseg that does not see what happens within a few pixels of the true border.
+- `predicted_quality`: what the segmenter itself thinks that the steps have gained; needs no truth.
+- `turns`: a price for every step, from the first on.
 """
 
 from __future__ import annotations
 
 import string
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from ibisagent.clicks import bounding_box
-from ibisagent.domain import Box, Case, Click, Episode, Mask, Masks, Prompt, Stop, Turn
-from ibisagent.errors import DataError
+from ibisagent.domain import Box, Case, Click, Episode, Mask, Masks, Prompt, Stop, Turn, Undo, kept_prompts
+from ibisagent.errors import ConfigError, DataError
 from ibisagent.masks import iou
+
+PAPER_TERMS = ("answer", "format", "click", "progress", "length")
+MORE_TERMS = ("border_progress", "predicted_quality", "turns")
 
 
 @dataclass(frozen=True, slots=True)
 class RewardWeights:
-    """Weights of the five terms and their constants; the defaults are the paper's, where T_opt is the released code's.
+    """Weights of the terms and their constants; the defaults are the paper's, where T_opt is the released code's.
 
-    The total is the weighted sum divided by 5, so at most 1.4 by default.
+    The total is the weighted sum divided by 5, so at most 1.4 by default. turn_cost: of S_len, for each step beyond
+    `optimal_turns`. border_pixels: how far from the true border `border_progress` looks away.
     """
 
     answer: float = 1.0
@@ -44,23 +62,72 @@ class RewardWeights:
     optimal_turns: int = 5
     turn_cost: float = 0.2
     box_iou: float = 0.5
+    border_progress: float = 0.0
+    predicted_quality: float = 0.0
+    turns: float = 0.0
+    border_pixels: int = 2
+
+    def __post_init__(self) -> None:
+        if not self.answer_steps:
+            raise ConfigError("answer_steps is empty: give pairs of an IoU and the S_ans above it, the best one first")
+        if self.border_pixels < 1:
+            raise ConfigError(f"border_pixels is {self.border_pixels}: give 1 or more")
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """The terms that count and their weights."""
+        return {name: weight for name in PAPER_TERMS + MORE_TERMS if (weight := getattr(self, name))}
 
 
 PAPER = RewardWeights()
 
 
+def read_weights(path: str | Path) -> RewardWeights:
+    """The table [reward] of a TOML file, whatever else it holds; the paper's weights where it has none.
+
+    ConfigError if the file cannot be read, and as for `weights_of`.
+    """
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8")).get("reward", {})
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as TOML ({error}); see recipes/ for examples") from error
+    return weights_of(table, str(path))
+
+
+def weights_of(table: Any, where: str) -> RewardWeights:
+    """The weights in a table of settings. ConfigError for unknown names, or values of another kind."""
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{where}: 'reward' is no table; give [reward]")
+    if unknown := sorted(table.keys() - asdict(PAPER).keys()):
+        raise ConfigError(f"{where}: reward: unknown '{unknown[0]}'; there are: {', '.join(asdict(PAPER))}")
+    try:
+        return TypeAdapter(RewardWeights).validate_python(dict(table))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in ("reward", *first["loc"]))
+        raise ConfigError(f"{where}: {place}: {first['msg']} (given: {first['input']!r})") from error
+
+
 @dataclass(frozen=True, slots=True)
 class TurnScore:
-    """One turn's part: S_click of each of its clicks and boxes, S_pseg (None for a turn that only stops)."""
+    """One turn's part: S_click of each of its clicks and boxes, S_pseg (None for a turn that only stops).
+
+    border_progress: as `progress`; None too where that term is off.
+    """
 
     well_formed: bool
     clicks: tuple[float, ...]
     progress: float | None
+    border_progress: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The terms S_ans, S_format, S_click, S_pseg (`progress`), S_len of an episode, their total, every turn's part."""
+    """The terms S_ans, S_format, S_click, S_pseg (`progress`), S_len of an episode, their total, every turn's part.
+
+    iou: mean IoU of the final masks over the targets and every other object with a mask; 1 if there are neither.
+    more: the terms that are not the paper's, of those that are on.
+    """
 
     answer: float
     format: float
@@ -68,7 +135,14 @@ class Score:
     progress: float
     length: float
     total: float
+    iou: float
     turns: tuple[TurnScore, ...]
+    more: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """Every term by name, without the total."""
+        return {name: getattr(self, name) for name in PAPER_TERMS} | dict(self.more)
 
 
 def score(episode: Episode, case: Case, weights: RewardWeights = PAPER) -> Score:
@@ -82,19 +156,30 @@ def score(episode: Episode, case: Case, weights: RewardWeights = PAPER) -> Score
         raise DataError(f"case {case.id}: has no truth to score by; give it targets or an answer")
     targets = case.targets or {}
     names = match_names(_names(episode), targets)
-    turns = tuple(_turn_score(turn, targets, names, weights) for turn in episode.turns)
+    built_on = [_built_on(episode, number) for number in range(len(episode.turns))]
+    turns = tuple(
+        _turn_score(turn, before, targets, names, weights) for turn, before in zip(episode.turns, built_on, strict=True)
+    )
     clicks = [value for turn in turns for value in turn.clicks]
     progress = [turn.progress for turn in turns if turn.progress is not None]
-    nothing_to_find = not any(mask.any() for mask in targets.values())
+    done = nothing_to_do(episode.start, targets, names, weights)
     terms = {
         "answer": answer_score(episode, case, names, weights),
         "format": float(bool(turns) and all(turn.well_formed for turn in turns)),
-        "click": float(np.mean(clicks)) if clicks else 1.0 if nothing_to_find else -1.0,
-        "progress": float(np.mean(progress)) if progress else float(nothing_to_find),
+        "click": float(np.mean(clicks)) if clicks else 1.0 if done else -1.0,
+        "progress": float(np.mean(progress)) if progress else float(done),
         "length": length_score(len(progress), weights),
     }
-    total = sum(getattr(weights, name) * value for name, value in terms.items()) / 5
-    return Score(**terms, total=total, turns=turns)
+    more: dict[str, float] = {}
+    if weights.border_progress:
+        seen = [turn.border_progress for turn in turns if turn.border_progress is not None]
+        more["border_progress"] = float(np.mean(seen)) if seen else float(done)
+    if weights.predicted_quality:
+        more["predicted_quality"] = predicted_quality_score(episode.turns)
+    if weights.turns:
+        more["turns"] = turns_score(len(progress))
+    total = sum(weight * {**terms, **more}[name] for name, weight in weights.terms.items()) / 5
+    return Score(**terms, total=total, iou=_agreement(episode.masks, targets, names), turns=turns, more=more)
 
 
 def answer_score(episode: Episode, case: Case, names: Mapping[str, str], weights: RewardWeights = PAPER) -> float:
@@ -149,6 +234,49 @@ def length_score(steps: int, weights: RewardWeights = PAPER) -> float:
     return 1.0 if beyond <= 0 else -weights.turn_cost * beyond
 
 
+def border_progress_score(
+    turn: Turn, targets: Masks, names: Mapping[str, str], weights: RewardWeights = PAPER
+) -> float:
+    """`progress_score` that leaves out the pixels within `border_pixels` of the border of each truth.
+
+    So a step earns nothing by moving the border to and fro where people who draw it would not agree either.
+    """
+    edges = {name: _border(truth, weights.border_pixels) for name, truth in targets.items()}
+    before, after = (_agreement(masks, targets, names, edges) for masks in (turn.before, turn.after))
+    return float(after > before)
+
+
+def predicted_quality_score(turns: Sequence[Turn]) -> float:
+    """What the segmenter itself thinks the steps have gained: its estimate of the IoU at the end, in [0, 1].
+
+    Each mask has the estimate of the last turn that changed it, a given one 0, and the mean over the masks is taken; 0
+    without any. As the sum of all steps' gains it cannot be raised by going to and fro. It is as good as the
+    segmenter's calibration.
+    """
+    quality: dict[str, float] = {}
+    for turn in turns:
+        quality = {
+            name: quality.get(name, 0.0)
+            if name in turn.before and np.array_equal(mask, turn.before[name])
+            else turn.segmenter_score or 0.0
+            for name, mask in turn.after.items()
+        }
+    return float(np.mean([*quality.values()])) if quality else 0.0
+
+
+def turns_score(steps: int) -> float:
+    """The price of an episode: -1 for each step, from the first on."""
+    return -float(steps)
+
+
+def nothing_to_do(start: Masks, targets: Masks, names: Mapping[str, str], weights: RewardWeights = PAPER) -> bool:
+    """Whether an episode that begins with the masks `start` can end at once: each object has the IoU of the best S_ans.
+
+    So it is for objects that are absent and have no mask, and for questions without any target.
+    """
+    return not targets or min(_ious(start, targets, names)) > weights.answer_steps[0][0]
+
+
 def box_iou(a: Box, b: Box) -> float:
     """Intersection over union of two boxes, in [0, 1]."""
     width = min(a.x1, b.x1) - max(a.x0, b.x0)
@@ -185,11 +313,43 @@ def _names(episode: Episode) -> list[str]:
 
 
 def _prompts(turn: Turn) -> list[Prompt]:
-    return [action for action in turn.reply.actions if isinstance(action, Click | Box)]
+    """The clicks and boxes of a turn, up to its Stop: what comes after that is never done."""
+    prompts: list[Prompt] = []
+    for action in turn.reply.actions:
+        if isinstance(action, Stop):
+            break
+        if isinstance(action, Click | Box):
+            prompts.append(action)
+    return prompts
 
 
 def _is_step(turn: Turn) -> bool:
     return not turn.reply.actions or not isinstance(turn.reply.actions[0], Stop)
+
+
+def _built_on(episode: Episode, number: int) -> Masks:
+    """The masks that the clicks of turn `number` correct: those before it, or those to which its Undo leads back.
+
+    The latter are found at the newest moment at which the same clicks stood. An Undo of a part of a turn leads to masks
+    that were never seen on their own; then it is those before the turn.
+    """
+    turn, earlier = episode.turns[number], episode.turns[:number]
+    standing, new, undone = kept_prompts(earlier), 0, False
+    for action in turn.reply.actions:
+        if isinstance(action, Stop):
+            break
+        if isinstance(action, Undo):
+            older = max(0, action.steps - new)
+            new = max(0, new - action.steps)
+            del standing[max(0, len(standing) - older) :]
+            undone = True
+        else:
+            new += 1
+    if undone:
+        for count in range(number, -1, -1):
+            if kept_prompts(earlier[:count]) == standing:
+                return earlier[count - 1].after if count else episode.start
+    return turn.before
 
 
 def _by_truth(masks: Masks, names: Mapping[str, str]) -> tuple[dict[str, Mask], list[Mask]]:
@@ -204,17 +364,44 @@ def _by_truth(masks: Masks, names: Mapping[str, str]) -> tuple[dict[str, Mask], 
     return known, extra
 
 
-def _agreement(masks: Masks, targets: Masks, names: Mapping[str, str]) -> float:
-    """Mean IoU over the targets and every other object that has a mask; 1 if there are neither."""
+def _ious(masks: Masks, targets: Masks, names: Mapping[str, str], ignored: Masks | None = None) -> list[float]:
+    """IoU of every target, and 0 for every other object that has a mask. ignored: pixels left out, by target."""
     known, extra = _by_truth(masks, names)
-    values = [iou(known.get(name, np.zeros_like(truth)), truth) for name, truth in targets.items()]
-    values += [0.0] * len(extra)
+    values = []
+    for name, truth in targets.items():
+        mask = known.get(name, np.zeros_like(truth))
+        if ignored is not None:
+            mask, truth = mask & ~ignored[name], truth & ~ignored[name]
+        values.append(iou(mask, truth))
+    return values + [0.0] * len(extra)
+
+
+def _agreement(masks: Masks, targets: Masks, names: Mapping[str, str], ignored: Masks | None = None) -> float:
+    """Mean of `_ious`; 1 if there are no objects at all."""
+    values = _ious(masks, targets, names, ignored)
     return float(np.mean(values)) if values else 1.0
 
 
-def _turn_score(turn: Turn, targets: Masks, names: Mapping[str, str], weights: RewardWeights) -> TurnScore:
+def _border(truth: Mask, pixels: int) -> Mask:
+    """The pixels within `pixels` of the border of `truth`, inside and outside; none if that is the whole of a thin one.
+
+    The edge of the picture is no border.
+    """
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * pixels + 1, 2 * pixels + 1))
+    drawn = truth.astype(np.uint8)
+    core = cv2.erode(drawn, disc).astype(bool)
+    border: Mask = cv2.dilate(drawn, disc).astype(bool) & ~core
+    return border if core.any() else np.zeros_like(truth)
+
+
+def _turn_score(
+    turn: Turn, before: Masks, targets: Masks, names: Mapping[str, str], weights: RewardWeights
+) -> TurnScore:
+    """before: the masks that its clicks correct."""
+    step = _is_step(turn)
     return TurnScore(
         turn.reply.problem is None,
-        tuple(click_score(prompt, turn.before, targets, names, weights) for prompt in _prompts(turn)),
-        progress_score(turn, targets, names) if _is_step(turn) else None,
+        tuple(click_score(prompt, before, targets, names, weights) for prompt in _prompts(turn)),
+        progress_score(turn, targets, names) if step else None,
+        border_progress_score(turn, targets, names, weights) if step and weights.border_progress else None,
     )

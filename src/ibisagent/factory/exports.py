@@ -28,8 +28,8 @@ from ibisagent.datasets import CaseRow
 from ibisagent.domain import Case, Episode, Image, Masks, Observation, Reply
 from ibisagent.errors import DataError
 from ibisagent.factory.config import FactoryConfig, Question, read_table, write_table
-from ibisagent.images import write_whole
-from ibisagent.masks import encode_rle
+from ibisagent.images import read_image, write_whole
+from ibisagent.masks import decode_rle, encode_rle
 from ibisagent.protocol import Message, OverlayStyle, overlay, parse, render
 from ibisagent.store import make_folder
 from ibisagent.trajectories import undone_turns
@@ -379,6 +379,23 @@ def read_verl(out: Path, split: str = "train") -> Iterator[dict[str, Any]]:
         for record in read_table(path).to_pylist():
             truth = json.loads(record["reward_model"]["ground_truth"])
             yield {**record, "reward_model": {**record["reward_model"], "ground_truth": truth}}
+
+
+def prompt_case(name: str, query: str, truth: Mapping[str, Any], folder: Path = Path()) -> Case:
+    """The case of an exported prompt, with its picture as it was before anything was drawn on it.
+
+    truth: a record of `read_grpo`, or the ground truth of one of `read_verl`. folder: where relative paths of pictures
+    begin. DataError if the record is damaged or its picture cannot be read.
+    """
+    try:
+        targets = {mask["name"]: decode_rle(mask) for mask in truth["targets"] or ()}
+        start = {mask["name"]: decode_rle(mask) for mask in truth["start"] or ()}
+        absent, answer, file = list(truth["absent"] or ()), truth["answer"] or None, folder / truth["image"]
+    except (KeyError, TypeError) as error:
+        raise DataError(f"prompt {name}: holds no truth as build-data writes it ({error!r}); export again") from error
+    image = read_image(file)
+    targets |= {missing: np.zeros(image.size, dtype=bool) for missing in absent}
+    return Case(name, image, query, targets or None, start, answer)
 
 
 def _files(folder: Path, pattern: str) -> list[Path]:

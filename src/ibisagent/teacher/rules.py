@@ -125,37 +125,33 @@ _MUCH = ("Much", "A good deal", "A large part", "A large piece")
 
 
 def _missed(sight: Sight, scene: Scene, draw: random.Random) -> str:
-    name = sight.name
+    name, side = sight.name, _at(sight)
     if sight.boxed:
         return f"I draw a box around the {name}."
     amount = draw.choice({"a little": _A_LITTLE, "a part": _PART, "much": _MUCH}.get(sight.extent, _PART))
-    side = f" {sight.side}" if sight.side else ""
-    fact = _pick(
-        draw,
+    inside = f"{amount[0].lower()}{amount[1:]}"
+    facts = (
         f"{amount} of the {name}{side} is still missing from the mask.",
-        f"The mask misses {amount[0].lower()}{amount[1:]} of the {name}{side}.",
+        f"The mask misses {inside} of the {name}{side}.",
         f"{amount} of the {name}{side} is not covered yet.",
-        f"Looking at the outline, I find {amount[0].lower()}{amount[1:]} of the {name}{side} left out.",
+        f"Looking at the outline, I find {inside} of the {name}{side} left out.",
         f"{amount} of the {name}{side} has not been included.",
     )
-    reason = ""
+    reasons: tuple[str, ...] = ()
     if sight.contrast == "alike":
-        reason = _pick(
-            draw,
+        reasons = (
             " It is as bright as the marked part.",
             " Its brightness is that of the rest.",
             " It looks just like what is marked already.",
             "",
         )
     elif sight.contrast:
-        reason = _pick(
-            draw,
+        reasons = (
             f" It is {sight.contrast} than the rest, yet belongs to it.",
             f" There the {name} is {sight.contrast}.",
             "",
         )
-    plan = _pick(
-        draw,
+    plans = (
         " I add a positive click there.",
         " A positive click should bring it in.",
         " I click on it to include it.",
@@ -163,45 +159,47 @@ def _missed(sight: Sight, scene: Scene, draw: random.Random) -> str:
         " One more positive click will help.",
         " I tell the tool that this spot belongs to it.",
     )
-    return fact + reason + plan
+    return _one_of_each(draw, facts, reasons, plans)
 
 
 def _leaked(sight: Sight, scene: Scene, draw: random.Random) -> str:
-    name = sight.name
-    side = f" {sight.side}" if sight.side else ""
-    amount = {"a little": "slightly", "much": "far"}.get(sight.extent, "")
+    name, side = sight.name, _at(sight)
+    amount = {"a little": "slightly ", "much": "far "}.get(sight.extent, "")
+    facts: tuple[str, ...] = (
+        f"The mask goes {amount}beyond the {name}{side}.",
+        f"The mask leaks out of the {name}{side}.",
+        f"The mask spills over the edge of the {name}{side}.",
+        f"What is marked{side} is no longer the {name}.",
+        f"The mask is too large{side}; that is not the {name}.",
+    )
     if sight.shape == "detached":
-        fact = _pick(
-            draw,
+        facts = (
             f"A separate area{side} is marked that is not the {name}.",
             f"The mask also covers a separate spot{side} that is not part of the {name}.",
             f"Something{side} apart from the {name} is marked as well.",
         )
-    else:
-        fact = _pick(
-            draw,
-            f"The mask goes {amount + ' ' if amount else ''}beyond the {name}{side}.",
-            f"The mask leaks out of the {name}{side}.",
-            f"The mask spills over the edge of the {name}{side}.",
-            f"What is marked{side} is no longer the {name}.",
-            f"The mask is too large{side}; that is not the {name}.",
-        )
-    reason = ""
+    reasons: tuple[str, ...] = ()
     if sight.contrast in ("brighter", "darker"):
-        reason = (
-            _pick(draw, f" The tissue there is {sight.contrast}.", f" It is {sight.contrast} than the {name}.", "")
-            if scene.modality not in ("endoscope", "dermoscopy")
-            else f" It is {sight.contrast} there."
-        )
-    plan = _pick(
-        draw,
+        reasons = (f" The tissue there is {sight.contrast}.", f" It is {sight.contrast} than the {name}.", "")
+        if scene.modality in ("endoscope", "dermoscopy"):
+            reasons = (f" It is {sight.contrast} there.",)
+    plans = (
         " I put a negative click there.",
         " A negative click should take it away.",
         " I exclude it with a negative click.",
         " So I click negatively there.",
         " I tell the tool that this spot does not belong to it.",
     )
-    return fact + reason + plan
+    return _one_of_each(draw, facts, reasons, plans)
+
+
+def _at(sight: Sight) -> str:
+    return f" {sight.side}" if sight.side else ""
+
+
+def _one_of_each(draw: random.Random, *choices: Sequence[str]) -> str:
+    """Fact, reason and plan in one text; nothing is drawn where there is no choice."""
+    return "".join(draw.choice(texts) if len(texts) > 1 else "".join(texts) for texts in choices)
 
 
 def _wrong(sight: Sight, scene: Scene, draw: random.Random) -> str:
@@ -223,7 +221,7 @@ def _wrong(sight: Sight, scene: Scene, draw: random.Random) -> str:
 
 
 def _undo(sight: Sight, scene: Scene, draw: random.Random) -> str:
-    name, side = sight.name, f" {sight.side}" if sight.side else ""
+    name, side = sight.name, _at(sight)
     if sight.extent == "lost":
         effect = _pick(
             draw,
