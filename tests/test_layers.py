@@ -12,8 +12,8 @@ SOURCE = Path(__file__).parent.parent / "src" / "ibisagent"
 LAYERS = (
     ("errors",),
     ("domain",),
-    ("masks", "images", "clicks", "protocol", "calibration", "recipe"),
-    ("segmenters", "policies", "datasets", "store", "volumes", "pacs"),
+    ("masks", "images", "clicks", "protocol", "calibration", "recipe", "resampling"),
+    ("metrics", "segmenters", "policies", "datasets", "store", "volumes", "pacs"),
     ("environment", "rewards"),
     ("teacher",),
     ("trajectories", "training", "evaluation", "ceiling", "session", "inventory", "volume_agent", "client"),
