@@ -58,17 +58,24 @@ def check_empty_rule(rule: str) -> EmptyRule:
     raise ConfigError(f"two empty masks cannot count as '{rule}': give one, zero or skip")
 
 
+def mean_share(case: Overlap, value: float, empty: EmptyRule = EMPTY_RULE) -> Share:
+    """The part of `value`, which two empty masks give their best, in a mean over the cases."""
+    if case.union or empty == "one":
+        return value, 1.0
+    return (0.0, 1.0) if empty == "zero" else None
+
+
 def giou_share(case: Overlap, empty: EmptyRule = EMPTY_RULE) -> Share:
     """gIoU: the mean over the cases of their IoU (Lai et al., LISA, CVPR 2024; "mIoU" in BiomedParse and the paper).
 
     It is not the generalised IoU of boxes that has the same name.
     """
-    return _share_of_mean(case, case.iou, empty)
+    return mean_share(case, case.iou, empty)
 
 
 def dice_share(case: Overlap, empty: EmptyRule = EMPTY_RULE) -> Share:
     """The mean over the cases of their Dice coefficient (Dice 1945; DSC)."""
-    return _share_of_mean(case, case.dice, empty)
+    return mean_share(case, case.dice, empty)
 
 
 def ciou_share(case: Overlap) -> Share:
@@ -81,9 +88,7 @@ def ciou_share(case: Overlap) -> Share:
 
 def precision_share(case: Overlap, threshold: float, empty: EmptyRule = EMPTY_RULE) -> Share:
     """precision@threshold: the share of the cases whose IoU is at least `threshold` (Mao et al., CVPR 2016: P@0.5)."""
-    if _both_empty(case):
-        return _share_of_mean(case, 1.0, empty)
-    return float(case.iou >= threshold), 1.0
+    return mean_share(case, float(case.iou >= threshold), empty)
 
 
 def presence_share(case: Overlap) -> Share:
@@ -108,16 +113,6 @@ def match_share(case: Overlap, threshold: float = MATCH_IOU) -> Share:
 def positives_only(share: Callable[[Overlap], Share]) -> Callable[[Overlap], Share]:
     """`share` over the cases whose target has a pixel; the others have no part."""
     return lambda case: share(case) if case.target else None
-
-
-def _both_empty(case: Overlap) -> bool:
-    return not case.mask and not case.target
-
-
-def _share_of_mean(case: Overlap, value: float, empty: EmptyRule) -> Share:
-    if not _both_empty(case) or empty == "one":
-        return value, 1.0
-    return (0.0, 1.0) if empty == "zero" else None
 
 
 # -------------------------------------------------------------------------------------------------- surface distances
