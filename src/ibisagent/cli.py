@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
@@ -476,6 +476,79 @@ def compare(
     for name, lacking in (("only in A", found.only_a), ("only in B", found.only_b)):
         for case_id in lacking:
             stderr.print(f"{name}, left out: {_one_line(case_id)}")
+
+
+@app.command()
+def score(
+    made: Annotated[
+        Path, typer.Argument(metavar="PRED_DIR", help="Folder of masks (PNG, NIfTI, ...), or a .jsonl file.")
+    ],
+    data: Annotated[Path, typer.Argument(help="Data set folder, a manifest, or a folder of NIfTI masks.")],
+    split: Annotated[str | None, typer.Option(help="Rows to score. Default: val where it exists, else all.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for a run that 'compare' and 'report' read.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only this many cases, spread over the data.", min=1)] = None,
+    resize_targets: Annotated[
+        bool, typer.Option(help="Compare masks of another size with the truth resized to theirs (nearest neighbour).")
+    ] = False,
+    by: Annotated[str, typer.Option(help="Group the table by modality, object, size or dataset.")] = "modality",
+    empty: EmptyOption = "one",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure masks that anything made against the masks of DATA; docs/evaluation.md says how they are to be named.
+
+    Masks of wrong size or place, missing, double or unknown ones are listed one by one, never averaged away; then the
+    exit code is 2.
+    """
+    from ibisagent.evaluation import scoring
+    from ibisagent.evaluation.results import check_group
+    from ibisagent.metrics import check_empty_rule
+
+    group, rule = check_group(by), check_empty_rule(empty)
+    with _status("comparing the masks", quiet=as_json):
+        found = scoring.score(made, data, output, split=split, limit=limit, resize_targets=resize_targets, empty=rule)
+    if as_json:
+        _print_json(
+            {
+                **found.evaluation.to_json(rule),
+                "strict": found.strict,
+                "problems": [asdict(one) for one in found.problems],
+            }
+        )
+    else:
+        _print_evaluation(replace(found.evaluation, failures=()), group, rule)
+        count, total = len(found.evaluation.results), int(found.evaluation.made_by["cases"])
+        stdout.print(
+            f"{count} of {total} cases scored; with 0 for each of the others: mean IoU {found.strict['iou']:.3f},"
+            f" Dice {found.strict['dice']:.3f}"
+        )
+        for problem in found.problems:
+            stderr.print(_one_line(f"{problem.kind}: {problem.case_id or problem.file}: {problem.message}", 400))
+    if found.problems:
+        raise typer.Exit(EXIT_ERROR)
+
+
+@app.command()
+def report(
+    run: RunFolder,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The page. Default: report.html in RUN.")
+    ] = None,
+    shown: Annotated[
+        int, typer.Option("--cases", help="So many best, median and worst cases with pictures.", min=1)
+    ] = 6,
+    empty: EmptyOption = "one",
+) -> None:
+    """Write one HTML page about RUN that needs nothing else: tables, plots, the best, median and worst cases."""
+    from ibisagent.evaluation.report import write_report
+    from ibisagent.metrics import check_empty_rule
+
+    page = output or run / "report.html"
+    missing = write_report(run, page, cases=shown, empty=check_empty_rule(empty))
+    for name in missing:
+        stderr.print(f"without its picture, as the file is not there any more or has changed: {_one_line(name)}")
+    stdout.print(str(page))
 
 
 @app.command()
@@ -1019,10 +1092,17 @@ def _print_evaluation(result: Evaluation, by: GroupBy, empty: EmptyRule) -> None
         shown = {HEADINGS[name]: name for name in names if name in overall.means}
         if not shown:
             continue
-        table = Table("", "cases", *shown, title=title.format(**result.made_by), title_justify="left", box=SIMPLE_HEAD)
+        table = Table(
+            *("", "cases", *shown),
+            title=title.format(**result.made_by),
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,  # fits into 80 columns
+        )
         for group, summary in summaries.items():
             cells = [f"{summary.means[name]:.3f}" if name in summary.means else "" for name in shown.values()]
-            table.add_row(group, str(summary.cases), *cells)
+            table.add_row(_one_line(group, 20), str(summary.cases), *cells)
         stdout.print(table)
     for name, words in (("iou", f"mean IoU, two empty masks count as {empty}"), ("positive_iou", "positives only")):
         if (interval := overall.intervals.get(name)) is not None:
