@@ -128,6 +128,5 @@ def _by_patient(rows: Sequence[Row]) -> tuple[list[str], np.ndarray, np.ndarray]
 def _drawn(patients: int, resamples: int, seed: int) -> np.ndarray:
     """How often each patient is drawn, (resamples, patients)."""
     drawn = np.random.default_rng(seed).integers(patients, size=(resamples, patients))
-    counts = np.zeros((resamples, patients))
-    np.add.at(counts, (np.arange(resamples)[:, None], drawn), 1)
-    return counts
+    places = (np.arange(resamples)[:, None] * patients + drawn).ravel()
+    return np.bincount(places, minlength=resamples * patients).reshape(resamples, patients).astype(float)
