@@ -1053,18 +1053,11 @@ def _print_volume(outputs: VolumeOutputs, cost: Cost, seconds: float) -> None:
 
 _TABLES = {
     "{policy} with {segmenter}": ("iou", "dice", "turns", "seconds", "first_hit", "answer_correct"),
-    "the same: over all pixels, over the cases that show their object, and where it errs": (
+    "the same: by pixels, over positives (pos.: cases that show their object), by cases": (
         *("ciou", "positive_iou", "positive_dice", "precision_50", "presence_f1", "match_f1"),
-        *("hd95_mm", "nsd_2mm", "hd95_px", "nsd_2px"),
     ),
-    "the same: how it works": (
-        "clicks",
-        "redundant_clicks",
-        "stop_gap",
-        "parse_failures",
-        "tokens",
-        "extra_components",
-    ),
+    "the same: borders and noise": ("hd95_mm", "nsd_2mm", "hd95_px", "nsd_2px", "extra_components", "speck_share"),
+    "the same: how it works": ("clicks", "redundant_clicks", "stop_gap", "parse_failures", "tokens"),
     "blind clicks with {segmenter}": ("prior_iou", "prior_hit", "centre_iou", "centre_hit"),
     "seeing the truth: its box's ellipse, an expert's clicks with {segmenter} (IoU)": (
         "ellipse_iou",

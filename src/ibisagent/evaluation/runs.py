@@ -14,11 +14,12 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ class Setup:
         blind: dict[str, Policy] = {}
         if self.baselines:
             blind = ({} if prior is None else {"prior": prior}) | {"centre": load_policy("centre-click")}
+        made_by = {**provenance(policy, segmenter), "keep": self.keep}
         facts = {
             "ibisagent": package_version(),
             "data": str(self.data),
@@ -103,13 +105,12 @@ class Setup:
             "policy": policy.name,
             "segmenter": segmenter.name,
             "max_turns": str(self.max_turns),
-            "keep": self.keep,
             "baselines": ", ".join([*blind, "oracle"]) if self.baselines else "",
             "batch_size": str(self.batch_size),
             "seed": str(self.seed),
-            **provenance(policy, segmenter),
+            **made_by,
         }
-        judge = Judge(policy, segmenter, blind, self.baselines, self.max_turns, self.keep, facts)
+        judge = Judge(policy, segmenter, blind, self.baselines, self.max_turns, self.keep, made_by)
         return Bench(cases, judge, facts, self.batch_size)
 
 
@@ -216,11 +217,11 @@ class Run:
         self._log = _Log(folder / CASES_NAME)
         self._log.read()
         self.evaluation = self._log.evaluation(facts)
-        self._places = {line["result"]["case_id"]: line for line in self._log.lines.values() if "result" in line}
+        self._index = {line["result"]["case_id"]: index for index, line in self._log.lines.items() if "result" in line}
 
     def masks(self, case_id: str) -> tuple[Episode | None, Masks, Masks]:
         """(episode or None, masks handed out without one, truth) of a judged case. DataError if they are damaged."""
-        line, where = self._places[case_id], f"{self.folder / CASES_NAME}, case {case_id}"
+        line, where = self._line(case_id), f"{self.folder / CASES_NAME}, case {case_id}"
         episode = read_plain_record(line["episode"], where) if line.get("episode") else None
         plain = [line.get("masks") or [], line.get("targets") or []]
         sizes = [tuple(one["rle"]["size"]) for masks in plain for one in masks]
@@ -230,30 +231,46 @@ class Run:
 
     def image(self, case_id: str) -> str:
         """Where the picture of a judged case was; "" if that is not known."""
-        line = self._places[case_id]
+        line = self._line(case_id)
         return str(line.get("image") or (line.get("episode") or {}).get("image_source", ""))
+
+    def _line(self, case_id: str) -> dict[str, Any]:
+        return self._log.whole(self._index[case_id])
 
 
 class _Log:
-    """The lines of cases.jsonl by index of the case; in memory alone if there is no path."""
+    """The lines of cases.jsonl by index of the case, without their masks; in memory alone if there is no path."""
 
     def __init__(self, path: Path | None) -> None:
         self.lines: dict[int, dict[str, Any]] = {}
         self._path = path
+        self._places: dict[int, tuple[int, int]] = {}
 
     def read(self) -> int:
         """Read what is there: the number of its whole bytes. A last line that was cut off is passed over."""
         if self._path is None or not self._path.exists():
             return 0
-        content = self._path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        for number, text in enumerate(content[:whole].splitlines(), start=1):
-            try:
-                line = json.loads(text)
-                self.lines[int(line["index"])] = line
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{self._path}, line {number}: is damaged ({error}); delete the line") from error
-        return whole
+        start = 0
+        with self._path.open("rb") as file:
+            for number, text in enumerate(file, start=1):
+                if not text.endswith(b"\n"):
+                    break
+                try:
+                    line = json.loads(text)
+                    self.lines[int(line["index"])] = _light(line)
+                    self._places[int(line["index"])] = start, len(text)
+                except (ValueError, KeyError, TypeError) as error:
+                    raise DataError(f"{self._path}, line {number}: is damaged ({error}); delete the line") from error
+                start += len(text)
+        return start
+
+    def whole(self, index: int) -> dict[str, Any]:
+        """The line of a case with its masks, from the disk. It must have been `read`."""
+        start, length = self._places[index]
+        with (self._path or Path()).open("rb") as file:
+            file.seek(start)
+            line: dict[str, Any] = json.loads(file.read(length))
+        return line
 
     def open(self) -> None:
         """Read what is there and cut off an unfinished last line."""
@@ -263,7 +280,7 @@ class _Log:
 
     def append(self, lines: Sequence[dict[str, Any]]) -> None:
         """Add the lines of one block, on disk in one write. DataError if that fails; then none is there."""
-        self.lines |= {int(line["index"]): line if self._path is not None else _light(line) for line in lines}
+        self.lines |= {int(line["index"]): _light(line) for line in lines}
         if self._path is None:
             return
         content = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines).encode()
@@ -307,8 +324,13 @@ def _hands(
     )
 
     def judge_blocks(blocks: Sequence[int]) -> Iterator[list[dict[str, Any]]]:
-        for future in as_completed([pool.submit(_block, setup, block) for block in blocks]):
-            yield future.result()
+        waiting = iter(blocks)
+        pending = {pool.submit(_block, setup, block) for block in islice(waiting, 2 * workers)}
+        while pending:
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            pending |= {pool.submit(_block, setup, block) for block in islice(waiting, len(done))}
+            for future in done:
+                yield future.result()
 
     try:
         yield pool.submit(_facts, setup).result(), judge_blocks
