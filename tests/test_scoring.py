@@ -164,6 +164,24 @@ def test_volumes(tmp_path: Path, made: Path) -> None:
     assert ("other geometry", "d") not in kinds(score(made, tmp_path / "truth"))
 
 
+def test_labels_in_a_volume(tmp_path: Path, made: Path) -> None:
+    labels = np.zeros((12, 14, 5), dtype=np.uint8)
+    labels[2:8, 3:9, 1:4] = 1
+    labels[9:11, 3:9, 1:4] = 2
+    affine = np.diag([1.0, 1.0, 2.0, 1.0])
+    nib.save(nib.Nifti1Image(labels, affine), tmp_path / "ct.nii.gz")
+    rows = ["image,mask,object,label", *(f"ct.nii.gz,ct.nii.gz,{name},{name[-1]}" for name in ("part 1", "part 2"))]
+    rows.append("ct.nii.gz,ct.nii.gz,part x,#ff0000")
+    (tmp_path / "rows.csv").write_text("\n".join(rows))
+    write_nifti(labels == 1, made / "ct_part_1.nii.gz", affine)
+    write_nifti(labels == 1, made / "ct_part_2.nii.gz", affine)
+    write_nifti(labels == 1, made / "ct_part_x.nii.gz", affine)
+    found = score(made, tmp_path / "rows.csv")
+    assert ious(found) == {"ct.nii.gz#part 1": 1, "ct.nii.gz#part 2": 0}
+    assert kinds(found) == [("unreadable", "ct.nii.gz#part x")]
+    assert "#ff0000" in found.problems[0].message
+
+
 def test_nothing_to_score(data: Path, made: Path) -> None:
     with pytest.raises(DataError, match="no mask"):
         score(made, data)

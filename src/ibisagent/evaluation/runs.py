@@ -86,7 +86,7 @@ class Setup:
                 temperature=self.temperature,
                 seed=self.seed,
                 batch_size=self.batch_size,
-                cases=cases.by_id if self.policy == "oracle" else None,
+                cases=cases.by_id,
             )
         elif prior is not None:
             policy = prior

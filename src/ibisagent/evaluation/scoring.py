@@ -299,6 +299,8 @@ def _truth(row: CaseRow, cases: CaseSource) -> _Truth:
 
     volume = read_volume(row.mask)
     values = volume.values(np.asarray(volume.voxels))
+    if row.label is not None and not str(row.label).isdecimal():
+        raise DataError(f"{row.where}: label '{row.label}' is no value of a volume; give a whole number")
     mask = values != 0 if row.label is None else values == int(row.label)
     spacing = volume.spacing_mm if volume.spacing_known else None
     return _Truth({row.object: mask}, row.patient or str(row.image), spacing, volume.affine)
