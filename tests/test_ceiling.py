@@ -332,15 +332,15 @@ def test_command_compares_with_an_evaluation(data: Path, tmp_path: Path) -> None
         "region",
         "--no-baselines",
         "-o",
-        tmp_path / "agent.json",
+        tmp_path / "agent",
     ]
     made = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert made.exit_code == 0, made.output
-    evaluated = json.loads((tmp_path / "agent.json").read_text())
+    evaluated = json.loads((tmp_path / "agent" / "evaluation.json").read_text())
     for dialect, best in {"ibis": "box", "paper": "click_1"}.items():  # the second one has no boxes
         evaluated["made_by"]["dialect"] = dialect
-        (tmp_path / "agent.json").write_text(json.dumps(evaluated))
-        result = run_ceiling(data, "--agent", tmp_path / "agent.json", "--json")
+        (tmp_path / "agent" / "evaluation.json").write_text(json.dumps(evaluated))
+        result = run_ceiling(data, "--agent", tmp_path / "agent", "--json")
         assert result.exit_code == 0, result.output
         found = json.loads(result.stdout)
         assert (found["agent"]["policy"], found["agent"]["cases"]) == ("centre-click", 3)

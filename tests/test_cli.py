@@ -350,16 +350,16 @@ def data(tmp_path: Path, image: Path, truth: np.ndarray) -> Path:
 
 
 def test_evaluate(data: Path, script: str, tmp_path: Path) -> None:
-    arguments = ["evaluate", data, "--policy", script, "--segmenter", "region", "-o", tmp_path / "result.json"]
+    arguments = ["evaluate", data, "--policy", script, "--segmenter", "region", "-o", tmp_path / "run"]
     shown = ibisagent(*arguments)
     assert shown.exit_code == 0, shown.output
     assert "first hit" in shown.stdout
     plain = ibisagent(*arguments, "--json")
     loaded = json.loads(plain.stdout)
     assert loaded["summaries"]["all"]["cases"] == 1  # the val row
-    assert loaded["summaries"]["CT"]["means"]["first_hit"] == 1
+    assert loaded["summaries"]["modality"]["CT"]["means"]["first_hit"] == 1
     assert {"prior_iou", "centre_hit", "ellipse_iou", "oracle_iou_10"} <= set(loaded["summaries"]["all"]["means"])
-    assert json.loads((tmp_path / "result.json").read_text())["made_by"]["segmenter"] == "region"
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["made_by"]["segmenter"] == "region"
 
 
 @pytest.mark.parametrize("policy", ["oracle", "location-prior", "centre-click"])
@@ -377,6 +377,7 @@ def test_evaluate_lists_failures(data: Path, tmp_path: Path) -> None:
 
 def test_evaluate_bad_choices(data: Path) -> None:
     assert_one_line(ibisagent("evaluate", data, "-s", "region", "--by", "colour"), "colour")
+    assert_one_line(ibisagent("evaluate", data, "-s", "region", "--empty", "half"), "half")
     assert_one_line(ibisagent("evaluate", data, "-s", "region", "--split", "test"), "test")
     assert_one_line(ibisagent("evaluate", data.with_name("none"), "-s", "region"), "none")
 

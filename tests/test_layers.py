@@ -12,8 +12,8 @@ SOURCE = Path(__file__).parent.parent / "src" / "ibisagent"
 LAYERS = (
     ("errors",),
     ("domain",),
-    ("masks", "images", "clicks", "protocol", "calibration", "recipe"),
-    ("segmenters", "policies", "datasets", "store", "volumes", "pacs"),
+    ("masks", "images", "clicks", "protocol", "calibration", "recipe", "resampling"),
+    ("metrics", "segmenters", "policies", "datasets", "store", "volumes", "pacs"),
     ("environment", "rewards"),
     ("teacher",),
     ("trajectories", "training", "evaluation", "ceiling", "session", "inventory", "volume_agent", "client"),
@@ -26,6 +26,8 @@ LAYERS = (
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 SIDEWAYS = {
     ("policies.nano", "segmenters"),  # its eye is LiteMedSAM's encoder, which is embedded once for both
+    ("evaluation.report", "session"),  # actions in the same words
+    ("evaluation.runs", "session"),  # the same facts about policy and segmenter, the same default
     ("ceiling", "evaluation"),  # the expert's curves, the interval and the loop over cases are the same in both
 }
 HEAVY = {"torch", "torchvision", "transformers", "trl", "peft", "timm", "accelerate"}

@@ -36,19 +36,17 @@ from ibisagent.calibration import Calibration, calibration
 from ibisagent.datasets import CaseSource
 from ibisagent.domain import Case, Image, Prompt, union
 from ibisagent.errors import ConfigError, DataError
-from ibisagent.evaluation import Failure, OracleCurve, ellipse_iou, judge_cases, oracle_curves, patient_interval
+from ibisagent.evaluation import Failure, OracleCurve, ellipse_iou, judge_cases, oracle_curves
+from ibisagent.metrics import GOALS, SMALL, SizeClass, clicks_to, size_class
 from ibisagent.policies.oracle import BOX_JITTER
 from ibisagent.protocol import DIALECTS
+from ibisagent.resampling import patient_interval
 from ibisagent.segmenters import Prediction, Segmenter, SegmenterSession
 
 MAX_CLICKS = 20
 CLICKS = (1, 2, 3, 5, 10, 20)
 BOX_CLICKS = (1, 2, 3, 5)
 BOXES_OFF = (0.1, 0.2)
-GOALS = (0.80, 0.85, 0.90)
-
-SizeClass = Literal["area < 0.5%", "area 0.5% to 5%", "area > 5%"]
-SMALL, LARGE = 0.005, 0.05
 NOT_SMALL = "area >= 0.5%"
 
 
@@ -219,7 +217,7 @@ class Ceiling:
         if agent is None:
             return (
                 f"{bound} A policy that only prompts this segmenter can hardly do better. Whether yours comes near:"
-                " ibisagent evaluate DATA -o agent.json, then --agent agent.json here."
+                " ibisagent evaluate DATA -o RUN, then --agent RUN here."
             )
         found = self.shortfall(agent)
         if found is None:
@@ -285,10 +283,11 @@ def measure_ceiling(
 
 
 def read_agent(path: Path, segmenter: Segmenter, cases: CaseSource) -> Agent:
-    """The policy whose evaluation `ibisagent evaluate -o` wrote to `path`.
+    """The policy whose evaluation `ibisagent evaluate -o` wrote: the folder, or the evaluation.json in it.
 
-    DataError if the file is no such evaluation, ConfigError if it was made with another segmenter or on other cases.
+    DataError if `path` is no such evaluation, ConfigError if it was made with another segmenter or on other cases.
     """
+    path = path / "evaluation.json" if path.is_dir() else path
     try:
         loaded = json.loads(path.read_bytes())
         made_by, rows = loaded["made_by"], loaded["cases"]
@@ -452,7 +451,7 @@ def _judge(case: Case, segmenter: _Stopwatch, max_clicks: int, seed: int) -> Cei
         case.meta.get("dataset", ""),
         case.patient or case.image.sha256,
         area,
-        _size_class(area),
+        size_class(area),
         measures,
         clicks,
         box_first,
@@ -466,20 +465,14 @@ def _clicks_to_goals(ious: Sequence[float], max_clicks: int) -> dict[str, float]
     """noc_* and nof_* of one episode."""
     measures = {}
     for goal in GOALS:
-        number = next((number for number, reached in enumerate(ious, start=1) if reached >= goal), None)
-        measures[f"noc_{goal * 100:.0f}"] = float(max_clicks if number is None else number)
-        measures[f"nof_{goal * 100:.0f}"] = float(number is None)
+        number, never = clicks_to(goal, ious, max_clicks)
+        measures[f"noc_{goal * 100:.0f}"] = float(number)
+        measures[f"nof_{goal * 100:.0f}"] = float(never)
     return measures
 
 
 def _click_numbers(max_clicks: int) -> list[int]:
     return sorted({number for number in CLICKS if number <= max_clicks} | {max_clicks})
-
-
-def _size_class(area: float) -> SizeClass:
-    small, medium, large = get_args(SizeClass)
-    found: SizeClass = small if area < SMALL else large if area > LARGE else medium
-    return found
 
 
 def _patient(case: CeilingCase) -> str:

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
@@ -28,10 +28,10 @@ from ibisagent.errors import ConfigError, IbisError
 
 if TYPE_CHECKING:
     from ibisagent.ceiling import Agent, Ceiling, Group
-    from ibisagent.datasets import CaseSource
     from ibisagent.doctor import RewardReport
     from ibisagent.domain import Episode, Image, Turn
-    from ibisagent.evaluation import Evaluation, Summary
+    from ibisagent.evaluation import Evaluation, GroupBy, Summary
+    from ibisagent.metrics import EmptyRule
     from ibisagent.policies.base import Policy
     from ibisagent.segmenters import Segmenter
     from ibisagent.session import Outputs
@@ -407,6 +407,12 @@ def replay(
         raise typer.Exit(EXIT_ERROR)
 
 
+EmptyOption = Annotated[
+    str, typer.Option(help="What two empty masks count as: one, zero, or skip. Positives only are always shown too.")
+]
+RunFolder = Annotated[Path, typer.Argument(help="Folder that 'evaluate -o' or 'score -o' wrote.")]
+
+
 @app.command()
 @_spread
 def evaluate(
@@ -414,68 +420,160 @@ def evaluate(
     choice: PolicyChoice,
     drawing: Drawing,
     split: Annotated[str | None, typer.Option(help="Rows to evaluate. Default: val where it exists, else all.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write all of it to this JSON file.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Folder of the run; an unfinished one is continued. See docs/evaluation.md."
+        ),
+    ] = None,
     segmenter: SegmenterOption = "ibis-click",
     max_turns: TurnsOption = None,
     keep: KeepOption = "best",
     batch_size: Annotated[int, typer.Option(help="Episodes run together.", min=1)] = 16,
+    workers: Annotated[int, typer.Option(help="Processes; each loads the models.", min=1)] = 1,
     limit: Annotated[int | None, typer.Option(help="Only this many cases, spread over the data.", min=1)] = None,
     baselines: Annotated[bool, typer.Option(help="Also run the oracle's clicks and the blind clicks.")] = True,
-    by: Annotated[str, typer.Option(help="Group the table by modality, dataset or object.")] = "modality",
+    by: Annotated[str, typer.Option(help="Group the table by modality, object, size or dataset.")] = "modality",
+    empty: EmptyOption = "one",
     as_json: JsonOption = False,
 ) -> None:
     """Measure a policy with a segmenter on labelled DATA, beside the baselines.
 
-    The location prior is learned from the rows of split 'train'. Cases that fail are listed and left out.
+    The location prior is learned from the rows of split 'train'. Cases that fail are listed and left out. A run that
+    was killed goes on where it stopped, and ends with the same figures.
     """
-    if by not in ("modality", "dataset", "object"):
-        raise ConfigError(f"cannot group by '{by}': give modality, dataset or object")
-    with _status("reading the data and loading the models", quiet=as_json):
-        from ibisagent import evaluation, session
-        from ibisagent.policies import load_policy
-        from ibisagent.segmenters import load_segmenter
+    with _status("loading", quiet=as_json):
+        from ibisagent import session
+        from ibisagent.evaluation import runs
+        from ibisagent.evaluation.results import check_group
+        from ibisagent.metrics import check_empty_rule
 
-        everything, cases = _cases(data, split, limit)
-        engine = load_segmenter(segmenter, device=choice.device)
-        needs_prior = baselines or choice.policy == "location-prior"
-        prior = evaluation.location_prior(everything, cases) if needs_prior else None
-        writer: Policy | None
-        if choice.policy == "location-prior":
-            writer = prior
-        else:
-            writer = choice.load(
-                **asdict(drawing), batch_size=batch_size, cases=cases.by_id if choice.policy == "oracle" else None
-            )
-        if writer is None:
-            raise ConfigError(f"{data}: has no rows of split 'train', from which location-prior learns")
-        centre = load_policy("centre-click") if baselines else None
-    if prior is None and baselines and not as_json:
-        stderr.print(f"{data}: no rows of split 'train', so there is no location prior to compare with")
-    with _progress(len(cases), "cases", quiet=as_json) as advance:
-        result = evaluation.evaluate(
-            cases,
-            writer,
-            engine,
-            prior=prior if baselines else None,
-            centre=centre,
-            oracle=baselines,
+        rule, group, kept = check_empty_rule(empty), check_group(by), _check_keep(keep)
+        setup = runs.Setup(
+            data,
+            split,
+            limit,
+            **asdict(choice),
+            **asdict(drawing),
+            segmenter=segmenter,
             max_turns=max_turns or session.DEFAULT_TURNS,
-            keep=_check_keep(keep),
+            keep=kept,
+            baselines=baselines,
             batch_size=batch_size,
-            made_by={"data": str(data), "split": split or "", **session.provenance(writer, engine)},
-            on_case=lambda _: advance(),
         )
-    plain = result.to_json(by)  # type: ignore[arg-type]
-    if output is not None:
-        from ibisagent.images import write_whole
+    with _progress(None, "cases", quiet=as_json) as advance:
+        result = runs.run(
+            setup,
+            output,
+            workers=workers,
+            empty=rule,
+            on_start=lambda total, done: advance(done, total=total),
+            on_case=advance,
+        )
+    _show_evaluation(result, group, rule, as_json)
 
-        write_whole((json.dumps(plain, indent=1) + "\n").encode(), output)
+
+@app.command()
+def compare(
+    run_a: RunFolder,
+    run_b: RunFolder,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the tables to this Markdown file.")
+    ] = None,
+    empty: EmptyOption = "one",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare two runs on the cases that both have: difference, 95% interval, permutation p; patients are the unit."""
+    from ibisagent.evaluation import compare as compare_runs
+    from ibisagent.evaluation import runs, tables
+    from ibisagent.images import write_whole
+    from ibisagent.metrics import check_empty_rule
+
+    evaluations = [runs.Run(folder).evaluation for folder in (run_a, run_b)]
+    found = compare_runs(*evaluations, empty=check_empty_rule(empty), seed=seed)
+    if output is not None:
+        write_whole(tables.comparison_markdown(found).encode(), output)
     if as_json:
-        _print_json(plain)
+        _print_json(asdict(found))
     else:
-        _print_evaluation(result, by)
-    if result.failures:
+        stdout.print(tables.comparison_markdown(found), end="")
+    for name, lacking in (("only in A", found.only_a), ("only in B", found.only_b)):
+        for case_id in lacking:
+            stderr.print(f"{name}, left out: {_one_line(case_id)}")
+
+
+@app.command()
+def score(
+    made: Annotated[
+        Path, typer.Argument(metavar="PRED_DIR", help="Folder of masks (PNG, NIfTI, ...), or a .jsonl file.")
+    ],
+    data: Annotated[Path, typer.Argument(help="Data set folder, a manifest, or a folder of NIfTI masks.")],
+    split: Annotated[str | None, typer.Option(help="Rows to score. Default: val where it exists, else all.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for a run that 'compare' and 'report' read.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only this many cases, spread over the data.", min=1)] = None,
+    resize_targets: Annotated[
+        bool, typer.Option(help="Compare masks of another size with the truth resized to theirs (nearest neighbour).")
+    ] = False,
+    by: Annotated[str, typer.Option(help="Group the table by modality, object, size or dataset.")] = "modality",
+    empty: EmptyOption = "one",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure masks that anything made against the masks of DATA; docs/evaluation.md says how they are to be named.
+
+    Masks of wrong size or place, missing, double or unknown ones are listed one by one, never averaged away; then the
+    exit code is 2.
+    """
+    from ibisagent.evaluation import scoring
+    from ibisagent.evaluation.results import check_group
+    from ibisagent.metrics import check_empty_rule
+
+    group, rule = check_group(by), check_empty_rule(empty)
+    with _status("comparing the masks", quiet=as_json):
+        found = scoring.score(made, data, output, split=split, limit=limit, resize_targets=resize_targets, empty=rule)
+    if as_json:
+        _print_json(
+            {
+                **found.evaluation.to_json(rule),
+                "strict": found.strict,
+                "problems": [asdict(one) for one in found.problems],
+            }
+        )
+    else:
+        _print_evaluation(replace(found.evaluation, failures=()), group, rule)
+        count, total = len(found.evaluation.results), int(found.evaluation.made_by["cases"])
+        stdout.print(
+            f"{count} of {total} cases scored; with 0 for each of the others: mean IoU {found.strict['iou']:.3f},"
+            f" Dice {found.strict['dice']:.3f}"
+        )
+        for problem in found.problems:
+            stderr.print(_one_line(f"{problem.kind}: {problem.case_id or problem.file}: {problem.message}", 400))
+    if found.problems:
         raise typer.Exit(EXIT_ERROR)
+
+
+@app.command()
+def report(
+    run: RunFolder,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The page. Default: report.html in RUN.")
+    ] = None,
+    shown: Annotated[
+        int, typer.Option("--cases", help="So many best, median and worst cases with pictures.", min=1)
+    ] = 6,
+    empty: EmptyOption = "one",
+) -> None:
+    """Write one HTML page about RUN that needs nothing else: tables, plots, the best, median and worst cases."""
+    from ibisagent.evaluation.report import write_report
+    from ibisagent.metrics import check_empty_rule
+
+    page = output or run / "report.html"
+    missing = write_report(run, page, cases=shown, empty=check_empty_rule(empty))
+    for name in missing:
+        stderr.print(f"without its picture, as the file is not there any more or has changed: {_one_line(name)}")
+    stdout.print(str(page))
 
 
 @app.command()
@@ -489,7 +587,8 @@ def ceiling(
     clicks: Annotated[int, typer.Option(help="Most clicks per object; NoC counts a failure as so many.", min=1)] = 20,
     limit: Annotated[int | None, typer.Option(help="Only this many cases, spread over the data.", min=1)] = None,
     agent: Annotated[
-        Path | None, typer.Option(help="What 'evaluate -o' wrote: tells whether policy or segmenter limits that agent.")
+        Path | None,
+        typer.Option(help="Folder that 'evaluate -o' wrote: tells whether policy or segmenter limits that agent."),
     ] = None,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
@@ -504,6 +603,7 @@ def ceiling(
         from importlib.util import find_spec
 
         from ibisagent import ceiling as measuring
+        from ibisagent.datasets import cases_to_judge
         from ibisagent.segmenters import load_segmenter
 
         drawable = find_spec("matplotlib") is not None
@@ -513,7 +613,7 @@ def ceiling(
             make_folder(output)
             if not drawable:
                 stderr.print("matplotlib is not installed, so no ceiling.png: pip install 'ibisagent[plot]'")
-        _, cases = _cases(data, split, limit)
+        _, cases = cases_to_judge(data, split, limit)
         engine = load_segmenter(segmenter, device=device)
         compared = None if agent is None else measuring.read_agent(agent, engine, cases)
     with _progress(len(cases), "cases", quiet=as_json) as advance:
@@ -953,20 +1053,6 @@ def _check_query(query: str) -> str:
     return query
 
 
-def _cases(data: Path, split: str | None, limit: int | None) -> tuple[CaseSource, CaseSource]:
-    """(all cases of `data`, those to evaluate)."""
-    from ibisagent.datasets import CaseSource, read_cases
-
-    everything = read_cases(data)
-    if split is None and any(row.split == "val" for row in everything.rows):
-        split = "val"
-    cases = everything if split is None else read_cases(data, split=split)
-    if limit is not None and limit < len(cases):
-        step = len(cases) / limit
-        cases = CaseSource([cases.rows[int(index * step)] for index in range(limit)], cases.where)
-    return everything, cases
-
-
 def _one_line(text: str, length: int = 120) -> str:
     """Text of a model or user in one printable line: it must not steer the terminal."""
     text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
@@ -1052,47 +1138,58 @@ def _print_volume(outputs: VolumeOutputs, cost: Cost, seconds: float) -> None:
 
 
 _TABLES = {
-    "{policy} with {segmenter}": {
-        "IoU": "iou",
-        "Dice": "dice",
-        "turns": "turns",
-        "seconds": "seconds",
-        "first hit": "first_hit",
-        "answer": "answer_correct",
-    },
-    "blind clicks with {segmenter}": {
-        "prior IoU": "prior_iou",
-        "prior hit": "prior_hit",
-        "centre IoU": "centre_iou",
-        "centre hit": "centre_hit",
-    },
-    "seeing the truth: its box's ellipse, an expert's clicks with {segmenter} (IoU)": {
-        "ellipse": "ellipse_iou",
-        "click 1": "oracle_iou_1",
-        "2": "oracle_iou_2",
-        "3": "oracle_iou_3",
-        "5": "oracle_iou_5",
-        "10": "oracle_iou_10",
-    },
+    "{policy} with {segmenter}": ("iou", "dice", "turns", "seconds", "first_hit", "answer_correct"),
+    "the same: by pixels, over positives (pos.: cases that show their object), by cases": (
+        *("ciou", "positive_iou", "positive_dice", "precision_50", "presence_f1", "match_f1"),
+    ),
+    "the same: borders and noise": ("hd95_mm", "nsd_2mm", "hd95_px", "nsd_2px", "extra_components", "speck_share"),
+    "the same: how it works": ("clicks", "redundant_clicks", "stop_gap", "parse_failures", "tokens"),
+    "blind clicks with {segmenter}": ("prior_iou", "prior_hit", "centre_iou", "centre_hit"),
+    "seeing the truth: its box's ellipse, an expert's clicks with {segmenter} (IoU)": (
+        "ellipse_iou",
+        *(f"oracle_iou_{count}" for count in (1, 2, 3, 5, 10)),
+    ),
 }
 
 
-def _print_evaluation(result: Evaluation, by: str) -> None:
-    summaries: dict[str, Summary] = result.summaries(by)  # type: ignore[arg-type]
+def _show_evaluation(result: Evaluation, by: GroupBy, empty: EmptyRule, as_json: bool) -> None:
+    """Print an evaluation; exit code 2 if a case failed."""
+    if as_json:
+        _print_json(result.to_json(empty))
+    else:
+        _print_evaluation(result, by, empty)
+    if result.failures:
+        raise typer.Exit(EXIT_ERROR)
+
+
+def _print_evaluation(result: Evaluation, by: GroupBy, empty: EmptyRule) -> None:
+    from ibisagent.evaluation.tables import HEADINGS
+
+    summaries: dict[str, Summary] = result.summaries(by, empty)
     overall = summaries["all"]
-    for title, columns in _TABLES.items():
-        shown = {column: name for column, name in columns.items() if name in overall.means}
+    for title, names in _TABLES.items():
+        shown = {HEADINGS[name]: name for name in names if name in overall.means}
         if not shown:
             continue
-        table = Table("", "cases", *shown, title=title.format(**result.made_by), title_justify="left", box=SIMPLE_HEAD)
+        table = Table(
+            *("", "cases", *shown),
+            title=title.format(**result.made_by),
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,  # fits into 80 columns
+        )
         for group, summary in summaries.items():
             cells = [f"{summary.means[name]:.3f}" if name in summary.means else "" for name in shown.values()]
-            table.add_row(group, str(summary.cases), *cells)
+            table.add_row(_one_line(group, 20), str(summary.cases), *cells)
         stdout.print(table)
-    if overall.iou_interval is not None:
-        low, high = overall.iou_interval
-        stdout.print(f"mean IoU {overall.means['iou']:.3f}, 95% interval {low:.3f} to {high:.3f} (patients resampled)")
-    stdout.print("episodes ended: " + ", ".join(f"{name} {count}" for name, count in overall.stops.items()))
+    for name, words in (("iou", f"mean IoU, two empty masks count as {empty}"), ("positive_iou", "positives only")):
+        if (interval := overall.intervals.get(name)) is not None:
+            low, high = interval
+            value = f"{overall.means[name]:.3f}, 95% interval {low:.3f} to {high:.3f}"
+            stdout.print(f"{words}: {value} ({overall.patients} patients resampled)")
+    if overall.stops:
+        stdout.print("episodes ended: " + ", ".join(f"{name} {count}" for name, count in overall.stops.items()))
     for failure in result.failures:
         stderr.print(f"failed, left out: {failure.case_id}: {_one_line(failure.error, 300)}")
 
@@ -1215,12 +1312,13 @@ def _status(what: str, *, quiet: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _progress(total: int, what: str, *, quiet: bool) -> Iterator[Callable[..., None]]:
-    """A bar on stderr while the block runs; call what it gives with the number of finished items (default 1)."""
+def _progress(total: int | None, what: str, *, quiet: bool) -> Iterator[Callable[..., None]]:
+    """A bar on stderr while the block runs; call what it gives with the number of finished items (default 1), and
+    with `total` once it is known."""
     if quiet or not stderr.is_terminal:
-        yield lambda _count=1: None
+        yield lambda _count=1, total=None: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr, transient=True) as progress:
         task = progress.add_task(what, total=total)
-        yield lambda count=1: progress.advance(task, count)
+        yield lambda count=1, total=total: progress.update(task, advance=count, total=total)

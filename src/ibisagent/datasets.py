@@ -190,6 +190,23 @@ def read_cases(
     return CaseSource(kept, str(path))
 
 
+def cases_to_judge(
+    path: str | Path, split: str | None = None, limit: int | None = None
+) -> tuple[CaseSource, CaseSource]:
+    """(all cases under `path`, those of `split`): of "val" if `split` is None and there are any, else all.
+
+    limit: only so many, spread evenly over them. Errors as for `read_cases`.
+    """
+    everything = read_cases(path)
+    if split is None and any(row.split == "val" for row in everything.rows):
+        split = "val"
+    cases = everything if split is None else read_cases(path, split=split)
+    if limit is not None and limit < len(cases):
+        step = len(cases) / limit
+        cases = CaseSource([cases.rows[int(index * step)] for index in range(limit)], cases.where)
+    return everything, cases
+
+
 def split_by_patient(
     rows: Iterable[CaseRow], shares: Mapping[str, float], seed: int = 0
 ) -> dict[str, tuple[CaseRow, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,23 +14,58 @@ from ibisagent.domain import MAX_PIXELS, Mask
 from ibisagent.errors import DataError
 
 
-def _check_same_shape(a: Mask, b: Mask) -> None:
+def check_same_shape(a: Mask, b: Mask) -> None:
+    """Raise DataError unless both masks have the same shape."""
     if a.shape != b.shape:
         raise DataError(f"masks of different size: {a.shape} and {b.shape}; resize the truth with nearest neighbour")
 
 
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """Pixels (or voxels) of one mask and its target: all that the overlap measures need.
+
+    Sums over several targets of one case are allowed: `a + b`.
+    """
+
+    shared: int
+    mask: int
+    target: int
+
+    def __add__(self, other: Overlap) -> Overlap:
+        return Overlap(self.shared + other.shared, self.mask + other.mask, self.target + other.target)
+
+    @property
+    def union(self) -> int:
+        """Pixels of mask or target."""
+        return self.mask + self.target - self.shared
+
+    @property
+    def iou(self) -> float:
+        """Intersection over union (Jaccard 1912) in [0, 1]; two empty masks give 1."""
+        return self.shared / self.union if self.union else 1.0
+
+    @property
+    def dice(self) -> float:
+        """2 |A & B| / (|A| + |B|) (Dice 1945; the F1 of the pixels) in [0, 1]; two empty masks give 1."""
+        total = self.mask + self.target
+        return 2 * self.shared / total if total else 1.0
+
+
+def overlap(mask: Mask, target: Mask) -> Overlap:
+    """Count two bool arrays of equal shape, any number of dimensions. DataError for shapes that differ."""
+    check_same_shape(mask, target)
+    shared = int(np.count_nonzero(mask & target))
+    return Overlap(shared, int(np.count_nonzero(mask)), int(np.count_nonzero(target)))
+
+
 def iou(a: Mask, b: Mask) -> float:
     """Intersection over union in [0, 1]; two empty masks agree fully (1.0)."""
-    _check_same_shape(a, b)
-    union = int(np.count_nonzero(a | b))
-    return int(np.count_nonzero(a & b)) / union if union else 1.0
+    return overlap(a, b).iou
 
 
 def dice(a: Mask, b: Mask) -> float:
     """Dice coefficient, 2 |a & b| / (|a| + |b|), in [0, 1]; two empty masks agree fully (1.0)."""
-    _check_same_shape(a, b)
-    total = int(np.count_nonzero(a)) + int(np.count_nonzero(b))
-    return 2 * int(np.count_nonzero(a & b)) / total if total else 1.0
+    return overlap(a, b).dice
 
 
 def encode_rle(mask: Mask) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from ibisagent.domain import (
     Undo,
     check_masks,
 )
-from ibisagent.errors import DataError
+from ibisagent.errors import ConfigError, DataError
 from ibisagent.images import write_whole
 from ibisagent.masks import decode_rle, encode_rle
 
@@ -169,10 +169,14 @@ def write_record(episode: Episode, path: str | Path) -> None:
 
 def record_json(episode: Episode) -> bytes:
     """What `write_record` writes."""
+    return (json.dumps(plain_record(episode), indent=1) + "\n").encode("ascii")
+
+
+def plain_record(episode: Episode) -> dict[str, Any]:
+    """What `write_record` writes, as lists, texts and numbers."""
     where = Path(f"record of case {episode.case_id}")
     plain = _table([_plain_episode(episode)], where).to_pylist(maps_as_pydicts="strict")[0]
-    record = {"format": RECORD_FORMAT, "version": SCHEMA_VERSION, **_without_none(plain)}
-    return (json.dumps(record, indent=1) + "\n").encode("ascii")
+    return {"format": RECORD_FORMAT, "version": SCHEMA_VERSION, **_without_none(plain)}
 
 
 def read_record(path: str | Path) -> Episode:
@@ -182,10 +186,16 @@ def read_record(path: str | Path) -> Episode:
         record = _load_json(path.read_bytes(), str(path))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); give a record.json") from error
-    if record.pop("format", None) != RECORD_FORMAT:
-        raise DataError(f"{path}: is no episode record; give a file that 'ibisagent segment' wrote")
-    _check_version(record.pop("version", None), str(path))
-    return _episode(_table([record], path).to_pylist()[0], str(path))
+    return read_plain_record(record, str(path))
+
+
+def read_plain_record(record: Mapping[str, Any], where: str) -> Episode:
+    """The episode that `plain_record` made plain. DataError if it is damaged, foreign or of a newer version."""
+    if record.get("format") != RECORD_FORMAT:
+        raise DataError(f"{where}: is no episode record; give a file that 'ibisagent segment' wrote")
+    _check_version(record.get("version"), where)
+    plain = {name: value for name, value in record.items() if name not in ("format", "version")}
+    return _episode(_table([plain], Path(where)).to_pylist()[0], where)
 
 
 def plain_turn(turn: Turn) -> dict[str, Any]:
@@ -229,6 +239,28 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{folder}: cannot be used as a folder ({error.strerror}); choose another one") from error
+
+
+def claim_run(path: Path, facts: Mapping[str, Any]) -> None:
+    """Write `facts`, what makes a run, to the JSON file `path`; or check that an earlier start of it wrote the same.
+
+    ConfigError naming the first fact that differs, DataError for a file that is damaged.
+    """
+    if not path.exists():
+        write_whole((json.dumps(facts, indent=1, sort_keys=True) + "\n").encode(), path)
+        return
+    try:
+        earlier = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: is damaged ({error}); choose another folder") from error
+    if not isinstance(earlier, dict):
+        raise DataError(f"{path}: is damaged; choose another folder")
+    for name in sorted({*facts, *earlier}):
+        if facts.get(name) != earlier.get(name):
+            raise ConfigError(
+                f"{path.parent}: was made with {name} {earlier.get(name)}, now it is {facts.get(name)};"
+                " choose another folder or the old value"
+            )
 
 
 def _load_json(content: bytes, where: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from ibisagent.images import write_whole
 from ibisagent.masks import iou
 from ibisagent.policies.oracle import IOU_THRESHOLD, MAX_CLICKS, OraclePolicy
 from ibisagent.segmenters import Segmenter
-from ibisagent.store import EpisodeStore, make_folder
+from ibisagent.store import EpisodeStore, claim_run, make_folder
 
 MAX_FAILURES = 20
 RUN_NAME, FAILURES_NAME, SUMMARY_NAME = "run.json", "failures.jsonl", "summary.json"
@@ -163,23 +163,9 @@ def _run_facts(cases: CaseSource, config: TrajectoryConfig, made_by: Mapping[str
 def _claim(store: EpisodeStore, facts: Mapping[str, Any]) -> None:
     """Write run.json, or check that the one there says the same."""
     path = store.folder / RUN_NAME
-    if not path.exists():
-        if store.shards:
-            raise ConfigError(f"{store.folder}: holds episodes but no {RUN_NAME}; choose another folder")
-        _write_json(facts, path)
-        return
-    try:
-        earlier = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: is damaged ({error}); choose another folder") from error
-    if not isinstance(earlier, dict):
-        raise DataError(f"{path}: is damaged; choose another folder")
-    for name in sorted({*facts, *earlier}):
-        if facts.get(name) != earlier.get(name):
-            raise ConfigError(
-                f"{store.folder}: was made with {name} {earlier.get(name)}, now it is {facts.get(name)};"
-                " choose another folder or the old value"
-            )
+    if not path.exists() and store.shards:
+        raise ConfigError(f"{store.folder}: holds episodes but no {RUN_NAME}; choose another folder")
+    claim_run(path, facts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,12 +136,17 @@ def masks_on(volume: Volume, path: str | Path) -> dict[str, np.ndarray]:
     masks, affine = read_volume_masks(path)
     for mask in masks.values():
         _check_grid(mask, volume, str(path))
-    corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)], float)
-    corners[:, :3] *= np.array(volume.shape) - 1
-    off = float(np.abs(corners @ (affine - volume.affine).T).max())
+    off = places_off_mm(affine, volume.affine, volume.shape)
     if volume.oriented and off > SAME_PLACE_MM:
         raise DataError(f"{path}: lies up to {off:.2f} mm beside {volume.name}; resample the mask onto its grid")
     return masks
+
+
+def places_off_mm(a: np.ndarray, b: np.ndarray, shape: Sequence[int]) -> float:
+    """How far two affines put the corners of a grid of `shape` (I, J, K) apart along the worst axis, in millimetres."""
+    corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)], float)
+    corners[:, :3] *= np.array(shape) - 1
+    return float(np.abs(corners @ (a - b).T).max())
 
 
 def _check_grid(mask: np.ndarray, volume: Volume, where: str) -> None:

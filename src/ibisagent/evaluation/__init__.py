@@ -1,11 +1,17 @@
-"""Policy x segmenter x cases: one row of measures per case, their means per modality, and the baselines beside them.
+"""Policy x segmenter x cases: one row of measures per case, and the baselines beside them.
 
-Measures of a case (absent from a row where they have no meaning):
+Measures of a case (absent from a row where they have no meaning; definitions in `metrics`):
 
 | name | what |
 |---|---|
-| iou, dice | of the final masks, mean over the case's targets; an absent target wants an empty mask |
-| turns, clicks, seconds | turns taken, clicks and boxes given, wall time (a batch's time shared out evenly) |
+| iou, dice | of the masks handed out, mean over the case's targets; an absent target wants an empty mask |
+| hd95_mm, nsd_2mm | distances of the borders, where the picture's spacing is known, else hd95_px, nsd_2px in pixels |
+| extra_components, speck_share | noise of the masks handed out |
+| turns, clicks | turns taken; clicks and boxes given |
+| stop_gap | best IoU after any turn, less the IoU handed out: what is lost by stopping or choosing wrongly |
+| redundant_clicks | clicks and boxes of turns after which the IoU is no higher than before |
+| parse_failures | turns whose reply could not be read |
+| seconds, tokens | wall time (a batch's time shared out evenly); tokens written, where the policy counts them |
 | first_hit | 1 if the first prompt is a positive click in the named object, or a box of IoU >= 0.5 with its own |
 | answer_correct | 1 if the answer of a closed question is exact |
 | prior_iou, prior_hit | one click where objects of that name usually lie, with the same segmenter, blind to the image |
@@ -19,106 +25,125 @@ A case whose files, policy or segmenter fail is listed as a failure and counts n
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 
+from ibisagent import metrics
 from ibisagent.clicks import bounding_box, ellipse
 from ibisagent.datasets import CaseSource
-from ibisagent.domain import Box, Case, Click, Episode, Keep, Masks, StopReason
+from ibisagent.domain import Box, Case, Click, Episode, Keep, Mask, Masks
 from ibisagent.environment import MAX_TURNS, SegmentationEnv, rollout
 from ibisagent.errors import DataError, IbisError, PolicyError, SegmenterError
-from ibisagent.masks import dice, iou
+from ibisagent.evaluation.results import (
+    CaseResult,
+    Comparison,
+    Evaluation,
+    Failure,
+    GroupBy,
+    Size,
+    Summary,
+    compare,
+    summarise,
+)
+from ibisagent.masks import Overlap, overlap
 from ibisagent.policies.base import Policy
 from ibisagent.policies.baselines import LocationPriorPolicy
 from ibisagent.policies.oracle import OraclePolicy
 from ibisagent.rewards import answer_score, box_iou, match_names
 from ibisagent.segmenters import Segmenter
 
+__all__ = [
+    "CaseResult",
+    "Comparison",
+    "Evaluation",
+    "Failure",
+    "GroupBy",
+    "Judge",
+    "Judged",
+    "OracleCurve",
+    "Summary",
+    "agreement",
+    "compare",
+    "ellipse_iou",
+    "evaluate",
+    "first_action_hits",
+    "judge_cases",
+    "location_prior",
+    "mask_measures",
+    "matched",
+    "oracle_curves",
+    "size_of",
+    "summarise",
+]
+
 ORACLE_CLICKS = (1, 2, 3, 5, 10)
 FIRST_BOX_IOU = 0.5
 MAX_FAILURES = 20
 """Failures in a row after which an evaluation gives up: then it is the machinery, not the cases."""
 
-Judged = TypeVar("Judged")
+Outcome = TypeVar("Outcome")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Judged:
+    """A case with its result, and the episode that was judged."""
+
+    case: Case
+    episode: Episode
+    result: CaseResult
 
 
 @dataclass(frozen=True, slots=True)
-class CaseResult:
-    """One case: who it is, how its episode ended, and its measures by name (see the module's text)."""
+class Judge:
+    """Runs a policy with a segmenter on cases, beside baselines. blind: one-click policies by name; see `evaluate`."""
 
-    case_id: str
-    object: str
-    modality: str
-    dataset: str
-    patient: str
-    stop: StopReason
-    measures: Mapping[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A case that could not be judged, and why, in one line."""
-
-    case_id: str
-    error: str
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """Means over the cases of one group, each over the cases that have the measure.
-
-    iou_interval: 95% interval of the mean IoU by resampling patients (images where no patient is known); None for
-    fewer than two of them.
-    """
-
-    cases: int
-    means: Mapping[str, float]
-    iou_interval: tuple[float, float] | None
-    stops: Mapping[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """All results of one run, in the order of the cases."""
-
+    policy: Policy
+    segmenter: Segmenter
+    blind: Mapping[str, Policy]
+    oracle: bool
+    max_turns: int
+    keep: Keep
     made_by: Mapping[str, str]
-    results: tuple[CaseResult, ...]
-    failures: tuple[Failure, ...]
 
-    def summaries(self, by: Literal["modality", "dataset", "object"] = "modality") -> dict[str, Summary]:
-        """{"all": over every case, then one Summary per value of `by`}; where the value is not known: "unknown"."""
-        groups: dict[str, list[CaseResult]] = {}
-        for result in self.results:
-            groups.setdefault(getattr(result, by) or "unknown", []).append(result)
-        return {
-            "all": summarise(self.results),
-            **{name: summarise(groups[name]) for name in sorted(groups, key=str.casefold)},
-        }
+    def __call__(self, batch: Sequence[Case]) -> list[Judged]:
+        """Judge the cases of `batch`, in order. Raises PolicyError or SegmenterError for the whole batch."""
+        started = time.perf_counter()
+        episodes = self._run(self.policy, batch, self.max_turns)
+        seconds = (time.perf_counter() - started) / len(batch)
+        rows = [
+            {**_measures(case, episode, self.keep), "seconds": seconds}
+            for case, episode in zip(batch, episodes, strict=True)
+        ]
+        shown = [
+            (case, row)
+            for case, row in zip(batch, rows, strict=True)
+            if any(truth.any() for truth in (case.targets or {}).values())
+        ]
+        seen = [case for case, _ in shown]
+        for name, baseline in self.blind.items():
+            for (case, row), episode in zip(shown, self._run(baseline, seen, 1), strict=True):
+                row[f"{name}_iou"] = agreement(episode.masks, case)[0]
+                row[f"{name}_hit"] = float(bool(first_action_hits(episode, case)))
+        if self.oracle:
+            curves = oracle_curves(seen, self.segmenter, prompts=max(ORACLE_CLICKS))
+            for (case, row), curve in zip(shown, curves, strict=True):
+                row["ellipse_iou"] = ellipse_iou(case)
+                row |= {f"oracle_iou_{count}": curve.after(count) for count in ORACLE_CLICKS}
+        return [
+            Judged(case, episode, _result(case, episode, self.keep, row))
+            for case, episode, row in zip(batch, episodes, rows, strict=True)
+        ]
 
-    def to_json(self, by: Literal["modality", "dataset", "object"] = "modality") -> dict[str, Any]:
-        """Everything as plain JSON values: made_by, summaries, failures, one row per case."""
-        return {
-            "made_by": dict(self.made_by),
-            "summaries": {name: asdict(summary) for name, summary in self.summaries(by).items()},
-            "failures": [asdict(failure) for failure in self.failures],
-            "cases": [asdict(result) for result in self.results],
-        }
-
-
-def summarise(results: Sequence[CaseResult], *, resamples: int = 2_000, seed: int = 0) -> Summary:
-    """The means of `results`; an empty sequence gives no means."""
-    names = dict.fromkeys(name for result in results for name in result.measures)
-    means = {
-        name: float(np.mean([result.measures[name] for result in results if name in result.measures])) for name in names
-    }
-    stops = Counter(result.stop for result in results)
-    ious = [(f"{one.dataset}/{one.patient}", one.measures["iou"]) for one in results if "iou" in one.measures]
-    interval = patient_interval(ious, resamples=resamples, seed=seed)
-    return Summary(len(results), means, interval, dict(stops.most_common()))
+    def _run(self, who: Policy, cases: Sequence[Case], turns: int) -> list[Episode]:
+        envs = [
+            SegmentationEnv(case, self.segmenter, dialect=who.dialect, max_turns=turns, made_by=self.made_by)
+            for case in cases
+        ]
+        return rollout(who, envs)
 
 
 def evaluate(
@@ -143,9 +168,10 @@ def evaluate(
     ConfigError (a dialect that does not fit, for example) is raised at once.
     """
     blind = {name: baseline for name, baseline in (("prior", prior), ("centre", centre)) if baseline is not None}
+    judge = Judge(policy, segmenter, blind, oracle, max_turns, keep, made_by or {})
     results, failures = judge_cases(
         cases,
-        lambda batch: _judge(batch, policy, segmenter, blind, oracle, max_turns, keep, made_by or {}),
+        lambda batch: [one.result for one in judge(batch)],
         batch_size=batch_size,
         on_case=on_case,
     )
@@ -156,22 +182,22 @@ def evaluate(
 
 def judge_cases(
     cases: CaseSource,
-    judge: Callable[[Sequence[Case]], Sequence[Judged]],
+    judge: Callable[[Sequence[Case]], Sequence[Outcome]],
     *,
     batch_size: int = 1,
-    on_case: Callable[[Judged | Failure], None] | None = None,
-) -> tuple[list[Judged], list[Failure]]:
+    on_case: Callable[[Outcome | Failure], None] | None = None,
+) -> tuple[list[Outcome], list[Failure]]:
     """(what `judge` says of every case that can be judged, the failures), both in the order of `cases`.
 
     judge: one judgement per case of a batch, in order; a batch for which it raises PolicyError or SegmenterError is
     judged again case by case. on_case: called after each case. After MAX_FAILURES failures in a row the last error is
     raised again; errors of other kinds are raised at once.
     """
-    results: list[Judged] = []
+    results: list[Outcome] = []
     failures: list[Failure] = []
     in_a_row = 0
 
-    def judged(batch: Sequence[Case]) -> Iterator[Judged | IbisError]:
+    def judged(batch: Sequence[Case]) -> Iterator[Outcome | IbisError]:
         try:
             yield from judge(batch)
         except (PolicyError, SegmenterError) as error:
@@ -183,7 +209,7 @@ def judge_cases(
 
     for start in range(0, len(cases), batch_size):
         rows = cases.rows[start : start + batch_size]
-        outcomes: dict[str, Judged | IbisError] = {}
+        outcomes: dict[str, Outcome | IbisError] = {}
         batch: list[Case] = []
         for row in rows:
             try:
@@ -218,19 +244,39 @@ def location_prior(training: CaseSource, cases: CaseSource) -> LocationPriorPoli
     return LocationPriorPolicy(learned, {row.id: row.modality for row in cases.rows})
 
 
-def agreement(masks: Masks, case: Case) -> tuple[float, float]:
-    """(IoU, Dice) of `masks` with the case's targets, mean over the targets; a missing mask counts as empty.
+def matched(masks: Masks, case: Case) -> list[tuple[Mask, Mask]]:
+    """(mask, truth) of each of the case's targets; a missing mask is empty, names as `rewards.match_names` has it.
 
-    Names are matched as `rewards.match_names` does. DataError if the case has no targets.
+    DataError if the case has no targets.
     """
     if not case.targets:
         raise DataError(f"case {case.id}: has no target to compare a mask with")
-    names = match_names(masks, case.targets)
     found = {target: np.zeros(case.image.size, dtype=bool) for target in case.targets}
-    for said, target in names.items():
+    for said, target in match_names(masks, case.targets).items():
         found[target] = found[target] | masks[said]
-    pairs = [(found[target], truth) for target, truth in case.targets.items()]
-    return float(np.mean([iou(*pair) for pair in pairs])), float(np.mean([dice(*pair) for pair in pairs]))
+    return [(found[target], truth) for target, truth in case.targets.items()]
+
+
+def agreement(masks: Masks, case: Case) -> tuple[float, float]:
+    """(IoU, Dice) of `masks` with the case's targets, mean over the targets; see `matched`."""
+    overlaps = [overlap(*pair) for pair in matched(masks, case)]
+    return float(np.mean([one.iou for one in overlaps])), float(np.mean([one.dice for one in overlaps]))
+
+
+def mask_measures(pairs: Sequence[tuple[Mask, Mask]], spacing_mm: Sequence[float] | None) -> dict[str, float]:
+    """iou, dice, HD95, NSD and noise (see the module's text) of (mask, truth) pairs, mean over them."""
+    overlaps = [overlap(*pair) for pair in pairs]
+    unit, spacing = ("px", (1.0,) * pairs[0][0].ndim) if spacing_mm is None else ("mm", tuple(spacing_mm))
+    borders = [metrics.surfaces(*pair, spacing) for pair in pairs]
+    noises = [metrics.noise(*pair) for pair in pairs]
+    return {
+        "iou": float(np.mean([one.iou for one in overlaps])),
+        "dice": float(np.mean([one.dice for one in overlaps])),
+        f"hd95_{unit}": float(np.mean([one.hd95 for one in borders])),
+        f"nsd_{metrics.TOLERANCE_MM:g}{unit}": float(np.mean([one.nsd for one in borders])),
+        "extra_components": float(np.mean([one.extra_components for one in noises])),
+        "speck_share": float(np.mean([one.speck_share for one in noises])),
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,25 +327,6 @@ def ellipse_iou(case: Case) -> float:
     return agreement(ellipses, case)[0]
 
 
-def patient_interval(
-    values: Iterable[tuple[str, float]], *, resamples: int = 2_000, seed: int = 0
-) -> tuple[float, float] | None:
-    """95% interval of the mean of `values`, pairs of (patient, value); None for fewer than two patients.
-
-    Percentile bootstrap over patients: images of one patient are no independent evidence.
-    """
-    by_patient: dict[str, list[float]] = {}
-    for patient, value in values:
-        by_patient.setdefault(patient, []).append(value)
-    if len(by_patient) < 2:
-        return None
-    sums = np.array([sum(values) for values in by_patient.values()])
-    counts = np.array([len(values) for values in by_patient.values()])
-    drawn = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
-    low, high = np.percentile(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1), [2.5, 97.5])
-    return float(low), float(high)
-
-
 def first_action_hits(episode: Episode, case: Case) -> bool | None:
     """Whether the episode's first click or box meets the object it names; None if there is no object to meet.
 
@@ -320,63 +347,54 @@ def first_action_hits(episode: Episode, case: Case) -> bool | None:
     return box is not None and box_iou(prompt, box) >= FIRST_BOX_IOU
 
 
-def _judge(
-    batch: Sequence[Case],
-    policy: Policy,
-    segmenter: Segmenter,
-    blind: Mapping[str, Policy],
-    oracle: bool,
-    max_turns: int,
-    keep: Keep,
-    made_by: Mapping[str, str],
-) -> list[CaseResult]:
-    """One CaseResult per case of `batch`, in order. Raises PolicyError or SegmenterError for the whole batch."""
-
-    def run(who: Policy, cases: Sequence[Case], turns: int) -> list[Episode]:
-        return rollout(
-            who,
-            [SegmentationEnv(case, segmenter, dialect=who.dialect, max_turns=turns, made_by=made_by) for case in cases],
+def _measures(case: Case, episode: Episode, keep: Keep) -> dict[str, float]:
+    """All measures of one episode but its time."""
+    row = {"turns": float(len(episode.turns)), "clicks": float(episode.clicks)}
+    row["parse_failures"] = float(sum(turn.reply.problem is not None for turn in episode.turns))
+    tokens = [turn.completion.tokens for turn in episode.turns]
+    if all(count is not None for count in tokens):
+        row["tokens"] = float(sum(count for count in tokens if count is not None))
+    if case.targets:
+        row |= mask_measures(matched(episode.kept(keep), case), case.image.spacing_mm)
+        ious = [agreement(masks, case)[0] for masks in (episode.start, *(turn.after for turn in episode.turns))]
+        row["stop_gap"] = max(0.0, max(ious[1:], default=ious[0]) - row["iou"])
+        row["redundant_clicks"] = float(
+            sum(
+                isinstance(action, Click | Box)
+                for (before, after), turn in zip(pairwise(ious), episode.turns, strict=True)
+                for action in turn.reply.actions
+                if after <= before
+            )
         )
+    elif case.answer is not None:
+        row["answer_correct"] = answer_score(episode, case, {})
+    hit = first_action_hits(episode, case)
+    if hit is not None:
+        row["first_hit"] = float(hit)
+    return row
 
-    started = time.perf_counter()
-    episodes = run(policy, batch, max_turns)
-    seconds = (time.perf_counter() - started) / len(batch)
-    rows: list[dict[str, float]] = []
-    for case, episode in zip(batch, episodes, strict=True):
-        row = {"turns": float(len(episode.turns)), "clicks": float(episode.clicks), "seconds": seconds}
-        if case.targets:
-            row["iou"], row["dice"] = agreement(episode.kept(keep), case)
-        elif case.answer is not None:
-            row["answer_correct"] = answer_score(episode, case, {})
-        hit = first_action_hits(episode, case)
-        if hit is not None:
-            row["first_hit"] = float(hit)
-        rows.append(row)
 
-    visible = [
-        (case, row)
-        for case, row in zip(batch, rows, strict=True)
-        if case.targets and any(truth.any() for truth in case.targets.values())
-    ]
-    seen = [case for case, _ in visible]
-    for name, baseline in blind.items():
-        for (case, row), episode in zip(visible, run(baseline, seen, 1), strict=True):
-            row[f"{name}_iou"] = agreement(episode.masks, case)[0]
-            row[f"{name}_hit"] = float(bool(first_action_hits(episode, case)))
-    if oracle:
-        curves = oracle_curves(seen, segmenter, prompts=max(ORACLE_CLICKS))
-        for (case, row), curve in zip(visible, curves, strict=True):
-            row["ellipse_iou"] = ellipse_iou(case)
-            row |= {f"oracle_iou_{count}": curve.after(count) for count in ORACLE_CLICKS}
-    return [
-        CaseResult(
-            case.id,
-            case.meta.get("object", ", ".join(case.targets or {})),
-            case.meta.get("modality", ""),
-            case.meta.get("dataset", ""),
-            case.patient or case.image.sha256,
-            episode.stop,
-            row,
-        )
-        for case, episode, row in zip(batch, episodes, rows, strict=True)
-    ]
+def _result(case: Case, episode: Episode, keep: Keep, measures: Mapping[str, float]) -> CaseResult:
+    scores = [turn.segmenter_score for turn in episode.turns if turn.segmenter_score is not None]
+    pairs = matched(episode.kept(keep), case) if case.targets else []
+    return CaseResult(
+        case.id,
+        case.meta.get("object", ", ".join(case.targets or {})),
+        case.meta.get("modality", ""),
+        case.meta.get("dataset", ""),
+        case.patient or case.image.sha256,
+        episode.stop,
+        measures,
+        sum((overlap(*pair) for pair in pairs), Overlap(0, 0, 0)) if pairs else None,
+        size_of([truth for _, truth in pairs]),
+        tuple(agreement(turn.after, case)[0] for turn in episode.turns) if pairs else (),
+        None if not scores else max(scores) if keep == "best" else scores[-1],
+    )
+
+
+def size_of(truths: Sequence[Mask]) -> Size:
+    """The size class of the union of `truths`; "absent" if it is empty, "" if there are none."""
+    if not truths:
+        return ""
+    area = float(np.logical_or.reduce(truths).mean())
+    return metrics.size_class(area) if area else "absent"

@@ -1,0 +1,357 @@
+"""An evaluation on disk: resumable after any end, in several processes, the same figures for the same settings.
+
+The folder of a run holds run.json (what makes it), cases.jsonl (a line per case: result, episode, truth) and, when it
+has ended, evaluation.json and the tables of `evaluation.tables`. Cases are judged in fixed blocks of `batch_size`, and
+a block's lines are appended in one write once all of it is judged; a block that is not whole is judged again. So what
+is judged together never depends on how often the run was killed, or on the number of workers. Of two lines of a case
+the later one holds. One start of a run at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ibisagent.datasets import CaseSource, cases_to_judge
+from ibisagent.domain import Episode, Keep, Masks
+from ibisagent.environment import package_version
+from ibisagent.errors import ConfigError, DataError, IbisError, PolicyError
+from ibisagent.evaluation import MAX_FAILURES, Judge, judge_cases, location_prior
+from ibisagent.evaluation.results import CaseResult, Evaluation, Failure
+from ibisagent.images import write_whole
+from ibisagent.metrics import EMPTY_RULE, EmptyRule
+from ibisagent.policies import load_policy
+from ibisagent.policies.base import Policy
+from ibisagent.protocol import History
+from ibisagent.segmenters import load_segmenter
+from ibisagent.session import DEFAULT_TURNS, provenance
+from ibisagent.store import claim_run, make_folder, plain_masks, plain_record, read_plain_masks, read_plain_record
+
+RUN_NAME, CASES_NAME, RESULT_NAME = "run.json", "cases.jsonl", "evaluation.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """All that makes an evaluation, as names and numbers, so that every process can open it for itself.
+
+    baselines: also run the oracle's clicks and the blind clicks. The other options are those of `load_policy`,
+    `load_segmenter`, `cases_to_judge` and `evaluate`.
+    """
+
+    data: Path
+    split: str | None = None
+    limit: int | None = None
+    policy: str = "ibis-nano"
+    segmenter: str = "ibis-click"
+    dialect: str | None = None
+    history: History | None = None
+    max_turns: int = DEFAULT_TURNS
+    keep: Keep = "best"
+    baselines: bool = True
+    batch_size: int = 16
+    device: str = "auto"
+    dtype: str = "auto"
+    adapter: Path | None = None
+    max_pixels: int | None = None
+    temperature: float = 0.0
+    seed: int = 0
+
+    def open(self) -> Bench:
+        """Read the data and load the models; errors as they raise them."""
+        everything, cases = cases_to_judge(self.data, self.split, self.limit)
+        segmenter = load_segmenter(self.segmenter, device=self.device)
+        needs_prior = self.baselines or self.policy == "location-prior"
+        prior = location_prior(everything, cases) if needs_prior else None
+        policy: Policy
+        if self.policy != "location-prior":
+            policy = load_policy(
+                self.policy,
+                dialect=self.dialect,
+                history=self.history,
+                device=self.device,
+                dtype=self.dtype,
+                adapter=self.adapter,
+                max_pixels=self.max_pixels,
+                temperature=self.temperature,
+                seed=self.seed,
+                batch_size=self.batch_size,
+                cases=cases.by_id,
+            )
+        elif prior is not None:
+            policy = prior
+        else:
+            raise ConfigError(f"{self.data}: has no rows of split 'train', from which location-prior learns")
+        blind: dict[str, Policy] = {}
+        if self.baselines:
+            blind = ({} if prior is None else {"prior": prior}) | {"centre": load_policy("centre-click")}
+        made_by = {**provenance(policy, segmenter), "keep": self.keep}
+        facts = {
+            "ibisagent": package_version(),
+            "data": str(self.data),
+            "split": self.split or "",
+            "cases": str(len(cases)),
+            "cases_sha256": hashlib.sha256("\n".join(row.id for row in cases.rows).encode()).hexdigest(),
+            "policy": policy.name,
+            "segmenter": segmenter.name,
+            "max_turns": str(self.max_turns),
+            "baselines": ", ".join([*blind, "oracle"]) if self.baselines else "",
+            "batch_size": str(self.batch_size),
+            "seed": str(self.seed),
+            **made_by,
+        }
+        judge = Judge(policy, segmenter, blind, self.baselines, self.max_turns, self.keep, made_by)
+        return Bench(cases, judge, facts, self.batch_size)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bench:
+    """An opened Setup."""
+
+    cases: CaseSource
+    judge: Judge
+    facts: Mapping[str, str]
+    batch_size: int
+
+    def block(self, number: int) -> list[dict[str, Any]]:
+        """Judge one block of cases: a plain line for each, in order."""
+        start = number * self.batch_size
+        cases = self.cases[start : start + self.batch_size]
+        index = {row.id: start + place for place, row in enumerate(cases.rows)}
+        judged, failures = judge_cases(cases, self.judge, batch_size=self.batch_size)
+        lines: list[dict[str, Any]] = [
+            {
+                "index": index[one.case.id],
+                "result": asdict(one.result),
+                "episode": plain_record(one.episode),
+                "targets": plain_masks(one.case.targets or {}),
+            }
+            for one in judged
+        ]
+        lines += [{"index": index[one.case_id], "failure": asdict(one)} for one in failures]
+        return sorted(lines, key=lambda line: int(line["index"]))
+
+
+def run(
+    setup: Setup,
+    folder: Path | None = None,
+    *,
+    workers: int = 1,
+    empty: EmptyRule = EMPTY_RULE,
+    on_start: Callable[[int, int], None] | None = None,
+    on_case: Callable[[], None] | None = None,
+) -> Evaluation:
+    """Evaluate `setup`, in `folder` if one is given: an unfinished run there is finished, its failures are tried again.
+
+    workers: processes; each loads the models. on_start: called with (cases in all, cases that an earlier start judged).
+    on_case: called after each further case. Cases that fail are listed, not scored. After MAX_FAILURES failures in a
+    row an IbisError is raised: then it is the machinery, not the cases. ConfigError if `folder` holds another run.
+    """
+    if workers < 1:
+        raise ConfigError(f"{workers} workers: give 1 or more")
+    with _hands(setup, workers) as (facts, judge_blocks):
+        total, size = int(facts["cases"]), setup.batch_size
+        log = _Log(None if folder is None else folder / CASES_NAME)
+        if folder is not None:
+            make_folder(folder)
+            claim_run(folder / RUN_NAME, facts)
+            log.open()
+        done = {index for index, line in log.lines.items() if "result" in line}
+        blocks = [
+            block
+            for block, start in enumerate(range(0, total, size))
+            if not done.issuperset(range(start, min(start + size, total)))
+        ]
+        left = sum(min(size, total - block * size) for block in blocks)
+        if on_start is not None:
+            on_start(total, total - left)
+        in_a_row = 0
+        for lines in judge_blocks(blocks):
+            log.append(lines)
+            for line in lines:
+                in_a_row = in_a_row + 1 if "failure" in line else 0
+                if in_a_row == MAX_FAILURES:
+                    raise IbisError(f"{in_a_row} cases in a row failed, the last one: {line['failure']['error']}")
+                if on_case is not None:
+                    on_case()
+    evaluation = log.evaluation(facts)
+    if folder is not None:
+        write_results(evaluation, folder, empty)
+    return evaluation
+
+
+def write_results(evaluation: Evaluation, folder: Path, empty: EmptyRule = EMPTY_RULE) -> None:
+    """Write evaluation.json and the tables into the folder of a run."""
+    from ibisagent.evaluation import tables
+
+    write_whole((json.dumps(evaluation.to_json(empty), indent=1) + "\n").encode(), folder / RESULT_NAME)
+    for name, content in tables.files(evaluation, empty).items():
+        write_whole(content.encode(), folder / name)
+
+
+class Run:
+    """A run on disk, finished or not. DataError if the folder holds none or it is damaged."""
+
+    def __init__(self, folder: Path) -> None:
+        """folder: what 'ibisagent evaluate -o' or 'ibisagent score -o' wrote."""
+        try:
+            facts = json.loads((folder / RUN_NAME).read_bytes())
+            self.cases = int(facts["cases"])
+        except OSError as error:
+            raise DataError(
+                f"{folder}: holds no run ({error.strerror}); give a folder of 'ibisagent evaluate -o'"
+            ) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{folder / RUN_NAME}: is damaged ({error}); evaluate again") from error
+        self.folder = folder
+        self._log = _Log(folder / CASES_NAME)
+        self._log.read()
+        self.evaluation = self._log.evaluation(facts)
+        self._index = {line["result"]["case_id"]: index for index, line in self._log.lines.items() if "result" in line}
+
+    def masks(self, case_id: str) -> tuple[Episode | None, Masks, Masks]:
+        """(episode or None, masks handed out without one, truth) of a judged case. DataError if they are damaged."""
+        line, where = self._line(case_id), f"{self.folder / CASES_NAME}, case {case_id}"
+        episode = read_plain_record(line["episode"], where) if line.get("episode") else None
+        plain = [line.get("masks") or [], line.get("targets") or []]
+        sizes = [tuple(one["rle"]["size"]) for masks in plain for one in masks]
+        size = episode.size if episode else sizes[0] if sizes else (1, 1)
+        masks, targets = (read_plain_masks(part, size, where) for part in plain)
+        return episode, masks, targets
+
+    def image(self, case_id: str) -> str:
+        """Where the picture of a judged case was; "" if that is not known."""
+        line = self._line(case_id)
+        return str(line.get("image") or (line.get("episode") or {}).get("image_source", ""))
+
+    def _line(self, case_id: str) -> dict[str, Any]:
+        return self._log.whole(self._index[case_id])
+
+
+class _Log:
+    """The lines of cases.jsonl by index of the case, without their masks; in memory alone if there is no path."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.lines: dict[int, dict[str, Any]] = {}
+        self._path = path
+        self._places: dict[int, tuple[int, int]] = {}
+
+    def read(self) -> int:
+        """Read what is there: the number of its whole bytes. A last line that was cut off is passed over."""
+        if self._path is None or not self._path.exists():
+            return 0
+        start = 0
+        with self._path.open("rb") as file:
+            for number, text in enumerate(file, start=1):
+                if not text.endswith(b"\n"):
+                    break
+                try:
+                    line = json.loads(text)
+                    self.lines[int(line["index"])] = _light(line)
+                    self._places[int(line["index"])] = start, len(text)
+                except (ValueError, KeyError, TypeError) as error:
+                    raise DataError(f"{self._path}, line {number}: is damaged ({error}); delete the line") from error
+                start += len(text)
+        return start
+
+    def whole(self, index: int) -> dict[str, Any]:
+        """The line of a case with its masks, from the disk. It must have been `read`."""
+        start, length = self._places[index]
+        with (self._path or Path()).open("rb") as file:
+            file.seek(start)
+            line: dict[str, Any] = json.loads(file.read(length))
+        return line
+
+    def open(self) -> None:
+        """Read what is there and cut off an unfinished last line."""
+        whole = self.read()
+        if self._path is not None and self._path.exists() and self._path.stat().st_size > whole:
+            os.truncate(self._path, whole)
+
+    def append(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Add the lines of one block, on disk in one write. DataError if that fails; then none is there."""
+        self.lines |= {int(line["index"]): _light(line) for line in lines}
+        if self._path is None:
+            return
+        content = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines).encode()
+        try:
+            with self._path.open("ab", buffering=0) as file:
+                before = file.seek(0, os.SEEK_END)
+                if file.write(content) != len(content):
+                    file.truncate(before)
+                    raise DataError(f"{self._path}: the disk is full; free space and start again")
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise DataError(f"{self._path}: cannot be written ({error.strerror}); free space") from error
+
+    def evaluation(self, facts: Mapping[str, str]) -> Evaluation:
+        """What the lines say, in the order of the cases."""
+        ordered = [self.lines[index] for index in sorted(self.lines)]
+        try:
+            results = tuple(CaseResult.read(line["result"]) for line in ordered if "result" in line)
+            failures = tuple(Failure(**line["failure"]) for line in ordered if "failure" in line)
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{self._path}: was written by another version ({error}); evaluate again") from error
+        return Evaluation(facts, results, failures)
+
+
+def _light(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: line[name] for name in ("index", "result", "failure") if name in line}
+
+
+@contextmanager
+def _hands(
+    setup: Setup, workers: int
+) -> Iterator[tuple[dict[str, str], Callable[[Sequence[int]], Iterator[list[dict[str, Any]]]]]]:
+    """(facts of the run, what judges blocks by number and gives their lines as they are done)."""
+    if workers == 1:
+        bench = setup.open()
+        yield dict(bench.facts), lambda blocks: map(bench.block, blocks)
+        return
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_limit_threads, initargs=(threads,)
+    )
+
+    def judge_blocks(blocks: Sequence[int]) -> Iterator[list[dict[str, Any]]]:
+        waiting = iter(blocks)
+        pending = {pool.submit(_block, setup, block) for block in islice(waiting, 2 * workers)}
+        while pending:
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            pending |= {pool.submit(_block, setup, block) for block in islice(waiting, len(done))}
+            for future in done:
+                yield future.result()
+
+    try:
+        yield pool.submit(_facts, setup).result(), judge_blocks
+    except BrokenProcessPool as error:
+        raise PolicyError("a worker died, most likely for want of memory: give fewer --workers") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _limit_threads(threads: int) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+@lru_cache(maxsize=1)
+def _opened(setup: Setup) -> Bench:
+    return setup.open()
+
+
+def _facts(setup: Setup) -> dict[str, str]:
+    return dict(_opened(setup).facts)
+
+
+def _block(setup: Setup, number: int) -> list[dict[str, Any]]:
+    return _opened(setup).block(number)

@@ -1,0 +1,296 @@
+"""Runs on disk: killed and continued, in several processes, compared, and as a page in a real browser."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from ibisagent.cli import app
+from ibisagent.domain import Action, Click, Mask, Reply, Stop, Undo
+from ibisagent.errors import ConfigError, DataError, IbisError
+from ibisagent.evaluation import MAX_FAILURES, Evaluation, compare
+from ibisagent.evaluation.report import coverage_curve, iou_by_turn, write_report
+from ibisagent.evaluation.runs import Run, Setup, run
+from ibisagent.images import write_mask_png, write_png
+from ibisagent.protocol import write
+
+SIZE = (37, 53)
+CASES = 12
+BROWSERS = ("chromium", "chromium-headless-shell", "google-chrome", "chrome")
+BROWSER = os.environ.get("IBIS_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+def text(*actions: Action, thought: str = "") -> str:
+    return write(Reply(thought, tuple(actions)), SIZE, dialect="ibis")
+
+
+def box_mask(x0: int, y0: int, x1: int, y1: int) -> Mask:
+    mask = np.zeros(SIZE, dtype=bool)
+    mask[y0:y1, x0:x1] = True
+    return mask
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dozen pictures of six patients; and a script that hits, corrects, gives up or writes nonsense in turn."""
+    folder = tmp_path_factory.mktemp("data")
+    rows, script = ["image,mask,object,modality,patient,split"], {}
+    for number in range(CASES):
+        x, y = 8 + number, 8 + number % 5
+        mask = box_mask(x, y, x + 20, y + 12)
+        write_png(np.where(mask, 220, 20).astype(np.uint8)[..., None].repeat(3, axis=2), folder / f"{number}.png")
+        write_mask_png(mask, folder / f"{number}_mask.png")
+        rows.append(f"{number}.png,{number}_mask.png,box,{('CT', 'MRI')[number % 2]},p{number // 2},val")
+        hit, away = (
+            text(Click(x + 10, y + 6, True, "box"), thought="Here <b>it</b> is."),
+            text(Click(1, 1, True, "box")),
+        )
+        done = text(Stop("Done."))
+        script[f"{number}.png#box"] = [[hit, done], [away, text(Undo(1)), hit, done], [done], [hit, "nonsense", done]][
+            number % 4
+        ]
+    rows.append("0.png,,spleen,CT,p0,val")
+    script["0.png#spleen"] = [text(Stop("None.", ("spleen",)))]
+    (folder / "index.csv").write_text("\n".join(rows))
+    (folder / "script.json").write_text(json.dumps(script))
+    return folder
+
+
+@pytest.fixture
+def setup(data: Path) -> Setup:
+    return Setup(data, policy=f"scripted:{data / 'script.json'}", segmenter="region", batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    run(Setup(data, policy=f"scripted:{data / 'script.json'}", segmenter="region", batch_size=2), folder)
+    return folder
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    """Everything in evaluation.json but times."""
+    found: dict[str, Any] = json.loads((folder / "evaluation.json").read_text(), object_hook=_untimed)
+    return found
+
+
+def _untimed(loaded: dict[str, Any]) -> dict[str, Any]:
+    loaded.pop("seconds", None)
+    return loaded
+
+
+def cli(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def evaluate_command(setup: Setup, folder: Path) -> list[str]:
+    options = ["-p", setup.policy, "-s", setup.segmenter, "--batch-size", "2", "-o", str(folder)]
+    return ["evaluate", str(setup.data), *options]
+
+
+def test_killed_run_ends_with_the_same_figures(setup: Setup, finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    log = folder / "cases.jsonl"
+    command = [sys.executable, "-m", "ibisagent", *evaluate_command(setup, folder)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (log.exists() and log.stat().st_size):
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode in (-signal.SIGKILL, 0)  # 0: it was quicker
+    started: list[tuple[int, int]] = []
+    run(setup, folder, on_start=lambda total, done: started.append((total, done)))
+    [(total, done)] = started
+    assert 0 < done <= total == CASES + 1
+    assert figures(folder) == figures(finished)
+    assert {json.loads(line)["index"] for line in log.read_bytes().splitlines()} == set(range(CASES + 1))
+
+
+def test_unfinished_block_is_judged_again(setup: Setup, finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    log = folder / "cases.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(lines[:5]) + lines[5][:40])  # two blocks and a half; the power failed in the sixth line
+    assert Run(folder).evaluation.results == Run(finished).evaluation.results[:5]
+    started: list[tuple[int, int]] = []
+    run(setup, folder, on_start=lambda total, done: started.append((total, done)))
+    assert started == [(CASES + 1, 4)]
+    assert figures(folder) == figures(finished)
+    before = log.read_bytes()
+    run(setup, folder)  # nothing is left to do
+    assert log.read_bytes() == before
+
+
+def test_workers_change_nothing(setup: Setup, finished: Path, tmp_path: Path) -> None:
+    run(setup, tmp_path / "run", workers=2)
+    assert figures(tmp_path / "run") == figures(finished)
+
+
+def test_in_memory_is_the_same(setup: Setup, finished: Path) -> None:
+    found = json.loads(json.dumps(run(setup).to_json()), object_hook=_untimed)
+    assert found == figures(finished)
+
+
+def test_other_run_in_the_folder(setup: Setup, finished: Path) -> None:
+    with pytest.raises(ConfigError, match="batch_size 2"):
+        run(Setup(setup.data, policy=setup.policy, segmenter="region", batch_size=3), finished)
+    with pytest.raises(ConfigError, match="workers"):
+        run(setup, workers=0)
+
+
+def test_tables(finished: Path) -> None:
+    loaded = figures(finished)
+    overall = loaded["summaries"]["all"]
+    assert (overall["cases"], overall["positives"], overall["patients"]) == (13, 12, 6)
+    assert set(loaded["summaries"]) == {"all", "modality", "object", "size", "dataset"}
+    rows = list(csv.DictReader(io.StringIO((finished / "summary.csv").read_text())))
+    [iou] = [row for row in rows if (row["by"], row["group"], row["figure"]) == ("all", "all", "iou")]
+    assert float(iou["value"]) == pytest.approx(overall["means"]["iou"], rel=1e-5)
+    assert float(iou["low_95"]) == pytest.approx(overall["intervals"]["iou"][0], rel=1e-5)
+    cases = list(csv.DictReader(io.StringIO((finished / "cases.csv").read_text())))
+    assert len(cases) == 13
+    assert float(cases[3]["parse_failures"]) == 1
+    assert "| IoU pos. |" in (finished / "summary.md").read_text()
+    latex = (finished / "summary.tex").read_text()
+    assert r"area 0.5\% to 5\%" in latex or r"area $>$ 5\%" in latex
+    assert latex.count(r"\\") == latex.count("\n") - latex.count("rule\n") - 3
+
+
+def test_failures_are_tried_again(setup: Setup, data: Path, tmp_path: Path) -> None:
+    script = json.loads((data / "script.json").read_text())
+    (tmp_path / "script.json").write_text(json.dumps({**script, "3.png#box": []}))
+    broken = Setup(setup.data, policy=f"scripted:{tmp_path / 'script.json'}", segmenter="region", batch_size=2)
+    first = run(broken, tmp_path / "run")
+    assert [failure.case_id for failure in first.failures] == ["3.png#box"]
+    assert len(first.results) == CASES
+    (tmp_path / "script.json").write_text(json.dumps(script))
+    again = run(broken, tmp_path / "run")
+    assert not again.failures
+    assert len(again.results) == CASES + 1
+
+
+def test_gives_up_when_everything_fails(tmp_path: Path) -> None:
+    write_png(np.zeros((*SIZE, 3), np.uint8), tmp_path / "a.png")
+    rows = [f"a.png,,thing {number}" for number in range(MAX_FAILURES + 4)]
+    (tmp_path / "rows.csv").write_text("\n".join(["image,mask,object", *rows]))
+    (tmp_path / "script.json").write_text("{}")
+    with pytest.raises(IbisError, match="in a row failed"):
+        run(Setup(tmp_path / "rows.csv", policy=f"scripted:{tmp_path / 'script.json'}", segmenter="region"))
+
+
+def test_no_run(tmp_path: Path, finished: Path) -> None:
+    with pytest.raises(DataError, match="holds no run"):
+        Run(tmp_path)
+    shutil.copytree(finished, tmp_path / "damaged")
+    with (tmp_path / "damaged" / "cases.jsonl").open("ab") as log:
+        log.write(b"nonsense\n")
+    with pytest.raises(DataError, match="line 14"):
+        Run(tmp_path / "damaged")
+
+
+def test_compare(setup: Setup, finished: Path, tmp_path: Path) -> None:
+    other = Setup(setup.data, policy="oracle", segmenter="region", limit=10)
+    run(other, tmp_path / "oracle")
+    shown = cli("compare", finished, tmp_path / "oracle", "-o", tmp_path / "compared.md")
+    assert shown.exit_code == 0, shown.output
+    assert (tmp_path / "compared.md").read_text() == shown.stdout
+    assert "10 cases in both; left out: 3 only in A, 0 only in B" in shown.stdout
+    assert shown.stderr.count("only in A, left out: ") == 3
+    loaded = json.loads(cli("compare", finished, tmp_path / "oracle", "--json").stdout)
+    one = loaded["figures"]["positive_iou"]
+    assert one["difference"] == pytest.approx(one["b"] - one["a"])
+    assert one["interval"][0] <= one["difference"] <= one["interval"][1]
+    assert {"CT", "MRI"} == set(loaded["groups"]["modality"])
+    a = Run(finished).evaluation
+    with pytest.raises(DataError, match="no case in common"):
+        compare(a, Evaluation({}, (), ()))
+    assert all(found.difference == 0 for found in compare(a, a).figures.values())
+
+
+# --------------------------------------------------------------------------------------------------------- the report
+
+
+def test_curves_by_hand(finished: Path) -> None:
+    curve = coverage_curve([0.2, 0.9, 0.5], [0.0, 1.0, 0.4])
+    assert np.allclose(curve, [(1 / 3, 1.0), (2 / 3, 0.7), (1, 1.4 / 3)])
+    results = Run(finished).evaluation.results[:2]  # hit at once; off, undone, hit
+    first, last = (one.measures["iou"] for one in results)
+    off = results[1].ious[0]
+    expected = [(first + off) / 2, first / 2, (first + last) / 2, (first + last) / 2]
+    assert [iou for _, iou in iou_by_turn(results, 4)] == pytest.approx(expected)
+    assert iou_by_turn([], 4) == []
+
+
+def test_pictures_that_changed_are_not_shown(setup: Setup, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(setup.data, data)
+    run(Setup(data, policy=setup.policy, segmenter="region", baselines=False), tmp_path / "run")
+    (data / "3.png").unlink()
+    write_png(np.zeros((*SIZE, 3), np.uint8), data / "4.png")
+    missing = write_report(tmp_path / "run", tmp_path / "page.html", cases=20)
+    assert sorted(missing) == ["3.png#box", "4.png#box"]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if BROWSER is None:
+        pytest.skip(f"no browser is here: none of {', '.join(BROWSERS)} (or IBIS_BROWSER)")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+def test_report_in_a_browser(finished: Path, browser: Any, tmp_path: Path) -> None:
+    shown = cli("report", finished, "-o", tmp_path / "report.html", "--cases", 2)
+    assert shown.exit_code == 0, shown.output
+    page = browser.new_page(viewport={"width": 1366, "height": 900})
+    troubles: list[str] = []
+    page.on("console", lambda message: troubles.append(message.text))
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.on("request", lambda request: troubles.append(request.url) if request.url.startswith("http") else None)
+    page.goto((tmp_path / "report.html").as_uri())
+    assert page.locator("svg polyline").count() == 6  # all and two modalities by turn; coverage with two to compare
+    assert page.locator("table[data-by]:visible").count() == 1
+    page.select_option("#by", "size")
+    assert page.locator("table[data-by=size]").is_visible()
+    assert page.locator(".card:visible").count() == 6
+    pictures = page.locator(".card:visible img")
+    assert pictures.count() > 12
+    for number in range(pictures.count()):
+        pictures.nth(number).scroll_into_view_if_needed()
+    page.wait_for_function(
+        "[...document.querySelectorAll('.card:not([hidden]) img')].every(one => one.complete && one.naturalWidth > 0)"
+    )
+    assert page.get_by_text("Here <b>it</b> is.").count()  # what a model writes is text, never markup
+    page.select_option("#modality", "MRI")
+    rows = page.locator("#rows tbody tr:visible")
+    assert rows.count() == 6
+    assert page.locator("#count").inner_text() == "6 cases"
+    assert page.locator(".card:visible:not([data-modality=MRI])").count() == 0
+    page.fill("#name", "11.png")
+    assert rows.count() == 1
+    page.click("#clear")
+    page.click("#rows button.sort:text-is('IoU')")
+    ious = [float(cell) for cell in page.locator("#rows tbody tr td:nth-child(5)").all_inner_texts()]
+    assert ious == sorted(ious)
+    assert len(ious) == 13
+    if os.environ.get("IBIS_SCREENSHOTS"):
+        page.screenshot(path=str(Path(os.environ["IBIS_SCREENSHOTS"]) / "report.png"), full_page=True)
+    page.close()
+    assert not troubles

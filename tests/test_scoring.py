@@ -1,0 +1,208 @@
+"""`ibisagent score`: masks of all kinds, figures by hand, and everything that does not fit named one by one."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from pycocotools import mask as coco
+from typer.testing import CliRunner
+
+from ibisagent.cli import app
+from ibisagent.domain import Mask
+from ibisagent.errors import ConfigError, DataError
+from ibisagent.evaluation.scoring import Scores, score
+from ibisagent.images import write_mask_png, write_png
+from ibisagent.masks import encode_rle
+
+SIZE = (40, 60)
+NAMES = ("one", "two", "three")
+
+
+def box_mask(x0: int, y0: int, x1: int, y1: int, size: tuple[int, int] = SIZE) -> Mask:
+    mask = np.zeros(size, dtype=bool)
+    mask[y0:y1, x0:x1] = True
+    return mask
+
+
+TRUTH = box_mask(10, 10, 30, 20)
+HALF = box_mask(10, 10, 20, 20)  # IoU 0.5, Dice 2 / 3
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    (folder / "truth").mkdir(parents=True)
+    rows = ["image,mask,object,modality,patient"]
+    for number, name in enumerate(NAMES):
+        write_png(np.full((*SIZE, 3), 40 * number, dtype=np.uint8), folder / f"{name}.png")
+        write_mask_png(TRUTH, folder / "truth" / f"{name}_left+lung.png")
+        rows.append(f"{name}.png,truth/{name}_left+lung.png,left lung,CT,p{number}")
+    rows.append("three.png,,spleen,CT,p2")
+    (folder / "index.csv").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    folder = tmp_path / "made"
+    folder.mkdir()
+    return folder
+
+
+def ious(found: Scores) -> dict[str, float]:
+    return {one.case_id: one.measures["iou"] for one in found.evaluation.results}
+
+
+def kinds(found: Scores) -> list[tuple[str, str]]:
+    return [(problem.kind, problem.case_id or Path(problem.file).name) for problem in found.problems]
+
+
+def test_every_way_to_name_a_mask(data: Path, made: Path) -> None:
+    (made / "truth").mkdir()
+    write_mask_png(TRUTH, made / "truth" / "one_left+lung.png")
+    write_mask_png(HALF, made / "two_mask_left_lung.png")
+    write_mask_png(HALF, made / "Three_left lung.tif.png")  # no ending that is dropped: not this name
+    write_mask_png(HALF, made / "THREE_left lung.png")
+    write_mask_png(TRUTH & False, made / "three_spleen.png")
+    found = score(made, data)
+    expected = {"one.png#left lung": 1, "two.png#left lung": 0.5, "three.png#left lung": 0.5, "three.png#spleen": 1}
+    assert ious(found) == expected
+    assert kinds(found) == [("unknown name", "Three_left lung.tif.png")]
+    means = found.evaluation.summaries()["all"].means
+    assert means["dice"] == pytest.approx((1 + 2 / 3 + 2 / 3 + 1) / 4)
+    assert means["positive_iou"] == pytest.approx(2 / 3)
+    assert means["hd95_px"] == pytest.approx((0 + 10 + 10 + 0) / 4, abs=0.5)
+
+
+def test_what_does_not_fit_is_named_and_never_averaged(data: Path, made: Path) -> None:
+    write_mask_png(box_mask(5, 5, 15, 10, (20, 30)), made / "one_left_lung.png")  # half the size
+    (made / "sub").mkdir()
+    for folder in (made, made / "sub"):
+        write_mask_png(TRUTH, folder / "two_left_lung.png")
+    write_mask_png(TRUTH, made / "four_left_lung.png")
+    (made / "three_spleen.png").write_bytes(b"no picture")
+    found = score(made, data)
+    assert not found.evaluation.results
+    assert sorted(kinds(found)) == [
+        ("duplicate", "two.png#left lung"),
+        ("duplicate", "two.png#left lung"),
+        ("missing", "three.png#left lung"),
+        ("unknown name", "four_left_lung.png"),
+        ("unreadable", "three.png#spleen"),
+        ("wrong size", "one.png#left lung"),
+    ]
+    assert len(found.evaluation.failures) == 4
+    assert found.strict == {"iou": 0, "dice": 0}
+    resized = score(made, data, resize_targets=True)
+    assert ious(resized) == {"one.png#left lung": 1}
+    assert resized.strict["iou"] == 0.25
+
+
+def write_codes(file: Path, lines: Sequence[object]) -> Path:
+    file.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return file
+
+
+def test_run_length_codes(data: Path, tmp_path: Path) -> None:
+    runs = coco.encode(np.asfortranarray(HALF, dtype=np.uint8))
+    plain = [int(run) for run in np.diff(np.flatnonzero(np.diff(np.r_[2, HALF.T.ravel(), 2])))]
+    assert plain[0] == 10 * SIZE[0] + 10
+    codes = write_codes(
+        tmp_path / "made.jsonl",
+        [
+            {"case_id": "one.png#left lung", "segmentation": encode_rle(TRUTH)},
+            {"image": "two.png", "object": "left lung", "rle": {"size": SIZE, "counts": runs["counts"].decode()}},
+            {"case_id": "three.png#left lung", "segmentation": {"size": SIZE, "counts": plain}},
+            {"case_id": "three.png#spleen", "segmentation": {"size": SIZE, "counts": [5, 3]}},
+            {"case_id": "nobody", "segmentation": encode_rle(TRUTH)},
+            "{",
+        ],
+    )
+    found = score(codes, data)
+    assert ious(found) == {"one.png#left lung": 1, "two.png#left lung": 0.5, "three.png#left lung": 0.5}
+    assert kinds(found) == [
+        ("unreadable", "made.jsonl, line 6"),
+        ("unknown name", "made.jsonl, line 5"),
+        ("unreadable", "three.png#spleen"),
+    ]
+
+
+def write_nifti(mask: np.ndarray, file: Path, affine: np.ndarray) -> None:
+    file.parent.mkdir(exist_ok=True)
+    nib.save(nib.Nifti1Image(mask.astype(np.uint8), affine), file)
+
+
+def test_volumes(tmp_path: Path, made: Path) -> None:
+    truth = np.zeros((12, 14, 5), dtype=bool)
+    truth[2:8, 3:9, 1:4] = True
+    affine = np.diag([0.5, 0.5, 3.0, 1.0])
+    moved = affine.copy()
+    moved[0, 3] = 1.0
+    for name in ("a", "b", "c", "d"):
+        write_nifti(truth, tmp_path / "truth" / f"{name}.nii.gz", affine)
+    write_nifti(truth[:, :, ::1], made / "a.nii.gz", affine)
+    write_nifti(truth, made / "b.nii", moved)
+    write_nifti(truth[:, :, :4], made / "c.nii.gz", affine)
+    shifted = np.roll(truth, 1, axis=0)
+    write_nifti(shifted, made / "d.nii.gz", affine)
+    found = score(made, tmp_path / "truth")
+    assert ious(found) == {"a": 1, "d": pytest.approx(5 / 7)}
+    assert kinds(found) == [("other geometry", "b"), ("wrong size", "c")]
+    assert "1.00 mm" in found.problems[0].message
+    measures = found.evaluation.results[1].measures
+    assert measures["hd95_mm"] == pytest.approx(0.5)  # one voxel of 0.5 mm
+    assert measures["nsd_2mm"] == 1
+    with pytest.raises(ConfigError, match="no splits"):
+        score(made, tmp_path / "truth", split="val")
+    write_mask_png(HALF, made / "c.png")
+    assert ("other geometry", "d") not in kinds(score(made, tmp_path / "truth"))
+
+
+def test_labels_in_a_volume(tmp_path: Path, made: Path) -> None:
+    labels = np.zeros((12, 14, 5), dtype=np.uint8)
+    labels[2:8, 3:9, 1:4] = 1
+    labels[9:11, 3:9, 1:4] = 2
+    affine = np.diag([1.0, 1.0, 2.0, 1.0])
+    nib.save(nib.Nifti1Image(labels, affine), tmp_path / "ct.nii.gz")
+    rows = ["image,mask,object,label", *(f"ct.nii.gz,ct.nii.gz,{name},{name[-1]}" for name in ("part 1", "part 2"))]
+    rows.append("ct.nii.gz,ct.nii.gz,part x,#ff0000")
+    (tmp_path / "rows.csv").write_text("\n".join(rows))
+    write_nifti(labels == 1, made / "ct_part_1.nii.gz", affine)
+    write_nifti(labels == 1, made / "ct_part_2.nii.gz", affine)
+    write_nifti(labels == 1, made / "ct_part_x.nii.gz", affine)
+    found = score(made, tmp_path / "rows.csv")
+    assert ious(found) == {"ct.nii.gz#part 1": 1, "ct.nii.gz#part 2": 0}
+    assert kinds(found) == [("unreadable", "ct.nii.gz#part x")]
+    assert "#ff0000" in found.problems[0].message
+
+
+def test_nothing_to_score(data: Path, made: Path) -> None:
+    with pytest.raises(DataError, match="no mask"):
+        score(made, data)
+    with pytest.raises(DataError, match="no folder"):
+        score(made / "none", data)
+
+
+def test_command(data: Path, made: Path, tmp_path: Path) -> None:
+    write_mask_png(HALF, made / "one_left_lung.png")
+    out = tmp_path / "out"
+    arguments = [str(one) for one in ("score", made, data, "-o", out)]
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 2, shown.output
+    assert "1 of 4 cases scored; with 0 for each of the others: mean IoU 0.125" in shown.stdout
+    assert "missing: three.png#spleen: no mask was made for it" in shown.stderr
+    with (out / "problems.csv").open() as table:
+        assert [row["kind"] for row in csv.DictReader(table)] == ["missing"] * 3
+    for name in ("two", "three"):
+        write_mask_png(TRUTH, made / f"{name}_left_lung.png")
+    write_mask_png(TRUTH & False, made / "three_spleen.png")
+    again = CliRunner().invoke(app, [*arguments, "--json"])
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["strict"]["iou"] == pytest.approx(3.5 / 4)
+    assert json.loads((out / "evaluation.json").read_text())["summaries"]["all"]["cases"] == 4
