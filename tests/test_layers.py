@@ -18,13 +18,16 @@ LAYERS = (
     ("teacher",),
     ("trajectories", "training", "evaluation", "ceiling", "session", "inventory", "volume_agent", "client"),
     ("factory",),
-    ("server",),
+    ("server", "terminal"),
+    ("data_commands",),
     ("cli",),
     ("__main__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 SIDEWAYS = {
     ("policies.nano", "segmenters"),  # its eye is LiteMedSAM's encoder, which is embedded once for both
+    ("datasets.members", "volumes"),  # a slice of a volume is a picture of a data set
+    ("datasets.decathlon", "volumes"),
     ("ceiling", "evaluation"),  # the expert's curves, the interval and the loop over cases are the same in both
 }
 HEAVY = {"torch", "torchvision", "transformers", "trl", "peft", "timm", "accelerate"}

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
@@ -16,13 +14,18 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 import typer
 from rich.bar import Bar
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from typer.core import TyperGroup
 
+from ibisagent import data_commands
 from ibisagent.domain import Keep
 from ibisagent.errors import ConfigError, IbisError
+from ibisagent.terminal import EXIT_ERROR, stderr, stdout
+from ibisagent.terminal import one_line as _one_line
+from ibisagent.terminal import print_error as _print_error
+from ibisagent.terminal import print_json as _print_json
+from ibisagent.terminal import progress as _progress
+from ibisagent.terminal import status as _status
 
 if TYPE_CHECKING:
     from ibisagent.ceiling import Agent, Ceiling, Group
@@ -35,10 +38,6 @@ if TYPE_CHECKING:
     from ibisagent.volume_agent import Cost
     from ibisagent.volume_agent.files import VolumeOutputs
     from ibisagent.volumes import Volume
-
-EXIT_ERROR = 2
-stdout = Console(highlight=False, markup=False, soft_wrap=True)
-stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 class _OneLineErrors(TyperGroup):
@@ -62,6 +61,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Name an object in a biomedical image, get its mask. Research software: not for clinical use.",
 )
+app.add_typer(data_commands.app)
 
 PolicyOption = Annotated[str, typer.Option("--policy", "-p", help="Who clicks; see 'ibisagent models'.")]
 SegmenterOption = Annotated[str, typer.Option("--segmenter", "-s", help="What turns clicks into masks.")]
@@ -884,24 +884,6 @@ def _cases(data: Path, split: str | None, limit: int | None) -> tuple[CaseSource
     return everything, cases
 
 
-def _one_line(text: str, length: int = 120) -> str:
-    """Text of a model or user in one printable line: it must not steer the terminal."""
-    text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-    return text if len(text) <= length else f"{text[: length - 1]}…"
-
-
-def _print_error(error: BaseException) -> None:
-    if isinstance(error, OSError) and not isinstance(error, IbisError):
-        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
-    else:
-        message = str(error)
-    stderr.print(f"error: {_one_line(message, 600)}")
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=1, default=str) + "\n")
-
-
 def _turn_printer() -> Callable[[Turn], None]:
     """Prints numbered turns as they come."""
     from ibisagent.session import describe_actions
@@ -1092,24 +1074,3 @@ def _print_bars(group: Group, measures: Mapping[str, str]) -> None:
 def _interval_text(group: Group, measure: str) -> str:
     interval = group.intervals[measure]
     return "" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
-
-
-@contextmanager
-def _status(what: str, *, quiet: bool) -> Iterator[None]:
-    if quiet or not stderr.is_terminal:
-        yield
-        return
-    with stderr.status(f"{what} ..."):
-        yield
-
-
-@contextmanager
-def _progress(total: int, what: str, *, quiet: bool) -> Iterator[Callable[..., None]]:
-    """A bar on stderr while the block runs; call what it gives with the number of finished items (default 1)."""
-    if quiet or not stderr.is_terminal:
-        yield lambda _count=1: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr, transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda count=1: progress.advance(task, count)
