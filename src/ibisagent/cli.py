@@ -422,7 +422,7 @@ def evaluate(
                 temperature=temperature,
                 seed=seed,
                 batch_size=batch_size,
-                cases=cases.by_id if policy == "oracle" else None,
+                cases=cases.by_id,
             )
         if writer is None:
             raise ConfigError(f"{data}: has no rows of split 'train', from which location-prior learns")

@@ -160,11 +160,11 @@ def _array(file: Path, key: str, _changed: int) -> np.ndarray:
         with zipfile.ZipFile(file) as archive, archive.open(f"{key}.npy") as entry:
             shape, fortran, dtype = _header(entry)
             flat = scratch((int(np.prod(shape, dtype=np.int64)),), dtype)
-            view, at = memoryview(flat.view(np.uint8)), 0
+            raw, at = flat.view(np.uint8), 0
             while chunk := entry.read(_CHUNK):
-                view[at : at + len(chunk)] = chunk
+                raw[at : at + len(chunk)] = np.frombuffer(chunk, np.uint8)
                 at += len(chunk)
-            if at != len(view):
+            if at != raw.size:
                 raise ValueError("cut off")
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise DataError(f"{file}: '{key}' cannot be read ({error}); download it again") from error
