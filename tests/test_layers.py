@@ -17,7 +17,7 @@ LAYERS = (
     ("environment", "rewards"),
     ("teacher",),
     ("trajectories", "training", "evaluation", "ceiling", "session", "inventory", "volume_agent", "client"),
-    ("factory",),
+    ("factory", "audit", "reliability"),
     ("server", "terminal"),
     ("data_commands",),
     ("cli",),

@@ -132,6 +132,13 @@ def segment(
     store: Annotated[
         str | None, typer.Option(help="Volumes: DICOMweb server to send seg and sr to; the pictures stay here.")
     ] = None,
+    review_queue: Annotated[
+        bool, typer.Option(help="Pictures: score every mask; review.csv and .json list them worst first.")
+    ] = False,
+    calibration: Annotated[
+        Path | None, typer.Option(help="What 'calibrate' wrote: makes scores expected IoUs, in the review queue.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Review queue: further episodes a picture, as for 'calibrate'.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Segment what QUERY names in each IMAGE.
@@ -142,6 +149,8 @@ def segment(
     A failing image does not stop the others; the exit code is then 2.
     """
     query, kept = _check_query(query), _check_keep(keep)
+    if not review_queue and (calibration is not None or samples):
+        raise ConfigError("--calibration and --samples are for the review queue: give --review-queue")
     if store is not None and not {"seg", "sr"} & set(formats or ()):
         raise ConfigError("--store sends DICOM objects: ask for them with --format seg, and --format sr")
     for spec in (policy, segmenter):
@@ -169,6 +178,12 @@ def segment(
         engine = load_segmenter(segmenter, device=device)
     results: list[dict[str, Any]] = []
     names = session.file_names(images)
+    reviewed = None
+    if review_queue:
+        from ibisagent.reliability import Queue, Reliability, Reviewer
+
+        reviewer = Reviewer(writer, engine, kept, samples, max_turns or session.DEFAULT_TURNS, seed)
+        reviewed = Queue(reviewer, None if calibration is None else Reliability.read(calibration))
     volumes = _Volumes(
         writer,
         engine,
@@ -203,6 +218,8 @@ def segment(
                 episode = session.segment(case, writer, engine, max_turns=turns, keep=kept, on_turn=turn_printer)
                 seconds = time.perf_counter() - started
                 outputs = session.export(episode, case.image, output, name)
+                if reviewed is not None:
+                    reviewed.add(path, episode, case)
             except IbisError as error:
                 results.append({"image": path, "error": str(error)})
                 if not as_json:
@@ -212,8 +229,15 @@ def segment(
                 if not as_json:
                     _print_segmented(episode, outputs, seconds)
             advance()
+    if reviewed is not None:
+        reviewed.write(output)
     if as_json:
-        _print_json({"query": query, "results": results})
+        queue = {} if reviewed is None else {"review": reviewed.worst_first}
+        _print_json({"query": query, "results": results, **queue})
+    elif reviewed is not None:
+        stdout.print(f"to be reviewed, worst first ({output / 'review.csv'}):")
+        for entry in reviewed.worst_first:
+            stdout.print(f"  {entry['score']:.2f}  {_one_line(str(entry['image']), 200)}")
     if any("error" in result for result in results):
         raise typer.Exit(EXIT_ERROR)
 
