@@ -17,7 +17,7 @@ LAYERS = (
     ("environment", "rewards"),
     ("teacher",),
     ("trajectories", "training", "evaluation", "ceiling", "session", "inventory", "volume_agent", "client"),
-    ("factory", "audit", "reliability"),
+    ("factory", "audit", "reliability", "lmms_eval_plugin"),
     ("server", "terminal"),
     ("data_commands",),
     ("cli",),
