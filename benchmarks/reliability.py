@@ -29,12 +29,6 @@ from ibisagent.training.click_states import is_development
 WANTED_GAIN, WANTED_ERROR = 0.06, 0.08
 
 
-def spread(cases: CaseSource, count: int) -> CaseSource:
-    """At most `count` cases, spread over the data."""
-    step = max(1.0, len(cases) / count)
-    return CaseSource([cases.rows[int(index * step)] for index in range(min(count, len(cases)))], cases.where)
-
-
 def measured(cases: CaseSource, reviewer: Reviewer) -> list[dict[str, float]]:
     """The signals and the IoU of every case."""
     found = []
@@ -71,8 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     held_out = data.filter(lambda row: row.split == "train" and is_development(row.patient))
     policy, segmenter = load_policy(options.policy, device="cpu"), load_segmenter(options.segmenter, device="cpu")
     reviewer = Reviewer(policy, segmenter, samples=options.samples, max_turns=session.DEFAULT_TURNS)
-    learned = measured(spread(held_out, options.fit), reviewer)
-    tested = measured(spread(data.filter(lambda row: row.split == "val"), options.limit), reviewer)
+    learned = measured(held_out.spread(options.fit), reviewer)
+    tested = measured(data.filter(lambda row: row.split == "val").spread(options.limit), reviewer)
     names = [name for name in learned[0] if name != "iou"]
     fitted = fit([{name: one[name] for name in names} for one in learned], [one["iou"] for one in learned])
     ious = [one["iou"] for one in tested]

@@ -448,13 +448,15 @@ def write_report(found: Audit, cases: CaseSource, folder: Path, *, pictures: int
 
 def draw(image: Image, mask: Mask, suggestion: Mask) -> np.ndarray:
     """(h, 2 w, 3) uint8, sides at most SHOWN_SIDE each: the picture, and on it outline, leaks and missed pixels."""
-    shown = image.pixels.astype(np.float32)
+    tinted = image.pixels.astype(np.float32)
     for wrong, colour in ((mask & ~suggestion, LEAK_COLOUR), (suggestion & ~mask, MISSED_COLOUR)):
-        shown[wrong] = 0.5 * shown[wrong] + 0.5 * np.array(colour)
-    marked = np.ascontiguousarray(shown.astype(np.uint8))
+        tinted[wrong] = 0.5 * tinted[wrong] + 0.5 * np.array(colour)
     scale = SHOWN_SIDE / max(image.size)
     sides = tuple(max(1, round(side * scale)) for side in image.size[::-1])
-    plain, marked = (cv2.resize(one, sides, interpolation=cv2.INTER_AREA) for one in (image.pixels, marked))
+    plain, marked = (
+        np.ascontiguousarray(cv2.resize(one, sides, interpolation=cv2.INTER_AREA))
+        for one in (image.pixels, tinted.astype(np.uint8))
+    )
     outline = cv2.resize(mask.astype(np.uint8), sides, interpolation=cv2.INTER_NEAREST)
     contours, _ = cv2.findContours(outline, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     cv2.drawContours(marked, contours, -1, MASK_COLOUR, 1)

@@ -29,7 +29,6 @@ from ibisagent.terminal import status as _status
 
 if TYPE_CHECKING:
     from ibisagent.ceiling import Agent, Ceiling, Group
-    from ibisagent.datasets import CaseSource
     from ibisagent.domain import Episode, Image, Turn
     from ibisagent.evaluation import Evaluation, Summary
     from ibisagent.policies.base import Policy
@@ -424,10 +423,11 @@ def evaluate(
         raise ConfigError(f"cannot group by '{by}': give modality, dataset or object")
     with _status("reading the data and loading the models", quiet=as_json):
         from ibisagent import evaluation, session
+        from ibisagent.datasets import cases_to_judge
         from ibisagent.policies import load_policy
         from ibisagent.segmenters import load_segmenter
 
-        everything, cases = _cases(data, split, limit)
+        everything, cases = cases_to_judge(data, split, limit)
         engine = load_segmenter(segmenter, device=device)
         needs_prior = baselines or policy == "location-prior"
         prior = evaluation.location_prior(everything, cases) if needs_prior else None
@@ -506,6 +506,7 @@ def ceiling(
         from importlib.util import find_spec
 
         from ibisagent import ceiling as measuring
+        from ibisagent.datasets import cases_to_judge
         from ibisagent.segmenters import load_segmenter
 
         drawable = find_spec("matplotlib") is not None
@@ -515,7 +516,7 @@ def ceiling(
             make_folder(output)
             if not drawable:
                 stderr.print("matplotlib is not installed, so no ceiling.png: pip install 'ibisagent[plot]'")
-        _, cases = _cases(data, split, limit)
+        _, cases = cases_to_judge(data, split, limit)
         engine = load_segmenter(segmenter, device=device)
         compared = None if agent is None else measuring.read_agent(agent, engine, cases)
     with _progress(len(cases), "cases", quiet=as_json) as advance:
@@ -633,7 +634,7 @@ def build_data(
     stopped and ends with the same bytes. OUT/card.md says what was made, and what was rejected and why.
     """
     with _status("reading the data", quiet=as_json):
-        from ibisagent.datasets import CaseSource, read_cases
+        from ibisagent.datasets import read_cases
         from ibisagent.factory import stages as factory
         from ibisagent.factory.config import STAGES, FactoryConfig, Stage
 
@@ -641,10 +642,7 @@ def build_data(
         if unknown := next((name for name in stage or () if name not in STAGES), None):
             raise ConfigError(f"unknown stage '{unknown}'; there are: {', '.join(STAGES)}")
         chosen: list[Stage] = [name for name in STAGES if not stage or name in stage]
-        cases = read_cases(data)
-        if limit is not None and limit < len(cases):
-            step = len(cases) / limit
-            cases = CaseSource([cases.rows[int(index * step)] for index in range(limit)], cases.where)
+        cases = read_cases(data).spread(limit)
         plan = factory.Plan(cases, output, settings, device)
     if dry_run:
         _print_json(factory.estimate(plan))
@@ -892,20 +890,6 @@ def _check_query(query: str) -> str:
     if os.path.isfile(query):
         raise ConfigError(f'{query}: is a file, and the last argument is the query; end with, say, "optic disc"')
     return query
-
-
-def _cases(data: Path, split: str | None, limit: int | None) -> tuple[CaseSource, CaseSource]:
-    """(all cases of `data`, those to evaluate)."""
-    from ibisagent.datasets import CaseSource, read_cases
-
-    everything = read_cases(data)
-    if split is None and any(row.split == "val" for row in everything.rows):
-        split = "val"
-    cases = everything if split is None else read_cases(data, split=split)
-    if limit is not None and limit < len(cases):
-        step = len(cases) / limit
-        cases = CaseSource([cases.rows[int(index * step)] for index in range(limit)], cases.where)
-    return everything, cases
 
 
 def _turn_printer() -> Callable[[Turn], None]:

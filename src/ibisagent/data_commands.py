@@ -120,16 +120,13 @@ def audit(
     """
     with status("reading the data and loading the segmenter", quiet=as_json):
         from ibisagent import audit as auditing
-        from ibisagent.datasets import CaseSource, read_cases
+        from ibisagent.datasets import read_cases
         from ibisagent.segmenters import load_segmenter
         from ibisagent.store import make_folder
 
         everything = read_cases(data)
         cases = everything if split is None else read_cases(data, split=split)
-        cases = cases.filter(lambda row: row.mask is not None)
-        if limit is not None and limit < len(cases):
-            step = len(cases) / limit
-            cases = CaseSource([cases.rows[int(index * step)] for index in range(limit)], cases.where)
+        cases = cases.filter(lambda row: row.mask is not None).spread(limit)
         make_folder(output)
         engine = load_segmenter(segmenter, device=device)
     with progress(len(cases), "masks", quiet=as_json) as advance:
@@ -171,14 +168,11 @@ def calibrate(
         raise ConfigError(f"cannot keep '{keep}': give last or best")
     with status("reading the data and loading the models", quiet=as_json):
         from ibisagent import evaluation, reliability, session
-        from ibisagent.datasets import CaseSource, read_cases
+        from ibisagent.datasets import read_cases
         from ibisagent.policies import load_policy
         from ibisagent.segmenters import load_segmenter
 
-        cases = read_cases(data, split=split).filter(lambda row: row.mask is not None)
-        if limit is not None and limit < len(cases):
-            step = len(cases) / limit
-            cases = CaseSource([cases.rows[int(index * step)] for index in range(limit)], cases.where)
+        cases = read_cases(data, split=split).filter(lambda row: row.mask is not None).spread(limit)
         writer = load_policy(policy, device=device, seed=seed, cases=cases.by_id)
         engine = load_segmenter(segmenter, device=device)
         turns = max_turns or session.DEFAULT_TURNS

@@ -32,6 +32,7 @@ __all__ = [
     "CaseRow",
     "CaseSource",
     "Layout",
+    "cases_to_judge",
     "layout_of",
     "read_cases",
     "split_by_patient",
@@ -75,6 +76,20 @@ def read_cases(
             raise ConfigError(f"{path}: no row has {name} '{unknown[0]}'; there are: {have}")
         kept = tuple(row for row in kept if getattr(row, name) in values)
     return CaseSource(kept, str(path))
+
+
+def cases_to_judge(
+    path: str | Path, split: str | None = None, limit: int | None = None
+) -> tuple[CaseSource, CaseSource]:
+    """(all cases under `path`, those of `split`): of "val" if `split` is None and there are any, else all.
+
+    limit: only so many, spread evenly over them. Errors as for `read_cases`.
+    """
+    everything = read_cases(path)
+    if split is None and any(row.split == "val" for row in everything.rows):
+        split = "val"
+    cases = everything if split is None else read_cases(path, split=split)
+    return everything, cases.spread(limit)
 
 
 def layout_of(path: Path) -> Layout:

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ibisagent.datasets import layout_of, read_cases
-from ibisagent.datasets.rows import CaseSource
 from ibisagent.errors import DataError
 
 
@@ -133,11 +132,9 @@ def check_copy(path: Path, *, limit: int | None = 50) -> Copy:
     """
     cases = read_cases(path)
     rows = cases.rows
-    count = len(rows) if limit is None else min(limit, len(rows))
-    chosen = [rows[int(index * len(rows) / count)] for index in range(count)]
+    source = cases.spread(limit)
     problems = []
-    source = CaseSource(chosen, cases.where)
-    for row in chosen:
+    for row in source.rows:
         try:
             source.decode(row)
         except DataError as error:
@@ -151,6 +148,6 @@ def check_copy(path: Path, *, limit: int | None = 50) -> Copy:
         dict(Counter(row.split or "none" for row in rows)),
         dict(Counter(row.modality or "unknown" for row in rows).most_common()),
         len({(row.dataset, row.patient) for row in rows if row.patient}),
-        count,
+        len(source),
         tuple(problems),
     )

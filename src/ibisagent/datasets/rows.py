@@ -80,6 +80,13 @@ class CaseSource(Sequence[Case]):
         """The cases whose row passes `keep`, in the same order; DataError if none does."""
         return CaseSource(filter(keep, self.rows), self.where)
 
+    def spread(self, count: int | None) -> CaseSource:
+        """At most `count` (at least 1) of the cases, spread evenly over them; None: all."""
+        if count is None or count >= len(self):
+            return self
+        step = len(self) / count
+        return CaseSource([self.rows[int(index * step)] for index in range(count)], self.where)
+
     @property
     def by_id(self) -> Mapping[str, Case]:
         """The same cases by their id; each look-up decodes."""

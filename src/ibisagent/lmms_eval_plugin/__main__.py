@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ibisagent.datasets import CaseSource, read_cases
+from ibisagent.datasets import read_cases
 from ibisagent.lmms_eval_plugin import TASK, write_task
 from ibisagent.store import make_folder
 
@@ -17,10 +17,7 @@ def main(
     limit: Annotated[int | None, typer.Option(help="Only this many cases, spread over the data.", min=1)] = None,
 ) -> None:
     """Write the task, and say how to run it."""
-    cases = read_cases(data, split=split)
-    if limit is not None and limit < len(cases):
-        step = len(cases) / limit
-        cases = CaseSource([cases.rows[int(index * step)] for index in range(limit)], cases.where)
+    cases = read_cases(data, split=split).spread(limit)
     make_folder(output)
     write_task(cases, output)
     typer.echo(f"python -m lmms_eval --model ibisagent --tasks {TASK} --include_path {output} --batch_size 16")
