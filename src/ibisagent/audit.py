@@ -292,8 +292,8 @@ def audit(
 ) -> Audit:
     """Look at every mask of `cases`. among: the data whose masks they are held against; default: themselves.
 
-    on_mask: called after each mask, references included. Masks that cannot be read, or on which the segmenter fails,
-    are failures. Raises DataError if there is no mask.
+    on_mask: called after each mask that was looked at; describing the others comes before. Masks that cannot be read,
+    or on which the segmenter fails, are failures. Raises DataError if there is no mask.
     """
     rows = [row for row in cases.rows if row.mask is not None]
     if not rows:
@@ -308,9 +308,6 @@ def audit(
             known.append((row, describe(case.image.pixels, next(iter((case.targets or {}).values())))))
         except DataError:
             continue  # the masks to be looked at are told below, others are not asked about
-        finally:
-            if on_mask is not None:
-                on_mask()
     references = References(known)
     by_image: dict[Path, list[CaseRow]] = {}
     for row in rows:

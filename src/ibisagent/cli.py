@@ -152,7 +152,7 @@ def segment(
         raise ConfigError("--calibration and --samples are for the review queue: give --review-queue")
     if store is not None and not {"seg", "sr"} & set(formats or ()):
         raise ConfigError("--store sends DICOM objects: ask for them with --format seg, and --format sr")
-    for spec in (policy, segmenter):
+    for spec in (policy.removeprefix("one-shot:"), segmenter):
         if spec.startswith(("endpoint:", "remote:")):
             stderr.print(f"pictures are sent to {_one_line(spec.partition(':')[2].partition('#')[0])}")
     starts: list[Path | None] = [*start_mask] if start_mask else [None] * len(images)

@@ -26,7 +26,9 @@ def datasets(
         Path | None, typer.Option(help="Look for pictures and patients that DATA shares with this.")
     ] = None,
     limit: Annotated[int, typer.Option(help="Decode this many cases of DATA, spread over it; 0: all.", min=0)] = 50,
-    bits: Annotated[int, typer.Option(help="Pictures whose 256-bit fingerprints differ so little are the same.")] = 6,
+    bits: Annotated[
+        int | None, typer.Option(help="Pictures whose 256-bit fingerprints differ so little are the same (default 6).")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the public benchmarks that can be read, or check a local copy of one, or of any DATA.
@@ -41,7 +43,7 @@ def datasets(
         return
     from ibisagent.datasets import read_cases
     from ibisagent.datasets.catalogue import BENCHMARKS, check_copy
-    from ibisagent.datasets.leaks import find_leaks
+    from ibisagent.datasets.leaks import NEAR_BITS, find_leaks
 
     with status("reading the data", quiet=as_json):
         copy = check_copy(data, limit=limit or None)
@@ -50,7 +52,7 @@ def datasets(
         mine, theirs = read_cases(data), read_cases(against)
         total = len({row.image for row in mine.rows}) + len({row.image for row in theirs.rows})
         with progress(total, "pictures", quiet=as_json) as advance:
-            leaks = find_leaks(mine, theirs, bits=bits, on_picture=advance)
+            leaks = find_leaks(mine, theirs, bits=NEAR_BITS if bits is None else bits, on_picture=advance)
     if as_json:
         print_json({"copy": asdict(copy), "leaks": None if leaks is None else asdict(leaks)})
     else:

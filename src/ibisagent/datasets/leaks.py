@@ -66,8 +66,7 @@ def find_leaks(
 ) -> Leaks:
     """Pictures of `cases` that look like one of `others`, and patients in both. on_picture: called after each picture.
 
-    Patients are compared by name within a data set of the same name, and by name alone where a manifest's `patient`
-    column gave it; flat pictures are left out, as all of them look alike.
+    Patients are compared by their names as the data give them. Flat pictures are left out, as all of them look alike.
     """
     unread: list[str] = []
 

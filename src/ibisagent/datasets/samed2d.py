@@ -64,12 +64,15 @@ def read_questions(file: Path) -> list[CaseRow]:
     roots = [parent / name for parent in list(file.parents)[:3] for name in ("", "SAMed2Dv1")]
     rows: list[CaseRow] = []
     seen: dict[str, int] = {}
+    names_of: dict[Path, dict[tuple[str, str], str]] = {}
     try:
         for number, item in enumerate(read_json(file)):
             root = next((root for root in roots if (root / item["image"]).is_file()), None)
             if root is None:
                 raise DataError(f"{file}, item {number}: no image '{item['image']}' beside it; link SAMed2Dv1 there")
-            names, asked = _class_names(root), ""
+            if root not in names_of:
+                names_of[root] = _class_names(root)
+            names, asked = names_of[root], ""
             for said in item["conversations"]:
                 if said["from"] == "human":
                     asked = " ".join(_MARKS.sub(" ", said["value"]).split())
