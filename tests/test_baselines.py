@@ -8,11 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ibisagent.domain import Click, Completion, Image, Observation, Reply, Stop, Turn
+from ibisagent.domain import Case, Click, Completion, Image, Observation, Reply, Stop, Turn
+from ibisagent.environment import SegmentationEnv, rollout
 from ibisagent.errors import ConfigError, DataError, PolicyError
-from ibisagent.policies.baselines import CentreClickPolicy, LocationPriorPolicy
+from ibisagent.masks import iou
+from ibisagent.policies import load_policy
+from ibisagent.policies.baselines import CentreClickPolicy, LocationPriorPolicy, OneShotPolicy, RandomClicksPolicy
 from ibisagent.policies.scripted import ScriptedPolicy
-from ibisagent.protocol import parse
+from ibisagent.protocol import parse, write
+from ibisagent.segmenters import load_segmenter
 
 SIZE = (61, 83)
 IMAGE = Image(np.zeros((*SIZE, 3), dtype=np.uint8))
@@ -100,3 +104,39 @@ def test_unknown_dialects() -> None:
     for make in (lambda: CentreClickPolicy(dialect="x"), lambda: ScriptedPolicy([], dialect="x")):
         with pytest.raises(ConfigError, match="unknown dialect"):
             make()
+
+
+def test_random_clicks_are_anywhere_and_the_same_again() -> None:
+    policy = RandomClicksPolicy(seed=1)
+
+    def click(case_id: str, turns: int) -> Click:
+        observation = asked("Segment the spleen.", case_id, *[Turn(Completion(""), Reply(), {}, {})] * turns)
+        (action,) = parse(policy.respond([observation])[0].text, SIZE, dialect="ibis").actions
+        assert isinstance(action, Click)
+        return action
+
+    places = [(click(str(number), turns).x, click(str(number), turns).y) for number in range(40) for turns in range(3)]
+    assert len(set(places)) > 100
+    assert min(x for x, _ in places) < 10 < 70 < max(x for x, _ in places)
+    last = asked("Segment the spleen.", "x", *[Turn(Completion(""), Reply(), {}, {})] * 3)
+    assert parse(policy.respond([last])[0].text, SIZE, dialect="ibis").stop is not None
+
+
+def test_one_shot_takes_the_first_action_only() -> None:
+    turn = Turn(Completion(""), Reply(), {}, {})
+    both = write(Reply("Two.", (Click(5, 6, True, "a"), Click(50, 40, True, "b"))), SIZE, dialect="ibis")
+    policy = OneShotPolicy(ScriptedPolicy([both, "never asked"]))
+    assert policy.name == "one-shot:scripted"
+    first, later = policy.respond([asked("Segment a and b."), asked("Segment a and b.", "x", turn)])
+    assert parse(first.text, SIZE, dialect="ibis").actions == (Click(5, 6, True, "a"),)
+    assert parse(later.text, SIZE, dialect="ibis").stop is not None
+    assert OneShotPolicy(ScriptedPolicy(["no reply"])).respond([asked("?")])[0].text == "no reply"
+
+
+def test_the_true_box_with_an_ellipse_in_it() -> None:
+    mask = blob(0.5, 0.4, SIZE)
+    case = Case("x", IMAGE, "Segment the spleen.", {"spleen": mask})
+    policy = load_policy("oracle-box", cases=[case])
+    (episode,) = rollout(policy, [SegmentationEnv(case, load_segmenter("ellipse"), dialect=policy.dialect)])
+    assert (policy.name, episode.stop, episode.clicks) == ("oracle-box", "stopped", 1)
+    assert iou(episode.masks["spleen"], mask) > 0.9

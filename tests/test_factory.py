@@ -18,12 +18,13 @@ import pytest
 from PIL import Image as Picture
 
 from ibisagent.datasets import CaseRow, CaseSource, read_cases
+from ibisagent.datasets.leaks import fingerprint
 from ibisagent.domain import Click, Image, Stop, Undo
 from ibisagent.errors import ConfigError
 from ibisagent.factory import exports, filters
 from ibisagent.factory.config import FactoryConfig, read_questions
 from ibisagent.factory.raw import RecallingSegmenter, foreign, imperfect
-from ibisagent.factory.stages import Plan, Worker, build, estimate, fingerprint
+from ibisagent.factory.stages import Plan, Worker, build, estimate
 from ibisagent.images import write_mask_png, write_png
 from ibisagent.masks import iou
 from ibisagent.segmenters import load_segmenter

@@ -17,9 +17,10 @@ LAYERS = (
     ("environment", "rewards"),
     ("teacher",),
     ("trajectories", "training", "evaluation", "ceiling", "session", "inventory", "volume_agent", "client"),
-    ("factory",),
+    ("factory", "audit", "reliability", "lmms_eval_plugin"),
     ("doctor", "verl"),
-    ("server",),
+    ("server", "terminal"),
+    ("data_commands",),
     ("cli",),
     ("__main__",),
 )
@@ -28,6 +29,8 @@ SIDEWAYS = {
     ("policies.nano", "segmenters"),  # its eye is LiteMedSAM's encoder, which is embedded once for both
     ("evaluation.report", "session"),  # actions in the same words
     ("evaluation.runs", "session"),  # the same facts about policy and segmenter, the same default
+    ("datasets.members", "volumes"),  # a slice of a volume is a picture of a data set
+    ("datasets.decathlon", "volumes"),
     ("ceiling", "evaluation"),  # the expert's curves, the interval and the loop over cases are the same in both
 }
 HEAVY = {"torch", "torchvision", "transformers", "trl", "peft", "timm", "accelerate"}

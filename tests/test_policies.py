@@ -200,6 +200,9 @@ POLICIES: dict[str, Callable[[pytest.FixtureRequest], Policy]] = {
         [(name, "", mask) for case in cases() for name, mask in (case.targets or {}).items()]
     ),
     "centre-click": lambda _: load_policy("centre-click", dialect="released"),
+    "oracle-box": lambda _: load_policy("oracle-box", cases=cases()),
+    "random-clicks": lambda _: load_policy("random-clicks", seed=4),
+    "one-shot": lambda _: load_policy("one-shot:oracle", cases=cases()),
 }
 
 

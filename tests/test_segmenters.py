@@ -153,6 +153,7 @@ def server() -> Iterator[str]:
 
 CONTRACT = [
     "region",
+    "ellipse",
     "litemedsam-torch",
     pytest.param("litemedsam-openvino", marks=OPENVINO),
     "ibis-click-torch",

@@ -165,6 +165,8 @@ def test_a_remote_model_is_said_to_get_pictures(tmp_path: Path, scan: Path, scri
     result = ibisagent("segment", scan, "liver", "-o", tmp_path, *options)
     assert result.exit_code == 2
     assert result.stderr.splitlines()[0] == "pictures are sent to http://127.0.0.1:9"
+    result = ibisagent("segment", scan, "liver", "-o", tmp_path, "--policy", "one-shot:endpoint:http://127.0.0.1:9#m")
+    assert result.stderr.splitlines()[0] == "pictures are sent to http://127.0.0.1:9"
 
 
 def test_addresses_are_checked(tmp_path: Path, script: str) -> None:

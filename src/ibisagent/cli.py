@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,13 +17,18 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 import typer
 from rich.bar import Bar
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from typer.core import TyperGroup
 
+from ibisagent import data_commands
 from ibisagent.domain import Keep
 from ibisagent.errors import ConfigError, IbisError
+from ibisagent.terminal import EXIT_ERROR, stderr, stdout
+from ibisagent.terminal import one_line as _one_line
+from ibisagent.terminal import print_error as _print_error
+from ibisagent.terminal import print_json as _print_json
+from ibisagent.terminal import progress as _progress
+from ibisagent.terminal import status as _status
 
 if TYPE_CHECKING:
     from ibisagent.ceiling import Agent, Ceiling, Group
@@ -39,10 +43,7 @@ if TYPE_CHECKING:
     from ibisagent.volume_agent.files import VolumeOutputs
     from ibisagent.volumes import Volume
 
-EXIT_ERROR = 2
 EXIT_CONSTANT = 1  # of 'doctor rewards': nothing failed, but what was looked for is there
-stdout = Console(highlight=False, markup=False, soft_wrap=True)
-stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 class _OneLineErrors(TyperGroup):
@@ -66,6 +67,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Name an object in a biomedical image, get its mask. Research software: not for clinical use.",
 )
+app.add_typer(data_commands.app)
 
 PolicyOption = Annotated[str, typer.Option("--policy", "-p", help="Who clicks; see 'ibisagent models'.")]
 SegmenterOption = Annotated[str, typer.Option("--segmenter", "-s", help="What turns clicks into masks.")]
@@ -181,6 +183,13 @@ def segment(
     store: Annotated[
         str | None, typer.Option(help="Volumes: DICOMweb server to send seg and sr to; the pictures stay here.")
     ] = None,
+    review_queue: Annotated[
+        bool, typer.Option(help="Pictures: score every mask; review.csv and .json list them worst first.")
+    ] = False,
+    calibration: Annotated[
+        Path | None, typer.Option(help="What 'calibrate' wrote: makes scores expected IoUs, in the review queue.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Review queue: further episodes a picture, as for 'calibrate'.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Segment what QUERY names in each IMAGE.
@@ -191,9 +200,11 @@ def segment(
     A failing image does not stop the others; the exit code is then 2.
     """
     query, kept = _check_query(query), _check_keep(keep)
+    if not review_queue and (calibration is not None or samples):
+        raise ConfigError("--calibration and --samples are for the review queue: give --review-queue")
     if store is not None and not {"seg", "sr"} & set(formats or ()):
         raise ConfigError("--store sends DICOM objects: ask for them with --format seg, and --format sr")
-    for spec in (choice.policy, segmenter):
+    for spec in (choice.policy.removeprefix("one-shot:"), segmenter):
         if spec.startswith(("endpoint:", "remote:")):
             stderr.print(f"pictures are sent to {_one_line(spec.partition(':')[2].partition('#')[0])}")
     starts: list[Path | None] = [*start_mask] if start_mask else [None] * len(images)
@@ -207,6 +218,12 @@ def segment(
         engine = load_segmenter(segmenter, device=choice.device)
     results: list[dict[str, Any]] = []
     names = session.file_names(images)
+    reviewed = None
+    if review_queue:
+        from ibisagent.reliability import Queue, Reliability, Reviewer
+
+        reviewer = Reviewer(writer, engine, kept, samples, max_turns or session.DEFAULT_TURNS, drawing.seed)
+        reviewed = Queue(reviewer, None if calibration is None else Reliability.read(calibration))
     volumes = _Volumes(
         writer,
         engine,
@@ -241,6 +258,8 @@ def segment(
                 episode = session.segment(case, writer, engine, max_turns=turns, keep=kept, on_turn=turn_printer)
                 seconds = time.perf_counter() - started
                 outputs = session.export(episode, case.image, output, name)
+                if reviewed is not None:
+                    reviewed.add(path, episode, case)
             except IbisError as error:
                 results.append({"image": path, "error": str(error)})
                 if not as_json:
@@ -250,8 +269,15 @@ def segment(
                 if not as_json:
                     _print_segmented(episode, outputs, seconds)
             advance()
+    if reviewed is not None:
+        reviewed.write(output)
     if as_json:
-        _print_json({"query": query, "results": results})
+        queue = {} if reviewed is None else {"review": reviewed.worst_first}
+        _print_json({"query": query, "results": results, **queue})
+    elif reviewed is not None:
+        stdout.print(f"to be reviewed, worst first ({output / 'review.csv'}):")
+        for entry in reviewed.worst_first:
+            stdout.print(f"  {entry['score']:.2f}  {_one_line(str(entry['image']), 200)}")
     if any("error" in result for result in results):
         raise typer.Exit(EXIT_ERROR)
 
@@ -731,7 +757,7 @@ def build_data(
     stopped and ends with the same bytes. OUT/card.md says what was made, and what was rejected and why.
     """
     with _status("reading the data", quiet=as_json):
-        from ibisagent.datasets import CaseSource, read_cases
+        from ibisagent.datasets import read_cases
         from ibisagent.factory import stages as factory
         from ibisagent.factory.config import STAGES, FactoryConfig, Stage
 
@@ -739,10 +765,7 @@ def build_data(
         if unknown := next((name for name in stage or () if name not in STAGES), None):
             raise ConfigError(f"unknown stage '{unknown}'; there are: {', '.join(STAGES)}")
         chosen: list[Stage] = [name for name in STAGES if not stage or name in stage]
-        cases = read_cases(data)
-        if limit is not None and limit < len(cases):
-            step = len(cases) / limit
-            cases = CaseSource([cases.rows[int(index * step)] for index in range(limit)], cases.where)
+        cases = read_cases(data).spread(limit)
         plan = factory.Plan(cases, output, settings, device)
     if dry_run:
         _print_json(factory.estimate(plan))
@@ -1053,24 +1076,6 @@ def _check_query(query: str) -> str:
     return query
 
 
-def _one_line(text: str, length: int = 120) -> str:
-    """Text of a model or user in one printable line: it must not steer the terminal."""
-    text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-    return text if len(text) <= length else f"{text[: length - 1]}…"
-
-
-def _print_error(error: BaseException) -> None:
-    if isinstance(error, OSError) and not isinstance(error, IbisError):
-        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
-    else:
-        message = str(error)
-    stderr.print(f"error: {_one_line(message, 600)}")
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=1, default=str) + "\n")
-
-
 def _turn_printer() -> Callable[[Turn], None]:
     """Prints numbered turns as they come."""
     from ibisagent.session import describe_actions
@@ -1300,25 +1305,3 @@ def _print_bars(group: Group, measures: Mapping[str, str]) -> None:
 def _interval_text(group: Group, measure: str) -> str:
     interval = group.intervals[measure]
     return "" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
-
-
-@contextmanager
-def _status(what: str, *, quiet: bool) -> Iterator[None]:
-    if quiet or not stderr.is_terminal:
-        yield
-        return
-    with stderr.status(f"{what} ..."):
-        yield
-
-
-@contextmanager
-def _progress(total: int | None, what: str, *, quiet: bool) -> Iterator[Callable[..., None]]:
-    """A bar on stderr while the block runs; call what it gives with the number of finished items (default 1), and
-    with `total` once it is known."""
-    if quiet or not stderr.is_terminal:
-        yield lambda _count=1, total=None: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr, transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda count=1, total=total: progress.update(task, advance=count, total=total)

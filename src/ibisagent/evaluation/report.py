@@ -17,12 +17,13 @@ from typing import Literal, get_args
 import cv2
 import numpy as np
 
+from ibisagent.datasets.members import read_picture
 from ibisagent.domain import Box, Click, Episode, Image, Masks, Turn
 from ibisagent.errors import DataError
 from ibisagent.evaluation.results import CaseResult, Evaluation, GroupBy, summarise
 from ibisagent.evaluation.runs import Run
 from ibisagent.evaluation.tables import HEADINGS, MAIN, interval_text, ordered
-from ibisagent.images import read_image, write_whole
+from ibisagent.images import write_whole
 from ibisagent.metrics import EMPTY_RULE, EmptyRule
 from ibisagent.protocol import overlay
 from ibisagent.session import describe_actions
@@ -318,7 +319,7 @@ def _card(run: Run, pick: _Pick, missing: list[str]) -> str:
 def _image(source: str, episode: Episode | None) -> Image | None:
     """The picture that was judged; None if it cannot be read, or is another one now."""
     try:
-        image = read_image(source)
+        image = read_picture(Path(source))
     except DataError:
         return None
     return image if episode is None or image.sha256 == episode.image_sha256 else None

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 
 from ibisagent.datasets import CaseRow
+from ibisagent.datasets.leaks import near_duplicates
 from ibisagent.domain import Episode, Mask, union
 from ibisagent.factory.config import FactoryConfig, Question
 from ibisagent.masks import dice, iou
 from ibisagent.teacher.checks import MAX_THOUGHT_CHARS, disagreement, leak
 from ibisagent.trajectories import undone_turns
-
-BANDS = 16
 
 
 def judge(
@@ -76,8 +75,7 @@ def overlapping(question: Question, overlaps: Mapping[str, str]) -> str | None:
 def find_overlaps(groups: Sequence[Sequence[CaseRow]], hashes: Mapping[str, str], bits: int) -> dict[str, str]:
     """Pictures of the split "train" that show a patient of another split, or look like a picture of one, with reasons.
 
-    hashes: 256-bit fingerprints as hex, by picture; pictures that differ in at most `bits` < 16 are alike. Takes time
-    linear in the pictures: two that differ in fewer than 16 bits agree in one of 16 bands at least.
+    hashes: `leaks.fingerprint` by picture; pictures that differ in at most `bits` < 16 are alike.
     """
     split_of = {str(rows[0].image): rows[0].split for rows in groups}
     patients = {row.patient for rows in groups for row in rows if row.patient and not _trained(row.split)}
@@ -86,19 +84,9 @@ def find_overlaps(groups: Sequence[Sequence[CaseRow]], hashes: Mapping[str, str]
         for rows in groups
         if _trained(rows[0].split) and any(row.patient in patients for row in rows)
     }
-    codes = {image: np.frombuffer(bytes.fromhex(text), dtype=np.uint8) for image, text in hashes.items()}
-    bands: dict[tuple[int, bytes], list[str]] = {}
-    for image, code in codes.items():
-        if not _trained(split_of[image]):
-            for band in range(BANDS):
-                bands.setdefault((band, code[2 * band : 2 * band + 2].tobytes()), []).append(image)
-    for image, code in codes.items():
-        if not _trained(split_of[image]) or image in found:
-            continue
-        alike = {o for band in range(BANDS) for o in bands.get((band, code[2 * band : 2 * band + 2].tobytes()), ())}
-        if any(int(np.unpackbits(code ^ codes[other]).sum()) <= bits for other in alike):
-            found[image] = "near duplicate in another split"
-    return found
+    trained = {image: code for image, code in hashes.items() if _trained(split_of[image]) and image not in found}
+    others = {image: code for image, code in hashes.items() if not _trained(split_of[image])}
+    return found | dict.fromkeys(near_duplicates(trained, others, bits), "near duplicate in another split")
 
 
 def _trained(split: str) -> bool:

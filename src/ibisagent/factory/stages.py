@@ -17,10 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
-
 from ibisagent.datasets import CaseRow, CaseSource
+from ibisagent.datasets.leaks import fingerprint
 from ibisagent.domain import Case, Episode
 from ibisagent.environment import package_version
 from ibisagent.errors import ConfigError, DataError, IbisError
@@ -254,13 +252,6 @@ class Worker:
         return cases, failed
 
 
-def fingerprint(pixels: np.ndarray) -> str:
-    """256 bits as hex, alike for pictures that look alike: where brightness rises to the right on a 16 x 16 grid."""
-    grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
-    small = cv2.resize(grey, (17, 16), interpolation=cv2.INTER_AREA).astype(np.int16)
-    return np.packbits(small[:, 1:] > small[:, :-1] + 1).tobytes().hex()
-
-
 def build(
     plan: Plan,
     stages: Sequence[Stage] = STAGES,
@@ -407,4 +398,4 @@ def count_by(values: Sequence[Mapping[str, Any]], key: str) -> dict[str, int]:
     return dict(Counter(str(value[key]) for value in values).most_common())
 
 
-__all__ = ["Plan", "Worker", "build", "count_by", "fingerprint", "read_notes"]
+__all__ = ["Plan", "Worker", "build", "count_by", "read_notes"]

@@ -34,9 +34,12 @@ POLICIES: Mapping[str, str] = MappingProxyType(
         "mllm:manglu3935/IBIS/qwen2_5vl-7b-RL; a bare folder or hub id means the same",
         "endpoint:<base url>#<model>": "any OpenAI-compatible chat server; its key is read from IBIS_API_KEY",
         "oracle": "clicks where an expert who sees the truth would (the ceiling)",
+        "oracle-box": "the true bounding box, nothing else; with the segmenter ellipse: what a box alone is worth",
+        "one-shot:<policy>": "another policy's first action, then stop (a baseline)",
         "scripted:<file.json>": "replays recorded replies (a fake, for tests)",
         "location-prior": "clicks where objects of that name usually lie, blind to the image (a baseline of evaluate)",
         "centre-click": "clicks the centre of the image (a baseline)",
+        "random-clicks": "clicks three times anywhere (a baseline)",
     }
 )
 """What `load_policy` understands: spec -> description, for people."""
@@ -65,7 +68,7 @@ def load_policy(
     dialect, history: None takes what the model was made for. device: "auto", "cpu", "cuda", "cuda:1", "mps". dtype:
     "auto", "float32", "bfloat16", "float16". adapter: a PEFT folder, for mllm. temperature: 0 is greedy. batch_size:
     observations answered together (mllm), or requests under way at once (endpoint). max_pixels: the size that images
-    are shrunk to, for models that take any size (mllm). cases: the truth, for the oracle alone.
+    are shrunk to, for models that take any size (mllm). cases: the truth, for the oracles alone.
     Raises ConfigError for a spec or option that does not exist and PolicyError where weights or a server are missing.
     """
     kind, _, rest = spec.partition(":")
@@ -89,12 +92,32 @@ def load_policy(
         from ibisagent.policies.baselines import CentreClickPolicy
 
         return CentreClickPolicy(dialect=dialect or "ibis")
-    if spec == "oracle":
+    if spec == "random-clicks":
+        from ibisagent.policies.baselines import RandomClicksPolicy
+
+        return RandomClicksPolicy(dialect=dialect or "ibis", seed=seed)
+    if kind == "one-shot" and rest:
+        from ibisagent.policies.baselines import OneShotPolicy
+
+        return OneShotPolicy(
+            load_policy(
+                rest,
+                device=device,
+                dtype=dtype,
+                adapter=adapter,
+                batch_size=batch_size,
+                max_pixels=max_pixels,
+                cases=cases,
+                **sampling,
+            )
+        )
+    if spec in ("oracle", "oracle-box"):
         from ibisagent.policies.oracle import OraclePolicy
 
         if cases is None:
             raise ConfigError("the oracle needs the truth: use it where there are cases (evaluate, trajectories)")
-        return OraclePolicy(cases, dialect=dialect or "ibis", seed=seed)
+        boxed: dict[str, Any] = {"box_first": 1.0, "max_clicks": 1} if spec == "oracle-box" else {}
+        return OraclePolicy(cases, dialect=dialect or "ibis", seed=seed, name=spec, **boxed)
     if spec == "location-prior":
         raise ConfigError("location-prior learns from training masks: `ibisagent evaluate` prints it beside any policy")
     is_model = spec == "ibis-nano" or kind == "mllm" or _HUB_ID.fullmatch(spec) or Path(spec).is_dir()

@@ -1,8 +1,13 @@
-"""Blind policies: what can be reached without looking at the picture. Every result is printed beside them."""
+"""Baselines: policies that do not look at the picture, and one that stops a policy after its first action.
+
+The oracle's clicks and boxes are in `oracle`, the ellipse in the box is a segmenter.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 import cv2
@@ -11,14 +16,16 @@ import numpy as np
 from ibisagent import protocol
 from ibisagent.domain import Click, Completion, Mask, Observation, Reply, Stop
 from ibisagent.errors import ConfigError, DataError
+from ibisagent.policies.base import Policy
 
 GRID = 64  # side of the normalised square on which places are averaged
 
 
-class _OneClickPolicy:
-    """One positive click at a place that does not depend on the pixels, then stop."""
+class _BlindPolicy:
+    """`clicks` positive clicks, one a turn, at places that do not depend on the pixels, then stop."""
 
     name = ""
+    clicks = 1
 
     def __init__(self, dialect: str) -> None:
         if dialect not in protocol.DIALECTS:
@@ -30,20 +37,20 @@ class _OneClickPolicy:
         raise NotImplementedError
 
     def respond(self, observations: Sequence[Observation]) -> list[Completion]:
-        """A click in the first turn, a stop in every later one."""
+        """A click in each of the first `clicks` turns, a stop in every later one."""
         return [Completion(self._write(observation)) for observation in observations]
 
     def _write(self, observation: Observation) -> str:
         target = protocol.target_of(observation.query)
-        if observation.turns:
-            reply = Reply("One click is all I give.", (Stop(f"The {target} is segmented."),))
+        if len(observation.turns) >= self.clicks:
+            reply = Reply("I give no more clicks.", (Stop(f"The {target} is segmented."),))
         else:
             x, y = self._place(observation, target)
             reply = Reply(f"I look for the {target}.", (Click(x, y, True, target),))
         return protocol.write(reply, observation.image.size, dialect=self.dialect)
 
 
-class CentreClickPolicy(_OneClickPolicy):
+class CentreClickPolicy(_BlindPolicy):
     """Clicks the middle of the picture once, then stops."""
 
     name = "centre-click"
@@ -57,7 +64,25 @@ class CentreClickPolicy(_OneClickPolicy):
         return width // 2, height // 2
 
 
-class LocationPriorPolicy(_OneClickPolicy):
+class RandomClicksPolicy(_BlindPolicy):
+    """Clicks anywhere in the picture, every pixel equally likely, three times, then stops: the floor of every table."""
+
+    name = "random-clicks"
+    clicks = 3
+
+    def __init__(self, *, dialect: str = "ibis", seed: int = 0) -> None:
+        """seed: the places depend on it, the case's id and the turn only. ConfigError for an unknown dialect."""
+        super().__init__(dialect)
+        self._seed = seed
+
+    def _place(self, observation: Observation, target: str) -> tuple[int, int]:
+        key = repr((self._seed, observation.case_id, len(observation.turns))).encode()
+        random = np.random.default_rng(int.from_bytes(hashlib.sha256(key).digest()[:8], "little"))
+        height, width = observation.image.size
+        return int(random.integers(width)), int(random.integers(height))
+
+
+class LocationPriorPolicy(_BlindPolicy):
     """Clicks once where an object of that name in that modality most often is, then stops.
 
     The place is the maximum of the mean of all training masks, each resampled to a GRID x GRID square. A name that was
@@ -94,6 +119,38 @@ class LocationPriorPolicy(_OneClickPolicy):
         x_norm, y_norm = next(self._places[key] for key in keys if key in self._places)
         height, width = observation.image.size
         return int(x_norm * width), int(y_norm * height)
+
+
+class OneShotPolicy:
+    """Another policy's first action, then stop: what its corrections are worth is the difference to it."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.name = f"one-shot:{policy.name}"
+        self.dialect = policy.dialect
+        self._policy = policy
+
+    def respond(self, observations: Sequence[Observation]) -> list[Completion]:
+        """The policy's own first turn, cut to its first action; a stop in every later one. Raises what it raises."""
+        fresh = [observation for observation in observations if not observation.turns]
+        first = iter(self._policy.respond(fresh)) if fresh else iter(())
+        return [
+            Completion(self._stop(observation)) if observation.turns else self._cut(next(first), observation)
+            for observation in observations
+        ]
+
+    def _stop(self, observation: Observation) -> str:
+        target = protocol.target_of(observation.query)
+        reply = Reply("I act once.", (Stop(f"The {target} is segmented."),))
+        return protocol.write(reply, observation.image.size, dialect=self.dialect)
+
+    def _cut(self, completion: Completion, observation: Observation) -> Completion:
+        """As it is, unless it has several actions; a reply that cannot be read stays what it is."""
+        size, target = observation.image.size, protocol.target_of(observation.query)
+        reply = protocol.parse(completion.text, size, dialect=self.dialect, default_target=target)
+        if len(reply.actions) < 2:
+            return completion
+        text = protocol.write(replace(reply, actions=reply.actions[:1]), size, dialect=self.dialect)
+        return replace(completion, text=text)
 
 
 def _keys(thing: str, modality: str) -> list[tuple[str | None, str | None]]:

@@ -42,8 +42,6 @@ class OraclePolicy:
     With `mistakes`, a turn is wrong on purpose now and then, and the next one takes it back.
     """
 
-    name = "oracle"
-
     def __init__(
         self,
         cases: Mapping[str, Case] | Iterable[Case],
@@ -55,14 +53,15 @@ class OraclePolicy:
         jitter: float = 0.0,
         mistakes: float = 0.0,
         seed: int = 0,
+        name: str = "oracle",
     ) -> None:
         """cases: those it may be asked about, by id; a mapping may be lazy.
 
         iou_threshold: in (0, 1], where a target is good enough. max_clicks: clicks and boxes per target, mistakes
         included. box_first: share of the cases, in [0, 1], that begin with boxes. jitter: 0 clicks the deepest
         pixel of the error region, 1 any of its pixels; boxes move with it. mistakes: chance in [0, 1) that a click
-        turn is wrong. seed: the draws depend on it, the case's id and the turn only. Raises ConfigError for values
-        out of range, and for boxes or mistakes in a dialect that has no Box or Undo.
+        turn is wrong. seed: the draws depend on it, the case's id and the turn only. name: for records. Raises
+        ConfigError for values out of range, and for boxes or mistakes in a dialect that has no Box or Undo.
         """
         if dialect not in protocol.DIALECTS:
             raise ConfigError(f"unknown dialect '{dialect}'; there are: {', '.join(protocol.DIALECTS)}")
@@ -78,6 +77,7 @@ class OraclePolicy:
         speech = protocol.DIALECTS[dialect]
         if (box_first and not speech.boxes) or (mistakes and not speech.undo):
             raise ConfigError(f"oracle: dialect '{dialect}' has no Box or no Undo; leave box_first and mistakes at 0")
+        self.name = name
         self.dialect = dialect
         self._cases = cases if isinstance(cases, Mapping) else {case.id: case for case in cases}
         self._iou_threshold = iou_threshold

@@ -21,6 +21,7 @@ SEGMENTERS: Mapping[str, str] = MappingProxyType(
         "sam2:<hub id, folder or .pt>": "SAM 2.1 and MedSAM2, such as sam2:facebook/sam2.1-hiera-tiny or "
         "sam2:checkpoints/MedSAM2_latest.pt",
         "remote:<http url>": "a segmenter served elsewhere (python -m ibisagent.server.segmenter_app)",
+        "ellipse": "the ellipse in the box, discs around clicks: a baseline that does not look at the picture",
         "region": "grows regions of similar brightness (a fake, for tests)",
     }
 )
@@ -99,6 +100,10 @@ def load_segmenter(spec: str, *, device: str = "auto", runtime: str = "auto") ->
         from ibisagent.segmenters.remote import RemoteSegmenter
 
         return RemoteSegmenter(rest)
+    if spec == "ellipse":
+        from ibisagent.segmenters.ellipse import EllipseSegmenter
+
+        return EllipseSegmenter()
     if spec == "region":
         from ibisagent.segmenters.region import RegionSegmenter
 

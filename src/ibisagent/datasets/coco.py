@@ -1,0 +1,53 @@
+"""COCO's instance JSON: one case is all instances of a category in an image, as one mask."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ibisagent.datasets.members import coco_index, read_json
+from ibisagent.datasets.rows import CaseRow
+from ibisagent.errors import DataError
+
+
+def is_instances(loaded: Any) -> bool:
+    """Whether a decoded JSON file is COCO's: images, annotations and categories."""
+    return isinstance(loaded, dict) and {"images", "annotations", "categories"} <= loaded.keys()
+
+
+def read_instances(file: Path) -> list[CaseRow]:
+    """One row for every image and category that it shows.
+
+    A pair with a crowd region (`iscrowd`) is left out: COCO's rule is to ignore such regions, a union cannot. Images
+    are looked for beside the file, in `images`, and in a folder named as the split, there and one folder up.
+    """
+    loaded = read_json(file)
+    images, parts = coco_index(file)
+    try:
+        categories = {int(category["id"]): str(category["name"]) for category in loaded["categories"]}
+        split = file.stem.removeprefix("instances_").removeprefix("_annotations.coco")
+        folders = [file.parent / name for name in ("", "images", split, f"images/{split}")]
+        folders += [file.parent.parent / name for name in ("images", split, f"images/{split}")]
+        rows = []
+        for (image_id, category), annotations in sorted(parts.items()):
+            if any(annotation.get("iscrowd") for annotation in annotations):
+                continue
+            thing, name = categories[category].replace("_", " "), str(images[image_id]["file_name"])
+            picture = next((folder / name for folder in folders if (folder / name).is_file()), None)
+            if picture is None:
+                raise DataError(f"{file}: image '{name}' is not in {', '.join(str(f) for f in folders[:3])}")
+            rows.append(
+                CaseRow(
+                    f"{name}#{thing}",
+                    picture,
+                    file / str(image_id) / str(category),
+                    thing,
+                    f"Segment the {thing}.",
+                    dataset=file.resolve().parent.name,
+                    split=split if split in ("train", "val", "test") else "",
+                    where=f"{file}, image {image_id}",
+                )
+            )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{file}: is not COCO's instance JSON ({error!r}); see docs/datasets.md") from error
+    return rows
