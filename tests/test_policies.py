@@ -425,6 +425,14 @@ def test_options_that_do_not_exist(qwen_folder: Path, options: dict[str, Any], m
     assert "\n" not in str(error.value)
 
 
+def test_a_reply_of_the_nano_ends_soon() -> None:
+    """One that never ends would hold up its batch."""
+    for given, limit in ((None, 192), (7, 7)):
+        nano = load_policy("ibis-nano", device="cpu", max_new_tokens=given)
+        assert isinstance(nano, MllmPolicy)
+        assert nano.max_new_tokens == limit
+
+
 @pytest.mark.parametrize(
     "spec", ["", "gpt", "mllm:", "mllm:nowhere", "scripted", "oracle", "location-prior", "ftp://x"]
 )

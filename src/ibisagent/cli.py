@@ -45,6 +45,9 @@ class _OneLineErrors(TyperGroup):
     """Every error raised on purpose, and every failing file system, becomes one line on stderr and exit code 2."""
 
     def invoke(self, ctx: Any) -> Any:
+        # Read by OpenMP when torch is loaded: threads that spin while they wait for each other cost a batch up to 30
+        # times its time where another process, or another thread of a server, has a core (docs/log.md).
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         try:
             return super().invoke(ctx)
         except (IbisError, OSError) as error:
