@@ -164,8 +164,9 @@ def test_equal_stems_do_not_overwrite(image: Path, script: str, tmp_path: Path) 
     results = json.loads(result.stdout)["results"]
     records = [one["record"].casefold() for one in results]
     assert len(set(records)) == 4
-    sources = [json.loads(Path(one["record"]).read_text())["image_source"] for one in results]
-    assert sources == [str(path) for path in (image, *copies)]
+    recorded = [Path(one["record"]).read_text() for one in results]
+    assert [json.loads(one)["image_source"] for one in recorded] == [path.name for path in (image, *copies)]
+    assert not [one for one in recorded if str(tmp_path) in one], "a record names a folder of this machine"
 
 
 def test_model_text_cannot_steer_the_terminal(image: Path, tmp_path: Path) -> None:
@@ -200,6 +201,9 @@ def test_replay_rebuilds_and_notices_changes(image: Path, script: str, tmp_path:
     image.rename(tmp_path / "elsewhere.png")
     assert_one_line(ibisagent("replay", out / "box_record.json"), "box.png", "--image")
     assert ibisagent("replay", out / "box_record.json", "--image", tmp_path / "elsewhere.png").exit_code == 0
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "elsewhere.png").rename(tmp_path / "moved" / "box.png")
+    assert ibisagent("replay", out / "box_record.json", "--image", tmp_path / "moved").exit_code == 0
 
 
 # -------------------------------------------------------------------------------------------------------- bad input

@@ -36,7 +36,7 @@ from ibisagent.errors import IbisError, PolicyError, SegmenterError
 from ibisagent.masks import encode_rle
 from ibisagent.protocol import MAX_NAME_CHARS, overlay
 from ibisagent.server.access import COOKIE, LOOPBACK_NAMES, Gate, is_token, token_for
-from ibisagent.server.service import FullError, Job, MissingError, Service, TooLargeError, export_zip
+from ibisagent.server.service import FullError, Job, MissingError, Service, TooLargeError, export_zip, training_zip
 from ibisagent.session import DEFAULT_TURNS, BusyError, RunEnd, Session, Step, file_names
 from ibisagent.store import plain_turn, record_json
 
@@ -629,6 +629,12 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
         """Masks, overlay, records and report in a zip."""
         session = service.session(id)
         return _download(session, export_zip(service, session), "session.zip", "application/zip")
+
+    @app.get("/v1/sessions/{id}/training", tags=tags, response_class=Response, responses=_file("application/zip"))
+    def training(id: str) -> Response:  # noqa: A002
+        """What a person corrected, to train with, in a zip: episodes for SFT, image, masks and manifest for RL."""
+        session = service.session(id)
+        return _download(session, training_zip(service, session), "training.zip", "application/zip")
 
 
 def _download(session: Session, content: bytes, ending: str, media_type: str) -> Response:
