@@ -164,9 +164,11 @@ def test_equal_stems_do_not_overwrite(image: Path, script: str, tmp_path: Path) 
     results = json.loads(result.stdout)["results"]
     records = [one["record"].casefold() for one in results]
     assert len(set(records)) == 4
-    recorded = [Path(one["record"]).read_text() for one in results]
-    assert [json.loads(one)["image_source"] for one in recorded] == [path.name for path in (image, *copies)]
-    assert not [one for one in recorded if str(tmp_path) in one], "a record names a folder of this machine"
+    recorded = [json.loads(Path(one["record"]).read_text()) for one in results]
+    assert [one["image_source"] for one in recorded] == [path.name for path in (image, *copies)]
+    for one in recorded:
+        assert one.pop("made_by")["policy"] == script  # a model that is a file is called as it was given
+        assert str(tmp_path) not in json.dumps(one), "a record names a folder of this machine"
 
 
 def test_model_text_cannot_steer_the_terminal(image: Path, tmp_path: Path) -> None:
