@@ -448,7 +448,7 @@ def process(folder: Path, port: int, **environment: str) -> Iterator[subprocess.
     command = [sys.executable, "-m", "ibisagent", *map(str, arguments)]
     with subprocess.Popen(command, env={**os.environ, **environment}, cwd=folder.parent) as running:
         try:
-            deadline = time.time() + 60
+            deadline = time.time() + 180  # a busy machine
             while True:
                 try:
                     httpx.get(f"http://127.0.0.1:{port}/health")

@@ -112,11 +112,14 @@ class Page:
         """The page, ready to be mounted."""
         with gr.Blocks(title="ibisagent", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as blocks:
             desk = gr.State(Desk())
-            gr.Markdown("## ibisagent: name an object, get its mask\nResearch software: not for clinical use.")
+            gr.Markdown(
+                "## ibisagent: name an object, get its mask\nResearch software: not for clinical use."
+                f" Reads {', '.join(self._kinds)}."
+            )
             with gr.Row(equal_height=False):
                 with gr.Column(scale=2, min_width=280):
                     file = gr.File(
-                        label=f"1. Drop an image here ({', '.join(self._kinds)})",
+                        label="1. Drop an image here",
                         file_types=FILE_TYPES,
                         height=120,
                         elem_id="file",
@@ -164,9 +167,9 @@ class Page:
                     )
                     colour = gr.Dropdown(list(COLOURS), label="in this colour", elem_id="colour")
                     with gr.Row():
-                        undo = gr.Button("Undo", elem_id="undo", min_width=70)
-                        redo = gr.Button("Redo", elem_id="redo", min_width=70)
-                        reset = gr.Button("Start over", elem_id="reset", min_width=70)
+                        undo = gr.Button("Undo", elem_id="undo", min_width=70, size="md")
+                        redo = gr.Button("Redo", elem_id="redo", min_width=70, size="md")
+                        reset = gr.Button("Start over", elem_id="reset", min_width=70, size="md")
                     with gr.Accordion("Without a mouse: place by numbers", open=False), gr.Row():
                         column = gr.Number(0, label="x (pixel)", precision=0, minimum=0, min_width=70, elem_id="x")
                         row = gr.Number(0, label="y (pixel)", precision=0, minimum=0, min_width=70, elem_id="y")
