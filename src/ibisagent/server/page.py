@@ -217,8 +217,8 @@ class Page:
         """Everything, as it is now."""
         session = self._session(desk)
         if session is None:
-            picture = self._picture_of(desk)
-            pixels = None if picture is None else _enlarged(picture.pixels, _zoom(picture))
+            image = self._picture_of(desk)
+            pixels = None if image is None else _enlarged(image.pixels, _zoom(image))
             return [
                 desk,
                 pixels,

@@ -204,7 +204,7 @@ def mask_sha256(mask: np.ndarray) -> str:
     """Hash of the voxels of an (I, J, K) mask, eight to a byte, plane by plane."""
     digest = hashlib.sha256(repr(mask.shape).encode())
     for plane in mask:
-        digest.update(np.packbits(plane))
+        digest.update(np.packbits(plane).tobytes())
     return digest.hexdigest()
 
 
