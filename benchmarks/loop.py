@@ -134,6 +134,7 @@ def main() -> None:
     parser.add_argument("--segmenter", default="ibis-click")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
     if "IBIS_DATA" not in os.environ:
         parser.error("set IBIS_DATA to a labelled data set, as 'ibisagent evaluate' reads it")
     cases = read_cases(os.environ["IBIS_DATA"], split="val")

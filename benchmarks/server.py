@@ -106,33 +106,54 @@ def mixed_up(people: list[Person], segmenter: str, client: Client, folder: Path)
     return wrong
 
 
-def throughput(url: str, count: int, together: bool) -> float:
-    """Agent turns a second in `count` fresh sessions, all at once or one after the other."""
+def processor_seconds(process: int) -> float:
+    """CPU time of a process so far: what can be compared on a machine that does other work as well."""
+    user, system = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def throughput(url: str, process: int, count: int, together: bool) -> dict[str, float]:
+    """Agent turns in `count` sessions, all at once or one after the other: with new pictures, and once more from the
+    beginning with the same ones, which the policy has embedded by then."""
     with Client(url, token="") as client:
         offset = 1000 if together else 2000
         sessions = [client.open(encoded(draw(offset + number)), "Segment the polyp.") for number in range(count)]
-        started = time.perf_counter()
-        if together:
-            threads = [threading.Thread(target=session.run) for session in sessions]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        else:
-            for session in sessions:
-                session.run()
-        seconds = time.perf_counter() - started
-        turns = sum(len(session.view["turns"]) for session in sessions)
+        figures = _run_all(sessions, process, together, "new")
+        for session in sessions:
+            session.reset()
+        figures |= _run_all(sessions, process, together, "seen")
         for session in sessions:
             session.close()
-        return turns / seconds
+        return figures
+
+
+def _run_all(sessions: list[RemoteSession], process: int, together: bool, pictures: str) -> dict[str, float]:
+    started, used = time.perf_counter(), processor_seconds(process)
+    if together:
+        threads = [threading.Thread(target=session.run) for session in sessions]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    else:
+        for session in sessions:
+            session.run()
+    seconds, used = time.perf_counter() - started, processor_seconds(process) - used
+    turns, how = sum(len(session.view["turns"]) for session in sessions), "together" if together else "one_by_one"
+    return {
+        f"{pictures}_pictures_{how}_turns_per_second": round(turns / seconds, 2),
+        f"{pictures}_pictures_{how}_cpu_seconds_per_turn": round(used / turns, 3),
+    }
 
 
 def measure(options: argparse.Namespace, url: str, process: int, folder: Path) -> dict[str, Any]:
     """All figures."""
-    throughput(url, 1, together=True)  # whatever is loaded on first use
-    alone, together = (throughput(url, options.together, together) for together in (False, True))
-    print(f"turns a second: {alone:.2f} one by one, {together:.2f} together", file=sys.stderr, flush=True)
+    throughput(url, process, 1, together=True)  # whatever is loaded on first use
+    rates = throughput(url, process, options.together, False) | throughput(url, process, options.together, True)
+    for pictures in ("new", "seen"):
+        alone, together = (rates[f"{pictures}_pictures_{how}_turns_per_second"] for how in ("one_by_one", "together"))
+        rates[f"{pictures}_pictures_batching_factor"] = round(together / alone, 2)
+    print(rates, file=sys.stderr, flush=True)
     until = time.time() + options.seconds
     people = [Person(url, number, until) for number in range(options.sessions)]
     for person in people:
@@ -161,9 +182,7 @@ def measure(options: argparse.Namespace, url: str, process: int, folder: Path) -
         "click_p50_seconds": round(float(np.percentile(clicks, 50)), 3) if clicks else None,
         "click_p95_seconds": round(float(np.percentile(clicks, 95)), 3) if clicks else None,
         "server_megabytes": memory,
-        "turns_per_second_one_by_one": round(alone, 2),
-        "turns_per_second_together": round(together, 2),
-        "batching_factor": round(together / alone, 2),
+        **rates,
     }
 
 

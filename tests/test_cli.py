@@ -164,8 +164,11 @@ def test_equal_stems_do_not_overwrite(image: Path, script: str, tmp_path: Path) 
     results = json.loads(result.stdout)["results"]
     records = [one["record"].casefold() for one in results]
     assert len(set(records)) == 4
-    sources = [json.loads(Path(one["record"]).read_text())["image_source"] for one in results]
-    assert sources == [str(path) for path in (image, *copies)]
+    recorded = [json.loads(Path(one["record"]).read_text()) for one in results]
+    assert [one["image_source"] for one in recorded] == [path.name for path in (image, *copies)]
+    for one in recorded:
+        assert one.pop("made_by")["policy"] == script  # a model that is a file is called as it was given
+        assert str(tmp_path) not in json.dumps(one), "a record names a folder of this machine"
 
 
 def test_model_text_cannot_steer_the_terminal(image: Path, tmp_path: Path) -> None:
@@ -200,6 +203,9 @@ def test_replay_rebuilds_and_notices_changes(image: Path, script: str, tmp_path:
     image.rename(tmp_path / "elsewhere.png")
     assert_one_line(ibisagent("replay", out / "box_record.json"), "box.png", "--image")
     assert ibisagent("replay", out / "box_record.json", "--image", tmp_path / "elsewhere.png").exit_code == 0
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "elsewhere.png").rename(tmp_path / "moved" / "box.png")
+    assert ibisagent("replay", out / "box_record.json", "--image", tmp_path / "moved").exit_code == 0
 
 
 # -------------------------------------------------------------------------------------------------------- bad input
@@ -445,3 +451,12 @@ def test_heavy_modules_stay_out() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_sleep_while_they_wait(given: str | None, used: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    assert ibisagent("models").exit_code == 0
+    assert os.environ["OMP_WAIT_POLICY"] == used

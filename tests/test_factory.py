@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from killed import killed
 from PIL import Image as Picture
 
 from ibisagent.datasets import CaseRow, CaseSource, read_cases
@@ -184,14 +182,8 @@ def test_a_killed_run_ends_with_the_same_bytes(data: Path, made: Path, tmp_path:
     draw = random.Random(3)
     kills = 0
     for _ in range(5):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
-        assert process.stdout is not None
-        for _line in range(draw.randrange(1, 5)):  # each line is a finished shard, or the start of a stage
-            process.stdout.readline()
-        time.sleep(draw.random() * 0.05)
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-        process.stdout.close()
+        # each line is a finished shard, or the start of a stage
+        kills += killed(command, after_lines=draw.randrange(1, 5), pause=draw.random() * 0.05)
     assert kills == 5
     half = next((tmp_path / "out").iterdir())
     (tmp_path / "out" / "trajectories" / ".episodes-000001.parquet.x.part").write_bytes(b"half")

@@ -6,8 +6,6 @@ import asyncio
 import base64
 import io
 import json
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ import httpx
 import numpy as np
 import PIL.Image
 import pytest
-import uvicorn
+from loopback import serving
 
 from ibisagent.domain import Case, Image, Mask, Masks
 from ibisagent.errors import DataError
@@ -96,16 +94,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("data")
     limits = Limits(sessions=4, upload_bytes=200_000)
     service = Service(ScriptedPolicy([CLICK, STOP]), RegionSegmenter(), folder, limits=limits, volumes=NumpyVolumes())
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(service, mounts=standard_mounts(page=False)), port=0, log_level="error")
-    )
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    with serving(create_app(service, mounts=standard_mounts(page=False))) as address:
+        yield address
 
 
 # ------------------------------------------------------------------------------------------------ MONAI Label

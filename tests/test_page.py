@@ -9,26 +9,31 @@ import io
 import json
 import os
 import shutil
-import threading
 import time
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import PIL.Image
 import pytest
-import uvicorn
+from loopback import serving
+from volume_phantoms import GRIDS, blob, hounsfield
 
+from ibisagent.datasets import read_cases
 from ibisagent.domain import Image
 from ibisagent.images import write_png
 from ibisagent.policies import load_policy
 from ibisagent.policies.base import Policy
 from ibisagent.policies.scripted import ScriptedPolicy
+from ibisagent.protocol import COLOURS, OPACITY
 from ibisagent.segmenters import Segmenter, load_segmenter
 from ibisagent.server.app import create_app
 from ibisagent.server.page import mount_page
 from ibisagent.server.service import Limits, Service
+from ibisagent.server.volumes import PackageVolumes
 
 BROWSERS = ("chromium", "chromium-headless-shell", "google-chrome", "chrome")
 BROWSER = os.environ.get("IBIS_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -65,16 +70,10 @@ def models() -> tuple[Policy, Segmenter]:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Service]]:
-    service = Service(*models(), tmp_path_factory.mktemp("data"), limits=Limits(pixels=3_000_000))
-    app = create_app(service, mounts=(mount_page,))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", service
-    server.should_exit = True
-    thread.join()
+    limits = Limits(pixels=3_000_000)
+    service = Service(*models(), tmp_path_factory.mktemp("data"), limits=limits, volumes=PackageVolumes())
+    with serving(create_app(service, mounts=(mount_page,))) as address:
+        yield address, service
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +110,7 @@ def wait_for_turns(page: Any, count: int) -> None:
 def click_picture(page: Any, x: float, y: float) -> None:
     """Click on a place of the picture, given as fractions of its width and height."""
     page.wait_for_function("(document.querySelector('#picture img') || {}).naturalWidth > 0")  # while it is replaced
+    page.locator("#picture img").scroll_into_view_if_needed()
     box = page.locator("#picture img").bounding_box()
     natural = page.evaluate(
         "(() => { const i = document.querySelector('#picture img'); return [i.naturalWidth, i.naturalHeight]; })()"
@@ -119,6 +119,52 @@ def click_picture(page: Any, x: float, y: float) -> None:
     width, height = natural[0] * scale, natural[1] * scale
     left, top = box["x"] + (box["width"] - width) / 2, box["y"] + (box["height"] - height) / 2
     page.mouse.click(left + x * width, top + y * height)
+
+
+def shown_pixels(page: Any) -> np.ndarray:
+    """The picture as the browser shows it, at the size of the image it was made of (`_enlarged` repeats pixels)."""
+    source = page.locator("#picture img").get_attribute("src")
+    shown = np.array(PIL.Image.open(io.BytesIO(page.request.get(source).body())).convert("RGB"))
+    return shown.astype(int)
+
+
+def wait_until(page: Any, holds: Callable[[], bool], what: str) -> None:
+    for _ in range(150):
+        if holds():
+            return
+        page.wait_for_timeout(200)
+    pytest.fail(what)
+
+
+def wait_for_picture(page: Any, pixels: np.ndarray) -> None:
+    """Until `pixels` (H, W, 3) are shown, whatever JPEG makes of them."""
+
+    def same() -> bool:
+        shown = shown_pixels(page)
+        zoom = shown.shape[0] // pixels.shape[0]
+        small = shown[zoom // 2 :: zoom, zoom // 2 :: zoom]
+        return small.shape == pixels.shape and float(np.abs(small - pixels).mean()) < 4
+
+    wait_until(page, same, "the picture is not shown")
+
+
+def wait_for_colour(page: Any, colour: tuple[int, int, int] | None, at: tuple[int, int]) -> None:
+    """Until the plate at pixel `at` (x, y) of a picture of 160 x 120 is tinted so; None: not at all."""
+    plate = np.array([210, 210, 210])
+    wanted = plate if colour is None else plate + OPACITY * (np.array(colour) - plate)
+
+    def tinted() -> bool:
+        shown = shown_pixels(page)
+        zoom = shown.shape[1] // 160
+        x, y = (place * zoom + zoom // 2 for place in at)
+        return float(np.abs(shown[y, x] - wanted).max()) < 12
+
+    wait_until(page, tinted, f"colour {wanted} is not at {at}")
+
+
+def choose(page: Any, dropdown: str, option: str) -> None:
+    page.click(f"{dropdown} input")
+    page.get_by_role("option", name=option, exact=True).click()
 
 
 def session_of(service: Service) -> Any:
@@ -212,3 +258,76 @@ def test_own_file_boxes_and_keyboard(page: Any, served: tuple[str, Service], tmp
     page.keyboard.press("Space")
     wait_for_turns(page, 3)
     assert np.array_equal(session.masks["bright plate"], mask)
+
+
+def test_colours_and_visibility_and_training_data(page: Any, served: tuple[str, Service], tmp_path: Path) -> None:
+    pixels = np.full((120, 160, 3), 40, dtype=np.uint8)
+    pixels[30:80, 20:60] = pixels[30:80, 100:140] = 210
+    write_png(pixels, tmp_path / "two.png")
+    page.set_input_files("#file input", str(tmp_path / "two.png"))
+    page.get_by_text("160 x 120 pixels").wait_for()
+    page.fill("#query textarea", "left plate")
+    click_picture(page, 40 / 160, 55 / 120)
+    wait_for_turns(page, 1)
+    page.fill("#target input", "right plate")
+    page.press("#target input", "Enter")
+    click_picture(page, 120 / 160, 55 / 120)
+    wait_for_turns(page, 2)
+    page.get_by_label("Show clicks and boxes").uncheck()
+    wait_for_colour(page, COLOURS["green"], at=(30, 70))
+    wait_for_colour(page, COLOURS["orange"], at=(110, 70))
+    choose(page, "#colour", "magenta")
+    wait_for_colour(page, COLOURS["magenta"], at=(110, 70))
+    page.get_by_role("checkbox", name="left plate").uncheck()
+    wait_for_colour(page, None, at=(30, 70))
+    click_picture(page, 5 / 160, 5 / 120)  # what was chosen stays chosen
+    wait_for_turns(page, 3)
+    wait_for_colour(page, COLOURS["magenta"], at=(110, 70))
+    wait_for_colour(page, None, at=(30, 70))
+    assert not page.get_by_role("checkbox", name="left plate").is_checked()
+    snap(page, "colours")
+    with page.expect_download() as download:
+        page.click("#legend a.training")
+    with zipfile.ZipFile(download.value.path()) as archive:
+        archive.extractall(tmp_path / "training")
+    cases = list(read_cases(tmp_path / "training" / "manifest.csv"))
+    assert {target for case in cases for target in case.targets} == {"left plate", "right plate"}
+    session = session_of(served[1])
+    for case in cases:
+        for name, target in case.targets.items():
+            assert np.array_equal(target, session.masks[name])
+
+
+def test_a_volume_is_worked_on_slice_by_slice(page: Any, served: tuple[str, Service], tmp_path: Path) -> None:
+    inside = blob((46, 34, 20))
+    nibabel.save(nibabel.Nifti1Image(hounsfield(inside), GRIDS["RAS-uneven"]), tmp_path / "scan.nii.gz")
+    volume = PackageVolumes().read(tmp_path / "scan.nii.gz")
+    page.set_input_files("#file input", str(tmp_path / "scan.nii.gz"))
+    page.get_by_text("46 x 34 x 20 voxels").wait_for()
+    page.fill("#query textarea", "Segment the optic disc.")
+    wait_for_picture(page, volume.slice(2, 10, "auto").pixels)
+    snap(page, "volume")
+    page.focus("#slice input[type=range]")
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
+    wait_for_picture(page, volume.slice(2, 8, "auto").pixels)
+    choose(page, "#window", "lung")
+    wait_for_picture(page, volume.slice(2, 8, "lung").pixels)
+    choose(page, "#window", "liver")
+    wait_for_picture(page, volume.slice(2, 8, "liver").pixels)
+
+    page.get_by_label("Show clicks and boxes").uncheck()
+    page.click("#ask")
+    wait_for_turns(page, 1)
+    session = session_of(served[1])
+    assert np.array_equal(session.image.pixels, volume.slice(2, 8, "liver").pixels)
+    snap(page, "volume-slice")
+    page.focus("#slice input[type=range]")
+    page.keyboard.press("ArrowRight")
+    page.get_by_text("No turns yet").wait_for()
+    wait_for_picture(page, volume.slice(2, 9, "liver").pixels)
+    page.keyboard.press("ArrowLeft")
+    wait_for_turns(page, 1)  # the slice's session was kept
+    page.get_by_label("sagittal").check()
+    wait_for_picture(page, volume.slice(0, 23, "liver").pixels)
+    snap(page, "volume-sagittal")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-import uvicorn
+from loopback import serving
 from PIL import Image as PillowImage
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -148,17 +146,8 @@ def observations() -> list[Observation]:
 @contextmanager
 def served(app: Any) -> Iterator[str]:
     """`app` on a loopback port of its own; yields the base URL of the protocol."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
-    finally:
-        server.should_exit = True
-        thread.join()
+    with serving(app, lifespan="off") as address:
+        yield f"{address}/v1"
 
 
 @pytest.fixture(scope="session")
@@ -426,6 +415,14 @@ def test_options_that_do_not_exist(qwen_folder: Path, options: dict[str, Any], m
     with pytest.raises(ConfigError, match=message) as error:
         load_policy(str(qwen_folder), **options)
     assert "\n" not in str(error.value)
+
+
+def test_a_reply_of_the_nano_ends_soon() -> None:
+    """One that never ends would hold up its batch."""
+    for given, limit in ((None, 192), (7, 7)):
+        nano = load_policy("ibis-nano", device="cpu", max_new_tokens=given)
+        assert isinstance(nano, MllmPolicy)
+        assert nano.max_new_tokens == limit
 
 
 @pytest.mark.parametrize(

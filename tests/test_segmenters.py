@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
+from loopback import serving
 
 from ibisagent.domain import Box, Click, Image, Prompt
 from ibisagent.errors import ConfigError, SegmenterError
@@ -73,16 +73,8 @@ def same(a: Prediction, b: Prediction) -> bool:
 @contextmanager
 def served(segmenter: Segmenter, **options: Any) -> Iterator[str]:
     """A real server on a free loopback port; its address."""
-    server = uvicorn.Server(uvicorn.Config(create_app(segmenter, **options), port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
+    with serving(create_app(segmenter, **options)) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import loopback
 import numpy as np
 import PIL.Image
 import pytest
-import uvicorn
 
 from ibisagent.client import Client
 from ibisagent.domain import Completion, Image, Observation
@@ -72,17 +72,8 @@ class SlowPolicy(ScriptedPolicy):
 def serving(folder: Path, policy: Policy | None = None, token: str | None = None, **limits: Any) -> Iterator[str]:
     """A real server on a free loopback port; its address."""
     service = Service(policy or SlowPolicy(), RegionSegmenter(), folder, limits=Limits(**limits))
-    app = create_app(service, token=token)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
+    with loopback.serving(create_app(service, token=token)) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -457,7 +448,7 @@ def process(folder: Path, port: int, **environment: str) -> Iterator[subprocess.
     command = [sys.executable, "-m", "ibisagent", *map(str, arguments)]
     with subprocess.Popen(command, env={**os.environ, **environment}, cwd=folder.parent) as running:
         try:
-            deadline = time.time() + 60
+            deadline = time.time() + 180  # a busy machine
             while True:
                 try:
                     httpx.get(f"http://127.0.0.1:{port}/health")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from killed import killed
 
 from ibisagent.datasets import CaseSource, read_cases
 from ibisagent.domain import Click, Completion, Episode, Image, Reply, Stop, Turn, Undo
@@ -143,14 +141,7 @@ def test_kill_9_and_start_again_gives_the_same_bytes(data: Path, undisturbed: Pa
     moments = random.Random(0)
     kills = 0
     for _ in range(20):
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
-        assert child.stdout is not None
-        for _ in range(moments.randint(5, 9)):  # opened images, each a moment in the middle of a shard
-            line = child.stdout.readline().strip()
-        if line not in ("finished", ""):
-            child.send_signal(signal.SIGKILL)
-        child.stdout.close()
-        if child.wait() == 0:
+        if not killed(command, after_lines=moments.randint(5, 9)):  # opened images: in the middle of a shard
             break
         kills += 1
     assert kills >= 3

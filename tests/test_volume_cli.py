@@ -143,6 +143,50 @@ def test_a_start_mask_is_refined(tmp_path: Path, scan: Path, script: str) -> Non
     assert not (tmp_path / "no").exists()
 
 
+def test_a_record_is_replayed_without_its_policy(tmp_path: Path, scan: Path, script: str) -> None:
+    """Searched for, and with rechecks; and as a refinement of a start mask, on an axis and at a window of its own."""
+    write_nifti(INSIDE, read_volume(scan), tmp_path / "start.nii.gz")
+    searched, refined = tmp_path / "searched", tmp_path / "refined"
+    for out, options in (
+        (searched, ("--recheck", 2)),
+        (refined, ("--start-mask", tmp_path / "start.nii.gz", "--axis", "coronal", "--window", "40/600")),
+    ):
+        made = ibisagent("segment", scan, "liver", "-o", out, *options, "-p", script, "-s", "region")
+        assert made.exit_code == 0, made.output
+        again = tmp_path / "again" / out.name
+        replayed = ibisagent("replay", out / "scan_record.json", "--image", scan, "-o", again)
+        assert replayed.exit_code == 0, replayed.output
+        assert "give the recorded masks bit for bit (liver)" in replayed.stdout
+        files = {path.name: path.read_bytes() for path in out.iterdir()}
+        rebuilt = {path.name: path.read_bytes() for path in again.iterdir()}
+        assert rebuilt.keys() == files.keys()
+        for name in files:
+            if not name.endswith(".gz"):  # which hold the time
+                assert rebuilt[name] == files[name], name
+        masks = [read_volume_masks(folder / "scan_mask_liver.nii.gz")[0]["mask"] for folder in (out, again)]
+        np.testing.assert_array_equal(*masks)
+
+    record = searched / "scan_record.json"
+    assert {asked["why"] for asked in json.loads(record.read_text())["asked"]} > {"search"}
+    assert_one_line(ibisagent("replay", record), "scan is not there", "--image")
+    scan.rename(searched / "scan.nii.gz")
+    assert ibisagent("replay", record).exit_code == 0  # found beside the record
+    other = hounsfield(INSIDE, seed=1)
+    nib.save(nib.Nifti1Image(other, GRIDS["LPS-uneven"]), tmp_path / "other.nii.gz")
+    assert_one_line(
+        ibisagent("replay", record, "--image", tmp_path / "other.nii.gz"), "is not the picture of the record"
+    )
+    nib.save(nib.Nifti1Image(other, GRIDS["RAS-uneven"]), tmp_path / "other.nii.gz")
+    assert_one_line(ibisagent("replay", record, "--image", tmp_path / "other.nii.gz"), "has another grid")
+    changed = json.loads(record.read_text())
+    changed["masks_sha256"]["liver"] = "0" * 64
+    record.write_text(json.dumps(changed))
+    assert_one_line(ibisagent("replay", record), "'liver' cannot be rebuilt bit for bit")
+    del changed["recheck"]
+    record.write_text(json.dumps(changed))
+    assert_one_line(ibisagent("replay", record), "lacks 'recheck'")
+
+
 def test_what_cannot_be_used_is_one_line(tmp_path: Path, scan: Path, script: str) -> None:
     cut = tmp_path / "cut.nii.gz"
     cut.write_bytes(scan.read_bytes()[:900])

@@ -50,6 +50,9 @@ class _OneLineErrors(TyperGroup):
     """Every error raised on purpose, and every failing file system, becomes one line on stderr and exit code 2."""
 
     def invoke(self, ctx: Any) -> Any:
+        # Read by OpenMP when torch is loaded: threads that spin while they wait for each other cost a batch up to 30
+        # times its time where another process, or another thread of a server, has a core (docs/log.md).
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         try:
             return super().invoke(ctx)
         except (IbisError, OSError) as error:
@@ -252,7 +255,7 @@ def segment(
                     results.append(volumes.segment(path, start))
                     advance()
                     continue
-                case = session.read_case(Path(path).resolve(), query, start)
+                case = session.read_case(path, query, start)
                 turn_printer = None if as_json else _turn_printer()
                 turns = max_turns or session.DEFAULT_TURNS
                 episode = session.segment(case, writer, engine, max_turns=turns, keep=kept, on_turn=turn_printer)
@@ -362,7 +365,7 @@ class _Volumes:
                 on_episode=on_episode,
             )
             facts = {"policy": self.writer.name, **self.made_by}
-            outputs = files.finish(found, view, self.query, facts)
+            outputs = files.finish(found, view, self.query, facts, channel=self.channel)
         if self.store is not None and outputs.dicom:
             stderr.print(f"masks and measurements are sent to {_one_line(self.store)}, under the source's patient")
             pacs.store(self.store, outputs.dicom)
@@ -395,37 +398,53 @@ class _Volumes:
 def replay(
     records: Annotated[list[Path], typer.Argument(metavar="RECORD...", help="Records that 'segment' wrote.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the rebuilt files here.")] = None,
-    image: Annotated[Path | None, typer.Option(help="Where the image of the one RECORD is now.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Where the picture or volume is now, or the folder of several pictures.")
+    ] = None,
+    series: Annotated[str | None, typer.Option(help="Volumes: which DICOM series of a folder: number or UID.")] = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Rebuild the masks of each RECORD from its clicks, without the policy, and check them bit for bit."""
-    if image is not None and len(records) > 1:
-        raise ConfigError("--image names one picture: replay one record at a time with it")
+    """Rebuild the masks of each RECORD from its clicks, without the policy, and check them bit for bit.
+
+    The record of a volume needs those of its slices beside it. Pictures and volumes are looked for beside their record,
+    pictures also one folder higher and where you are.
+    """
+    if image is not None and not image.is_dir() and len(records) > 1:
+        raise ConfigError("--image names one file: replay one record at a time with it")
     from ibisagent import session
+    from ibisagent.volume_agent.replaying import is_volume_record, replay_volume
 
     results: list[dict[str, Any]] = []
     for record, name in zip(records, session.file_names(records), strict=True):
         try:
-            episode, picture = session.replay_record(record, image=image, device=device)
-            masks = session.final_masks(episode)
+            name, written = name.removesuffix("_record"), dict[str, str]()
+            if is_volume_record(record):
+                volume = replay_volume(record, image, series=series, device=device, output=output, name=name)
+                targets, turns = list(volume.targets), volume.turns
+                if volume.outputs is not None:
+                    written = {target: str(files["nifti"]) for target, files in volume.outputs.masks.items()}
+            else:
+                episode, picture = session.replay_record(record, image=image, device=device)
+                targets, turns = list(session.final_masks(episode)), len(episode.turns)
+                if output is not None:
+                    files = session.export(episode, picture, output, name)
+                    written = {target: str(path) for target, path in files.masks.items()}
             result: dict[str, Any] = {
                 "record": str(record),
-                "targets": list(masks),
-                "turns": len(episode.turns),
+                "targets": targets,
+                "turns": turns,
                 "identical": True,
+                **({"masks": written} if output is not None else {}),
             }
-            if output is not None:
-                outputs = session.export(episode, picture, output, name.removesuffix("_record"))
-                result["masks"] = {target: str(path) for target, path in outputs.masks.items()}
         except IbisError as error:
             result = {"record": str(record), "error": str(error)}
             if not as_json:
                 _print_error(error)
         else:
             if not as_json:
-                listed = ", ".join(_one_line(target, 60) for target in masks) or "no mask"
-                stdout.print(f"{record}: {len(episode.turns)} turns give the recorded masks bit for bit ({listed})")
+                listed = ", ".join(_one_line(target, 60) for target in targets) or "no mask"
+                stdout.print(f"{record}: {turns} turns give the recorded masks bit for bit ({listed})")
         results.append(result)
     if as_json:
         _print_json({"results": results})

@@ -209,6 +209,10 @@ class RemoteSession:
         """A zip of masks, overlay, records and report."""
         return self._client.call("GET", f"/v1/sessions/{self.id}/export").content
 
+    def export_training(self) -> bytes:
+        """A zip of what a person corrected, to train with (`Session.export_training`)."""
+        return self._client.call("GET", f"/v1/sessions/{self.id}/training").content
+
     def close(self) -> None:
         """Close the session; its files go."""
         self._client.call("DELETE", f"/v1/sessions/{self.id}")

@@ -32,7 +32,8 @@ from ibisagent.domain import (
 )
 from ibisagent.errors import ConfigError, DataError, PolicyError, SegmenterError
 from ibisagent.policies.base import Policy
-from ibisagent.segmenters import Prediction, Segmenter, SegmenterSession
+from ibisagent.segmenters import Prediction, Segmenter, SegmenterSession, load_segmenter
+from ibisagent.segmenters.runtime import RUNTIMES
 
 MAX_TURNS = 20
 MAX_MALFORMED = 2  # in a row
@@ -310,3 +311,19 @@ def replay(episode: Episode, image: Image, segmenter: Segmenter) -> Masks:
     for turn in episode.turns:
         board.apply(turn.reply.actions)
     return dict(board.masks)
+
+
+def load_recorded_segmenter(made_by: Mapping[str, str], where: str, device: str) -> Segmenter:
+    """The segmenter that a record names, on the runtime that it names. DataError where it names none."""
+    if not made_by.get("segmenter"):
+        raise DataError(f"{where}: does not name its segmenter; make the record again")
+    runtime = made_by.get("runtime", "").partition(" ")[0]  # "openvino 2026.4.1 f32", "opencv 5.0.0"
+    return load_segmenter(made_by["segmenter"], device=device, runtime=runtime if runtime in RUNTIMES else "auto")
+
+
+def cannot_be_rebuilt(where: object, target: str, made_by: Mapping[str, str], segmenter: Segmenter) -> DataError:
+    """What to raise where a record's mask comes out otherwise; says what has changed, as far as is known."""
+    now = segmenter.describe()
+    changed = [key for key in now if key in made_by and made_by[key] != now[key]]
+    hint = f"{', '.join(changed)} is not what it was" if changed else "hardware or library versions may differ"
+    return DataError(f"{where}: the mask of '{target}' cannot be rebuilt bit for bit ({hint})")

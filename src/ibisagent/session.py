@@ -48,6 +48,8 @@ from ibisagent.domain import (
 from ibisagent.environment import (
     Board,
     SegmentationEnv,
+    cannot_be_rebuilt,
+    load_recorded_segmenter,
     package_version,
     read_reply,
     replay,
@@ -58,8 +60,7 @@ from ibisagent.errors import ConfigError, DataError, PolicyError
 from ibisagent.images import read_image, read_masks, write_mask_png, write_png, write_whole
 from ibisagent.policies.base import Policy
 from ibisagent.protocol import overlay, target_of, write
-from ibisagent.segmenters import Segmenter, load_segmenter
-from ibisagent.segmenters.runtime import RUNTIMES
+from ibisagent.segmenters import Segmenter
 from ibisagent.store import (
     EpisodeStore,
     make_folder,
@@ -93,6 +94,7 @@ class Outputs:
 def read_case(path: str | Path, query: str, start_mask: str | Path | None = None) -> Case:
     """The case of one image file and one query, with a binary mask file to refine where there is one.
 
+    It is called as the file, without its folder: paths name people and machines, and cases become records.
     Raises ConfigError for an empty or too long query and DataError for files that cannot be used, or a start mask that
     is empty or has another size than the image.
     """
@@ -110,7 +112,8 @@ def read_case(path: str | Path, query: str, start_mask: str | Path | None = None
         if not mask.any():
             raise DataError(f"{start_mask}: is an empty mask, there is nothing to refine; leave the start mask out")
         start = {target_of(query): mask}
-    return Case(str(path), image, query, start=start)
+    name = Path(path).name
+    return Case(name, replace(image, source=name), query, start=start)
 
 
 def segment(
@@ -188,16 +191,13 @@ def final_masks(episode: Episode) -> Masks:
 def replay_record(path: str | Path, *, image: str | Path | None = None, device: str = "auto") -> tuple[Episode, Image]:
     """Rebuild the masks of a record from its clicks, without the policy, and check them bit for bit.
 
-    image: where the picture is now; by default where the record says, also looked for beside the record. Raises
-    DataError if the masks differ or files cannot be used.
+    image: the picture, or the folder that it is in; by default it is looked for beside the record, one folder higher,
+    and where the process runs. Raises DataError if the masks differ or files cannot be used.
     """
     episode = read_record(path)
-    picture = read_image(image if image is not None else _find_image(episode, Path(path)))
+    picture = _find_image(episode, Path(path), image)
     recorded = episode.made_by
-    if not recorded.get("segmenter"):
-        raise DataError(f"{path}: does not name its segmenter; make the record again")
-    runtime = recorded.get("runtime", "").partition(" ")[0]  # "openvino 2026.4.1 f32", "opencv 5.0.0"
-    engine = load_segmenter(recorded["segmenter"], device=device, runtime=runtime if runtime in RUNTIMES else "auto")
+    engine = load_recorded_segmenter(recorded, str(path), device)
     masks = replay(episode, picture, engine)
     differing = [
         name
@@ -205,10 +205,7 @@ def replay_record(path: str | Path, *, image: str | Path | None = None, device: 
         if not (name in masks and name in episode.masks and np.array_equal(masks[name], episode.masks[name]))
     ]
     if differing:
-        now = engine.describe()
-        changed = [key for key in now if key in recorded and recorded[key] != now[key]]
-        hint = f"{', '.join(changed)} is not what it was" if changed else "hardware or library versions may differ"
-        raise DataError(f"{path}: the mask of '{differing[0]}' cannot be rebuilt bit for bit ({hint})")
+        raise cannot_be_rebuilt(path, differing[0], recorded, engine)
     return episode, picture
 
 
@@ -830,14 +827,17 @@ def describe_actions(actions: Iterable[Action]) -> str:
     return "; ".join(said)
 
 
-def _find_image(episode: Episode, record: Path) -> Path:
-    """Where the record says, else a file of that name beside the record."""
-    source = Path(episode.image_source)
-    places = [source, record.parent / source.name]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
-        raise DataError(f"{record}: its image {source} is not there; say where it is with --image")
-    return found
+def _find_image(episode: Episode, record: Path, given: str | Path | None) -> Image:
+    """The picture of a record, which knows its name and content only."""
+    name = Path(episode.image_source).name
+    folders = [record.parent, record.parent.parent, Path()] if given is None else [Path(given)]
+    if given is not None and not Path(given).is_dir():
+        return read_image(given)
+    found = [folder / name for folder in folders if (folder / name).is_file()]
+    if not found:
+        raise DataError(f"{record}: its image {name} is not there; say where it is with --image")
+    pictures = [read_image(path) for path in found]
+    return next((picture for picture in pictures if picture.sha256 == episode.image_sha256), pictures[0])
 
 
 def _distinct(name: str, taken: set[str]) -> str:

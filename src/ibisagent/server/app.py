@@ -36,7 +36,7 @@ from ibisagent.errors import IbisError, PolicyError, SegmenterError
 from ibisagent.masks import encode_rle
 from ibisagent.protocol import MAX_NAME_CHARS, overlay
 from ibisagent.server.access import COOKIE, LOOPBACK_NAMES, Gate, is_token, token_for
-from ibisagent.server.service import FullError, Job, MissingError, Service, TooLargeError, export_zip
+from ibisagent.server.service import FullError, Job, MissingError, Service, TooLargeError, export_zip, training_zip
 from ibisagent.session import DEFAULT_TURNS, BusyError, RunEnd, Session, Step, file_names
 from ibisagent.store import plain_turn, record_json
 
@@ -511,10 +511,9 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
         return session_view(service.session(id))
 
     @app.delete("/v1/sessions/{id}", tags=tags, status_code=204)
-    def close(id: str) -> Response:  # noqa: A002
+    def close(id: str) -> None:  # noqa: A002
         """Close a session and delete its files."""
         service.close_session(id)
-        return Response(status_code=204)
 
     def run_steps(session: Session, asked: RunRequest, on_step: Callable[[Step], None] | None = None) -> RunEnd:
         def count(step: Step) -> None:
@@ -556,36 +555,45 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
             headers={"cache-control": "no-store"},
         )
 
-    @app.post("/v1/sessions/{id}/take-over", tags=tags)
-    def take_over(id: str) -> SessionView:  # noqa: A002
-        """End the agent's run; ask or run again to hand back."""
-        session = service.session(id)
-        session.take_over()
+    def after(id_: str, act: Callable[[Session], object]) -> SessionView:
+        session = service.session(id_)
+        act(session)
         return session_view(session)
 
     @app.post("/v1/sessions/{id}/click", tags=tags)
     def click(id: str, asked: ClickRequest) -> SessionView:  # noqa: A002
         """A person's click."""
-        session = service.session(id)
-        session.click(asked.x, asked.y, positive=asked.positive, target=asked.target)
-        return session_view(session)
+        return after(id, lambda session: session.click(asked.x, asked.y, positive=asked.positive, target=asked.target))
 
     @app.post("/v1/sessions/{id}/box", tags=tags)
     def box(id: str, asked: BoxRequest) -> SessionView:  # noqa: A002
         """A person's box."""
-        session = service.session(id)
-        session.box(asked.x0, asked.y0, asked.x1, asked.y1, target=asked.target)
-        return session_view(session)
+        return after(id, lambda session: session.box(asked.x0, asked.y0, asked.x1, asked.y1, target=asked.target))
 
     @app.post("/v1/sessions/{id}/accept", tags=tags)
     def accept(id: str, asked: AcceptRequest) -> SessionView:  # noqa: A002
         """A person says that the masks are right."""
-        session = service.session(id)
-        session.accept(asked.answer, asked.absent)
-        return session_view(session)
+        return after(id, lambda session: session.accept(asked.answer, asked.absent))
 
-    for name in ("undo", "redo", "reset"):
-        _add_simple(app, service, name)
+    @app.post("/v1/sessions/{id}/take-over", tags=tags)
+    def take_over(id: str) -> SessionView:  # noqa: A002
+        """End the agent's run; ask or run again to hand back."""
+        return after(id, Session.take_over)
+
+    @app.post("/v1/sessions/{id}/undo", tags=tags)
+    def undo(id: str) -> SessionView:  # noqa: A002
+        """Take back the newest turn with clicks or boxes."""
+        return after(id, Session.undo)
+
+    @app.post("/v1/sessions/{id}/redo", tags=tags)
+    def redo(id: str) -> SessionView:  # noqa: A002
+        """Bring back what was undone."""
+        return after(id, Session.redo)
+
+    @app.post("/v1/sessions/{id}/reset", tags=tags)
+    def reset(id: str) -> SessionView:  # noqa: A002
+        """Back to the beginning."""
+        return after(id, Session.reset)
 
     @app.post("/v1/sessions/{id}/fork", tags=tags, status_code=201)
     def fork(id: str, asked: ForkRequest) -> SessionView:  # noqa: A002
@@ -630,6 +638,12 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
         session = service.session(id)
         return _download(session, export_zip(service, session), "session.zip", "application/zip")
 
+    @app.get("/v1/sessions/{id}/training", tags=tags, response_class=Response, responses=_file("application/zip"))
+    def training(id: str) -> Response:  # noqa: A002
+        """What a person corrected, to train with, in a zip: episodes for SFT, image, masks and manifest for RL."""
+        session = service.session(id)
+        return _download(session, training_zip(service, session), "training.zip", "application/zip")
+
 
 def _download(session: Session, content: bytes, ending: str, media_type: str) -> Response:
     """A file that a browser keeps, named after the image."""
@@ -642,14 +656,6 @@ def _download(session: Session, content: bytes, ending: str, media_type: str) ->
 
 def _file(media_type: str) -> dict[int | str, dict[str, Any]]:
     return {200: {"content": {media_type: {}}, "description": "the file"}}
-
-
-def _add_simple(app: FastAPI, service: Service, name: str) -> None:
-    @app.post(f"/v1/sessions/{{id}}/{name}", tags=["sessions"], name=name, summary=name.capitalize())
-    def act(id: str) -> SessionView:  # noqa: A002
-        session = service.session(id)
-        getattr(session, name)()
-        return session_view(session)
 
 
 async def _events(
@@ -717,10 +723,9 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
         return job_view(service.cancel(id))
 
     @app.delete("/v1/jobs/{id}", tags=tags, status_code=204)
-    def remove(id: str) -> Response:  # noqa: A002
+    def remove(id: str) -> None:  # noqa: A002
         """Forget a job that is over, and delete its files."""
         service.remove_job(id)
-        return Response(status_code=204)
 
     @app.get("/v1/jobs/{id}/results", tags=tags, response_class=Response, responses=_file("application/zip"))
     def results(id: str) -> Response:  # noqa: A002

@@ -11,7 +11,7 @@ import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -32,6 +32,7 @@ FILE_TYPES = [".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", *VOLUME_SUFFIXES
 SAMPLE_QUERY = "Segment the optic disc."
 POSITIVE, NEGATIVE, BOX = "Positive click", "Negative click", "Box (two corners)"
 NOW = "as it is now"
+THINKING = "The agent is thinking ..."
 SHOWN_SIDE = 1200  # pixels: smaller pictures are enlarged by whole factors
 MAX_VOLUMES = 4  # kept in memory
 ENDS: dict[RunEnd, str] = {
@@ -60,7 +61,8 @@ CSS = """
 class Desk:
     """What one browser tab works on: the open session, a box's first corner, and a volume's slice where there is one.
 
-    slices: the sessions of the slices of the volume that were worked on, by (axis, index, window).
+    slices: the sessions of the slices of the volume that were worked on, by (axis, index, window). hidden: objects that
+    are not to be seen. colours: names of COLOURS that were chosen for objects.
     """
 
     session: str | None = None
@@ -69,6 +71,8 @@ class Desk:
     name: str = ""
     place: tuple[int, int, str] = (0, 0, "")
     slices: dict[tuple[int, int, str], str] = field(default_factory=dict)
+    hidden: frozenset[str] = frozenset()
+    colours: dict[str, str] = field(default_factory=dict)
 
 
 def mount_page(app: FastAPI, service: Service, _threads: AgentThreads) -> None:
@@ -108,11 +112,14 @@ class Page:
         """The page, ready to be mounted."""
         with gr.Blocks(title="ibisagent", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as blocks:
             desk = gr.State(Desk())
-            gr.Markdown("## ibisagent: name an object, get its mask\nResearch software: not for clinical use.")
+            gr.Markdown(
+                "## ibisagent: name an object, get its mask\nResearch software: not for clinical use."
+                f" Reads {', '.join(self._kinds)}."
+            )
             with gr.Row(equal_height=False):
                 with gr.Column(scale=2, min_width=280):
                     file = gr.File(
-                        label=f"1. Drop an image here ({', '.join(self._kinds)})",
+                        label="1. Drop an image here",
                         file_types=FILE_TYPES,
                         height=120,
                         elem_id="file",
@@ -158,10 +165,11 @@ class Page:
                         allow_custom_value=True,
                         elem_id="target",
                     )
+                    colour = gr.Dropdown(list(COLOURS), label="in this colour", elem_id="colour")
                     with gr.Row():
-                        undo = gr.Button("Undo", elem_id="undo", min_width=70)
-                        redo = gr.Button("Redo", elem_id="redo", min_width=70)
-                        reset = gr.Button("Start over", elem_id="reset", min_width=70)
+                        undo = gr.Button("Undo", elem_id="undo", min_width=70, size="md")
+                        redo = gr.Button("Redo", elem_id="redo", min_width=70, size="md")
+                        reset = gr.Button("Start over", elem_id="reset", min_width=70, size="md")
                     with gr.Accordion("Without a mouse: place by numbers", open=False), gr.Row():
                         column = gr.Number(0, label="x (pixel)", precision=0, minimum=0, min_width=70, elem_id="x")
                         row = gr.Number(0, label="y (pixel)", precision=0, minimum=0, min_width=70, elem_id="y")
@@ -172,9 +180,9 @@ class Page:
                     marks = gr.Checkbox(True, label="Show clicks and boxes", elem_id="marks")
                     accept = gr.Button("The masks are right", elem_id="accept")
 
-            view = [desk, shown, opacity, marks, moment]
-            board = [desk, picture, turns, legend, shown, target, moment, status, before_after, query]
-            look = [desk, picture, legend, status, before_after]
+            view = [desk, opacity, marks]
+            board = [desk, picture, turns, legend, shown, target, colour, moment, status, before_after]
+            look = [desk, picture, legend, before_after]
 
             opened = [desk, query, volume_panel, axis, index, window, status]
             file.upload(self._open_file, [desk, file, query], opened).then(self._show, view, board)
@@ -187,11 +195,16 @@ class Page:
             place.click(self._place, [*view, tool, target, query, column, row], board, show_progress="hidden")
             for button, act in ((undo, "undo"), (redo, "redo"), (reset, "reset"), (accept, "accept")):
                 button.click(self._simple(act), view, board, show_progress="hidden")
-            fork.click(self._fork, view, board, show_progress="hidden")
-            for control in (shown, opacity, marks, moment):
-                control.input(self._look, view, look, show_progress="hidden")
-            compare.expand(self._look, view, look, show_progress="hidden")
-            index.release(self._slice, [*view, axis, index, window], board, show_progress="hidden")
+            fork.click(self._fork, [*view, moment], board, show_progress="hidden")
+            for control in (opacity, marks, moment):
+                control.input(self._look, [*view, moment], look, show_progress="hidden")
+            shown.input(self._hide, [*view, moment, shown], look, show_progress="hidden")
+            colour.input(self._recolour, [*view, moment, target, colour], look, show_progress="hidden")
+            target.input(self._colour_of, [desk, target], colour, show_progress="hidden")
+            compare.expand(self._look, [*view, moment], look, show_progress="hidden")
+            index.input(  # also at every step of an arrow key; of many at once, the last counts
+                self._slice, [*view, axis, index, window], board, show_progress="hidden", trigger_mode="always_last"
+            )
             axis.input(self._axis, [desk, axis], index).then(self._slice, [*view, axis, index, window], board)
             window.input(self._slice, [*view, axis, index, window], board, show_progress="hidden")
         blocks.queue(default_concurrency_limit=16)
@@ -200,14 +213,12 @@ class Page:
 
     # ------------------------------------------------------------------------------------------------------ showing
 
-    def _show(
-        self, desk: Desk, shown: list[str], opacity: float, marks: bool, moment: str, said: str = ""
-    ) -> list[Any]:
-        """Everything, as it is now. All objects are shown that were not hidden."""
+    def _show(self, desk: Desk, opacity: float, marks: bool, said: str = "") -> list[Any]:
+        """Everything, as it is now."""
         session = self._session(desk)
         if session is None:
-            picture = self._picture_of(desk)
-            pixels = None if picture is None else _enlarged(picture.pixels, _zoom(picture))
+            image = self._picture_of(desk)
+            pixels = None if image is None else _enlarged(image.pixels, _zoom(image))
             return [
                 desk,
                 pixels,
@@ -215,71 +226,85 @@ class Page:
                 "",
                 gr.update(choices=[], value=[]),
                 gr.update(choices=[]),
+                gr.update(value=None),
                 gr.update(choices=[NOW], value=NOW),
                 said or gr.skip(),
                 None,
-                gr.skip(),
             ]
         names = list(session.masks)
         moments = [NOW, *(f"after turn {number}" for number in range(len(session.steps), -1, -1))]
-        state = self._look_at(session, desk, names, opacity, marks, NOW)
+        picture, legend, pair = self._look_at(session, desk, opacity, marks, NOW)
         return [
             desk,
-            state[0],
+            picture,
             self._timeline(session),
-            state[1],
-            gr.update(choices=names, value=names),
+            legend,
+            gr.update(choices=names, value=[name for name in names if name not in desk.hidden]),
             gr.update(choices=list(dict.fromkeys([session.target, *names])), value=session.target),
+            self._colour_of(desk, session.target),
             gr.update(choices=moments, value=NOW),
             said or self._summary(session),
-            state[2],
-            gr.skip(),
+            pair,
         ]
 
-    def _look(self, desk: Desk, shown: list[str], opacity: float, marks: bool, moment: str) -> list[Any]:
+    def _look(self, desk: Desk, opacity: float, marks: bool, moment: str) -> list[Any]:
         """The picture alone, as its controls are set."""
         session = self._session(desk)
         if session is None:
-            return [desk, gr.skip(), gr.skip(), gr.skip(), gr.skip()]
-        picture, legend, pair = self._look_at(session, desk, shown, opacity, marks, moment)
-        return [desk, picture, legend, gr.skip(), pair]
+            return [desk, gr.skip(), gr.skip(), gr.skip()]
+        return [desk, *self._look_at(session, desk, opacity, marks, moment)]
+
+    def _hide(self, desk: Desk, opacity: float, marks: bool, moment: str, shown: list[str]) -> list[Any]:
+        session = self._session(desk)
+        hidden = frozenset(() if session is None else session.masks).difference(shown)
+        return self._look(replace(desk, hidden=hidden), opacity, marks, moment)
+
+    def _recolour(
+        self, desk: Desk, opacity: float, marks: bool, moment: str, target: str | None, colour: str
+    ) -> list[Any]:
+        colours = {**desk.colours, target: colour} if target else desk.colours
+        return self._look(replace(desk, colours=colours), opacity, marks, moment)
+
+    def _colour_of(self, desk: Desk, target: str | None) -> Any:
+        """The colour that is offered for an object: its own; none for one that has no mask yet and no choice."""
+        session = self._session(desk)
+        colours = desk.colours if session is None else _colours(desk, session, session.masks)
+        return gr.update(value=colours.get(target or ""))
 
     def _look_at(
-        self, session: Session, desk: Desk, shown: list[str], opacity: float, marks: bool, moment: str
+        self, session: Session, desk: Desk, opacity: float, marks: bool, moment: str
     ) -> tuple[np.ndarray, str, tuple[np.ndarray, np.ndarray]]:
         steps = session.steps
         count = len(steps) if moment == NOW else int(moment.rpartition(" ")[2])
         masks: Masks = session.masks if count == len(steps) else session.fork(count).masks
-        palette = list(COLOURS.values())
-        ranks = {name: rank for rank, name in enumerate(session.masks)} | {
-            name: rank for rank, name in enumerate(masks)
-        }
-        visible = {name: mask for name, mask in masks.items() if name in shown or count != len(steps)}
-        colours = [palette[ranks[name] % len(palette)] for name in visible] or palette
+        colours = _colours(desk, session, masks)
+        visible = {name: mask for name, mask in masks.items() if name not in desk.hidden}
+        palette = [COLOURS[colours[name]] for name in visible] or list(COLOURS.values())
         plain = session.image.pixels
-        tinted = np.asarray(overlay(session.image, visible, colours=colours, opacity=opacity))
+        tinted = np.asarray(overlay(session.image, visible, colours=palette, opacity=opacity))
         pair = (plain, tinted)
         zoom = _zoom(session.image)
         tinted = _enlarged(tinted, zoom)
         if marks:
             prompts = session.prompts if count == len(steps) else kept_prompts([step.turn for step in steps[:count]])
             _draw_marks(tinted, prompts, desk.corner, zoom)
-        return tinted, self._legend(session, masks, ranks), pair
+        return tinted, self._legend(session, masks, colours), pair
 
     @staticmethod
-    def _legend(session: Session, masks: Masks, ranks: dict[str, int]) -> str:
+    def _legend(session: Session, masks: Masks, colours: dict[str, str]) -> str:
         """The objects with their colours, and everything that can be downloaded: plain links to the server."""
-        palette = list(COLOURS.values())
         base = f"/v1/sessions/{session.id}"
         lines = []
         for name, mask in masks.items():
             link = f"{base}/mask?target={quote(name, safe='')}"
             lines.append(
-                f'<span class="chip" style="background:rgb{palette[ranks[name] % len(palette)]}"></span>'
+                f'<span class="chip" style="background:rgb{COLOURS[colours[name]]}"></span>'
                 f"{html.escape(name)}: {int(mask.sum())} pixels,"
                 f' <a class="mask" href="{link}" download>download the mask</a>'
             )
-        files = (("record", "Record"), ("report", "Report"), ("export", "Everything (zip)"))
+        files = [("record", "Record"), ("report", "Report"), ("export", "Everything (zip)")]
+        if any(step.by == "person" for step in session.steps):
+            files.append(("training", "Your corrections, to train with (zip)"))
         links = " | ".join(f'<a class="{path}" href="{base}/{path}" download>{text}</a>' for path, text in files)
         return "<br>".join([*lines, f"Download: {links}"])
 
@@ -301,7 +326,7 @@ class Page:
     @staticmethod
     def _summary(session: Session) -> str:
         if session.running:
-            return "The agent is thinking ..."
+            return THINKING
         height, width = session.image.size
         if not session.steps:
             return f"{width} x {height} pixels. Say what to segment, or click on it."
@@ -334,9 +359,13 @@ class Page:
             return [desk, *[gr.skip()] * 5, _problem(error)]
 
     def _open(self, image: Image, query: str) -> list[Any]:
-        session = self._service.open(image, query if query.strip() else "target")
+        session = self._open_session(image, query)
         hidden = gr.update(visible=False)
         return [Desk(session.id), query, hidden, gr.skip(), gr.skip(), gr.skip(), self._summary(session)]
+
+    def _open_session(self, image: Image, query: str) -> Session:
+        """Nothing may have been asked yet: what is typed later counts from the first act on."""
+        return self._service.open(image, query if query.strip() else "target")
 
     def _open_volume(self, content: bytes, name: str, query: str) -> list[Any]:
         volume, formats = self._service.read_volume(content, name), self._service.volumes
@@ -356,20 +385,10 @@ class Page:
         volume = self._volumes.get(desk.volume or "")
         return gr.skip() if volume is None else gr.update(maximum=volume.shape[axis] - 1, value=volume.shape[axis] // 2)
 
-    def _slice(
-        self,
-        desk: Desk,
-        shown: list[str],
-        opacity: float,
-        marks: bool,
-        moment: str,
-        axis: int,
-        index: float,
-        window: str,
-    ) -> list[Any]:
+    def _slice(self, desk: Desk, opacity: float, marks: bool, axis: int, index: float, window: str) -> list[Any]:
         place = (axis, int(index), window)
-        desk = Desk(desk.slices.get(place), None, desk.volume, desk.name, place, desk.slices)
-        return self._show(desk, shown, opacity, marks, NOW)
+        desk = replace(desk, session=desk.slices.get(place), corner=None, place=place)
+        return self._show(desk, opacity, marks)
 
     def _picture_of(self, desk: Desk) -> Image | None:
         volume = self._volumes.get(desk.volume or "")
@@ -385,25 +404,16 @@ class Page:
             image = self._picture_of(desk)
             if image is None:
                 raise ConfigError("open an image first, or take the sample")
-            session = self._service.open(image, query if query.strip() else "target")
-            slices = {**desk.slices, desk.place: session.id}
-            desk = Desk(session.id, desk.corner, desk.volume, desk.name, desk.place, slices)
+            session = self._open_session(image, query)
+            desk = replace(desk, session=session.id, slices={**desk.slices, desk.place: session.id})
         return desk, session
 
     # ------------------------------------------------------------------------------------------------------- acting
 
     def _run(
-        self,
-        desk: Desk,
-        shown: list[str],
-        opacity: float,
-        marks: bool,
-        moment: str,
-        query: str,
-        turns: int | None = None,
+        self, desk: Desk, opacity: float, marks: bool, query: str, turns: int | None = None
     ) -> Iterator[list[Any]]:
         """Turns as they happen; the picture is shown after each."""
-        controls = (shown, opacity, marks, moment)
         try:
             desk, session = self._at(desk, query)
             if not query.strip():
@@ -418,45 +428,41 @@ class Page:
                     news.put(error)
 
             threading.Thread(target=work, name="page-run", daemon=True).start()
-            yield self._show(desk, *controls, said="The agent is thinking ...")
+            yield self._show(desk, opacity, marks, THINKING)
             while True:
                 one = news.get()
                 if isinstance(one, IbisError):
                     raise one
                 if isinstance(one, str):
                     ended = "" if turns == 1 and one == "max_turns" else ENDS[one]
-                    yield self._show(desk, *controls, said=ended)
+                    yield self._show(desk, opacity, marks, ended)
                     return
-                yield self._show(desk, *controls, said="The agent is thinking ...")
+                yield self._show(desk, opacity, marks, THINKING)
         except IbisError as error:
-            yield self._show(desk, *controls, said=_problem(error))
+            yield self._show(desk, opacity, marks, _problem(error))
 
-    def _ask(
-        self, desk: Desk, shown: list[str], opacity: float, marks: bool, moment: str, query: str
-    ) -> Iterator[list[Any]]:
-        yield from self._run(desk, shown, opacity, marks, moment, query, turns=1)
+    def _ask(self, desk: Desk, opacity: float, marks: bool, query: str) -> Iterator[list[Any]]:
+        yield from self._run(desk, opacity, marks, query, turns=1)
 
-    def _take_over(self, desk: Desk, shown: list[str], opacity: float, marks: bool, moment: str) -> list[Any]:
+    def _take_over(self, desk: Desk, opacity: float, marks: bool) -> list[Any]:
         session = self._session(desk)
         if session is not None:
             session.take_over()
         said = "You have taken over: click, or let the agent work again."
-        return self._show(desk, shown, opacity, marks, moment, said=said)
+        return self._show(desk, opacity, marks, said)
 
     def _click(
-        self, desk: Desk, shown: list[str], opacity: float, marks: bool, moment: str, tool: str, target: str | None,
-        query: str, event: gr.SelectData,
-    ) -> list[Any]:  # fmt: skip
+        self, desk: Desk, opacity: float, marks: bool, tool: str, target: str | None, query: str, event: gr.SelectData
+    ) -> list[Any]:
         session = self._session(desk)
         image = self._picture_of(desk) if session is None else session.image
         x, y = (int(value) // (1 if image is None else _zoom(image)) for value in event.index)
-        return self._place(desk, shown, opacity, marks, moment, tool, target, query, x, y)
+        return self._place(desk, opacity, marks, tool, target, query, x, y)
 
     def _place(
-        self, desk: Desk, shown: list[str], opacity: float, marks: bool, moment: str, tool: str, target: str | None,
-        query: str, column: float | None, row: float | None,
+        self, desk: Desk, opacity: float, marks: bool, tool: str, target: str | None, query: str,
+        column: float | None, row: float | None,
     ) -> list[Any]:  # fmt: skip
-        controls = (shown, opacity, marks, moment)
         said = ""
         try:
             desk, session = self._at(desk, query)
@@ -476,13 +482,13 @@ class Page:
                 (x0, x1), (y0, y1) = sorted((x, desk.corner[0])), sorted((y, desk.corner[1]))
                 corner = None
                 session.box(x0, y0, x1 + 1, y1 + 1, target=name)
-            desk = Desk(desk.session, corner, desk.volume, desk.name, desk.place, desk.slices)
+            desk = replace(desk, corner=corner)
         except IbisError as error:
             said = _problem(error)
-        return self._show(desk, *controls, said=said)
+        return self._show(desk, opacity, marks, said)
 
     def _simple(self, act: str) -> Callable[..., list[Any]]:
-        def do(desk: Desk, shown: list[str], opacity: float, marks: bool, moment: str) -> list[Any]:
+        def do(desk: Desk, opacity: float, marks: bool) -> list[Any]:
             said = ""
             try:
                 session = self._session(desk)
@@ -491,11 +497,11 @@ class Page:
                 getattr(session, act)()
             except IbisError as error:
                 said = _problem(error)
-            return self._show(desk, shown, opacity, marks, moment, said=said)
+            return self._show(desk, opacity, marks, said)
 
         return do
 
-    def _fork(self, desk: Desk, shown: list[str], opacity: float, marks: bool, moment: str) -> list[Any]:
+    def _fork(self, desk: Desk, opacity: float, marks: bool, moment: str) -> list[Any]:
         said = ""
         try:
             session = self._session(desk)
@@ -503,11 +509,18 @@ class Page:
                 raise ConfigError("choose a turn under 'Look at' first")
             fork = self._service.fork(session.id, int(moment.rpartition(" ")[2]))
             slices = {**desk.slices, desk.place: fork.id} if desk.volume else {}
-            desk = Desk(fork.id, None, desk.volume, desk.name, desk.place, slices)
+            desk = replace(desk, session=fork.id, corner=None, slices=slices)
             said = f"A new session that begins as it was {moment}. The old one is kept until it expires."
         except IbisError as error:
             said = _problem(error)
-        return self._show(desk, shown, opacity, marks, NOW, said=said)
+        return self._show(desk, opacity, marks, said)
+
+
+def _colours(desk: Desk, session: Session, masks: Masks) -> dict[str, str]:
+    """Names of COLOURS by object: the chosen one, else by its place among `masks`, else among those of today."""
+    palette = list(COLOURS)
+    ranks = {name: rank for among in (session.masks, masks) for rank, name in enumerate(among)}
+    return {name: palette[rank % len(palette)] for name, rank in ranks.items()} | desk.colours
 
 
 def _problem(error: Exception) -> str:

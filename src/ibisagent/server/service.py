@@ -443,11 +443,13 @@ def plain_name(name: str) -> str:
 
 
 def zipped(folder: Path) -> bytes:
-    """The files of a folder, without those below it, as a zip."""
+    """The files of a folder and those below it as a zip, without hidden ones (what is being written)."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in sorted(folder.glob("[!.]*")) if folder.is_dir() else []:
-            archive.write(path, path.name)
+        for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder)
+            if path.is_file() and not any(part.startswith(".") for part in name.parts):
+                archive.write(path, name)
     return packed.getvalue()
 
 
@@ -458,6 +460,17 @@ def export_zip(service: Service, session: Session) -> bytes:
         name = file_names([session.image.source or "image"])[0]
         session.export(folder, name)
         write_whole(session.report().encode(), folder / f"{name}_report.html")
+        return zipped(folder)
+    finally:
+        _remove(folder)
+
+
+def training_zip(service: Service, session: Session) -> bytes:
+    """What `Session.export_training` writes. ConfigError where no person has corrected anything."""
+    folder = service.scratch()
+    try:
+        if not session.export_training(folder):
+            raise ConfigError("there is nothing to learn from: no turn of this session is a person's")
         return zipped(folder)
     finally:
         _remove(folder)

@@ -86,13 +86,18 @@ class Cost:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class VolumeSegmentation:
-    """masks: (I, J, K) bool by target, on the grid of the volume. ignored: names beyond MAX_TARGETS, without a mask."""
+    """masks: (I, J, K) bool by target, on the grid of the volume. ignored: names beyond MAX_TARGETS, without a mask.
+
+    recheck, max_turns: what it was made with.
+    """
 
     masks: Mapping[str, np.ndarray]
     asked: tuple[Asked, ...]
     carried: tuple[Carried, ...]
     cost: Cost
     ignored: tuple[str, ...]
+    recheck: int
+    max_turns: int
 
 
 def segment_volume(
@@ -226,7 +231,9 @@ class _VolumeAgent:
         cost = Cost(self._policy_calls, self._segmenter.opened, self._segmenter.predicted)
         asked = sorted(self._asked, key=lambda asked: asked.slice)
         carried = sorted(self._carried, key=lambda carried: (carried.slice, carried.target))
-        return VolumeSegmentation(dict(self._masks), tuple(asked), tuple(carried), cost, tuple(self._ignored))
+        return VolumeSegmentation(
+            dict(self._masks), tuple(asked), tuple(carried), cost, tuple(self._ignored), self._recheck, self._max_turns
+        )
 
     def start_masks(self, start: Mapping[str, np.ndarray], index: int) -> dict[str, Mask]:
         """The masks to refine that slice `index` shows."""

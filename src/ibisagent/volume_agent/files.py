@@ -6,6 +6,7 @@ from a hash. DICOM objects (`seg`, `sr`) carry the patient of their source, as D
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
 
 from ibisagent.domain import Episode, Image
@@ -31,7 +33,7 @@ from ibisagent.volumes.writing import write_nifti, write_png_stack, write_rle
 FORMATS = ("nifti", "seg", "sr", "png", "rle")
 """seg and sr are DICOM, and sr refers to seg."""
 
-RECORD_FORMAT, RECORD_VERSION = "ibisagent volume", 1
+RECORD_FORMAT, RECORD_VERSION = "ibisagent volume", 2
 _OVERVIEW_SLICES, _OVERVIEW_COLUMNS, _TILE = 12, 4, 256
 
 
@@ -82,10 +84,17 @@ class VolumeWriter:
         self._episodes.setdefault(index, []).append(file)
 
     def finish(
-        self, found: VolumeSegmentation, view: SliceView, query: str, made_by: Mapping[str, str]
+        self,
+        found: VolumeSegmentation,
+        view: SliceView,
+        query: str,
+        made_by: Mapping[str, str],
+        *,
+        channel: int | None = None,
     ) -> VolumeOutputs:
         """Write masks, measurements, overview and record, then move all to their place.
 
+        channel: which of several volumes on one grid this was read from, for the record.
         Raises DataError when the disk is full or a format cannot hold this volume, ConfigError when a format needs a
         library that is not installed; then no file appears.
         """
@@ -114,7 +123,7 @@ class VolumeWriter:
         overview = f"{self._name}_overlay.png"
         write_png(_overview(found, view), self._new(overview))
         record = f"{self._name}_record.json"
-        content = self._record(found, view, query, facts, measured)
+        content = self._record(found, view, query, facts, measured) | {"channel": channel}
         write_whole((json.dumps(content, indent=1) + "\n").encode(), self._new(record))
         self._move()
         return VolumeOutputs(
@@ -158,11 +167,19 @@ class VolumeWriter:
             "shape": list(volume.shape),
             "affine": volume.affine.tolist(),
             "axis": view.axis,
-            "window": {"low": view.window.low, "high": view.window.high, "from": view.window_source},
+            "window": {
+                "low": view.window.low,
+                "high": view.window.high,
+                "from": view.window_source,
+                "asked": view.window_asked,
+            },
             "query": query,
+            "recheck": found.recheck,
+            "max_turns": found.max_turns,
             "made_by": dict(sorted(made_by.items())),
             "cost": asdict(found.cost),
             "measures": {target: asdict(values) for target, values in measured.items()},
+            "masks_sha256": {target: mask_sha256(mask) for target, mask in found.masks.items()},
             "ignored": list(found.ignored),
             "asked": [{**asdict(asked), "records": self._episodes.get(asked.slice, [])} for asked in found.asked],
             "carried": [asdict(carried) for carried in found.carried],
@@ -181,6 +198,14 @@ class VolumeWriter:
                 os.replace(self._part / file, target)
         except OSError as error:
             raise DataError(f"{self._folder}: cannot be written ({error.strerror}); choose another one") from error
+
+
+def mask_sha256(mask: np.ndarray) -> str:
+    """Hash of the voxels of an (I, J, K) mask, eight to a byte, plane by plane."""
+    digest = hashlib.sha256(repr(mask.shape).encode())
+    for plane in mask:
+        digest.update(np.packbits(plane).tobytes())
+    return digest.hexdigest()
 
 
 def _plain(targets: Mapping[str, object]) -> list[str]:

@@ -35,6 +35,7 @@ class SliceView:
         self.axis, self._voxel_axis = _choose_axis(volume, axis)
         self._rows, self._columns, self._flips = _layout(volume, self._voxel_axis)
         self.window, self.window_source = _choose_window(volume, window)
+        self.window_asked = window
         height, width = volume.shape[self._rows], volume.shape[self._columns]
         spacing = volume.spacing_mm[self._rows], volume.spacing_mm[self._columns]
         pixel = min(spacing)
