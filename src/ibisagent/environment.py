@@ -249,6 +249,10 @@ class SegmentationEnv:
         self._stop = stop_reason(self._turns, fresh) or ("max_turns" if len(self._turns) >= self.max_turns else None)
         return turn
 
+    def close(self) -> None:
+        """End an episode for whose next turn there is no room: as "max_turns". One that has ended stays as it is."""
+        self._stop = self._stop or "max_turns"
+
     def episode(self) -> Episode:
         """The finished episode; ConfigError while it still runs."""
         if self._stop is None:
