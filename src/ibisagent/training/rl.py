@@ -85,7 +85,7 @@ class RlRecipe(StageRecipe):
     """Dynamic sampling: so often, cases whose paths all earned the same are replaced by other cases."""
     rewards: RewardWeights = PAPER
     vllm: str = ""
-    """Address of a server that `trl vllm-serve` started, which then writes the replies; empty: the trainer does."""
+    """Address of a vLLM server that then writes the replies (docs/training.md); empty: the trainer does."""
     episodes_every: int = Field(0, ge=0)
     """Write the episodes of every so manieth update to OUT/episodes, as `ibisagent doctor rewards` reads them."""
 

@@ -26,7 +26,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.generic import ModelOutput
 
@@ -369,6 +369,7 @@ def run(trainer: Trainer, student: Student, recipe: StageRecipe, stage: str) -> 
     ConfigError if OUT holds a run of another recipe.
     """
     claim(student, recipe, stage, write=trainer.is_world_process_zero())
+    trainer.remove_callback(PrinterCallback)  # `Told` is told
     checkpoints = recipe.out / "trainer"
     with without_library_warnings():
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
