@@ -22,6 +22,8 @@ from ibisagent.cli import app
 from ibisagent.datasets import read_cases
 from ibisagent.domain import Observation
 from ibisagent.errors import ConfigError, DataError, SegmenterError
+from ibisagent.factory.config import FactoryConfig
+from ibisagent.factory.stages import Plan, build
 from ibisagent.images import write_mask_png, write_png
 from ibisagent.policies import load_policy
 from ibisagent.protocol import render
@@ -37,10 +39,10 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 SIZE = (61, 83)
 
 
-def write_discs(folder: Path, count: int) -> Path:
+def write_discs(folder: Path, count: int, split: str = "train") -> Path:
     """Pictures in BiomedParse's layout: a bright disc each ("spleen"), on every other one a dark one ("kidney")."""
     rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]
-    for name in ("train", "train_mask"):
+    for name in (split, f"{split}_mask"):
         (folder / "Discs" / name).mkdir(parents=True)
     for number in range(count):
         draw = np.random.default_rng(number)
@@ -49,8 +51,8 @@ def write_discs(folder: Path, count: int) -> Path:
         dark = (columns - 72) ** 2 + (rows - 30) ** 2 <= 49 * (number % 2)
         level = 80 + draw.integers(0, 20, SIZE) + 120 * disc - 70 * dark
         pixels = np.repeat(level[..., None], 3, axis=2).astype(np.uint8)
-        write_png(pixels, folder / "Discs" / "train" / f"p{number}_CT_abdomen.png")
-        write_mask_png(disc, folder / "Discs" / "train_mask" / f"p{number}_CT_abdomen_spleen.png")
+        write_png(pixels, folder / "Discs" / split / f"{split}{number}_CT_abdomen.png")
+        write_mask_png(disc, folder / "Discs" / f"{split}_mask" / f"{split}{number}_CT_abdomen_spleen.png")
     return folder
 
 
@@ -422,23 +424,31 @@ def test_groups_without_variance_are_replaced(data, tmp_path):
     assert trainer._metrics["train"]["sampling/batches"] == [2.0]
 
 
-def test_the_questions_of_build_data_are_played(data, tmp_path):
-    from ibisagent.factory.config import FactoryConfig
-    from ibisagent.factory.stages import Plan, build
-
-    build(Plan(read_cases(data), tmp_path, FactoryConfig(segmenter="region", self_correction=0.5)))
-    cases = rl.read_training_cases(rl.RlRecipe(data=tmp_path, out=tmp_path / "out"))
+def test_what_build_data_made_is_learnt_and_played(qwen, tmp_path):
+    pictures, made = write_discs(tmp_path, 3), tmp_path / "made"
+    write_discs(pictures, 1, "val")
+    build(Plan(read_cases(pictures), made, FactoryConfig(segmenter="region")))
+    cases = rl.read_training_cases(rl.RlRecipe(data=made, out=tmp_path / "out"))
     families = {case.meta["family"]: case for case in cases}
     assert {"referring", "absent", "vqa"} <= families.keys()
     assert all(mask.any() for mask in families["referring"].targets.values())
     assert not any(mask.any() for mask in families["absent"].targets.values())
     assert families["vqa"].answer
-    student = load_student(sft_recipe(tmp_path, "ibis-nano", tmp_path), "full")
-    lessons = sft.read_lessons(tmp_path, "train", student)
-    told = {episode.case_id for episode in EpisodeStore(tmp_path / "filter").open()}
-    assert len(lessons) == len(told)
+    student = load_student(sft_recipe(made, "ibis-nano", tmp_path), "full")
+    train, val = (sft.read_lessons(made, split, student) for split in ("train", "val"))
+    told = EpisodeStore(made / "filter").open()
+    assert 0 < len(val) < len(train) == len(told) - len(val)
     with pytest.raises(ConfigError, match="give the folder of build-data itself"):
-        sft.read_lessons(tmp_path / "export", "train", student)
+        sft.read_lessons(made / "export", "train", student)
+    large = load_student(sft_recipe(made, str(qwen), tmp_path), "full")
+    exported = sft.read_lessons(made / "export", "train", large)
+    assert sorted(len(lesson.messages) for lesson in exported) == sorted(
+        len(lesson.messages) for lesson in sft.read_lessons(made, "train", large)
+    )
+    logs = []
+    recipe = sft_recipe(made, str(qwen), tmp_path / "run", look_split="val", steps=1, batch=1)
+    sft.train(recipe, lambda step, steps, told: logs.append(told))
+    assert any("eval_loss" in told for told in logs)
 
 
 def test_the_command_line(episodes, tmp_path, capsys):

@@ -327,6 +327,7 @@ def train(recipe: RlRecipe, report: Report = lambda step, steps, logs: None) -> 
     return run(trainer, student, recipe, "rl")
 
 
+@without_library_warnings()
 def make_trainer(recipe: RlRecipe, report: Report = lambda step, steps, logs: None) -> tuple[GRPOTrainer, Student]:
     """TRL's trainer for `recipe`, ready to train, and the model in it."""
     settings = trainer_settings(recipe)  # first: it sets up distributed loading
@@ -344,18 +345,17 @@ def make_trainer(recipe: RlRecipe, report: Report = lambda step, steps, logs: No
         if recipe.episodes_every and first and trainer.state.global_step % recipe.episodes_every == 0:
             store.append(episodes, notes={"step": trainer.state.global_step})
 
-    with without_library_warnings():
-        trainer = _Trainer(
-            recipe.resample,
-            model=student.model,
-            reward_funcs=judge(recipe.rewards, keep),
-            args=arguments,
-            train_dataset=_rows(student, cases),
-            processing_class=student.processor,
-            peft_config=lora_config(student, recipe),
-            callbacks=[Told(report)],
-            environment_factory=lambda: SegmentationTool(read, segmenter, student, recipe.max_turns),
-        )
+    trainer = _Trainer(
+        recipe.resample,
+        model=student.model,
+        reward_funcs=judge(recipe.rewards, keep),
+        args=arguments,
+        train_dataset=_rows(student, cases),
+        processing_class=student.processor,
+        peft_config=lora_config(student, recipe),
+        callbacks=[Told(report)],
+        environment_factory=lambda: SegmentationTool(read, segmenter, student, recipe.max_turns),
+    )
     score_by_own_logits(student, recipe.temperature)
     return trainer, student
 

@@ -43,6 +43,7 @@ from ibisagent.training.stage import (
     run,
     score_by_own_logits,
     trainer_settings,
+    without_library_warnings,
 )
 from ibisagent.trajectories import undone_turns
 
@@ -115,6 +116,8 @@ def read_lessons(data: Path, split: str, student: Student) -> Lessons:
             )
         told = list(read_trl(data, split))
         return Lessons([_of_conversation(one) for one in told], [len(one.pictures) for one in told])
+    if split not in ("", "train"):
+        raise ConfigError(f"{data}: has no split '{split}', nor any other; only folders of build-data do")
     return _from_episodes(EpisodeStore(data).open(), student, data, None)
 
 
@@ -383,6 +386,7 @@ def train(recipe: SftRecipe, report: Report = lambda step, steps, logs: None) ->
     return run(trainer, student, recipe, "sft")
 
 
+@without_library_warnings()
 def make_trainer(recipe: SftRecipe, report: Report = lambda step, steps, logs: None) -> tuple[SFTTrainer, Student]:
     """TRL's trainer for `recipe`, ready to train, and the model in it."""
     settings = trainer_settings(recipe)  # first: it sets up distributed loading

@@ -150,7 +150,8 @@ class Student:
     dialect: str
     history: History
     style: OverlayStyle
-    facts: Mapping[str, str]
+    describe: Callable[[], Mapping[str, str]]
+    """What it was made from, for the record; reads all weights."""
 
     @cached_property
     def reply_start(self) -> str:
@@ -193,7 +194,7 @@ def load_student(recipe: StageRecipe, history: History | None) -> Student:
     if recipe.freeze_vision:
         for parameter in _vision_tower(model, policy.name)[1].parameters():
             parameter.requires_grad_(False)
-    return Student(model, processor, policy.name, policy.dialect, policy.history, policy.style, policy.describe())
+    return Student(model, processor, policy.name, policy.dialect, policy.history, policy.style, policy.describe)
 
 
 def _template(recipe: StageRecipe, model_type: str, own: str) -> str:
@@ -363,19 +364,6 @@ class Told(TrainerCallback):
             self._report(state.global_step, state.max_steps, numbers)
 
 
-def run(trainer: Trainer, student: Student, recipe: StageRecipe, stage: str) -> Path:
-    """Train, going on from the last checkpoint if there is one, and write the result; returns OUT/policy.
-
-    ConfigError if OUT holds a run of another recipe.
-    """
-    claim(student, recipe, stage, write=trainer.is_world_process_zero())
-    trainer.remove_callback(PrinterCallback)  # `Told` is told
-    checkpoints = recipe.out / "trainer"
-    with without_library_warnings():
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
-    return save_result(trainer, student, recipe)
-
-
 @contextmanager
 def without_library_warnings() -> Iterator[None]:
     """Silence what TRL and transformers warn each other of, and what is experimental in TRL: nobody here can act."""
@@ -385,15 +373,22 @@ def without_library_warnings() -> Iterator[None]:
         yield
 
 
+@without_library_warnings()
+def run(trainer: Trainer, student: Student, recipe: StageRecipe, stage: str) -> Path:
+    """Train, going on from the last checkpoint if there is one, and write the result; returns OUT/policy.
+
+    ConfigError if OUT holds a run of another recipe.
+    """
+    claim(student, recipe, stage, write=trainer.is_world_process_zero())
+    trainer.remove_callback(PrinterCallback)  # `Told` is told
+    checkpoints = recipe.out / "trainer"
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
+    return save_result(trainer, student, recipe)
+
+
 def claim(student: Student, recipe: StageRecipe, stage: str, *, write: bool) -> None:
     """Write OUT/recipe.json, or check that the one there says the same."""
-    packages = ("trl", "transformers", "torch", "peft", "accelerate")
-    facts = {
-        "stage": stage,
-        "recipe": recipe.model_dump(mode="json"),
-        "started_from": dict(student.facts),
-        "versions": {"ibisagent": package_version(), **{name: version(name) for name in packages}},
-    }
+    plain = recipe.model_dump(mode="json")
     path = recipe.out / RECIPE_NAME
     if path.exists():
         try:
@@ -401,11 +396,18 @@ def claim(student: Student, recipe: StageRecipe, stage: str, *, write: bool) -> 
             old = {"stage": before["stage"], **before["recipe"]}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}: is damaged ({error}): give another out, or delete it") from error
-        new = {"stage": stage, **facts["recipe"]}
+        new = {"stage": stage, **plain}
         changed = [name for name in new if name not in FREE_TO_CHANGE and old.get(name) != new[name]]
         if changed:
             raise ConfigError(f"{path}: is of another run ({', '.join(changed)}): give another out, or delete it")
     if write:
+        packages = ("trl", "transformers", "torch", "peft", "accelerate")
+        facts = {
+            "stage": stage,
+            "recipe": plain,
+            "started_from": dict(student.describe()),
+            "versions": {"ibisagent": package_version(), **{name: version(name) for name in packages}},
+        }
         make_folder(recipe.out)
         write_whole((json.dumps(facts, indent=1, sort_keys=True) + "\n").encode(), path)
 
