@@ -18,6 +18,7 @@ from typing import Any, get_args, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ibisagent.domain import (
@@ -194,6 +195,14 @@ class StoredEpisodes(Sequence[Episode]):
     def column(self, name: str) -> list[Any]:
         """One column of `SCHEMA` for all episodes, as plain values; nothing else is decoded."""
         return list(self._table[name].to_pylist())
+
+    def reply_lengths(self) -> list[list[int]]:
+        """Of each episode, how many characters its replies have; no mask is decoded."""
+        turns = self._table["turns"]
+        texts = pc.struct_field(pc.list_flatten(turns), "text")
+        characters = iter(pc.utf8_length(texts).to_pylist())
+        counts = pc.list_value_length(turns).to_pylist()
+        return [[next(characters) or 0 for _ in range(count or 0)] for count in counts]
 
 
 def write_record(episode: Episode, path: str | Path) -> None:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +48,7 @@ from ibisagent.training.stage import (
     without_library_warnings,
 )
 
+MAX_FAILED_BATCHES = 3
 _CASES_KEPT = 16  # decoded, for the paths of one case
 _PROBED_CASES = 8  # to see how many tokens a turn shows
 _SPARE_TOKENS = 64  # a turn may show more than on the probed cases: longer queries, a line about an unreadable reply
@@ -190,8 +192,10 @@ class SegmentationTool:
 def judge(weights: RewardWeights, keep: Callable[[Sequence[Episode]], None]) -> Callable[..., list[float | None]]:
     """A reward function for TRL: the score of each path's episode, None where the segmenter failed.
 
-    Logs the mean of every term. keep: given the episodes. SegmenterError if every path failed.
+    Logs the mean of every term. keep: given the episodes. SegmenterError if every path of so many batches in a row
+    failed that it cannot be the pictures: MAX_FAILED_BATCHES.
     """
+    failed_batches = 0
 
     def path_reward(
         completions: Sequence[Sequence[Mapping[str, Any]]],
@@ -199,6 +203,7 @@ def judge(weights: RewardWeights, keep: Callable[[Sequence[Episode]], None]) -> 
         log_metric: Callable[[str, float], None],
         **_: Any,
     ) -> list[float | None]:
+        nonlocal failed_batches
         for message in (message for messages in completions for message in messages):
             if message["role"] == "tool" and isinstance(message["content"], str):  # TRL makes text of exceptions
                 raise PolicyError(f"the environment failed: {message['content']}")
@@ -211,8 +216,9 @@ def judge(weights: RewardWeights, keep: Callable[[Sequence[Episode]], None]) -> 
             log_metric("path/failed", float(tool.failure is not None))
             judged.append(None if tool.failure else (tool, episode, score(episode, tool.case, weights)))
         scored = [one for one in judged if one is not None]
-        if not scored:
-            raise SegmenterError(f"every path failed, the last one: {environments[-1].failure}")
+        failed_batches = 0 if scored else failed_batches + 1
+        if failed_batches == MAX_FAILED_BATCHES:
+            raise SegmenterError(f"every path fails, the last one: {environments[-1].failure}")
         for tool, episode, result in scored:
             for name, value in _figures(tool.case, episode, result):
                 log_metric(name, value)
@@ -330,7 +336,7 @@ def train(recipe: RlRecipe, report: Report = lambda step, steps, logs: None) -> 
 @without_library_warnings()
 def make_trainer(recipe: RlRecipe, report: Report = lambda step, steps, logs: None) -> tuple[GRPOTrainer, Student]:
     """TRL's trainer for `recipe`, ready to train, and the model in it."""
-    settings = trainer_settings(recipe)  # first: it sets up distributed loading
+    arguments = _grpo_config(recipe)  # first: it sets up distributed loading
     student = load_student(recipe, "full")
     cases = read_training_cases(recipe)
     read = lru_cache(maxsize=_CASES_KEPT)(lambda index: cases[index])
@@ -338,7 +344,10 @@ def make_trainer(recipe: RlRecipe, report: Report = lambda step, steps, logs: No
     tokenizer = student.processor.tokenizer
     tokenizer.padding_side = "left"
     tokenizer.response_template = _everything_is_an_action(student.reply_start)
-    arguments = _grpo_config(recipe, settings, student, cases)
+    arguments.max_completion_length = recipe.path_tokens or recipe.max_turns * (
+        recipe.reply_tokens + _shown_tokens(student, cases)
+    )
+    arguments.generation_kwargs = _writing(recipe, student)
     store, first = EpisodeStore(recipe.out / "episodes"), arguments.process_index == 0
 
     def keep(episodes: Sequence[Episode]) -> None:
@@ -367,25 +376,16 @@ def _everything_is_an_action(reply_start: str) -> dict[str, Any]:
     return {"start_anchor": reply_start, "defaults": {"role": "assistant"}, "fields": {"tool_calls": field}}
 
 
-def _grpo_config(recipe: RlRecipe, settings: dict[str, Any], student: Student, cases: Sequence[Case]) -> GRPOConfig:
-    path_tokens = recipe.path_tokens or recipe.max_turns * (recipe.reply_tokens + _shown_tokens(student, cases))
-    vision = student.model.generation_config.suppress_tokens or []
+def _grpo_config(recipe: RlRecipe) -> GRPOConfig:
+    settings = trainer_settings(recipe)
     if recipe.vllm:
-        if not student.model.config.model_type.startswith("qwen"):
-            raise ConfigError(f"{student.name}: vLLM does not know this model; leave vllm out")
-        words = student.processor.tokenizer.convert_ids_to_tokens(vision)
-        writing = {"max_tokens": recipe.reply_tokens, "bad_words": words}
         settings |= {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": recipe.vllm}
-    else:
-        writing = {"max_new_tokens": recipe.reply_tokens, "suppress_tokens": vision or None}
     try:
         return GRPOConfig(
             **settings,
             num_generations=recipe.paths,
-            max_completion_length=path_tokens,
             temperature=recipe.temperature,
             top_p=recipe.top_p,
-            generation_kwargs=writing,
             beta=0.0,
             epsilon=recipe.clip,
             epsilon_high=recipe.clip_high,
@@ -399,6 +399,19 @@ def _grpo_config(recipe: RlRecipe, settings: dict[str, Any], student: Student, c
             f"batch {recipe.batch} * accumulate {recipe.accumulate} * processes does not hold whole groups of"
             f" {recipe.paths} paths: {' '.join(str(error).split())[:200]}"
         ) from error
+
+
+def _writing(recipe: RlRecipe, student: Student) -> dict[str, Any]:
+    """How replies are written: none too long, none with a vision token, which would stand for a picture."""
+    vision = student.model.generation_config.suppress_tokens or []
+    if not recipe.vllm:
+        return {"max_new_tokens": recipe.reply_tokens, "suppress_tokens": vision or None}
+    if not find_spec("vllm"):
+        raise ConfigError("the recipe names a vLLM server: pip install 'trl[vllm]', or leave vllm out")
+    if not student.model.config.model_type.startswith("qwen"):
+        raise ConfigError(f"{student.name}: vLLM does not know this model; leave vllm out")
+    words = student.processor.tokenizer.convert_ids_to_tokens(vision)
+    return {"max_tokens": recipe.reply_tokens, "bad_words": words}
 
 
 def _shown_tokens(student: Student, cases: Sequence[Case]) -> int:
@@ -421,4 +434,5 @@ def _rows(student: Student, cases: Sequence[Case]) -> Dataset:
     told = render(Observation("", case.image, "?"), dialect=student.dialect, history="full", style=student.style)
     before = [{"role": m["role"], "content": "".join(part["text"] for part in m["content"])} for m in told[:-1]]
     prompt = [*before, {"role": "user", "content": ""}]
-    return Dataset.from_dict({"prompt": [prompt] * len(cases), "case": list(range(len(cases)))})
+    numbers = Dataset.from_dict({"case": list(range(len(cases)))})
+    return numbers.with_transform(lambda rows: {**rows, "prompt": [prompt] * len(rows["case"])})

@@ -142,7 +142,7 @@ def _open(path: Path) -> PillowImage.Image:
 
 def _from_episodes(episodes: StoredEpisodes, student: Student, folder: Path, wanted: set[str] | None) -> Lessons:
     names = episodes.column("case_id")
-    texts = [[len(turn["text"] or "") for turn in turns or ()] for turns in episodes.column("turns")]
+    texts = episodes.reply_lengths()
     spoken = {dict(made_by or ()).get("dialect", "ibis") for made_by in episodes.column("made_by")}
     if foreign := sorted(spoken - {student.dialect}):
         raise ConfigError(
@@ -389,9 +389,8 @@ def train(recipe: SftRecipe, report: Report = lambda step, steps, logs: None) ->
 @without_library_warnings()
 def make_trainer(recipe: SftRecipe, report: Report = lambda step, steps, logs: None) -> tuple[SFTTrainer, Student]:
     """TRL's trainer for `recipe`, ready to train, and the model in it."""
-    settings = trainer_settings(recipe)  # first: it sets up distributed loading
-    arguments = SFTConfig(
-        **settings,
+    arguments = SFTConfig(  # first: it sets up distributed loading
+        **trainer_settings(recipe),
         max_length=None,
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
