@@ -65,7 +65,7 @@ def data(tmp_path_factory):
 def episodes(data, tmp_path_factory):
     """Expert episodes with mistakes that are undone."""
     folder = tmp_path_factory.mktemp("episodes")
-    generate(read_cases(data), load_segmenter("region"), folder, TrajectoryConfig(mistakes=0.9, seed=1))
+    generate(read_cases(data), load_segmenter("region"), folder, TrajectoryConfig(mistakes=0.9, seed=1, max_clicks=3))
     return folder
 
 
