@@ -440,10 +440,12 @@ def test_what_build_data_made_is_learnt_and_played(qwen, tmp_path):
     build(Plan(read_cases(pictures), made, FactoryConfig(segmenter="region")))
     cases = rl.read_training_cases(rl.RlRecipe(data=made, out=tmp_path / "out"))
     families = {case.meta["family"]: case for case in cases}
-    assert {"referring", "absent", "vqa"} <= families.keys()
-    assert all(mask.any() for mask in families["referring"].targets.values())
-    assert not any(mask.any() for mask in families["absent"].targets.values())
+    assert {"referring", "existence", "refinement", "vqa"} <= families.keys()
+    asked = [case for case in cases if case.meta["family"] == "existence"]
+    assert {any(mask.any() for mask in case.targets.values()) for case in asked} == {True, False}
+    assert families["refinement"].start
     assert families["vqa"].answer
+    assert families["vqa"].targets is None
     student = load_student(sft_recipe(made, "ibis-nano", tmp_path), "full")
     train, val = (sft.read_lessons(made, split, student) for split in ("train", "val"))
     told = EpisodeStore(made / "filter").open()
