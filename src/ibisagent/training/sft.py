@@ -290,12 +290,13 @@ class Collator:
     def _pieces(self, lesson: Lesson) -> list[_Piece]:
         """The stretches of a conversation, cut after the last learnt reply that fits."""
         processor = self._student.processor
-        [text], [spans] = render_jinja_template(
+        rendered: Any = render_jinja_template(
             conversations=[lesson.messages],
             chat_template=processor.chat_template,
             return_assistant_tokens_mask=True,
             **processor.tokenizer.special_tokens_map,
         )
+        [text], [spans] = rendered
         pictures = [
             part["image"] for message in lesson.messages for part in message["content"] if part["type"] == "image"
         ]
@@ -404,7 +405,7 @@ def make_trainer(recipe: SftRecipe, report: Report = lambda step, steps, logs: N
     looked = read_lessons(recipe.data, recipe.look_split, student) if recipe.look_split else None
     tasks = {name: (weight, SIDE_TASKS[name]()) for name, weight in recipe.side_tasks.items()}
     collate = Collator(student, recipe.max_tokens, {name: task for name, (_, task) in tasks.items()})
-    sources = {"train": lessons, "look": looked}
+    sources: dict[str, Any] = {"train": lessons, "look": looked}
     trainer = _Trainer(
         tasks,
         model=student.model,
