@@ -872,6 +872,42 @@ def _training(total: int, what: str, *, quiet: bool) -> Iterator[Callable[..., N
 
 
 @app.command()
+def sft(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file, such as recipes/sft-nano.toml.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Fine-tune a policy on episodes with thoughts (the cold start); use it as --policy mllm:OUT/policy.
+
+    Several GPUs: accelerate launch --config_file recipes/accelerate/8-gpu-fsdp.yaml -m ibisagent sft RECIPE. A run that
+    was stopped goes on from its last checkpoint.
+    """
+    _require_training()
+    with _status("reading recipe, model and data", quiet=as_json):
+        from ibisagent.training.sft import SftRecipe, train
+
+        plan = SftRecipe.read(recipe)
+    _print_policy(train(plan, _told(quiet=as_json)), as_json)
+
+
+@app.command()
+def rl(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file, such as recipes/rl-nano.toml.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Train a policy by playing whole episodes with a segmenter (GRPO); use it as --policy mllm:OUT/policy.
+
+    Start from a policy that `sft` made: one that never hits learns not to click. Several GPUs and stopped runs: as for
+    `sft`.
+    """
+    _require_training()
+    with _status("reading recipe, model and data", quiet=as_json):
+        from ibisagent.training.rl import RlRecipe, train
+
+        plan = RlRecipe.read(recipe)
+    _print_policy(train(plan, _told(quiet=as_json)), as_json)
+
+
+@app.command()
 @_spread
 def serve_policy(
     choice: PolicyChoice,
@@ -1078,6 +1114,34 @@ def _require_server(*more: str) -> None:
     if missing := [name for name in needed if not find_spec(name)]:
         extra = "ui" if "gradio" in missing else "server"
         raise ConfigError(f"serving needs {', '.join(missing)}: pip install 'ibisagent[{extra}]'")
+
+
+def _require_training() -> None:
+    from importlib.util import find_spec
+
+    if missing := [name for name in ("trl", "peft", "accelerate", "datasets") if not find_spec(name)]:
+        raise ConfigError(f"fine-tuning needs {', '.join(missing)}: pip install 'ibisagent[train]'")
+
+
+def _told(*, quiet: bool) -> Callable[[int, int, Mapping[str, float]], None]:
+    """Prints what a trainer logs on one line of stderr."""
+    shown = ("loss", "eval_loss", "mean_token_accuracy", "reward", "path/iou", "path/turns", "path/failed")
+
+    def report(step: int, steps: int, logs: Mapping[str, float]) -> None:
+        told = ", ".join(f"{name} {logs[name]:.3g}" for name in shown if name in logs)
+        if told and not quiet:
+            stderr.print(f"update {step} of {steps}: {told}")
+
+    return report
+
+
+def _print_policy(folder: Path, as_json: bool) -> None:
+    if os.environ.get("RANK", "0") != "0":  # one process of several says it
+        return
+    if as_json:
+        _print_json({"policy": str(folder)})
+    else:
+        stdout.print(f"policy: {folder}\nuse it with --policy mllm:{folder}")
 
 
 def _check_keep(keep: str) -> Keep:

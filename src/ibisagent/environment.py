@@ -251,7 +251,10 @@ class SegmentationEnv:
         return turn
 
     def cut(self) -> None:
-        """End the episode here, as "max_turns": for callers with another limit, such as a trainer's context length."""
+        """End the episode here, as "max_turns": for callers with another limit, such as a trainer's context length.
+
+        One that has ended stays as it is.
+        """
         self._stop = self._stop or "max_turns"
 
     def episode(self) -> Episode:

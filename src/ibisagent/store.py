@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, get_args, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ibisagent.domain import (
@@ -151,6 +152,12 @@ class EpisodeStore:
         for row in _read_shard(path).to_pylist():
             yield _episode(row, str(path))
 
+    def open(self) -> StoredEpisodes:
+        """Every episode by its number, each decoded when asked for. DataError as `read`."""
+        if not self.folder.is_dir():
+            raise DataError(f"{self.folder}: no such folder; give one that 'ibisagent trajectories' wrote")
+        return StoredEpisodes(self.shards.values())
+
     def case_ids(self) -> set[str]:
         """The cases that have an episode; reads that column only."""
         tables = (_read_shard(path, ["case_id"]) for path in self.shards.values())
@@ -160,6 +167,42 @@ class EpisodeStore:
         """The notes that were appended with shard number `shard`; reads no episode."""
         path = self.shards[shard]
         return _load_json(_metadata(path).get(_NOTES_KEY, b"{}"), str(path))
+
+
+class StoredEpisodes(Sequence[Episode]):
+    """Episodes of Parquet shards, kept as compact columns: 100,000 fit where 1,000 decoded ones would."""
+
+    def __init__(self, shards: Iterable[Path]) -> None:
+        """shards: files of an `EpisodeStore`, in order. DataError for a damaged or foreign one."""
+        self._table = pa.concat_tables([SCHEMA.empty_table(), *map(_read_shard, shards)])
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Episode: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Episode]: ...
+    def __getitem__(self, index: int | slice) -> Episode | list[Episode]:
+        """The episode number `index`, decoded now."""
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        [plain] = self._table.slice(index, 1).to_pylist()
+        return _episode(plain, f"episode {index}")
+
+    def column(self, name: str) -> list[Any]:
+        """One column of `SCHEMA` for all episodes, as plain values; nothing else is decoded."""
+        return list(self._table[name].to_pylist())
+
+    def reply_lengths(self) -> list[list[int]]:
+        """Of each episode, how many characters its replies have; no mask is decoded."""
+        turns = self._table["turns"]
+        texts = pc.struct_field(pc.list_flatten(turns), "text")
+        characters = iter(pc.utf8_length(texts).to_pylist())
+        counts = pc.list_value_length(turns).to_pylist()
+        return [[next(characters) or 0 for _ in range(count or 0)] for count in counts]
 
 
 def write_record(episode: Episode, path: str | Path) -> None:

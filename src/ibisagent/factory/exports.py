@@ -39,10 +39,14 @@ DATASET_INFO_NAME = "dataset_info.json"
 
 TRAINING_TEMPLATE = (
     "{%- for message in messages -%}"
-    "{{- '<|im_start|>' + message['role'] + '\n' -}}"
-    "{%- if message['role'] == 'assistant' and message.get('loss', true) is not false -%}"
+    "{%- set role = 'user' if message['role'] == 'tool' else message['role'] -%}"
+    "{{- '<|im_start|>' + role + '\n' -}}"
+    "{%- if role == 'assistant' and message.get('loss', true) is not false -%}"
     "{%- generation -%}"
-    "{%- for part in message['content'] -%}{{- part['text'] -}}{%- endfor -%}{{- '<|im_end|>' -}}"
+    "{%- for part in message['content'] -%}{{- part['text'] -}}{%- endfor -%}"
+    "{%- for call in message.get('tool_calls') or [] -%}"
+    "{{- call['function']['name'] + (call['function']['arguments'] | tojson) -}}"
+    "{%- endfor -%}{{- '<|im_end|>' -}}"
     "{%- endgeneration -%}"
     "{%- else -%}"
     "{%- for part in message['content'] -%}"
@@ -53,7 +57,10 @@ TRAINING_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
 )
-"""Chat template in the form of Qwen2.5-VL that marks what is learnt: assistant turns without "loss": false."""
+"""Chat template in the form of Qwen2.5-VL that marks what is learnt: assistant turns without "loss": false.
+
+Role "tool", as TRL calls what an environment shows, reads like "user"; "tool_calls" stand for replies in its checks.
+"""
 
 _CONTENT = pa.list_(pa.struct({"type": pa.string(), "text": pa.string()}))
 _MASKS = pa.list_(pa.struct({"name": pa.string(), "size": pa.list_(pa.int32(), 2), "counts": pa.string()}))

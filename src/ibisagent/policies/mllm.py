@@ -161,6 +161,11 @@ class MllmPolicy:
                 written += [self._read(row[starts:].tolist(), prompt) for row, prompt in rows]
         return written
 
+    @property
+    def parts(self) -> tuple[Any, Any]:
+        """The model, in evaluation mode, and its processor: what training starts from."""
+        return self._model, self._processor
+
     def describe(self) -> dict[str, str]:
         """What a record needs to name this policy exactly: weights, adapter, numerics, sampling, versions."""
         facts = {

@@ -388,11 +388,17 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             places = self._score(kept, keys)
             before = torch.arange(first, length, device=kept.device)[None] < owner[:, 1:]
             return places.masked_fill(before[..., None], torch.finfo(places.dtype).min), last_keys
-        places = kept.new_full((batch, kept.shape[1], LOCATIONS**2), torch.finfo(kept.dtype).min)
-        for picture, (row, end) in enumerate(owner.tolist()):
-            begin = max(end - first, 0)
-            places[row, begin:] = self._score(kept[row : row + 1, begin:], keys[picture : picture + 1])[0].to(places)
-        return places, last_keys
+        blank = kept.new_full((1, LOCATIONS**2), torch.finfo(kept.dtype).min)
+        rows = []
+        for row in range(batch):
+            seen = [(max(end - first, 0), picture) for picture, (own, end) in enumerate(owner.tolist()) if own == row]
+            bounds = [*(begin for begin, _ in seen), kept.shape[1]]
+            parts = [blank.expand(bounds[0], -1)]
+            for (begin, picture), stop in zip(seen, bounds[1:], strict=True):  # up to the next picture
+                scores = self._score(kept[row : row + 1, begin:stop], keys[picture : picture + 1])
+                parts.append(scores[0].to(kept.dtype))
+            rows.append(torch.cat(parts))
+        return torch.stack(rows), last_keys
 
     def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> dict[str, Any]:
         """Pictures go in with the first call; later ones get the location keys that it made."""

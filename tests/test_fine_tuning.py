@@ -1,0 +1,476 @@
+"""Both fine-tuning stages, in miniature: the packaged ibis-nano and a shrunken Qwen2.5-VL go through one code path."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+from ibisagent.cli import app
+from ibisagent.datasets import read_cases
+from ibisagent.domain import Observation
+from ibisagent.errors import ConfigError, DataError, SegmenterError
+from ibisagent.factory.config import FactoryConfig
+from ibisagent.factory.stages import Plan, build
+from ibisagent.images import write_mask_png, write_png
+from ibisagent.policies import load_policy
+from ibisagent.protocol import render
+from ibisagent.rewards import PAPER
+from ibisagent.segmenters import load_segmenter
+from ibisagent.store import EpisodeStore
+from ibisagent.training import rl, sft
+from ibisagent.training.stage import ScoredReplies, load_student, without_library_warnings
+from ibisagent.trajectories import TrajectoryConfig, generate, undone_turns
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+SIZE = (61, 83)
+
+
+def write_discs(folder: Path, count: int, split: str = "train") -> Path:
+    """Pictures in BiomedParse's layout: a bright disc each ("spleen"), on every other one a dark one ("kidney")."""
+    rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]
+    for name in (split, f"{split}_mask"):
+        (folder / "Discs" / name).mkdir(parents=True)
+    for number in range(count):
+        draw = np.random.default_rng(number)
+        x, y = draw.integers(20, 50), draw.integers(20, 40)
+        disc = (columns - x) ** 2 + (rows - y) ** 2 <= draw.integers(8, 14) ** 2
+        dark = (columns - 72) ** 2 + (rows - 30) ** 2 <= 49 * (number % 2)
+        level = 80 + draw.integers(0, 20, SIZE) + 120 * disc - 70 * dark
+        pixels = np.repeat(level[..., None], 3, axis=2).astype(np.uint8)
+        write_png(pixels, folder / "Discs" / split / f"{split}{number}_CT_abdomen.png")
+        write_mask_png(disc, folder / "Discs" / f"{split}_mask" / f"{split}{number}_CT_abdomen_spleen.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_discs(tmp_path_factory.mktemp("discs"), 4)
+
+
+@pytest.fixture(scope="module")
+def episodes(data, tmp_path_factory):
+    """Expert episodes with mistakes that are undone."""
+    folder = tmp_path_factory.mktemp("episodes")
+    generate(read_cases(data), load_segmenter("region"), folder, TrajectoryConfig(mistakes=0.9, seed=1, max_clicks=3))
+    return folder
+
+
+QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+               "<|video_pad|>")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """Qwen2.5-VL with random weights, two layers, and a tokenizer of bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: k for k, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in QWEN_TOKENS])
+    tokens = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        additional_special_tokens=list(QWEN_TOKENS),
+    )  # fmt: skip
+    ids = dict(zip(QWEN_TOKENS, tokens.convert_tokens_to_ids(list(QWEN_TOKENS)), strict=True))
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokens), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8192,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
+            "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"], "bos_token_id": None,
+        },
+        vision_config={
+            "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32,
+            "fullatt_block_indexes": [1], "window_size": 56,
+        },
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("qwen")
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    size = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
+    processor = Qwen2_5_VLProcessor(
+        Qwen2VLImageProcessor(size=size), tokens, Qwen2VLVideoProcessor(), chat_template="{{ messages }}"
+    )
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["nano", "qwen"])
+def start(request):
+    return "ibis-nano" if request.param == "nano" else str(request.getfixturevalue("qwen"))
+
+
+@pytest.fixture(scope="module")
+def player(data, start, tmp_path_factory):
+    """A trainer that plays greedily, three turns at most, and the model in it."""
+    trainer, student = rl.make_trainer(rl_recipe(data, start, tmp_path_factory.mktemp("player")))
+    trainer.generation_config.update(do_sample=False)
+    trainer.generation_kwargs["do_sample"] = False
+    return trainer, student
+
+
+def sft_recipe(episodes, start, out, **changes):
+    settings = {"data": episodes, "out": out, "policy": start, "history": "full", "batch": 2, "steps": 2, "rate": 1e-3}
+    return sft.SftRecipe(**{**settings, "device": "cpu", "save_every": 1, "max_tokens": 20_000, **changes})
+
+
+def rl_recipe(data, start, out, **changes):
+    settings = {"data": data, "out": out, "policy": start, "batch": 4, "paths": 2, "steps": 2, "rate": 1e-4}
+    settings |= {"segmenter": "region", "max_turns": 3, "reply_tokens": 20, "device": "cpu", "save_every": 1}
+    return rl.RlRecipe(**{**settings, **changes})
+
+
+# --------------------------------------------------------------------------------------------------------- recipes
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("sft-*.toml")), ids=lambda path: path.stem)
+def test_the_recipes_of_sft_are_valid(path):
+    sft.SftRecipe.read(path)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("rl-*.toml")), ids=lambda path: path.stem)
+def test_the_recipes_of_rl_are_valid(path):
+    assert rl.RlRecipe.read(path).rewards == PAPER
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"policy": "oracle"}, "needs the truth"),
+        ({"policy": "centre-click"}, "cannot be trained"),
+        ({"data": Path("nowhere")}, "no such folder"),
+        ({"side_tasks": {"regions": 1.0}}, "unknown side task 'regions'; there are: region"),
+        ({"dialect": "paper"}, "holds episodes in dialect ibis, ibis-nano writes paper"),
+        ({"report_to": ("trackio",)}, "pip install trackio"),
+        ({"max_tokens": 16}, "does not fit max_tokens 16"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(episodes, tmp_path, changes, message):
+    with pytest.raises((ConfigError, DataError), match=message) as caught:
+        sft.train(sft_recipe(episodes, "ibis-nano", tmp_path, **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_paths_must_fill_a_batch(data, tmp_path):
+    with pytest.raises(ConfigError, match=r"batch 3 .* groups of 2 paths"):
+        rl.train(rl_recipe(data, "ibis-nano", tmp_path, batch=3))
+
+
+# ------------------------------------------------------------------------------------------------------------- sft
+
+
+def test_loss_falls_on_right_replies_alone(episodes, start, tmp_path):
+    """The tokens with a label are, one for one, those of the replies that nobody took back, each with its end."""
+    recipe = sft_recipe(episodes, start, tmp_path)
+    student = load_student(recipe, "full")
+    tokenizer = student.processor.tokenizer
+    lessons = sft.read_lessons(episodes, "", student)
+    stored = EpisodeStore(episodes).open()
+    assert any(undone_turns(episode) for episode in stored)
+    for lesson, episode in zip(lessons, stored, strict=True):
+        batch = sft.Collator(student, recipe.max_tokens)([lesson])
+        ids, labels = batch["input_ids"][0], batch["labels"][0]
+        wrong = undone_turns(episode)
+        right = [turn.completion.text for k, turn in enumerate(episode.turns) if k not in wrong]
+        wanted = [student.processor(text=[text + tokenizer.eos_token])["input_ids"][0] for text in right]
+        assert labels[labels != sft.UNLEARNT].tolist() == [token for reply in wanted for token in reply]
+        assert (labels == ids)[labels != sft.UNLEARNT].all()
+        image_token = student.model.config.image_token_id
+        assert (ids == image_token).any()
+        assert not (labels == image_token).any()
+        pictures = sum(part["type"] == "image" for message in lesson.messages for part in message["content"])
+        assert pictures == len(episode.turns) == len(lesson.objects)
+
+
+def test_a_reply_is_learnt_after_exactly_what_the_policy_will_see(episodes, start, tmp_path):
+    """What comes before a learnt reply is, token for token and pixel for pixel, the input of generation."""
+    student = load_student(sft_recipe(episodes, start, tmp_path), "full")
+    episode = EpisodeStore(episodes).open()[0]
+    lesson = sft.read_lessons(episodes, "", student)[0]
+    batch = sft.Collator(student, 20_000)([lesson])
+    case = next(case for case in read_cases(Path(episode.image_source).parents[2]) if case.id == episode.case_id)
+    seen = Observation(case.id, case.image, episode.query, episode.turns[-1].before, episode.turns[:-1])
+    messages = render(seen, dialect=student.dialect, history="full", style=student.style)
+    asked = student.processor.apply_chat_template(
+        [messages], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    length = asked["input_ids"].shape[1]
+    assert batch["input_ids"][0, :length].tolist() == asked["input_ids"][0].tolist()
+    assert batch["labels"][0, length] != sft.UNLEARNT
+    torch.testing.assert_close(batch["pixel_values"], asked["pixel_values"])
+
+
+def test_a_policy_without_history_learns_one_turn_at_a_time(episodes, tmp_path):
+    student = load_student(sft_recipe(episodes, "ibis-nano", tmp_path), None)
+    assert student.history == "none"
+    lessons = sft.read_lessons(episodes, "", student)
+    stored = EpisodeStore(episodes).open()
+    assert len(lessons) == sum(len(episode.turns) - len(undone_turns(episode)) for episode in stored)
+    assert all(len(lesson.messages) == 2 and len(lesson.objects) == 1 for lesson in lessons)
+
+
+def test_a_long_conversation_is_cut_after_a_reply(episodes, tmp_path):
+    student = load_student(sft_recipe(episodes, "ibis-nano", tmp_path), "full")
+    lesson = max(sft.read_lessons(episodes, "", student), key=lambda lesson: len(lesson.objects))
+    tasks = {"region": sft.RegionMap()}
+    whole = sft.Collator(student, 20_000, tasks)([lesson])
+    cut = sft.Collator(student, whole["input_ids"].shape[1] - 1, tasks)([lesson])
+    length = cut["input_ids"].shape[1]
+    assert length < whole["input_ids"].shape[1]
+    assert torch.equal(cut["input_ids"], whole["input_ids"][:, :length])
+    assert cut["labels"][0, -1] == student.processor.tokenizer.eos_token_id
+    assert len(cut["pixel_values"]) == len(cut["side_region"]) < len(whole["pixel_values"])
+
+
+def test_the_map_of_the_object_is_learnt_beside_the_words():
+    wanted = np.zeros(SIZE, bool)
+    wanted[10:40, 20:50] = True
+    task = sft.RegionMap()
+    targets = task.targets(sft.Lesson([], [wanted, None]))
+    assert targets.shape[0] == 2
+    assert (targets[1] == -1).all()
+    assert float(targets[0].mean()) == pytest.approx(wanted.mean(), abs=0.01)
+    right = ScoredReplies(region_logits=torch.where(targets > 0.5, 8.0, -8.0))
+    blank = ScoredReplies(region_logits=torch.zeros_like(targets))
+    assert task.loss(right, targets) < 0.2 < task.loss(blank, targets)
+    assert task.loss(blank, targets[1:].expand(2, -1, -1)) == 0
+    with pytest.raises(ConfigError, match="no map of the object"):
+        task.loss(ScoredReplies(), targets)
+
+
+def test_sft(episodes, start, tmp_path):
+    """Two updates from a recipe, whose result is a policy; its folder takes no other recipe."""
+    logs = []
+    nano = start == "ibis-nano"
+    recipe = sft_recipe(episodes, start, tmp_path, side_tasks={"region": 1.0} if nano else {}, freeze_vision=not nano)
+    folder = sft.train(recipe, lambda step, steps, told: logs.append((step, told)))
+    losses = [told["loss"] for _, told in logs if "loss" in told]
+    assert len(losses) == 2
+    assert all(np.isfinite(losses))
+    assert any("side/region" in told for _, told in logs) == nano
+    policy = load_policy(f"mllm:{folder}", device="cpu", max_new_tokens=4)
+    assert (policy.history, policy.dialect) == ("full", "ibis")
+    before, _ = load_policy(start, device="cpu").parts
+    after, _ = policy.parts
+    changed = {
+        name for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True)
+        if not torch.equal(old.float(), new.float())
+    }  # fmt: skip
+    assert changed
+    assert any("vis" in name for name in changed) == nano  # the vision tower is frozen on request
+    written = json.loads((tmp_path / "recipe.json").read_text())
+    assert (written["stage"], written["recipe"]["rate"]) == ("sft", 1e-3)
+    assert list((tmp_path / "trainer").glob("runs/*/events*"))
+    assert not list(folder.glob("*.bin"))
+    with pytest.raises(ConfigError, match=r"another run \(rate\)"):
+        sft.train(recipe.model_copy(update={"rate": 1.0}))
+
+
+def test_a_run_goes_on_from_its_last_checkpoint(episodes, qwen, tmp_path):
+    steps = []
+    recipe = sft_recipe(episodes, str(qwen), tmp_path)
+    sft.train(recipe)
+    (tmp_path / "trainer" / "checkpoint-2").rename(tmp_path / "lost")
+    sft.train(recipe, lambda step, all_steps, told: steps.append(step) if "loss" in told else None)
+    assert steps == [2]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21
+def test_lora(episodes, qwen, tmp_path):
+    """An adapter on the language model alone, and the whole policy with it."""
+    recipe = sft_recipe(episodes, str(qwen), tmp_path, train="lora", steps=1, checkpointing=True)
+    folder = sft.train(recipe)
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert settings["r"] == 8
+    adapted = load_policy(f"mllm:{qwen}", device="cpu", adapter=tmp_path / "adapter").parts[0].state_dict()
+    merged = load_policy(f"mllm:{folder}", device="cpu").parts[0].state_dict()
+    plain = load_policy(f"mllm:{qwen}", device="cpu").parts[0].state_dict()
+    changed = {name for name in plain if not torch.equal(plain[name], merged[name])}
+    assert changed
+    assert all("language_model" in name for name in changed)
+    for name, weight in adapted.items():
+        torch.testing.assert_close(merged[name], weight)
+
+
+# -------------------------------------------------------------------------------------------------------------- rl
+
+
+def test_rl(data, start, tmp_path):
+    """Two updates from a recipe; every term of the reward is logged, and the episodes are what the paths were."""
+    logs = []
+    recipe = rl_recipe(data, start, tmp_path, episodes_every=1)
+    folder = rl.train(recipe, lambda step, steps, told: logs.append(told))
+    played = [told for told in logs if "reward" in told]
+    assert len(played) == 2
+    terms = {"answer", "format", "click", "progress", "length", "total"}
+    assert {f"score/{term}" for term in terms} <= played[0].keys()
+    for told in played:
+        assert told["score/total"] == pytest.approx(told["reward"], abs=1e-4)
+        assert told["path/cut"] == told["path/failed"] == told["tools/failure_frequency"] == 0
+        assert told["path/turns"] > 1
+    episodes = list(EpisodeStore(tmp_path / "episodes").read())
+    assert len(episodes) == 8
+    assert all(episode.stop != "open" for episode in episodes)
+    assert load_policy(f"mllm:{folder}", device="cpu").history == "full"
+
+
+class Breaking:
+    """A segmenter that fails."""
+
+    name = "breaking"
+
+    def open(self, image):
+        raise SegmenterError("no answer")
+
+    def describe(self):
+        return {}
+
+
+def play(trainer, cases=(0, 1)):
+    rows = [trainer.train_dataset[case] for case in cases for _ in range(trainer.num_generations)]
+    trainer.model.train()
+    with without_library_warnings():
+        return trainer._generate_and_score_completions(rows)
+
+
+def test_paths_are_several_turns_and_what_was_written_is_what_is_learnt(player):
+    """Greedy: each written token is the most likely one of the training pass over the whole path, pictures included."""
+    trainer, student = player
+    batch = play(trainer)
+    assert all(count > 1 for count in batch["num_images"])
+    whole = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    extra = {key: batch[key] for key in ("pixel_values", "image_grid_thw", "mm_token_type_ids") if key in batch}
+    with torch.no_grad():
+        logits = student.model(input_ids=whole, attention_mask=mask, **extra).logits
+    completion = batch["completion_ids"]
+    predicted = logits[:, batch["prompt_ids"].shape[1] - 1 : -1]
+    forbidden = student.model.generation_config.suppress_tokens
+    predicted[..., forbidden] = -torch.inf
+    learnt = (batch["completion_mask"] * batch["tool_mask"]).bool()
+    assert torch.equal(predicted.argmax(dim=-1)[learnt], completion[learnt])
+    assert not torch.isin(completion[learnt], torch.tensor(forbidden)).any()
+    shown = (batch["completion_mask"] * (1 - batch["tool_mask"])).bool()
+    assert (completion[shown] == student.model.config.image_token_id).any()
+    for tool, ids, wrote, pictures in zip(trainer.environments, completion, learnt, batch["num_images"], strict=True):
+        turns = tool.path.episode().turns
+        assert len(turns) == pictures <= 3  # nothing is shown or written after the turn that ends the episode
+        runs = ids[wrote].tensor_split(torch.diff(wrote.nonzero()[:, 0]).ne(1).nonzero()[:, 0] + 1)
+        texts = [student.processor.tokenizer.decode(run, skip_special_tokens=True) for run in runs]
+        assert texts == [turn.completion.text for turn in turns]
+        assert int((ids[wrote] == student.processor.tokenizer.eos_token_id).sum()) <= len(turns)
+
+
+def test_what_the_machinery_fails_at_is_left_out(data, tmp_path):
+    student = load_student(rl_recipe(data, "ibis-nano", tmp_path), "full")
+    cases = list(read_cases(data))
+    logged = []
+    judge = rl.judge(PAPER, lambda episodes: None)
+    tools = [
+        rl.SegmentationTool(cases.__getitem__, segmenter, student, 3)
+        for segmenter in (load_segmenter("region"), Breaking())
+    ]
+    for tool in tools:
+        tool.reset(case=0)
+        tool.act("<think>There.</think><action>click + (0.5, 0.5) spleen</action><|end|>")
+    assert [turn.reply.problem for turn in tools[0].path.observation.turns] == [None]
+    rewards = judge([[], []], tools, lambda name, value: logged.append((name, value)))
+    assert rewards[0] is not None
+    assert rewards[1] is None
+    assert ("path/cut", 1.0) in logged
+    assert ("path/failed", 1.0) in logged
+    assert judge([[]], tools[1:], lambda name, value: None) == [None]
+    judge([[]], tools[1:], lambda name, value: None)
+    with pytest.raises(SegmenterError, match="every path fails, the last one: no answer"):
+        judge([[]], tools[1:], lambda name, value: None)
+
+
+def test_groups_of_different_batches_join():
+    def batch(prompt, completion, first):
+        rows = 4
+        return {
+            "prompt_ids": torch.full((rows, prompt), first), "prompt_mask": torch.ones(rows, prompt),
+            "completion_ids": torch.full((rows, completion), first + 1),
+            "completion_mask": torch.ones(rows, completion),
+            "tool_mask": torch.ones(rows, completion), "advantages": torch.arange(rows) + 10 * first,
+            "num_items_in_batch": torch.tensor(99), "num_images": [1] * rows,
+            "pixel_values": [torch.full((1, 4), first)] * rows,
+            "mm_token_type_ids": torch.ones(rows, prompt + completion),
+        }  # fmt: skip
+
+    joined = rl.join_groups([batch(3, 5, 1), batch(4, 2, 2)], [(1, 0), (0, 1)], 2, pad_token_id=0)
+    assert joined["prompt_ids"].tolist() == [[2] * 4] * 2 + [[0, 1, 1, 1]] * 2
+    assert joined["completion_ids"].tolist() == [[3, 3, 0, 0, 0]] * 2 + [[2] * 5] * 2
+    assert joined["advantages"].tolist() == [20, 21, 12, 13]
+    assert joined["mm_token_type_ids"].tolist() == [[1] * 6 + [0] * 3] * 2 + [[0] + [1] * 8] * 2
+    assert joined["pixel_values"][:, 0].tolist() == [2, 2, 1, 1]
+    assert joined["num_items_in_batch"] == 2 * 2 + 2 * 5
+
+
+def test_groups_without_variance_are_replaced(data, qwen, tmp_path):
+    """The paths of the first batch all earn the same, those of the second do not."""
+    trainer, _ = rl.make_trainer(rl_recipe(data, str(qwen), tmp_path, resample=3, max_turns=1))
+    earned = iter([[1.0, 1.0, 2.0, 2.0], [0.0, 1.0, 3.0, 3.0], [5.0, 5.0, 0.0, 1.0]])
+    trainer.reward_funcs[0] = lambda environments, **_: next(earned)
+    batch = play(trainer)
+    assert (batch["advantages"] != 0).all()
+    assert trainer._metrics["train"]["sampling/batches"] == [3.0]
+    assert len(batch["pixel_values"]) == int(batch["image_grid_thw"].prod(dim=1).sum())
+
+
+def test_what_build_data_made_is_learnt_and_played(qwen, tmp_path):
+    pictures, made = write_discs(tmp_path, 3), tmp_path / "made"
+    write_discs(pictures, 1, "val")
+    build(Plan(read_cases(pictures), made, FactoryConfig(segmenter="region")))
+    cases = rl.read_training_cases(rl.RlRecipe(data=made, out=tmp_path / "out"))
+    families = {case.meta["family"]: case for case in cases}
+    assert {"referring", "existence", "refinement", "vqa"} <= families.keys()
+    assert families["referring"].targets
+    assert families["refinement"].start
+    assert families["vqa"].answer
+    assert families["vqa"].targets is None
+    student = load_student(sft_recipe(made, "ibis-nano", tmp_path), "full")
+    train, val = (sft.read_lessons(made, split, student) for split in ("train", "val"))
+    told = EpisodeStore(made / "filter").open()
+    assert 0 < len(val) < len(train) == len(told) - len(val)
+    with pytest.raises(ConfigError, match="give the folder of build-data itself"):
+        sft.read_lessons(made / "export", "train", student)
+    large = load_student(sft_recipe(made, str(qwen), tmp_path), "full")
+    exported = sft.read_lessons(made / "export", "train", large)
+    assert sorted(len(lesson.messages) for lesson in exported) == sorted(
+        len(lesson.messages) for lesson in sft.read_lessons(made, "train", large)
+    )
+    logs = []
+    recipe = sft_recipe(made, str(qwen), tmp_path / "run", look_split="val", steps=1, batch=1)
+    sft.train(recipe, lambda step, steps, told: logs.append(told))
+    assert any("eval_loss" in told for told in logs)
+
+
+def test_the_command_line(episodes, qwen, tmp_path, capsys):
+    path = tmp_path / "recipe.toml"
+    lines = [f'data = "{episodes}"', f'out = "{tmp_path / "run"}"', 'device = "cpu"', "steps = 1", "batch = 1"]
+    path.write_text("\n".join([*lines, f'policy = "{qwen}"', 'history = "full"', "report_to = []"]))
+    assert app(["sft", str(path), "--json"], standalone_mode=False) is None
+    folder = Path(json.loads(capsys.readouterr().out)["policy"])
+    assert (folder / "model.safetensors").is_file()
+    path.write_text(path.read_text() + "\npath = 4")
+    with pytest.raises(SystemExit) as caught:
+        app(["rl", str(path)])
+    assert caught.value.code == 2
+    assert "Extra inputs" in capsys.readouterr().err
