@@ -290,7 +290,7 @@ _ABNORMAL = (
     "meningioma",
 )
 _SIDES = frozenset({"left", "right", "anterior", "posterior", "upper", "lower", "superior", "inferior"})
-_DOUBTFUL = ("vessel", "artery", "nerve", "lesion", "aorta", "tissue", "mass")
+_DOUBTFUL = ("vessel", "artery", "nerve", "lesion", "aorta", "tissue", "mass", "spinal canal")
 
 
 def with_article(name: str) -> str:
