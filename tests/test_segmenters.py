@@ -744,15 +744,17 @@ print(session.predict([Click(3, 4, True, "a")]).logits.sum())
         answers = {process.communicate()[0] for process in started}
         assert [process.returncode for process in started] == [0, 0]
         assert len(answers) == 1
-        [folder] = (tmp_path / "ibisagent" / "openvino").iterdir()
-        assert sorted(file.name for file in folder.iterdir()) == ["network.bin", "network.xml"]
+        kept = sorted((tmp_path / "ibisagent" / "openvino").iterdir())
+        assert [folder.name.split("-")[0] for folder in kept] == ["glance", "ibis"]  # two networks, once each
+        for folder in kept:
+            assert sorted(file.name for file in folder.iterdir()) == ["network.bin", "network.xml"]
 
     def test_a_damaged_conversion_says_what_to_delete(
         self, click_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         IbisClick(click_weights, device="cpu", runtime="openvino")
-        [file] = tmp_path.rglob("network.xml")
+        [file] = tmp_path.rglob("ibis-click-*/network.xml")
         file.write_text("<half")
         with pytest.raises(SegmenterError, match=r"^[^\n]*ibis-click-[^\n]*delete it$"):
             IbisClick(click_weights, device="cpu", runtime="openvino")
