@@ -40,6 +40,7 @@ from ibisagent.segmenters.ibis_click import IbisClick
 from ibisagent.segmenters.litemedsam import LiteMedSam, LiteMedSamEncoder, encoder_input
 from ibisagent.segmenters.region import RegionSegmenter
 from ibisagent.segmenters.remote import RemoteSegmenter
+from ibisagent.segmenters.runtime import one_thread
 from ibisagent.segmenters.sam2 import Sam2
 from ibisagent.segmenters.tidy import fill_small_holes, keep_prompted, obey
 from ibisagent.server.segmenter_app import create_app
@@ -748,6 +749,13 @@ print(session.predict([Click(3, 4, True, "a")]).logits.sum())
         assert [folder.name.split("-")[0] for folder in kept] == ["glance", "ibis"]  # two networks, once each
         for folder in kept:
             assert sorted(file.name for file in folder.iterdir()) == ["network.bin", "network.xml"]
+
+    @OPENVINO
+    def test_one_thread_gives_the_same_on_any_machine(self, click_weights: Path) -> None:
+        with one_thread():
+            alone = IbisClick(click_weights, device="cpu", runtime="openvino")
+        network: Any = alone._sight.network
+        assert network._compiled.get_property("INFERENCE_NUM_THREADS") == 1
 
     def test_a_damaged_conversion_says_what_to_delete(
         self, click_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

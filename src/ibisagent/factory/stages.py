@@ -37,6 +37,7 @@ from ibisagent.factory.raw import RecallingSegmenter, raw_episodes
 from ibisagent.factory.telling import Teller, Untold
 from ibisagent.images import write_whole
 from ibisagent.segmenters import load_segmenter
+from ibisagent.segmenters.runtime import one_thread
 from ibisagent.store import EpisodeStore, make_folder
 from ibisagent.teacher.base import Teacher
 
@@ -76,8 +77,9 @@ class Worker:
 
     @cached_property
     def segmenter(self) -> RecallingSegmenter:
-        """The segmenter of the settings."""
-        return RecallingSegmenter(load_segmenter(self.config.segmenter, device=self.plan.device))
+        """The segmenter of the settings, with the same masks on any number of cores."""
+        with one_thread():
+            return RecallingSegmenter(load_segmenter(self.config.segmenter, device=self.plan.device))
 
     @cached_property
     def teacher(self) -> Teacher:

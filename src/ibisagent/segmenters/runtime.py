@@ -14,7 +14,9 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
@@ -30,6 +32,20 @@ Runtime = Literal["torch", "openvino"]
 RUNTIMES = ("auto", "torch", "openvino")
 
 log = logging.getLogger(__name__)
+
+
+_one_thread: ContextVar[bool] = ContextVar("one_thread", default=False)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """OpenVINO networks loaded in this block run on one thread: sums of several threads differ in their last bits, and
+    so do masks. For runs that must end the same on any machine and with any number of workers."""
+    token = _one_thread.set(True)
+    try:
+        yield
+    finally:
+        _one_thread.reset(token)
 
 
 class Network(Protocol):
@@ -139,7 +155,9 @@ class _OpenVinoNetwork:
         precision = "f16" if "FP16" in able else lossy
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
         # OpenVINO has its own thread pool; the user's wish for torch and numpy holds for it as well.
-        if os.environ.get("OMP_NUM_THREADS", "").isdigit():
+        if _one_thread.get():
+            settings["INFERENCE_NUM_THREADS"] = 1
+        elif os.environ.get("OMP_NUM_THREADS", "").isdigit():
             settings["INFERENCE_NUM_THREADS"] = int(os.environ["OMP_NUM_THREADS"])
         version = openvino.__version__.split("-")[0]
         self.runtime = f"openvino {version} {precision}"
