@@ -7,10 +7,9 @@ from typing import Any
 
 from ibisagent.datasets import CaseRow
 from ibisagent.factory.config import FactoryConfig, Question
-from ibisagent.teacher.phrasings import DESCRIPTIONS, Absences, is_abnormal, phrasings, with_article
+from ibisagent.teacher.phrasings import DESCRIPTIONS, SHARES, Absences, is_abnormal, phrasings, with_article
 
 VAGUE_SITES = ("tissue", "cell")
-SHARES = {"a tenth": 0.1, "a quarter": 0.25, "half": 0.5, "a twentieth": 0.05}
 
 
 class Asker:

@@ -215,6 +215,9 @@ def phrasings(kind: str, *, held_out: bool) -> list[tuple[int, str]]:
     ]
 
 
+SHARES: Mapping[str, float] = MappingProxyType({"a tenth": 0.1, "a quarter": 0.25, "half": 0.5, "a twentieth": 0.05})
+"""Shares of the picture that questions about size name."""
+
 DESCRIPTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "aorta": ("the great vessel that carries blood from the heart to the body", "the body's largest artery"),

@@ -169,15 +169,9 @@ class _Run:
         }
 
     def _resume(self) -> None:
-        saved = load_checkpoint(self._checkpoint)
+        saved = load_checkpoint(self._checkpoint, json.dumps(self._described()))
         if saved is None:
             return
-        before, now = json.loads(saved["recipe"]), self._described()
-        changed = sorted(name for name in now if before.get(name) != now[name])
-        if changed:
-            raise ConfigError(
-                f"{self._checkpoint}: made with another recipe ({', '.join(changed)}): give another out, or delete it"
-            )
         self.network.load_state_dict(saved["network"])
         self.average.load_state_dict(saved["average"])
         self.optimizer.load_state_dict(saved["optimizer"])

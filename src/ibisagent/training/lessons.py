@@ -24,7 +24,7 @@ from ibisagent.protocol import START_LINE, write
 from ibisagent.segmenters.click_network import ClickNetwork
 from ibisagent.segmenters.frame import prompt_maps
 from ibisagent.segmenters.glance import places_seen
-from ibisagent.teacher.phrasings import DESCRIPTIONS, Absences, is_abnormal, phrasings, with_article
+from ibisagent.teacher.phrasings import DESCRIPTIONS, SHARES, Absences, is_abnormal, phrasings, with_article
 from ibisagent.training.click_states import jittered_box, spoilt
 from ibisagent.training.views import SIDE, Bank, random_turn
 
@@ -36,7 +36,6 @@ LOOK_SIDE = 192  # pixels a side of the segmenter's looks
 WORDS, ABSENT, FIRST = 0.08, 0.14, 0.38
 """Shares of the examples that ask for words, for an absent object, for a first turn; the rest are later turns."""
 
-SHARES = {"a tenth": 0.1, "a quarter": 0.25, "half": 0.5, "a twentieth": 0.05}
 ANYTHING = ("object", "structure", "target", "lesion", "region of interest", "abnormality", "finding", "area")
 SYLLABLES = (
     *("ba", "co", "de", "fi", "gu", "hy", "ka", "lo", "mi"),

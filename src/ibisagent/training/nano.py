@@ -7,7 +7,6 @@ object that is asked for. What it is taught: `lessons`.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
@@ -24,7 +23,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from ibisagent.clicks import bounding_box
 from ibisagent.domain import Box, Click
-from ibisagent.errors import ConfigError, DataError
+from ibisagent.errors import DataError
 from ibisagent.masks import iou
 from ibisagent.policies.nano import (
     LOCATIONS,
@@ -38,7 +37,7 @@ from ibisagent.policies.nano import (
 from ibisagent.protocol import START_LINE
 from ibisagent.recipe import Recipe
 from ibisagent.segmenters.ibis_click import PACKAGED_WEIGHTS, read_click_network
-from ibisagent.teacher.phrasings import DESCRIPTIONS, phrasings
+from ibisagent.teacher.phrasings import DESCRIPTIONS, SHARES, phrasings
 from ibisagent.training import lessons
 from ibisagent.training.click_states import is_development
 from ibisagent.training.lessons import CELL, VIEW, Example, Lessons, Pair, pairs_from, turned_features
@@ -64,7 +63,7 @@ CHAT_TEMPLATE = (
 
 def build_processor(names: Sequence[str], words: int = 1280) -> IbisNanoProcessor:
     """A processor whose tokenizer knows `words` byte-level BPE tokens from our own texts, then the location tokens."""
-    corpus = [START_LINE, *lessons.ANYTHING, *lessons.SYLLABLES, *lessons.SHARES, *sum(DESCRIPTIONS.values(), ())]
+    corpus = [START_LINE, *lessons.ANYTHING, *lessons.SYLLABLES, *SHARES, *sum(DESCRIPTIONS.values(), ())]
     corpus += [text for kind in lessons.KINDS for _, text in phrasings(kind, held_out=False)]
     thoughts = (lessons.LOOK, lessons.MISSED, lessons.LEAKED, lessons.DONE, lessons.NOT_THERE)
     corpus += [text.format(name) for name in names for text in ("Segment the {}.", "Is there a {}?", *thoughts)]
@@ -332,15 +331,9 @@ class _Run:
         return folder
 
     def _resume(self) -> None:
-        saved = load_checkpoint(self._checkpoint)
+        saved = load_checkpoint(self._checkpoint, self._described())
         if saved is None:
             return
-        before, now = json.loads(saved["recipe"]), json.loads(self._described())
-        changed = sorted(name for name in now if before.get(name) != now[name])
-        if changed:
-            raise ConfigError(
-                f"{self._checkpoint}: made with another recipe ({', '.join(changed)}): give another out, or delete it"
-            )
         for name in ("model", "average", "optimizer"):
             getattr(self, name).load_state_dict(saved[name])
         self.step = saved["step"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from ibisagent.errors import ConfigError
 
 Report = Callable[[int, Mapping[str, float], Mapping[str, float] | None], None]
 """Called after each step with the examples so far, the running losses, and the figures of a look if there was one."""
@@ -39,9 +42,16 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any] | None:
-    """What `save_checkpoint` wrote, None if there is nothing."""
+def load_checkpoint(path: Path, recipe: str) -> dict[str, Any] | None:
+    """What `save_checkpoint` wrote, None if there is nothing.
+
+    recipe: settings as JSON, to be compared with the checkpoint's own "recipe"; ConfigError where they differ.
+    """
     if not path.exists():
         return None
     state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    before, now = json.loads(state["recipe"]), json.loads(recipe)
+    changed = sorted(name for name in now if before.get(name) != now[name])
+    if changed:
+        raise ConfigError(f"{path}: made with another recipe ({', '.join(changed)}): give another out, or delete it")
     return state
