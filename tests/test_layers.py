@@ -26,7 +26,7 @@ LAYERS = (
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 SIDEWAYS = {
-    ("policies.nano", "segmenters"),  # its eye is LiteMedSAM's encoder, which is embedded once for both
+    ("policies.nano", "segmenters"),  # its eye is the glance, as that of ibis-click
     ("evaluation.report", "session"),  # actions in the same words
     ("evaluation.runs", "session"),  # the same facts about policy and segmenter, the same default
     ("datasets.members", "volumes"),  # a slice of a volume is a picture of a data set

@@ -60,12 +60,9 @@ def encoder_input(pixels: np.ndarray) -> np.ndarray:
 
 
 class LiteMedSamEncoder:
-    """LiteMedSAM's image encoder alone: pictures in, frozen features out. Used by the nano policy as well.
+    """LiteMedSAM's image encoder alone: pictures in, frozen features out."""
 
-    exact: see `load_network`.
-    """
-
-    def __init__(self, runtime: str = "auto", device: str = "cpu", *, exact: bool = True) -> None:
+    def __init__(self, runtime: str = "auto", device: str = "cpu") -> None:
         device = choose_device(device)
         self._network = load_network(
             lambda: litemedsam_network().image_encoder,
@@ -73,7 +70,6 @@ class LiteMedSamEncoder:
             key=f"{_KEY}-encoder",
             runtime=choose_runtime(runtime, device),
             device=device,
-            exact=exact,
         )
         self.runtime = self._network.runtime
 
