@@ -10,31 +10,29 @@ from ibisagent.errors import ConfigError, IbisError
 from ibisagent.factory.config import Stage
 from ibisagent.factory.stages import Plan, Worker
 
+LIVES = 3  # how often a worker that the machine killed is started again
+
 
 class _ShardRunner:
-    """Lives in a Ray worker process; keeps segmenter and teacher loaded between shards."""
+    """Lives in a Ray worker process; keeps segmenter and teacher loaded between shards and stages."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._worker = Worker(plan)
+    _worker: Worker | None = None
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        shards, errors = [], []
-        for shard, stage in zip(batch["shard"], batch["stage"], strict=True):
-            error = ""
-            if not self._worker.path(stage, int(shard)).exists():  # a shard that Ray tries again may be there already
-                try:
-                    self._worker.run(stage, int(shard))
-                except IbisError as raised:
-                    error = f"{type(raised).__name__}: {raised}"
-            shards.append(int(shard))
-            errors.append(error)
-        return {"shard": shards, "error": errors}
+    def run(self, plan: Plan, stage: Stage, shard: int) -> tuple[int, str, str]:
+        """Do a shard; (its number, class and text of an IbisError that stopped it, or twice "")."""
+        self._worker = self._worker or Worker(plan)
+        if not self._worker.path(stage, shard).exists():  # a shard that Ray tries again may be there already
+            try:
+                self._worker.run(stage, shard)
+            except IbisError as error:
+                return shard, type(error).__name__, str(error)
+        return shard, "", ""
 
 
 def on_ray(
     workers: int, address: str | None = None
 ) -> Callable[[Plan, Stage, Sequence[int], Callable[[int], None]], None]:
-    """How `stages.build` runs shards on `workers` Ray processes with one core each.
+    """How `stages.build` runs shards on `workers` Ray processes with one core each, which live through all stages.
 
     address: of a cluster whose machines see the data and the output folder under the same paths; None starts Ray on
     this machine. ConfigError if Ray is not installed. The stages that talk to a paid teacher stay in this process, so
@@ -42,11 +40,21 @@ def on_ray(
     """
     try:
         import ray
-        import ray.data
+        from ray.util import ActorPool
     except ImportError:
         raise ConfigError("Ray is not installed: pip install 'ibisagent[ray]', or leave out --workers") from None
 
+    pool: Any = None
+
+    def start() -> Any:
+        if not ray.is_initialized():
+            local: dict[str, Any] = {} if address else {"num_cpus": workers, "include_dashboard": False}
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+        runner: Any = ray.remote(num_cpus=1, max_restarts=LIVES, max_task_retries=LIVES)(_ShardRunner)
+        return ActorPool([runner.remote() for _ in range(workers)])
+
     def run(plan: Plan, stage: Stage, shards: Sequence[int], finished: Callable[[int], None]) -> None:
+        nonlocal pool
         paid = plan.config.teacher == "endpoint" and stage in ("thoughts", "reflection")
         if paid or stage == "questions":  # questions take no time worth a process
             worker = Worker(plan)
@@ -54,18 +62,17 @@ def on_ray(
                 worker.run(stage, shard)
                 finished(shard)
             return
-        if not ray.is_initialized():
-            local: dict[str, Any] = {} if address else {"num_cpus": workers, "include_dashboard": False}
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        tasks = [{"shard": shard, "stage": stage} for shard in shards]
-        done = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
-            _ShardRunner, fn_constructor_args=(plan,), concurrency=workers, batch_size=1, num_cpus=1
-        )
-        for row in done.iter_rows():
-            if row["error"]:
-                kind, _, text = row["error"].partition(": ")
-                raise next((c for c in IbisError.__subclasses__() if c.__name__ == kind), IbisError)(text)
-            finished(int(row["shard"]))
+        pool, shared = pool or start(), ray.put(plan)
+        try:
+            done = pool.map_unordered(lambda runner, shard: runner.run.remote(shared, stage, shard), shards)
+            for shard, kind, text in done:
+                if kind:
+                    raise next((c for c in IbisError.__subclasses__() if c.__name__ == kind), IbisError)(text)
+                finished(shard)
+        except ray.exceptions.RayActorError as error:
+            raise IbisError(
+                f"a Ray worker died {LIVES + 1} times at stage {stage} ({str(error).splitlines()[0]});"
+                " give it more memory and start the same command again: it goes on where it stopped"
+            ) from error
 
     return run

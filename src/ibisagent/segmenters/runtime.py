@@ -153,7 +153,11 @@ class _OpenVinoNetwork:
         able = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         lossy = "bf16" if "BF16" in able and not exact else "f32"
         precision = "f16" if "FP16" in able else lossy
-        settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
+        settings: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": precision,
+            "ENABLE_CPU_PINNING": False,  # several processes would all pin their threads to the first cores
+        }
         # OpenVINO has its own thread pool; the user's wish for torch and numpy holds for it as well.
         if _one_thread.get():
             settings["INFERENCE_NUM_THREADS"] = 1
