@@ -32,6 +32,7 @@ from ibisagent.datasets import CaseRow, CaseSource, read_cases
 from ibisagent.domain import Mask
 from ibisagent.images import write_mask_png
 from ibisagent.masks import iou
+from ibisagent.policies import load_policy
 from ibisagent.segmenters import load_segmenter
 from ibisagent.training.click_states import is_development
 
@@ -127,7 +128,8 @@ def measure(data: CaseSource, seed: int, *, scattered: bool) -> dict[str, object
         own = {row.id for row in shown}
         among = [*(row for row in data.rows if row.split != "val"), *shown]
         cases = CaseSource(shown, data.where)
-        found = audit.audit(cases, load_segmenter("ibis-click", device="cpu"), among=CaseSource(among, data.where))
+        segmenter, policy = load_segmenter("ibis-click", device="cpu"), load_policy("ibis-nano", device="cpu")
+        found = audit.audit(cases, segmenter, policy, among=CaseSource(among, data.where))
     assert own == {finding.case_id for finding in found.findings}, found.failures  # noqa: S101
     worst = {finding.case_id for finding in found.findings[:WORST]}
     return {
@@ -157,7 +159,7 @@ def fit(data: CaseSource, seed: int) -> dict[str, object]:
     rows = [row for row in train if is_development(row.patient)]
     source = CaseSource(rows, data.where)
     masks = [mask for _, mask in source.truths()]
-    segmenter = load_segmenter("ibis-click", device="cpu")
+    segmenter, policy = load_segmenter("ibis-click", device="cpu"), load_policy("ibis-nano", device="cpu")
     names = {row.object for row in rows} | {row.object for row in train if row.dataset in {r.dataset for r in rows}}
     listed = CaseSource(audit.reference_rows(train, names), data.where)
     known = [
@@ -169,9 +171,11 @@ def fit(data: CaseSource, seed: int) -> dict[str, object]:
     kinds: list[str] = []
     for index, (row, case) in enumerate(zip(rows, source, strict=True)):
         kind = KINDS[index % len(KINDS)]
+        agent = audit.asked(case.image, row.object, policy, segmenter)
         for mask, name in ((masks[index], ""), (spoil(kind, index, rows, masks, random), kind)):
             signals = references.signals(row, audit.describe(case.image.pixels, mask))
-            examples.append({**signals, "segmenter": 1 - iou(mask, audit.redraw(case.image, mask, segmenter))})
+            redrawn = audit.redraw(case.image, mask, segmenter)
+            examples.append({**signals, "segmenter": 1 - iou(mask, redrawn), "agent": 1 - iou(mask, agent)})
             kinds.append(name)
     columns = [name for name in audit.WEIGHTS if name != "twin"]
     values = np.array([[one[name] for name in columns] for one in examples])

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from ibisagent import session
@@ -158,12 +159,12 @@ def main() -> None:
         print(json.dumps(figures, indent=1))
 
 
-def line(name: str, value: Any) -> str:
+def line(name: str, value: Any, goals: Mapping[str, tuple[str, float]] = LIMITS) -> str:
     """A figure for people, with its goal where it has one."""
     shown = f"{value:.3f}" if isinstance(value, float) else value
-    if name not in LIMITS:
+    if name not in goals:
         return f"{name:42}{shown}"
-    sign, limit = LIMITS[name]
+    sign, limit = goals[name]
     met = value <= limit if sign == "<=" else value >= limit
     return f"{name:42}{shown}  (goal {sign} {limit:g})  {'ok' if met else 'MISSED'}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,12 @@ from typer.testing import CliRunner
 
 from ibisagent.audit import MASK_COLOUR, References, audit, describe, draw, redraw, suspicion, write_report
 from ibisagent.cli import app
+from ibisagent.clicks import bounding_box
 from ibisagent.datasets import read_cases
-from ibisagent.domain import Image
+from ibisagent.domain import Completion, Image, Observation, Reply, Stop
 from ibisagent.errors import DataError
 from ibisagent.images import read_image, write_mask_png, write_png
+from ibisagent.protocol import write
 from ibisagent.segmenters import load_segmenter
 
 SIZE = (90, 121)
@@ -90,6 +93,32 @@ def test_a_part_can_be_held_against_all(data: Path) -> None:
     assert len(alone.findings) == 4
 
 
+class Knowing:
+    """An agent that boxes the true organ of any of the patients."""
+
+    name, dialect = "knowing", "ibis"
+
+    def respond(self, observations: Sequence[Observation]) -> list[Completion]:
+        """The box of what is asked for, then the end."""
+        return [self._reply(observation) for observation in observations]
+
+    def _reply(self, seen: Observation) -> Completion:
+        if seen.turns:
+            return Completion(write(Reply("It fits.", (Stop("Done."),)), SIZE, dialect="ibis"))
+        known = next(one for one in map(patient, range(PATIENTS)) if np.array_equal(one[0], seen.image.pixels))
+        box = bounding_box(known[1 if "liver" in seen.query else 2], "")
+        return Completion(write(Reply("There it is.", (box,)), SIZE, dialect="ibis"))
+
+
+def test_an_agent_that_knows_better_makes_a_mask_suspect(data: Path) -> None:
+    segmenter = load_segmenter("ellipse")
+    signals = {finding.case_id: finding.signals for finding in audit(read_cases(data), segmenter, Knowing()).findings}
+    right = [signals[case_id]["agent"] for case_id in signals.keys() - WRONG]
+    assert max(right) < 0.15
+    assert all(signals[case_id]["agent"] > 0.2 for case_id in WRONG - {"4.png#liver"})  # an ellipse has no holes
+    assert {finding.signals["agent"] for finding in audit(read_cases(data), segmenter).findings} == {0.0}
+
+
 def test_masks_that_cannot_be_read_are_failures(data: Path) -> None:
     (data / "3_liver.png").write_bytes(b"no picture")
     write_mask_png(np.zeros(SIZE, dtype=bool), data / "5_liver.png")
@@ -146,7 +175,7 @@ def test_a_name_that_nobody_else_has_is_judged_by_the_picture_alone(data: Path) 
     references = References([(rows[0], describe(pixels, liver))])
     signals = references.signals(rows[0], describe(pixels, liver))
     assert signals["form"] == signals["look"] == signals["other form"] == 0
-    assert 0 < suspicion({**signals, "segmenter": 0.0, "twin": 0.0}) < 0.5
+    assert 0 < suspicion({**signals, "segmenter": 0.0, "agent": 0.0, "twin": 0.0}) < 0.5
 
 
 def test_redraw_and_draw() -> None:

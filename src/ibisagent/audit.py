@@ -1,7 +1,8 @@
 """Label QA: which masks of a data set disagree with their picture or their name, worst first.
 
-Every mask is held against the other masks of its name in the same data (never of the same patient), against a segmenter
-that is prompted from it, and against its own picture. Signals, 0 where nothing is wrong, growing with the disagreement:
+Every mask is held against the other masks of its name in the same data (never of the same patient), against what an
+agent segments that is asked for its name, against a segmenter that is prompted from it, and against its own picture.
+Signals, 0 where nothing is wrong, growing with the disagreement:
 
 | signal | what |
 |---|---|
@@ -11,6 +12,7 @@ that is prompted from it, and against its own picture. Signals, 0 where nothing 
 | holes, gaps | share of the filled mask that is holes, and their number, beyond three quarters of those masks |
 | border, edges | how much less its outline follows edges than theirs, against its surroundings and the whole picture |
 | segmenter | 1 - IoU with what the segmenter draws, given its box and two clicks of an expert who believes in it |
+| agent | 1 - IoU with what the agent segments, given the picture and the name |
 | twin | IoU with a mask of another name in the same picture, from TWIN up |
 
 `suspicion` is their weighted sum through a sigmoid. The weights come from benchmarks/audit.py: masks of training
@@ -35,11 +37,13 @@ import numpy as np
 
 from ibisagent.clicks import bounding_box, next_click
 from ibisagent.datasets import CaseRow, CaseSource
-from ibisagent.domain import Click, Image, Mask, Prompt
-from ibisagent.errors import DataError, SegmenterError
+from ibisagent.domain import Case, Click, Image, Mask, Prompt
+from ibisagent.errors import DataError, PolicyError, SegmenterError
 from ibisagent.images import write_png, write_whole
 from ibisagent.masks import iou
+from ibisagent.policies import Policy
 from ibisagent.segmenters import Segmenter
+from ibisagent.session import segment
 
 NEIGHBOURS = 3
 MOST_REFERENCES = 40  # per name: enough for the nearest ones, and bounded work
@@ -62,6 +66,7 @@ WEIGHTS: Mapping[str, float] = MappingProxyType(
         "border": 1.95,
         "edges": 1.45,
         "segmenter": 1.44,
+        "agent": 0.0,
         "twin": 4.0,  # by hand: none of the spoiled copies were beside their twins
     }
 )
@@ -286,14 +291,16 @@ def reference_rows(rows: Sequence[CaseRow], names: set[str]) -> list[CaseRow]:
 def audit(
     cases: CaseSource,
     segmenter: Segmenter,
+    policy: Policy | None = None,
     *,
     among: CaseSource | None = None,
     on_mask: Callable[[], None] | None = None,
 ) -> Audit:
     """Look at every mask of `cases`. among: the data whose masks they are held against; default: themselves.
 
-    on_mask: called after each mask that was looked at; describing the others comes before. Masks that cannot be read,
-    or on which the segmenter fails, are failures. Raises DataError if there is no mask.
+    policy: the agent that is asked for every name, with `segmenter`; None: nobody is. on_mask: called after each mask
+    that was looked at; describing the others comes before. Masks that cannot be read, or on which segmenter or policy
+    fail, are failures. Raises DataError if there is no mask.
     """
     rows = [row for row in cases.rows if row.mask is not None]
     if not rows:
@@ -325,8 +332,8 @@ def audit(
         for row in together:
             if row.id in masks and image is not None:
                 try:
-                    findings.append(_look_at(row, image, masks, together, segmenter, references))
-                except SegmenterError as error:
+                    findings.append(_look_at(row, image, masks, together, segmenter, policy, references))
+                except (SegmenterError, PolicyError) as error:
                     failures[row.id] = str(error)
             if on_mask is not None:
                 on_mask()
@@ -346,6 +353,7 @@ def _look_at(
     masks: Mapping[str, Mask],
     together: Sequence[CaseRow],
     segmenter: Segmenter,
+    policy: Policy | None,
     references: References,
 ) -> Finding:
     mask = masks[row.id]
@@ -353,6 +361,7 @@ def _look_at(
     signals = references.signals(row, one)
     suggestion = redraw(image, mask, segmenter)
     signals["segmenter"] = 1 - iou(mask, suggestion)
+    signals["agent"] = 0.0 if policy is None else 1 - iou(mask, asked(image, row.object, policy, segmenter))
     twins = {
         other.object: iou(mask, masks[other.id])
         for other in together
@@ -398,6 +407,15 @@ def redraw(image: Image, mask: Mask, segmenter: Segmenter) -> Mask:
     return prediction.mask
 
 
+def asked(image: Image, name: str, policy: Policy, segmenter: Segmenter) -> Mask:
+    """(H, W): what the agent segments when it is asked for `name`; nothing where it says that there is none."""
+    episode = segment(Case("audit", image, f"Segment the {name}."), policy, segmenter)
+    found = np.zeros(image.size, dtype=bool)
+    for mask in episode.kept("best").values():
+        found |= mask
+    return found
+
+
 def _reasons(signals: Mapping[str, float], one: Description, twin: str, nearest: str, name: str) -> tuple[str, ...]:
     """What weighs most, in words, heaviest first."""
     words = {
@@ -410,6 +428,7 @@ def _reasons(signals: Mapping[str, float], one: Description, twin: str, nearest:
         "border": "its outline follows no edges",
         "edges": "its outline lies where the picture is flat",
         "segmenter": f"the segmenter draws another outline (IoU {1 - signals['segmenter']:.2f})",
+        "agent": f"asked for '{name}', the agent segments something else (IoU {1 - signals['agent']:.2f})",
         "twin": f"it is the mask of '{twin}'",
     }
     weights = {signal: WEIGHTS[signal] * signals[signal] for signal in words}

@@ -110,6 +110,9 @@ def audit(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the page, the table and the pictures.")],
     split: Annotated[str | None, typer.Option(help="Only these masks; they are held against all of DATA.")] = None,
     segmenter: Annotated[str, typer.Option("--segmenter", "-s", help="Draws what leaks and is missed.")] = "ibis-click",
+    policy: Annotated[
+        str, typer.Option("--policy", "-p", help="The agent that is asked for every name; none: nobody.")
+    ] = "ibis-nano",
     limit: Annotated[int | None, typer.Option(help="Only this many masks, spread over the data.", min=1)] = None,
     pictures: Annotated[int, typer.Option(help="Pictures of so many of the worst.", min=0)] = 50,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
@@ -123,6 +126,7 @@ def audit(
     with status("reading the data and loading the segmenter", quiet=as_json):
         from ibisagent import audit as auditing
         from ibisagent.datasets import read_cases
+        from ibisagent.policies import load_policy
         from ibisagent.segmenters import load_segmenter
         from ibisagent.store import make_folder
 
@@ -131,8 +135,9 @@ def audit(
         cases = cases.filter(lambda row: row.mask is not None).spread(limit)
         make_folder(output)
         engine = load_segmenter(segmenter, device=device)
+        agent = None if policy == "none" else load_policy(policy, device=device)
     with progress(len(cases), "masks", quiet=as_json) as advance:
-        found = auditing.audit(cases, engine, among=everything, on_mask=advance)
+        found = auditing.audit(cases, engine, agent, among=everything, on_mask=advance)
     page = auditing.write_report(found, cases, output, pictures=pictures)
     if as_json:
         print_json({"findings": [one.to_json() for one in found.findings], "failures": dict(found.failures)})
