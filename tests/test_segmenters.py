@@ -133,6 +133,49 @@ def sam2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def sam2_video_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a memory, as the published ones are."""
+    import torch
+    from transformers import Sam2ImageProcessor, Sam2Processor, Sam2VideoConfig, Sam2VideoModel
+
+    config = Sam2VideoConfig(
+        vision_config={
+            "backbone_config": {
+                "model_type": "sam2_hiera_det_model",
+                "hidden_size": 8,
+                "image_size": [128, 128],
+                "blocks_per_stage": [1, 1, 2, 1],
+                "embed_dim_per_stage": [8, 16, 32, 64],
+                "num_attention_heads_per_stage": [1, 2, 4, 8],
+                "window_size_per_stage": [8, 4, 4, 2],
+                "global_attention_blocks": [3],
+                "window_positional_embedding_background_size": [4, 4],
+            },
+            "backbone_channel_list": [64, 32, 16, 8],
+            "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
+            "fpn_hidden_size": 128,
+        },
+        prompt_encoder_config={"hidden_size": 128, "image_size": 128, "mask_input_channels": 8},
+        mask_decoder_config={"hidden_size": 128, "mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 32},
+        image_size=128,
+        memory_attention_hidden_size=128,
+        memory_attention_num_layers=2,
+        memory_attention_feed_forward_hidden_size=64,
+        memory_attention_rope_feat_sizes=[8, 8],
+        memory_encoder_hidden_size=128,
+        memory_encoder_output_channels=64,
+        mask_downsampler_embed_dim=128,
+        memory_fuser_embed_dim=128,
+        memory_fuser_intermediate_dim=64,
+    )
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("sam2video")
+    Sam2VideoModel(config).save_pretrained(folder)
+    Sam2Processor(Sam2ImageProcessor(size={"height": 128, "width": 128})).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def litemedsam() -> LiteMedSam:
     """Loaded once for all tests: it remembers the phantoms that it has embedded."""
     return LiteMedSam(device="cpu")
@@ -801,6 +844,24 @@ def original_names(state: dict[str, Any]) -> dict[str, Any]:
         (r"upscale_conv1", "output_upscaling.0"),
         (r"upscale_layer_norm", "output_upscaling.1"),
         (r"upscale_conv2", "output_upscaling.3"),
+        (r"^no_memory_positional_encoding$", "no_mem_pos_enc"),
+        (r"^memory_temporal_positional_encoding$", "maskmem_tpos_enc"),
+        (r"^no_object_pointer$", "no_obj_ptr"),
+        (r"^occlusion_spatial_embedding_parameter$", "no_obj_embed_spatial"),
+        (r"^temporal_positional_encoding_projection_layer", "obj_ptr_tpos_proj"),
+        (r"^object_pointer_proj\.layers\.0", "obj_ptr_proj.layers.1"),
+        (r"^object_pointer_proj\.proj_in", "obj_ptr_proj.layers.0"),
+        (r"^object_pointer_proj\.proj_out", "obj_ptr_proj.layers.2"),
+        (r"^memory_attention\.layer_norm", "memory_attention.norm"),
+        (r"^memory_encoder\.projection", "memory_encoder.out_proj"),
+        (r"^memory_encoder\.feature_projection", "memory_encoder.pix_feat_proj"),
+        (r"memory_fuser\.(.*)\.scale", r"fuser.\1.gamma"),
+        (r"memory_fuser\.(.*)\.layer_norm", r"fuser.\1.norm"),
+        (r"memory_fuser\.(.*)\.depthwise_", r"fuser.\1.dw"),
+        (r"memory_fuser\.(.*)\.pointwise_", r"fuser.\1.pw"),
+        *((rf"downsampler\.layers\.{n}\.conv", f"downsampler.encoder.{3 * n}") for n in range(4)),
+        *((rf"downsampler\.layers\.{n}\.layer_norm", f"downsampler.encoder.{3 * n + 1}") for n in range(4)),
+        (r"downsampler\.final_conv", "downsampler.encoder.12"),
         (r"layer_norm(\d|_final)", r"norm\1"),
         (r"o_proj", "out_proj"),
         (r"(\.mlp\.)proj_in", r"\1layers.0"),
@@ -820,6 +881,93 @@ def original_names(state: dict[str, Any]) -> dict[str, Any]:
                 name = re.sub(pattern, replacement, name)
             renamed[name] = tensor
     return renamed
+
+
+def slice_of_disc(number: int) -> tuple[Image, np.ndarray]:
+    rows, columns = np.mgrid[:90, :120]
+    disc = (columns - 40 - number) ** 2 + (rows - 45) ** 2 < 400
+    return Image((60 + 100 * np.repeat(disc[..., None], 3, axis=2)).astype(np.uint8)), disc
+
+
+class TestSam2Memory:
+    def test_it_follows_what_it_was_shown(self, sam2_video_folder: Path) -> None:
+        segmenter = Sam2(str(sam2_video_folder), device="cpu")
+        image, disc = slice_of_disc(0)
+
+        def followed(**masks: np.ndarray) -> dict[str, Prediction]:
+            memory = segmenter.memory()
+            assert memory is not None
+            memory.remember(image, masks)
+            return memory.predict(slice_of_disc(1)[0])
+
+        first, again, other = followed(disc=disc), followed(disc=disc), followed(disc=~disc)
+        assert first["disc"].mask.shape == disc.shape
+        assert 0 <= first["disc"].score <= 1
+        assert np.array_equal(first["disc"].logits, again["disc"].logits)
+        assert not np.array_equal(first["disc"].logits, other["disc"].logits)
+        both = followed(disc=disc, rest=~disc)
+        assert np.allclose(both["disc"].logits, first["disc"].logits, atol=1e-5)
+        assert np.allclose(both["rest"].logits, other["disc"].logits, atol=1e-5)
+
+    def test_it_does_not_grow_with_the_pictures(self, sam2_video_folder: Path) -> None:
+        memory = Sam2(str(sam2_video_folder), device="cpu").memory()
+        assert memory is not None
+        for number in range(60):
+            image, disc = slice_of_disc(number % 20)
+            if number % 5 == 0:
+                memory.remember(image, {"disc": disc} if number % 10 else {"disc": disc, "rest": ~disc})
+            else:
+                assert memory.predict(image).keys() == {"disc", "rest"}
+        session = memory._session
+        assert not session.processed_frames
+        for outputs in session.output_dict_per_obj.values():
+            assert len(outputs["cond_frame_outputs"]) <= 4
+            assert len(outputs["non_cond_frame_outputs"]) <= 16
+
+    def test_an_original_checkpoint_is_the_same_memory(self, sam2_video_folder: Path, tmp_path: Path) -> None:
+        import torch
+        from safetensors.torch import load_file
+
+        state = original_names(load_file(sam2_video_folder / "model.safetensors"))
+        for name in (  # as they stand in the published files
+            "maskmem_tpos_enc",
+            "no_obj_embed_spatial",
+            "obj_ptr_proj.layers.2.weight",
+            "obj_ptr_tpos_proj.bias",
+            "mask_downsample.weight",
+            "memory_attention.layers.1.cross_attn_image.out_proj.weight",
+            "memory_attention.norm.bias",
+            "memory_encoder.mask_downsampler.encoder.10.weight",
+            "memory_encoder.mask_downsampler.encoder.12.bias",
+            "memory_encoder.fuser.layers.1.gamma",
+            "memory_encoder.fuser.layers.0.pwconv2.weight",
+            "memory_encoder.out_proj.weight",
+        ):
+            assert name in state
+        path = tmp_path / "tiny.pt"
+        torch.save({"model": state}, path)
+        shutil.copy(sam2_video_folder / "config.json", path.with_suffix(".json"))
+        image, disc = slice_of_disc(0)
+        logits = []
+        for source in (sam2_video_folder, path):
+            memory = Sam2(str(source), device="cpu").memory()
+            assert memory is not None
+            memory.remember(image, {"disc": disc})
+            logits.append(memory.predict(slice_of_disc(2)[0])["disc"].logits)
+        assert np.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-5)  # apart from the order of additions
+        assert np.ptp(logits[0]) > 1e-3
+
+    def test_weights_for_single_pictures_have_none(self, sam2_folder: Path) -> None:
+        assert Sam2(str(sam2_folder), device="cpu").memory() is None
+
+    def test_there_must_be_something_to_follow(self, sam2_video_folder: Path) -> None:
+        memory = Sam2(str(sam2_video_folder), device="cpu").memory()
+        assert memory is not None
+        image, disc = slice_of_disc(0)
+        with pytest.raises(SegmenterError, match="remember a mask first"):
+            memory.predict(image)
+        with pytest.raises(SegmenterError, match="a mask is empty"):
+            memory.remember(image, {"disc": disc & False})
 
 
 class TestSam2:

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from volume_phantoms import GRIDS, blob
 
-from ibisagent.domain import Click, Reply, Stop
+from ibisagent.domain import Click, Image, Masks, Reply, Stop
 from ibisagent.errors import ConfigError
 from ibisagent.masks import dice
 from ibisagent.policies.oracle import OraclePolicy
 from ibisagent.policies.scripted import ScriptedPolicy
 from ibisagent.protocol import write
-from ibisagent.segmenters import load_segmenter
+from ibisagent.segmenters import Memory, Prediction, SegmenterSession, load_segmenter
 from ibisagent.volume_agent import (
     Look,
     SliceCases,
@@ -84,6 +84,54 @@ def test_several_targets_are_carried_together() -> None:
     assert shared
     opened_without_prompt = found.cost.encoder_calls - len({carried.slice for carried in found.carried})
     assert opened_without_prompt <= len(found.asked)  # one opening serves all targets
+
+
+class Remembering:
+    """The region segmenter with a memory, which says of every picture what was last remembered."""
+
+    def __init__(self) -> None:
+        self._plain = load_segmenter("region")
+        self.name = "remembering"
+        self.shown: list[dict[str, int]] = []
+
+    def open(self, image: Image) -> SegmenterSession:
+        """For the agent's own turns."""
+        return self._plain.open(image)
+
+    def describe(self) -> dict[str, str]:
+        """See `Segmenter`."""
+        return self._plain.describe()
+
+    def memory(self) -> Memory:
+        """See `segmenters.Memory`."""
+        owner = self
+
+        class Kept:
+            masks: Masks
+
+            def remember(self, image: Image, masks: Masks) -> None:
+                assert all(mask.shape == image.size and mask.any() for mask in masks.values())
+                owner.shown.append({name: int(mask.sum()) for name, mask in masks.items()})
+                self.masks = dict(masks)
+
+            def predict(self, image: Image) -> dict[str, Prediction]:
+                return {name: Prediction(mask, 0.9, np.zeros(0)) for name, mask in self.masks.items()}
+
+        return Kept()
+
+
+def test_a_segmenter_with_a_memory_follows_with_it() -> None:
+    inside = np.zeros((31, 43, 24), bool)
+    inside[8:20, 10:30] = True
+    view = SliceView(Volume(np.where(inside, 200, 0).astype(np.int16), GRIDS["LPS-even"], "bar"))
+    segmenter = Remembering()
+    oracle = OraclePolicy(SliceCases(view, "liver", {"liver": inside}))
+    found = segment_volume(view, "liver", oracle, segmenter, keys=[4, 16], recheck=8)
+    assert dice(found.masks["liver"].reshape(31, -1), inside.reshape(31, -1)) > 0.95
+    assert len(segmenter.shown) >= 2  # both key slices
+    assert all(shown.keys() == {"liver"} for shown in segmenter.shown)
+    assert len({carried.slice for carried in found.carried} | {asked.slice for asked in found.asked}) == 24
+    assert found.cost.predictions >= 20
 
 
 def test_a_recheck_spares_what_it_was_not_asked_about() -> None:

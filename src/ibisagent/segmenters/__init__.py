@@ -10,7 +10,7 @@ from typing import Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
-from ibisagent.domain import Click, Image, Mask, Prompt
+from ibisagent.domain import Click, Image, Mask, Masks, Prompt
 from ibisagent.errors import ConfigError
 
 SEGMENTERS: Mapping[str, str] = MappingProxyType(
@@ -68,6 +68,21 @@ class Segmenter(Protocol):
 
     def describe(self) -> dict[str, str]:
         """Facts for records: "segmenter", "runtime", "weights_sha256", "licence"; all there, "" where none."""
+        ...
+
+
+class Memory(Protocol):
+    """What a segmenter keeps in mind of some targets while pictures of one size follow each other: a video, slices.
+
+    A segmenter that can do so has a method `memory()`, which gives an empty one.
+    """
+
+    def remember(self, image: Image, masks: Masks) -> None:
+        """The next picture, on which these are the targets' masks, none of them empty. SegmenterError on failure."""
+        ...
+
+    def predict(self, image: Image) -> dict[str, Prediction]:
+        """Every target on the next picture; score: how likely it is still there. SegmenterError on failure."""
         ...
 
 

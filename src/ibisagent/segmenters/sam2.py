@@ -1,4 +1,4 @@
-"""SAM 2.1 and MedSAM2 as a segmenter, through transformers' `Sam2Model` and `Sam2Processor`.
+"""SAM 2.1 and MedSAM2 as a segmenter, through transformers' `Sam2Model`, and their memory, through `Sam2VideoModel`.
 
 Weights come from a hub id, a folder of the transformers kind, or an original checkpoint: a `.pt` file as
 facebookresearch/sam2 and bowang-lab/MedSAM2 publish it, whose state dict is renamed here.
@@ -13,12 +13,12 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import cv2
 import numpy as np
 
-from ibisagent.domain import Box, Click, Image, Prompt
+from ibisagent.domain import Box, Click, Image, Masks, Prompt
 from ibisagent.errors import ConfigError, SegmenterError
 from ibisagent.segmenters import Prediction, check_prior, check_prompts
 from ibisagent.segmenters.cache import EmbeddingCache
@@ -27,9 +27,10 @@ from ibisagent.segmenters.tidy import split_prompts
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Sam2Config, Sam2Model, Sam2Processor
+    from transformers import Sam2Config, Sam2Model, Sam2Processor, Sam2VideoConfig, Sam2VideoProcessor
 
 MAX_LOGIT = 32.0  # as SAM 2 clamps the mask that it is given back
+SEEN_BY_PEOPLE = 4  # pictures whose masks were given and that are kept in mind: the latest
 _CHECKPOINT = re.compile(r"(?P<file>.+\.pth?)(@(?P<side>\d+))?")
 
 # (channels, blocks) of the image encoder -> its shape, from the YAML files of facebookresearch/sam2
@@ -45,6 +46,24 @@ _RENAMES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"^no_mem_embed$", "no_memory_embedding"),
+        (r"^no_mem_pos_enc$", "no_memory_positional_encoding"),
+        (r"^maskmem_tpos_enc$", "memory_temporal_positional_encoding"),
+        (r"^no_obj_ptr$", "no_object_pointer"),
+        (r"^no_obj_embed_spatial$", "occlusion_spatial_embedding_parameter"),
+        (r"^obj_ptr_tpos_proj\.", "temporal_positional_encoding_projection_layer."),
+        (r"^obj_ptr_proj\.layers\.0\.", "object_pointer_proj.proj_in."),
+        (r"^obj_ptr_proj\.layers\.1\.", "object_pointer_proj.layers.0."),
+        (r"^obj_ptr_proj\.layers\.2\.", "object_pointer_proj.proj_out."),
+        (r"^memory_attention\.norm\.", "memory_attention.layer_norm."),
+        *((rf"\.encoder\.{3 * n}\.", f".layers.{n}.conv.") for n in range(4)),  # of memory_encoder.mask_downsampler
+        *((rf"\.encoder\.{3 * n + 1}\.", f".layers.{n}.layer_norm.") for n in range(4)),
+        (r"\.encoder\.12\.", ".final_conv."),
+        (r"^memory_encoder\.pix_feat_proj\.", "memory_encoder.feature_projection."),
+        (r"^memory_encoder\.out_proj\.", "memory_encoder.projection."),
+        (r"^memory_encoder\.fuser\.layers\.(\d+)\.gamma$", r"memory_encoder.memory_fuser.layers.\1.scale"),
+        (r"^memory_encoder\.fuser\.layers\.(\d+)\.norm\.", r"memory_encoder.memory_fuser.layers.\1.layer_norm."),
+        (r"^memory_encoder\.fuser\.layers\.(\d+)\.dw", r"memory_encoder.memory_fuser.layers.\1.depthwise_"),
+        (r"^memory_encoder\.fuser\.layers\.(\d+)\.pw", r"memory_encoder.memory_fuser.layers.\1.pointwise_"),
         (r"^image_encoder\.trunk\.", "vision_encoder.backbone."),
         (r"^image_encoder\.neck\.convs\.(\d+)\.conv\.", r"vision_encoder.neck.convs.\1."),
         (r"\.patch_embed\.proj\.", ".patch_embed.projection."),
@@ -67,7 +86,10 @@ _RENAMES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(_mlps\.\d+|_head)\.layers\.2\.", r"\1.proj_out."),
     )
 )
-_VIDEO_ONLY = re.compile(r"^(memory_|maskmem_|no_mem_pos_enc|no_obj_|obj_ptr_|mask_downsample)")
+_MEMORY = re.compile(  # transformers' names of what only the memory needs
+    r"^(memory_|no_memory_positional|no_object_pointer|occlusion_|temporal_positional|object_pointer_|mask_downsample)"
+)
+_PARTS = ("vision_config", "prompt_encoder_config", "mask_decoder_config")  # of a config, but for the memory
 _POINT_EMBEDDING = re.compile(r"^sam_prompt_encoder\.point_embeddings\.(\d+)\.weight$")
 
 
@@ -90,11 +112,11 @@ class Sam2:
         self.name = f"sam2:{source}"
         self.cache = cache if cache is not None else EmbeddingCache()
         checkpoint = _CHECKPOINT.fullmatch(source)
+        self._side = int(checkpoint["side"]) if checkpoint and checkpoint["side"] else None
         if checkpoint:
             self._file = _find_checkpoint(checkpoint["file"])
-            side = checkpoint["side"]
             model: Any
-            model, self._processor = _from_original(self._file, int(side) if side else None)
+            model, self._processor = _from_original(self._file, self._side)
         else:
             model, self._processor, self._file = _from_transformers(source)
         self._device = choose_device(device)
@@ -115,6 +137,30 @@ class Sam2:
 
         features = self.cache.fetch(f"{self.name} {self._device}", image.sha256, embed)
         return Sam2Session(image.size, features, self._model, self._processor)
+
+    def memory(self) -> Sam2Memory | None:
+        """An empty memory; None where the weights are of a model for single pictures. Loaded when first needed."""
+        if self._video is None:
+            return None
+        return Sam2Memory(*self._video, self._device)
+
+    @cached_property
+    def _video(self) -> tuple[Any, Sam2VideoProcessor] | None:
+        """The model with its memory, which shares the image encoder, and its processor."""
+        import torch
+        from transformers import Sam2VideoProcessor, Sam2VideoVideoProcessor
+
+        if _CHECKPOINT.fullmatch(self._file.name):
+            model = _video_from_original(self._file, self._side)
+        else:
+            model = _video_from_transformers(self._file.parent)
+        if model is None:
+            return None
+        model.vision_encoder = self._model.vision_encoder
+        side = self._processor.target_size
+        videos: Any = Sam2VideoVideoProcessor
+        processor = Sam2VideoProcessor(self._processor.image_processor, videos(size={"height": side, "width": side}))
+        return model.eval().requires_grad_(False).to(torch.device(self._device)), processor
 
     @cached_property
     def _weights_sha256(self) -> str:
@@ -197,25 +243,89 @@ class Sam2Session:
         return 20 * (resized - 0.5)
 
 
-def rename_original(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+class Sam2Memory:
+    """See `segmenters.Memory`. Costs an embedding a picture, and holds as many pictures as the model can attend to."""
+
+    def __init__(self, model: Any, processor: Sam2VideoProcessor, device: str) -> None:
+        self._model, self._processor, self._device = model, processor, device
+        self._session: Any = processor.init_video_session(inference_device=device)
+        self._targets: list[str] = []
+        self._next = 0
+
+    def remember(self, image: Image, masks: Masks) -> None:
+        """See `segmenters.Memory`."""
+        if not masks or not all(mask.any() for mask in masks.values()):
+            raise SegmenterError("sam2: nothing to remember: a mask is empty")
+        self._targets += [target for target in masks if target not in self._targets]
+        self._session.video_height, self._session.video_width = image.size
+        self._processor.add_inputs_to_inference_session(
+            self._session,
+            self._next,
+            [self._targets.index(target) for target in masks],
+            input_masks=[mask.astype(np.float32) for mask in masks.values()],
+        )
+        self._see(image)
+
+    def predict(self, image: Image) -> dict[str, Prediction]:
+        """See `segmenters.Memory`."""
+        logits, there = self._see(image)
+        found = {}
+        for target, plane, sure in zip(self._targets, logits, there, strict=True):
+            mask = cv2.resize(plane, image.size[::-1], interpolation=cv2.INTER_LINEAR) > 0
+            found[target] = Prediction(mask, float(sure), plane)
+        return found
+
+    def _see(self, image: Image) -> tuple[np.ndarray, np.ndarray]:
+        """Mask logits (N, h, w) and chances (N,) of the targets on the next picture."""
+        import torch
+
+        if not self._targets:
+            raise SegmenterError("sam2: there is nothing in mind to follow: remember a mask first")
+        try:
+            pixels = self._processor(images=image.pixels, return_tensors="pt")["pixel_values"]
+            with torch.inference_mode():
+                output = self._model(self._session, frame_idx=self._next, frame=pixels.to(self._device))
+        except RuntimeError as error:
+            raise SegmenterError(f"sam2: its memory failed: {first_line(error)}") from error
+        self._next += 1
+        self._forget()
+        there = output.object_score_logits.float().sigmoid().flatten()
+        return output.pred_masks[:, 0].float().clamp(-MAX_LOGIT, MAX_LOGIT).cpu().numpy(), there.cpu().numpy()
+
+    def _forget(self) -> None:
+        """Drop what is never attended to again, or else memory would grow with the number of pictures."""
+        session, config = self._session, self._model.config
+        reach = self._next - max(config.num_maskmem, config.max_object_pointers_in_encoder)
+        session.processed_frames = {}
+        for number, outputs in session.output_dict_per_obj.items():
+            given, own = outputs["cond_frame_outputs"], outputs["non_cond_frame_outputs"]
+            stale = [given, sorted(given)[:-SEEN_BY_PEOPLE]], [own, [frame for frame in own if frame < reach]]
+            for kept, frames in stale:
+                for frame in frames:
+                    del kept[frame]
+            session.mask_inputs_per_obj[number].clear()
+            tracked = session.frames_tracked_per_obj[number]
+            session.frames_tracked_per_obj[number] = {f: how for f, how in tracked.items() if f >= reach}
+
+
+def rename_original(state: Mapping[str, torch.Tensor], *, memory: bool = False) -> dict[str, torch.Tensor]:
     """The state dict of an original SAM 2 or MedSAM2 checkpoint under the names of transformers' `Sam2Model`.
 
-    What only video needs (memory, object pointers) is left out.
+    memory: with what `Sam2VideoModel` has beside that (memory, object pointers).
     """
     import torch
 
     renamed: dict[str, torch.Tensor] = {}
     points: dict[int, torch.Tensor] = {}
     for original, tensor in state.items():
-        if _VIDEO_ONLY.match(original):
-            continue
         if point := _POINT_EMBEDDING.match(original):
             points[int(point[1])] = tensor
             continue
         name = original
         for pattern, replacement in _RENAMES:
             name = pattern.sub(replacement, name)
-        renamed[name] = tensor
+        if memory or not _MEMORY.match(name):
+            renamed[name] = tensor
     if points:
         renamed["prompt_encoder.point_embed.weight"] = torch.cat([points[index] for index in sorted(points)])
     shared = "prompt_encoder.shared_embedding.positional_embedding"
@@ -254,7 +364,7 @@ def _fetch(repository: str, patterns: list[str]) -> Path:
 
 def _from_transformers(source: str) -> tuple[Sam2Model, Sam2Processor, Path]:
     """Model, processor and weights file of a folder or hub id."""
-    from transformers import Sam2Model, Sam2Processor
+    from transformers import Sam2Config, Sam2Model, Sam2Processor
 
     folder = Path(source).expanduser()
     if not folder.is_dir():
@@ -266,8 +376,14 @@ def _from_transformers(source: str) -> tuple[Sam2Model, Sam2Processor, Path]:
     loader: Any = Sam2Model
     try:
         processor = Sam2Processor.from_pretrained(folder, local_files_only=True)
+        said = json.loads((folder / "config.json").read_text())
+        parts = {part: said[part] for part in _PARTS if part in said}  # published ones are of type sam2_video
         model, report = loader.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+            folder,
+            config=Sam2Config.from_dict(parts),
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         remedy = "give a hub id, a folder or a .pt file of SAM 2 or MedSAM2"
@@ -278,10 +394,9 @@ def _from_transformers(source: str) -> tuple[Sam2Model, Sam2Processor, Path]:
     return model, processor, folder / "model.safetensors"
 
 
-def _from_original(path: Path, side: int | None) -> tuple[Sam2Model, Sam2Processor]:
-    """Model and processor of an original checkpoint."""
+def _read_original(path: Path) -> Mapping[str, torch.Tensor]:
+    """The state dict of an original checkpoint."""
     import torch
-    from transformers import Sam2ImageProcessor, Sam2Model, Sam2Processor
 
     remedy = "give a checkpoint as facebookresearch/sam2 or bowang-lab/MedSAM2 publish it"
     try:
@@ -293,17 +408,82 @@ def _from_original(path: Path, side: int | None) -> tuple[Sam2Model, Sam2Process
     state = loaded.get("model", loaded) if isinstance(loaded, dict) else {}
     if "image_encoder.trunk.patch_embed.proj.weight" not in state:
         raise SegmenterError(f"{path}: not a SAM 2 checkpoint, it has no image_encoder.trunk: {remedy}")
-    state = rename_original(state)
-    config = _config(path, state, side)
-    model = Sam2Model(config)
+    return cast("Mapping[str, torch.Tensor]", state)
+
+
+def _load(model: Any, state: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Put renamed weights into a model of transformers."""
     if not any(".o_proj." in name for name in model.state_dict()):  # as earlier transformers 5 call it
         state = {name.replace(".o_proj.", ".out_proj."): tensor for name, tensor in state.items()}
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
+        remedy = "give a checkpoint as facebookresearch/sam2 or bowang-lab/MedSAM2 publish it"
         raise SegmenterError(f"{path}: its weights do not fit SAM 2 ({first_line(error)}): {remedy}") from error
+
+
+def _from_original(path: Path, side: int | None) -> tuple[Sam2Model, Sam2Processor]:
+    """Model and processor of an original checkpoint."""
+    from transformers import Sam2ImageProcessor, Sam2Model, Sam2Processor
+
+    state = rename_original(_read_original(path))
+    model = Sam2Model(_config(path, state, side))
+    _load(model, state, path)
     network_side: Any = model.prompt_encoder.input_image_size
     return model, Sam2Processor(Sam2ImageProcessor(size={"height": network_side, "width": network_side}))
+
+
+def _video_from_original(path: Path, side: int | None) -> Any:
+    """The model with its memory; None where the checkpoint has none."""
+    from transformers import Sam2VideoModel
+
+    state = rename_original(_read_original(path), memory=True)
+    if not any(_MEMORY.match(name) for name in state):
+        return None
+    model = Sam2VideoModel(_video_config(path, state, side))
+    _load(model, state, path)
+    return model
+
+
+def _video_config(path: Path, state: Mapping[str, torch.Tensor], side: int | None) -> Sam2VideoConfig:
+    """The shape of a checkpoint with its memory: from the JSON beside it, else the published one."""
+    from transformers import Sam2VideoConfig
+
+    beside = path.with_suffix(".json")
+    if beside.is_file() and json.loads(beside.read_text()).get("model_type") == "sam2_video":
+        return Sam2VideoConfig.from_dict(json.loads(beside.read_text()))
+    plain = _config(path, state, side)
+    prompts: Any = plain.prompt_encoder_config
+    network_side = prompts.image_size
+    return Sam2VideoConfig(
+        vision_config=plain.vision_config,
+        prompt_encoder_config=plain.prompt_encoder_config,
+        mask_decoder_config=plain.mask_decoder_config,
+        image_size=network_side,
+        memory_attention_rope_feat_sizes=[network_side // 16] * 2,
+        # SAM 2.0, which has neither, came before SAM 2.1
+        enable_occlusion_spatial_embedding=(is_new := "occlusion_spatial_embedding_parameter" in state),
+        enable_temporal_pos_encoding_for_object_pointers=is_new,
+    )
+
+
+def _video_from_transformers(folder: Path) -> Any:
+    """The model with its memory from a folder; None where its weights have none."""
+    from transformers import Sam2VideoModel
+
+    try:
+        if json.loads((folder / "config.json").read_text()).get("model_type") != "sam2_video":
+            return None
+        loader: Any = Sam2VideoModel
+        model, report = loader.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"sam2: {folder} cannot be loaded with its memory ({first_line(error)})") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise SegmenterError(f"sam2: {folder} lacks {len(missing)} weights of the memory, such as {missing[0]}")
+    return model
 
 
 def _config(path: Path, state: Mapping[str, torch.Tensor], side: int | None) -> Sam2Config:

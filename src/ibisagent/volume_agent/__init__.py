@@ -2,9 +2,9 @@
 
 1. Key slices are given, or searched for: the agent is asked at FIRST_ASKED slices spread over the volume, then between
    them, until it sees an object or FINEST slices apart.
-2. Between and beyond key slices, each slice is asked of the segmenter with the box and the mask that its neighbours
-   lead to expect: between two key slices that show the object their masks are interpolated, elsewhere the mask of the
-   slice before is taken.
+2. Between and beyond key slices, a segmenter with a memory (SAM 2, MedSAM2) follows the object from slice to slice. Any
+   other is asked with the box and the mask that a slice's neighbours lead to expect: between two key slices that show
+   the object their masks are interpolated, elsewhere the mask of the slice before is taken.
 3. Every `recheck` slices, and where the segmenter is in doubt, the agent is asked again, with that mask to refine. What
    it calls absent ends there.
 
@@ -28,7 +28,7 @@ from ibisagent.errors import ConfigError, DataError, SegmenterError
 from ibisagent.masks import iou
 from ibisagent.policies.base import Policy
 from ibisagent.protocol import target_of
-from ibisagent.segmenters import Prediction, Segmenter, SegmenterSession
+from ibisagent.segmenters import Memory, Prediction, Segmenter, SegmenterSession
 from ibisagent.volumes import SliceView
 from ibisagent.volumes.grid import scratch
 
@@ -40,8 +40,8 @@ BOX_MARGIN = 0.05
 
 DOUBTED_SCORE = 0.5
 DOUBTED_OVERLAP = 0.5
-"""A mask is in doubt when the segmenter predicts an IoU below the first, or it overlaps what was expected less than the
-second (IoU)."""
+"""A mask is in doubt when the segmenter's score (predicted IoU, or chance that the object is there) is below the first,
+or it overlaps what was expected less than the second (IoU)."""
 
 DOUBTED_LOOK = 0.4
 """... or when it looks less than this like the target did where the agent saw it, see `Look`. A segmenter that is given
@@ -312,7 +312,9 @@ class _VolumeAgent:
         if not masks:
             return
         index, alone = origin, 0
-        looks = self._looks(origin, masks)
+        looks, memory = self._looks(origin, masks), self._segmenter.memory()
+        if memory is not None:
+            memory.remember(self._view.image(origin), masks)
         step = 1 if any(stop > origin for stop in stops.values()) else -1
         while True:
             index += step
@@ -324,7 +326,7 @@ class _VolumeAgent:
             expected = {
                 target: gaps[target].expected(index, mask) if target in gaps else mask for target, mask in masks.items()
             }
-            guesses = self._predict(index, expected, looks)
+            guesses = self._predict(index, expected, looks, memory)
             alone += 1
             doubt = any(guess.doubt for guess in guesses.values())
             if self._recheck and (doubt or alone >= self._recheck):
@@ -334,6 +336,8 @@ class _VolumeAgent:
                 found = self.ask(index, "doubt" if doubt else "recheck", start)
                 masks, alone = {target: found[target] for target in masks if target in found}, 0
                 looks = self._looks(index, masks)
+                if memory is not None and masks:
+                    memory.remember(self._view.image(index), masks)
                 gaps = {
                     target: gaps[target].narrowed(index, mask, upward=step > 0)
                     for target, mask in masks.items()
@@ -351,16 +355,15 @@ class _VolumeAgent:
         image = self._view.image(index)
         return {target: Look(image, mask) for target, mask in masks.items()}
 
-    def _predict(self, index: int, expected: Mapping[str, Mask], looks: Mapping[str, Look]) -> dict[str, _Guess]:
+    def _predict(
+        self, index: int, expected: Mapping[str, Mask], looks: Mapping[str, Look], memory: Memory | None
+    ) -> dict[str, _Guess]:
         """The segmenter's masks on slice `index` where `expected` are the best guesses, none of them empty."""
         image = self._view.image(index)
-        session = self._segmenter.open(image)
+        predictions = self._prompted(index, image, expected) if memory is None else memory.predict(image)
         guesses = {}
         for target, mask in expected.items():
-            box = bounding_box(mask, target)
-            if box is None:
-                raise SegmenterError(f"slice {index}: nothing is expected of '{target}', so nothing can be asked")
-            prediction = session.predict([_wider(box, mask.shape)], mask)
+            prediction = predictions[target]
             lost = (
                 prediction.score < DOUBTED_SCORE
                 or not prediction.mask.any()
@@ -370,6 +373,16 @@ class _VolumeAgent:
             guesses[target] = guess
             self._carried.append(Carried(index, target, prediction.score, guess.doubt))
         return guesses
+
+    def _prompted(self, index: int, image: Image, expected: Mapping[str, Mask]) -> dict[str, Prediction]:
+        """What a segmenter without a memory makes of the boxes and masks that are expected."""
+        session, predictions = self._segmenter.open(image), {}
+        for target, mask in expected.items():
+            box = bounding_box(mask, target)
+            if box is None:
+                raise SegmenterError(f"slice {index}: nothing is expected of '{target}', so nothing can be asked")
+            predictions[target] = session.predict([_wider(box, mask.shape)], mask)
+        return predictions
 
     def _shown(self, index: int) -> dict[str, Mask]:
         """The masks of slice `index` that are not empty; none outside the volume."""
@@ -509,6 +522,12 @@ class _Counted:
         self.opened += 1
         return _CountedSession(self, self._segmenter.open(image))
 
+    def memory(self) -> _CountedMemory | None:
+        """An empty memory, where the segmenter has one."""
+        remembers = getattr(self._segmenter, "memory", None)
+        memory = remembers() if remembers is not None else None
+        return None if memory is None else _CountedMemory(self, memory)
+
     def describe(self) -> dict[str, str]:
         """See `Segmenter`."""
         return self._segmenter.describe()
@@ -522,3 +541,20 @@ class _CountedSession:
         """See `SegmenterSession`."""
         self._owner.predicted += 1
         return self._session.predict(prompts, prior)
+
+
+class _CountedMemory:
+    def __init__(self, owner: _Counted, memory: Memory) -> None:
+        self._owner, self._memory = owner, memory
+
+    def remember(self, image: Image, masks: Masks) -> None:
+        """See `segmenters.Memory`."""
+        self._owner.opened += 1
+        self._memory.remember(image, masks)
+
+    def predict(self, image: Image) -> dict[str, Prediction]:
+        """See `segmenters.Memory`."""
+        self._owner.opened += 1
+        predictions = self._memory.predict(image)
+        self._owner.predicted += len(predictions)
+        return predictions
