@@ -12,14 +12,17 @@ from ibisagent.errors import PolicyError
 from ibisagent.policies.base import Policy
 
 MAX_BATCH = 16
+PATIENCE = 0.03
+"""Seconds that a batch waits for one more turn, where more came together last time: sessions that were answered
+together come back one after the other, as the segmenter draws their masks, and a turn costs least in company."""
 
 
 class SharedPolicy:
     """A policy that batches the turns of different threads, first come, first served.
 
-    Every session waits with one turn at a time, so nobody gets two turns while another waits for one. A turn that comes
-    while the model is idle is answered at once, alone. If a batch fails, its turns are tried one by one, so that only
-    those fail that are at fault.
+    Every session waits with one turn at a time, so nobody gets two turns while another waits for one. A session that
+    has the model to itself never waits; several wait for each other, see PATIENCE. If a batch fails, its turns are tried
+    one by one, so that only those fail that are at fault.
     """
 
     def __init__(
@@ -31,6 +34,7 @@ class SharedPolicy:
         self._max_batch, self._on_batch = max_batch, on_batch
         self._waiting: deque[tuple[Observation, Future[Completion]]] = deque()
         self._arrived = threading.Condition()
+        self._company = 1  # turns of the last batch, and those that came meanwhile
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="policy", daemon=True)
         self._thread.start()
@@ -69,12 +73,20 @@ class SharedPolicy:
             with self._arrived:
                 while not self._waiting and not self._closed:
                     self._arrived.wait()
+                self._gather()
                 if self._closed:
                     return
                 batch = [self._waiting.popleft() for _ in range(min(self._max_batch, len(self._waiting)))]
             if self._on_batch is not None:
                 self._on_batch(len(batch))
             self._answer(batch)
+            self._company = len(batch) + len(self._waiting)
+
+    def _gather(self) -> None:
+        """Wait for as many turns as were last together, while they keep coming."""
+        while not self._closed and len(self._waiting) < min(self._company, self._max_batch):
+            if not self._arrived.wait(PATIENCE):
+                return
 
     def _answer(self, batch: Sequence[tuple[Observation, Future[Completion]]]) -> None:
         try:
