@@ -144,6 +144,7 @@ def test_measures_of_an_agent(cases: CaseSource) -> None:
     assert (last.measures["turns"], last.measures["clicks"], last.measures["parse_failures"]) == (5, 2, 1)
     assert last.measures["redundant_clicks"] == 1
     assert last.measures["stop_gap"] == 0
+    assert last.measures["raising_corrections"] == 0.5  # the undo, not the click before it
     assert "tokens" not in last.measures  # a script does not count them
     assert len(last.ious) == 5
     assert last.ious[2] < last.ious[3] == last.ious[0]

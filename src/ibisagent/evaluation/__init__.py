@@ -10,6 +10,7 @@ Measures of a case (absent from a row where they have no meaning; definitions in
 | turns, clicks | turns taken; clicks and boxes given |
 | stop_gap | best IoU after any turn, less the IoU handed out: what is lost by stopping or choosing wrongly |
 | redundant_clicks | clicks and boxes of turns after which the IoU is no higher than before |
+| raising_corrections | share of the turns after the first that prompt or undo, after which the IoU is higher |
 | parse_failures | turns whose reply could not be read |
 | seconds, tokens | wall time (a batch's time shared out evenly); tokens written, where the policy counts them |
 | first_hit | 1 if the first prompt is a positive click in the named object, or a box of IoU >= 0.5 with its own |
@@ -35,7 +36,7 @@ import numpy as np
 from ibisagent import metrics
 from ibisagent.clicks import bounding_box, ellipse
 from ibisagent.datasets import CaseSource
-from ibisagent.domain import Box, Case, Click, Episode, Keep, Mask, Masks
+from ibisagent.domain import Box, Case, Click, Episode, Keep, Mask, Masks, Stop
 from ibisagent.environment import MAX_TURNS, SegmentationEnv, rollout
 from ibisagent.errors import DataError, IbisError, PolicyError, SegmenterError
 from ibisagent.evaluation.results import (
@@ -366,6 +367,13 @@ def _measures(case: Case, episode: Episode, keep: Keep) -> dict[str, float]:
                 if after <= before
             )
         )
+        corrections = [
+            after > before
+            for (before, after), turn in zip(pairwise(ious[1:]), episode.turns[1:], strict=True)
+            if any(not isinstance(action, Stop) for action in turn.reply.actions)
+        ]
+        if corrections:
+            row["raising_corrections"] = float(np.mean(corrections))
     elif case.answer is not None:
         row["answer_correct"] = answer_score(episode, case, {})
     hit = first_action_hits(episode, case)

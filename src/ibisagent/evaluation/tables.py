@@ -34,6 +34,7 @@ HEADINGS: Mapping[str, str] = {
     "turns": "turns",
     "clicks": "clicks",
     "redundant_clicks": "redundant",
+    "raising_corrections": "corrections that raise",
     "stop_gap": "stop gap",
     "parse_failures": "unreadable",
     "seconds": "seconds",
