@@ -389,6 +389,11 @@ def test_the_command_and_its_recipe(data: Path, tmp_path: Path) -> None:
     assert json.loads(CliRunner().invoke(app, [*given, "--dry-run"]).stdout)["price"] == 0
     assert "# Data card" in CliRunner().invoke(app, given).stdout
     assert [path.name for path in (tmp_path / "out" / "export").iterdir() if path.is_dir()].count("trl") == 0
+    part = ["build-data", str(data), "-o", str(tmp_path / "part"), "--dry-run", "--split"]
+    assert CliRunner().invoke(app, [*part, "val"]).exit_code == 0
+    assert "no row has split 'test'" in " ".join(CliRunner().invoke(app, [*part, "test"]).output.split())
+    unlicensed = CliRunner().invoke(app, [*part, "train", "--licence-class", "ok"])
+    assert "no row has licence_class 'ok'" in " ".join(unlicensed.output.split())
     wrong = CliRunner().invoke(app, [*given, "--stage", "dreams"])
     assert wrong.exit_code == 2
     assert "unknown stage 'dreams'" in wrong.output

@@ -763,6 +763,8 @@ def build_data(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an unfinished one is continued.")],
     config: Annotated[Path | None, typer.Option("--config", "-c", help="TOML file, such as recipes/data.toml.")] = None,
     stage: Annotated[list[str] | None, typer.Option(help="Only this stage; give it several times for several.")] = None,
+    split: Annotated[str | None, typer.Option(help="Only the pairs of this split.")] = None,
+    licence_class: Annotated[str | None, typer.Option(help="Only pairs of this class, from that column.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only this many pairs, spread over the data.", min=1)] = None,
     workers: Annotated[int | None, typer.Option(help="Processes, on Ray; default: this one alone.", min=1)] = None,
     ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster that sees DATA and OUT.")] = None,
@@ -784,7 +786,8 @@ def build_data(
         if unknown := next((name for name in stage or () if name not in STAGES), None):
             raise ConfigError(f"unknown stage '{unknown}'; there are: {', '.join(STAGES)}")
         chosen: list[Stage] = [name for name in STAGES if not stage or name in stage]
-        cases = read_cases(data).spread(limit)
+        licences = {licence_class} if licence_class else None
+        cases = read_cases(data, split=split, licence_classes=licences).spread(limit)
         plan = factory.Plan(cases, output, settings, device)
     if dry_run:
         _print_json(factory.estimate(plan))
