@@ -340,7 +340,8 @@ def trainer_settings(recipe: StageRecipe) -> dict[str, Any]:
         "activation_checkpointing": recipe.checkpointing,
         "dataloader_num_workers": recipe.workers,
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "use_cpu": recipe.device == "cpu",
+        # transformers allows bfloat16 on a CPU only where it is told to use it
+        "use_cpu": recipe.device == "cpu" or not torch.accelerator.is_available(),
         "seed": recipe.seed,
         "logging_steps": recipe.log_every,
         "save_steps": recipe.save_every,
