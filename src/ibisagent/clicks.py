@@ -20,8 +20,17 @@ def interior_depth(region: Mask) -> np.ndarray:
     is not clicked on its very edge.
     """
     padded = cv2.copyMakeBorder(region.astype(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
-    depth: np.ndarray = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
-    return depth
+    return distance_outside(padded)[1:-1, 1:-1]
+
+
+def distance_outside(region: np.ndarray) -> np.ndarray:
+    """Exact Euclidean distance of every pixel of `region` (H, W) uint8 or bool to the nearest 0; float32, 0 there.
+
+    OpenCV's last bit depends on where the array lies in memory, and would decide ties. Squares are whole numbers.
+    """
+    distance = cv2.distanceTransform(region.astype(np.uint8, copy=False), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    exact: np.ndarray = np.sqrt(np.rint(distance * distance))
+    return exact
 
 
 def deepest_pixel(region: Mask, avoid: Iterable[tuple[int, int]] = ()) -> tuple[int, int] | None:

@@ -21,7 +21,7 @@ from typing import Literal
 import cv2
 import numpy as np
 
-from ibisagent.clicks import bounding_box, interior_depth
+from ibisagent.clicks import bounding_box, distance_outside, interior_depth
 from ibisagent.domain import MAX_TARGETS, Box, Case, Episode, Image, Mask, Masks, Prompt, check_query
 from ibisagent.environment import SegmentationEnv, rollout
 from ibisagent.errors import ConfigError, DataError, SegmenterError
@@ -404,7 +404,7 @@ class Look:
         """mask: (H, W), not empty."""
         levels = _levels(image)
         reach = max(3, round(0.3 * float(np.sqrt(np.count_nonzero(mask)))))
-        around = (_distance_to(mask) <= reach) & ~mask
+        around = (distance_outside(~mask) <= reach) & ~mask
         inside, outside = (np.bincount(levels[part], minlength=_LEVELS) + 1.0 for part in (mask, around))
         self._like = inside / inside.sum() > outside / outside.sum()
         self._outside = float(self._like[levels[around]].mean()) if around.any() else 1.0
@@ -486,14 +486,8 @@ def vanishing(mask: Mask, share: float) -> Mask:
 
 
 def _signed_depth(mask: Mask) -> np.ndarray:
-    depth: np.ndarray = interior_depth(mask) - _distance_to(mask)
+    depth: np.ndarray = interior_depth(mask) - distance_outside(~mask)
     return depth
-
-
-def _distance_to(mask: Mask) -> np.ndarray:
-    """Distance of every pixel to the nearest one of the mask, float32 (H, W); the mask must not be empty."""
-    distance: np.ndarray = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    return distance
 
 
 def _wider(box: Box, size: tuple[int, ...]) -> Box:
