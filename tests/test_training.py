@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from ibisagent.cli import app
@@ -308,3 +309,10 @@ def test_the_nano_recipe_runs_goes_on_and_refuses_another(recipe, tmp_path, caps
     assert not seen  # all was done before
     with pytest.raises(ConfigError, match="another recipe \\(rate\\)"):
         nano_recipe.train(nano_recipe.NanoRecipe.read(plan).model_copy(update={"rate": 0.5}))
+    other = nano_recipe.NanoRecipe.read(plan).model_copy(update={"out": tmp_path / "other", "rate": 1e-9})
+    further = nano_recipe.train(other.model_copy(update={"start": Path(model), "examples": 2}))
+    before, after = (load_file(Path(folder) / "model.safetensors") for folder in (model, further))
+    assert all(torch.equal(before[name], after[name]) for name in before)  # from there, and hardly a step away
+    assert Path(further, "tokenizer_config.json").read_text() == Path(model, "tokenizer_config.json").read_text()
+    with pytest.raises(ConfigError, match="no ibis-nano to start from"):
+        nano_recipe.train(other.model_copy(update={"start": tmp_path, "out": tmp_path / "none"}))

@@ -33,7 +33,7 @@ CELL = SIDE // LOCATIONS
 GOOD_ENOUGH = 0.8  # IoU at which the right reply is to stop
 LOOK_SIDE = 192  # pixels a side of the segmenter's looks
 
-WORDS, ABSENT, FIRST = 0.08, 0.14, 0.38
+WORDS, ABSENT, FIRST = 0.06, 0.18, 0.38
 """Shares of the examples that ask for words, for an absent object, for a first turn; the rest are later turns."""
 
 ANYTHING = ("object", "structure", "target", "lesion", "region of interest", "abnormality", "finding", "area")

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from ibisagent.clicks import bounding_box
 from ibisagent.domain import Box, Click
-from ibisagent.errors import DataError
+from ibisagent.errors import ConfigError, DataError
 from ibisagent.masks import iou
 from ibisagent.policies.nano import (
     LOCATIONS,
@@ -46,6 +46,8 @@ from ibisagent.training.views import Bank
 
 FORGOTTEN = 0.1  # of the glance's channels in each example, against learning pictures by heart
 AVERAGE_DECAY = 0.998
+DECISION = 5  # first tokens of a reply: they decide whether it clicks, corrects, stops or refuses
+DECISION_WEIGHT = 4.0  # of their loss, of which there are few among the many that follow from them
 
 SPECIAL = ("<pad>", "<|user|>", "<|assistant|>", "<|end|>", "<image>", "<|system|>")
 TAGS = ("<think>", "</think>", "<action>", "</action>", "<answer>", "</answer>")
@@ -153,7 +155,9 @@ def losses(
     words = model.word_count
     is_place = labels >= words
     is_word = (labels >= 0) & ~is_place
-    word_loss = -logprobs[is_word].gather(1, labels[is_word][:, None]).mean()
+    order = (labels >= 0).cumsum(dim=1)
+    weight = 1 + (DECISION_WEIGHT - 1) * (order <= DECISION)[is_word]
+    word_loss = -(weight * logprobs[is_word].gather(1, labels[is_word][:, None])[:, 0]).sum() / weight.sum()
     place_logprobs = logprobs[is_place][:, words:]
     wanted = torch.from_numpy(np.stack([place.ravel() for example in examples for place in example.places]))
     cross = -(wanted * place_logprobs).sum(dim=1).mean()
@@ -228,6 +232,8 @@ class NanoRecipe(Recipe):
     """Folder for the checkpoint and the model, `ibis-nano`; a run that was stopped goes on from there."""
     licence_class: str = ""
     """Use only rows of this licence class; empty for all."""
+    start: Path | None = None
+    """Folder of an ibis-nano to start from, such as the packaged one; none starts from scratch."""
     bank: Path | None = None
     """Folder for the glances at the training pictures (0.4 MB a view), to share it between runs; none means `out`."""
     rounds: int = Field(5, ge=1)
@@ -272,10 +278,12 @@ class _Run:
     def __init__(self, recipe: NanoRecipe, pairs: Sequence[Pair], held_out: Sequence[Pair], bank: Bank) -> None:
         self.recipe, self.held_out, self.bank = recipe, held_out, bank
         torch.manual_seed(recipe.seed)
-        self.processor = build_processor(sorted({pair.name for pair in pairs}))
-        self.model, self.average = build_model(self.processor), build_model(self.processor)
-        self.average.load_state_dict(self.model.state_dict())
-        self.average.eval()
+        if recipe.start is None:
+            self.processor = build_processor(sorted({pair.name for pair in pairs}))
+            self.model = build_model(self.processor)
+        else:
+            self.processor, self.model = load(recipe.start)
+        self.average = deepcopy(self.model).eval()
         self.model.train()
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=recipe.rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98)
@@ -321,7 +329,7 @@ class _Run:
 
     def _described(self) -> str:
         """The recipe without what names this machine."""
-        return self.recipe.model_dump_json(exclude={"data", "out", "bank", "segmenter"})
+        return self.recipe.model_dump_json(exclude={"data", "out", "start", "bank", "segmenter"})
 
     def _save(self) -> Path:
         states = {name: getattr(self, name).state_dict() for name in ("model", "average", "optimizer")}
@@ -337,6 +345,20 @@ class _Run:
         for name in ("model", "average", "optimizer"):
             getattr(self, name).load_state_dict(saved[name])
         self.step = saved["step"]
+
+
+def load(folder: Path) -> tuple[IbisNanoProcessor, IbisNanoForConditionalGeneration]:
+    """Processor and float32 model that `save` wrote. ConfigError where there are none."""
+    try:
+        processor = IbisNanoProcessor.from_pretrained(folder)
+        model = IbisNanoForConditionalGeneration.from_pretrained(
+            folder, attn_implementation="eager", dtype=torch.float32, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}: no ibis-nano to start from ({str(error).splitlines()[0]})") from error
+    for found in ("is_local", "local_files_only"):  # of the loading, not of the tokenizer
+        processor.tokenizer.init_kwargs.pop(found, None)
+    return processor, model
 
 
 def save(model: IbisNanoForConditionalGeneration, processor: IbisNanoProcessor, folder: Path) -> None:
