@@ -312,7 +312,7 @@ def test_the_nano_recipe_runs_goes_on_and_refuses_another(recipe, tmp_path, caps
     other = nano_recipe.NanoRecipe.read(plan).model_copy(update={"out": tmp_path / "other", "rate": 1e-9})
     further = nano_recipe.train(other.model_copy(update={"start": Path(model), "examples": 2}))
     before, after = (load_file(Path(folder) / "model.safetensors") for folder in (model, further))
-    assert all(torch.equal(before[name], after[name]) for name in before)  # from there, and hardly a step away
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)  # hardly a step away
     assert Path(further, "tokenizer_config.json").read_text() == Path(model, "tokenizer_config.json").read_text()
     with pytest.raises(ConfigError, match="no ibis-nano to start from"):
         nano_recipe.train(other.model_copy(update={"start": tmp_path, "out": tmp_path / "none"}))
