@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ibisagent.domain import Box, Case, Click, Completion, Image, Masks, Observation, Prompt, Reply, Stop, Turn, Undo
 from ibisagent.domain import kept_prompts as kept
-from ibisagent.environment import SegmentationEnv, replay, rollout
+from ibisagent.environment import KEPT_STATES, Board, SegmentationEnv, replay, rollout
 from ibisagent.errors import ConfigError, DataError, PolicyError, SegmenterError
 from ibisagent.policies.oracle import OraclePolicy
 from ibisagent.policies.scripted import ScriptedPolicy
@@ -144,6 +144,28 @@ def test_undo_takes_back_the_newest_over_all_targets() -> None:
     assert do(environment, Undo(99)).after == {}
     assert do(environment, Undo(1)).after == {}
     assert not environment.done
+
+
+def test_a_board_keeps_few_states_and_makes_older_ones_again() -> None:
+    clicks = [Click(7 * number, 5 * number, True, "spleen") for number in range(1, 11)]
+    segmenter = NotebookSegmenter()
+    board = Board(IMAGE, segmenter, {})
+    for click in clicks:
+        board.apply([click])
+    assert sum(state is not None for state in board._states) <= KEPT_STATES + 1
+    calls = len(segmenter.calls)
+    board.apply([Undo(2)])
+    assert len(segmenter.calls) == calls  # not far back: nothing is predicted again
+    for steps in (1, 5):
+        board.apply([Undo(steps)])
+        left = clicks[: 7 if steps == 1 else 2]
+        other = Board(IMAGE, NotebookSegmenter(), {})
+        for click in left:
+            other.apply([click])
+        assert np.array_equal(board.masks["spleen"], other.masks["spleen"])
+    board.apply([clicks[5]])
+    other.apply([clicks[5]])
+    assert np.array_equal(board.masks["spleen"], other.masks["spleen"])
 
 
 def test_undo_of_a_part_of_a_turn_leaves_the_rest_of_it() -> None:

@@ -61,11 +61,15 @@ class _Object:
 _Objects = Mapping[str, _Object]
 
 
+KEPT_STATES = 4  # of a board, the latest
+
+
 class Board:
     """Masks as a pure function of the start masks and the prompts of every turn, with Undo.
 
     `_batches[i]` are the prompts of one turn and lead from `_states[i]` to `_states[i + 1]`. An Undo that takes back
-    part of a turn leaves what that turn would have done without them.
+    part of a turn leaves what that turn would have done without them. States hold a segmenter's logits, half a megabyte
+    and more: only the first and the latest are kept, and an Undo that goes back further has the others made again.
     """
 
     def __init__(self, image: Image, segmenter: Segmenter, start: Masks) -> None:
@@ -73,12 +77,18 @@ class Board:
         self._segmenter = segmenter
         self._session: SegmenterSession | None = None
         self._batches: list[tuple[Prompt, ...]] = []
-        self._states: list[_Objects] = [{name: _Object((), mask, mask, None) for name, mask in start.items()}]
+        self._states: list[_Objects | None] = [{name: _Object((), mask, mask, None) for name, mask in start.items()}]
 
     @property
     def masks(self) -> Masks:
         """The masks as they stand, by target."""
-        return MappingProxyType({name: thing.mask for name, thing in self._states[-1].items()})
+        return MappingProxyType({name: thing.mask for name, thing in self._objects.items()})
+
+    @property
+    def _objects(self) -> _Objects:
+        latest = self._states[-1]
+        assert latest is not None  # noqa: S101 - the latest states are kept
+        return latest
 
     def copy(self) -> Board:
         """A board that goes its own way from here; what both have in common is shared."""
@@ -91,14 +101,14 @@ class Board:
 
         Raises SegmenterError and ConfigError as the segmenter does; then nothing has changed.
         """
-        before, objects = self.masks, self._states[-1]
+        before, objects = self.masks, self._objects
         names = {*objects, *(action.target for action in reply.actions if not isinstance(action, Undo | Stop))}
         if len(names) > MAX_TARGETS:
             reply = replace(reply, actions=(), problem=f"names more than {MAX_TARGETS} objects")
         fresh = self.apply(reply.actions)
         scores = [
             thing.score
-            for name, thing in self._states[-1].items()
+            for name, thing in self._objects.items()
             if thing is not objects.get(name) and thing.score is not None
         ]
         return Turn(completion, reply, before, self.masks, float(np.mean(scores)) if scores else None), fresh
@@ -123,9 +133,12 @@ class Board:
         batches = [*kept, tuple(new)] if new else kept
         same = next((i for i, pair in enumerate(zip(batches, self._batches, strict=False)) if pair[0] != pair[1]), None)
         same = min(len(batches), len(self._batches)) if same is None else same
-        states = self._states[: same + 1]
-        for batch in batches[same:]:
-            states.append(self._predict(states[-1], batch))
+        known = next(i for i in range(same, -1, -1) if self._states[i] is not None)
+        states = self._states[: known + 1]
+        for batch in batches[known:]:
+            states.append(self._predict(states[-1] or {}, batch))
+        for index in range(1, len(states) - KEPT_STATES):
+            states[index] = None
         self._batches, self._states = batches, states
         return True
 
