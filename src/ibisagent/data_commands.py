@@ -111,8 +111,8 @@ def audit(
     split: Annotated[str | None, typer.Option(help="Only these masks; they are held against all of DATA.")] = None,
     segmenter: Annotated[str, typer.Option("--segmenter", "-s", help="Draws what leaks and is missed.")] = "ibis-click",
     policy: Annotated[
-        str, typer.Option("--policy", "-p", help="The agent that is asked for every name; none: nobody.")
-    ] = "ibis-nano",
+        str, typer.Option("--policy", "-p", help="Ask this agent, too: a signal in findings.json, not in the order yet.")
+    ] = "none",
     limit: Annotated[int | None, typer.Option(help="Only this many masks, spread over the data.", min=1)] = None,
     pictures: Annotated[int, typer.Option(help="Pictures of so many of the worst.", min=0)] = 50,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
