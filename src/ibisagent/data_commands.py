@@ -111,7 +111,7 @@ def audit(
     split: Annotated[str | None, typer.Option(help="Only these masks; they are held against all of DATA.")] = None,
     segmenter: Annotated[str, typer.Option("--segmenter", "-s", help="Draws what leaks and is missed.")] = "ibis-click",
     policy: Annotated[
-        str, typer.Option("--policy", "-p", help="Ask this agent, too: a signal in findings.json, not in the order yet.")
+        str, typer.Option("--policy", "-p", help="Ask this agent, too: a signal beside the others, without weight yet.")
     ] = "none",
     limit: Annotated[int | None, typer.Option(help="Only this many masks, spread over the data.", min=1)] = None,
     pictures: Annotated[int, typer.Option(help="Pictures of so many of the worst.", min=0)] = 50,
