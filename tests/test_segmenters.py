@@ -94,6 +94,26 @@ def click_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def tiny_vision(width: int) -> dict[str, Any]:
+    """The picture encoder of a SAM 2 for 128 pixels, with features of `width`."""
+    return {
+        "backbone_config": {
+            "model_type": "sam2_hiera_det_model",
+            "hidden_size": 8,
+            "image_size": [128, 128],
+            "blocks_per_stage": [1, 1, 2, 1],
+            "embed_dim_per_stage": [8, 16, 32, 64],
+            "num_attention_heads_per_stage": [1, 2, 4, 8],
+            "window_size_per_stage": [8, 4, 4, 2],
+            "global_attention_blocks": [3],
+            "window_positional_embedding_background_size": [4, 4],
+        },
+        "backbone_channel_list": [64, 32, 16, 8],
+        "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
+        "fpn_hidden_size": width,
+    }
+
+
 @pytest.fixture(scope="module")
 def sam2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny SAM 2 with random weights, as transformers saves it."""
@@ -101,22 +121,7 @@ def sam2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import Sam2Config, Sam2ImageProcessor, Sam2Model, Sam2Processor
 
     config = Sam2Config(
-        vision_config={
-            "backbone_config": {
-                "model_type": "sam2_hiera_det_model",
-                "hidden_size": 8,
-                "image_size": [128, 128],
-                "blocks_per_stage": [1, 1, 2, 1],
-                "embed_dim_per_stage": [8, 16, 32, 64],
-                "num_attention_heads_per_stage": [1, 2, 4, 8],
-                "window_size_per_stage": [8, 4, 4, 2],
-                "global_attention_blocks": [3],
-                "window_positional_embedding_background_size": [4, 4],
-            },
-            "backbone_channel_list": [64, 32, 16, 8],
-            "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
-            "fpn_hidden_size": 32,
-        },
+        vision_config=tiny_vision(32),
         prompt_encoder_config={"hidden_size": 32, "image_size": 128, "mask_input_channels": 8},
         mask_decoder_config={
             "hidden_size": 32,
@@ -139,22 +144,7 @@ def sam2_video_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import Sam2ImageProcessor, Sam2Processor, Sam2VideoConfig, Sam2VideoModel
 
     config = Sam2VideoConfig(
-        vision_config={
-            "backbone_config": {
-                "model_type": "sam2_hiera_det_model",
-                "hidden_size": 8,
-                "image_size": [128, 128],
-                "blocks_per_stage": [1, 1, 2, 1],
-                "embed_dim_per_stage": [8, 16, 32, 64],
-                "num_attention_heads_per_stage": [1, 2, 4, 8],
-                "window_size_per_stage": [8, 4, 4, 2],
-                "global_attention_blocks": [3],
-                "window_positional_embedding_background_size": [4, 4],
-            },
-            "backbone_channel_list": [64, 32, 16, 8],
-            "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
-            "fpn_hidden_size": 128,
-        },
+        vision_config=tiny_vision(128),
         prompt_encoder_config={"hidden_size": 128, "image_size": 128, "mask_input_channels": 8},
         mask_decoder_config={"hidden_size": 128, "mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 32},
         image_size=128,

@@ -89,6 +89,7 @@ _RENAMES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 _MEMORY = re.compile(  # transformers' names of what only the memory needs
     r"^(memory_|no_memory_positional|no_object_pointer|occlusion_|temporal_positional|object_pointer_|mask_downsample)"
 )
+_REMEDY = "give a checkpoint as facebookresearch/sam2 or bowang-lab/MedSAM2 publish it"
 _PARTS = ("vision_config", "prompt_encoder_config", "mask_decoder_config")  # of a config, but for the memory
 _POINT_EMBEDDING = re.compile(r"^sam_prompt_encoder\.point_embeddings\.(\d+)\.weight$")
 
@@ -398,16 +399,15 @@ def _read_original(path: Path) -> Mapping[str, torch.Tensor]:
     """The state dict of an original checkpoint."""
     import torch
 
-    remedy = "give a checkpoint as facebookresearch/sam2 or bowang-lab/MedSAM2 publish it"
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise SegmenterError(f"{path}: damaged, or holds more than tensors: {remedy}") from error
+        raise SegmenterError(f"{path}: damaged, or holds more than tensors: {_REMEDY}") from error
     except (OSError, EOFError, RuntimeError) as error:
-        raise SegmenterError(f"{path}: cannot be read ({first_line(error)}): {remedy}") from error
+        raise SegmenterError(f"{path}: cannot be read ({first_line(error)}): {_REMEDY}") from error
     state = loaded.get("model", loaded) if isinstance(loaded, dict) else {}
     if "image_encoder.trunk.patch_embed.proj.weight" not in state:
-        raise SegmenterError(f"{path}: not a SAM 2 checkpoint, it has no image_encoder.trunk: {remedy}")
+        raise SegmenterError(f"{path}: not a SAM 2 checkpoint, it has no image_encoder.trunk: {_REMEDY}")
     return cast("Mapping[str, torch.Tensor]", state)
 
 
@@ -418,8 +418,7 @@ def _load(model: Any, state: Mapping[str, torch.Tensor], path: Path) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        remedy = "give a checkpoint as facebookresearch/sam2 or bowang-lab/MedSAM2 publish it"
-        raise SegmenterError(f"{path}: its weights do not fit SAM 2 ({first_line(error)}): {remedy}") from error
+        raise SegmenterError(f"{path}: its weights do not fit SAM 2 ({first_line(error)}): {_REMEDY}") from error
 
 
 def _from_original(path: Path, side: int | None) -> tuple[Sam2Model, Sam2Processor]:
@@ -455,14 +454,14 @@ def _video_config(path: Path, state: Mapping[str, torch.Tensor], side: int | Non
     plain = _config(path, state, side)
     prompts: Any = plain.prompt_encoder_config
     network_side = prompts.image_size
+    is_new = "occlusion_spatial_embedding_parameter" in state  # SAM 2.1, not 2.0
     return Sam2VideoConfig(
         vision_config=plain.vision_config,
         prompt_encoder_config=plain.prompt_encoder_config,
         mask_decoder_config=plain.mask_decoder_config,
         image_size=network_side,
         memory_attention_rope_feat_sizes=[network_side // 16] * 2,
-        # SAM 2.0, which has neither, came before SAM 2.1
-        enable_occlusion_spatial_embedding=(is_new := "occlusion_spatial_embedding_parameter" in state),
+        enable_occlusion_spatial_embedding=is_new,
         enable_temporal_pos_encoding_for_object_pointers=is_new,
     )
 
