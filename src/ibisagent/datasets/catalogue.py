@@ -106,8 +106,11 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
         ),
     }
 )
-"""By the name that `layout_of` gives their files. Addresses and licences as copies of the sources' pages
-stated them: they may have changed, and the terms of each picture's own source hold as well. Read them before use."""
+"""By the name that `layout_of` gives their files.
+
+Addresses and licences as copies of the sources' pages stated them: they may have changed, and the terms of each
+picture's own source hold as well. Read them before use.
+"""
 
 
 @dataclass(frozen=True, slots=True)
