@@ -156,7 +156,7 @@ class IbisNanoOutput(ModelOutput):
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    past_key_values: Any = None
+    cache: Any = None
     hidden_states: Any = None
     attentions: Any = None
     location_keys: torch.Tensor | None = None
@@ -288,7 +288,7 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         labels: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         location_keys: torch.Tensor | None = None,
@@ -316,12 +316,12 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 image_features = self._frozen_features(pixel_values[:, :3])
             fine, tokens = self.vision(image_features.to(embeds.dtype), pixel_values)
             embeds = embeds.masked_scatter(is_image[..., None], tokens.to(embeds.dtype))
-            mask = self._picture_blocks_see_themselves(embeds, attention_mask, past_key_values, position_ids, is_image)
+            mask = self._picture_blocks_see_themselves(embeds, attention_mask, cache, position_ids, is_image)
         outputs = self.language_model(
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
         )
         hidden = outputs.last_hidden_state
@@ -343,7 +343,7 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return IbisNanoOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             location_keys=location_keys,
             region_logits=region,
         )
@@ -352,7 +352,7 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self,
         embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        past_key_values: Any,
+        cache: Any,
         position_ids: torch.Tensor | None,
         is_image: torch.Tensor,
     ) -> torch.Tensor | None:
@@ -363,7 +363,7 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             config=self.language_model.config,
             inputs_embeds=embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             position_ids=position_ids,
             block_sequence_ids=blocks,
         )
