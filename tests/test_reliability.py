@@ -11,12 +11,14 @@ import pytest
 from typer.testing import CliRunner
 
 from ibisagent.cli import app
-from ibisagent.domain import Case, Completion, Image, Observation
+from ibisagent.domain import Action, Box, Case, Completion, Image, Observation, Reply, Stop
 from ibisagent.environment import SegmentationEnv, rollout
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.images import write_mask_png, write_png
+from ibisagent.masks import iou
 from ibisagent.policies import load_policy
 from ibisagent.policies.scripted import ScriptedPolicy
+from ibisagent.protocol import write
 from ibisagent.reliability import Queue, Reliability, Reviewer, fit, gain_of_dropping, signals
 from ibisagent.segmenters import load_segmenter
 
@@ -66,8 +68,24 @@ def test_nothing_handed_out_scores_nothing() -> None:
     stop = policy.respond([Observation("x", one.image, one.query, {}, oracle_episode(one).turns)])[0].text
     (episode,) = rollout(ScriptedPolicy([stop]), [SegmentationEnv(one, load_segmenter("region"), dialect="ibis")])
     found = signals(episode, one.image, load_segmenter("region"))
-    assert found == {"quality": 0.0, "stability": 0.0}
+    assert found == {"quality": 0.0, "stability": 0.0, "settling": 0.0}
     assert Reliability.plain(list(found)).score(found) == 0
+
+
+def test_settling_is_how_little_had_to_be_mended() -> None:
+    one = case(3)
+    segmenter = load_segmenter("ellipse")
+
+    def settling(*actions: Action) -> tuple[float, list[np.ndarray]]:
+        replies = [write(Reply("", (action,)), SIZE, dialect="ibis") for action in actions]
+        env = SegmentationEnv(one, segmenter, dialect="ibis", max_turns=len(actions))
+        (episode,) = rollout(ScriptedPolicy(replies), [env])
+        return signals(episode, one.image, segmenter)["settling"], [turn.after["liver"] for turn in episode.turns]
+
+    wide, half = Box(20, 20, 40, 36, "liver"), Box(20, 20, 30, 36, "liver")
+    assert settling(wide)[0] == settling(wide, Stop("Done."))[0] == 1
+    found, masks = settling(wide, half, Stop("Done."))
+    assert found == iou(masks[0], masks[1]) < 0.5  # the turn that changed most counts, not the last
 
 
 def made_up(count: int, seed: int = 0) -> tuple[list[dict[str, float]], list[float]]:
@@ -99,6 +117,14 @@ def test_twenty_cases_mend_an_overconfident_score() -> None:
     assert fitted.error < 0.2
 
 
+@pytest.mark.parametrize("told", [0.0, 0.05, 0.5, 0.999])
+def test_any_confidence_is_brought_to_what_was_measured(told: float) -> None:
+    found = [{"quality": told, "stability": told + number * 1e-5} for number in range(20)]
+    for reached in (0.02, 0.4, 0.98):
+        fitted = fit(found, [reached] * 20)
+        assert fitted.score({"quality": told or 1e-9, "stability": told}) == pytest.approx(reached, abs=0.06)
+
+
 def test_gain_of_dropping_by_hand() -> None:
     assert gain_of_dropping([0.9, 0.1, 0.8, 0.7, 0.6], [1.0, 0.0, 1.0, 1.0, 1.0]) == pytest.approx(0.2)
     assert gain_of_dropping([0.1, 0.9, 0.8, 0.7, 0.6], [1.0, 0.0, 1.0, 1.0, 1.0]) == pytest.approx(-0.05)
@@ -113,7 +139,7 @@ def test_a_calibration_is_read_back_and_kept_to_its_models(tmp_path: Path) -> No
         fitted.check({"segmenter": "ellipse"})
     with pytest.raises(ConfigError, match="needs the signal quality"):
         fitted.score({"stability": 0.5})
-    for content in ("{}", "[]", "{", '{"kind": "ibisagent reliability 1", "weights": 3, "bias": 0}'):
+    for content in ("{}", "[]", "{", '{"kind": "ibisagent reliability 2", "weights": 3, "bias": 0}'):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(DataError, match="is no calibration"):
             Reliability.read(tmp_path / "bad.json")

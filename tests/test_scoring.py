@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -14,11 +14,14 @@ from pycocotools import mask as coco
 from typer.testing import CliRunner
 
 from ibisagent.cli import app
+from ibisagent.datasets import CaseSource, read_cases
+from ibisagent.datasets.catalogue import BENCHMARKS
 from ibisagent.domain import Mask
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.evaluation.scoring import Scores, score
 from ibisagent.images import write_mask_png, write_png
-from ibisagent.masks import encode_rle
+from ibisagent.masks import encode_rle, overlap
+from ibisagent.metrics import EmptyRule, figure, giou_share
 
 SIZE = (40, 60)
 NAMES = ("one", "two", "three")
@@ -162,6 +165,152 @@ def test_volumes(tmp_path: Path, made: Path) -> None:
         score(made, tmp_path / "truth", split="val")
     write_mask_png(HALF, made / "c.png")
     assert ("other geometry", "d") not in kinds(score(made, tmp_path / "truth"))
+
+
+def flipped(affine: np.ndarray) -> np.ndarray:
+    """The same voxels, counted from the other end of the first axis (and left where they lie: another body)."""
+    turned = affine.copy()
+    turned[0, 0] *= -1
+    return turned
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda mask, affine: (mask, affine + np.eye(4, k=3)), "other geometry"),  # 1 mm aside
+        (lambda mask, affine: (mask, affine @ np.diag([1, 1, 1.5, 1])), "other geometry"),  # thicker slices
+        (lambda mask, affine: (mask, flipped(affine)), "other geometry"),
+        (lambda mask, affine: (mask[:, :, 1:], affine), "wrong size"),  # a slice less
+        (lambda mask, affine: (mask.transpose(1, 0, 2), affine), "wrong size"),
+        (lambda mask, affine: (mask * np.linspace(0.2, 1, 5), affine), "unreadable"),  # probabilities are no mask
+    ],
+)
+def test_a_volume_that_does_not_fit_is_told_and_left_out(
+    change: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]], kind: str, tmp_path: Path, made: Path
+) -> None:
+    truth, affine = np.zeros((12, 14, 5), dtype=np.float32), np.diag([0.5, 0.5, 3.0, 1.0])
+    truth[2:8, 3:9, 1:4] = 1
+    (tmp_path / "truth").mkdir()
+    for name in ("a", "b"):
+        nib.save(nib.Nifti1Image(truth, affine), tmp_path / "truth" / f"{name}.nii.gz")
+    nib.save(nib.Nifti1Image(truth, affine), made / "a.nii.gz")
+    nib.save(nib.Nifti1Image(*change(truth, affine)), made / "b.nii.gz")
+    check_that_only_one_counts(score(made, tmp_path / "truth", tmp_path / "run"), tmp_path / "run", kind, "b.nii.gz")
+
+
+def check_that_only_one_counts(found: Scores, run: Path, kind: str, file: str) -> None:
+    """Of two cases one is right; the other is a problem of its file, in no mean, and 0 in the strict ones."""
+    assert [(problem.kind, Path(problem.file).name) for problem in found.problems] == [(kind, file)]
+    summary = found.evaluation.summaries()["all"]
+    assert (summary.cases, summary.means["iou"], found.strict["iou"]) == (1, 1, 0.5)
+    with (run / "problems.csv").open() as table:
+        assert [(row["kind"], Path(row["file"]).name) for row in csv.DictReader(table)] == [(kind, file)]
+
+
+def test_a_picture_is_no_volume_and_a_volume_no_picture(data: Path, tmp_path: Path, made: Path) -> None:
+    volume = np.zeros((12, 14, 5), dtype=bool)
+    volume[2:8, 3:9, 1:4] = True
+    for name in ("a", "b"):
+        write_nifti(volume, tmp_path / "truth" / f"{name}.nii.gz", np.eye(4))
+    write_nifti(volume, made / "a.nii.gz", np.eye(4))
+    write_mask_png(HALF, made / "b.png")
+    check_that_only_one_counts(
+        score(made, tmp_path / "truth", tmp_path / "r"), tmp_path / "r", "other geometry", "b.png"
+    )
+    write_nifti(volume, made / "one_left_lung.nii.gz", np.eye(4))
+    assert ("other geometry", "one.png#left lung") in kinds(score(made, data))
+
+
+def test_a_name_that_means_several_cases_is_told(tmp_path: Path, made: Path) -> None:
+    rows = ["image,mask,object"]
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_png(np.zeros((*SIZE, 3), dtype=np.uint8), tmp_path / folder / "one.png")
+        write_mask_png(TRUTH, tmp_path / folder / "one_mask.png")
+        rows.append(f"{folder}/one.png,{folder}/one_mask.png,liver")
+    (tmp_path / "rows.csv").write_text("\n".join(rows))
+    write_mask_png(TRUTH, made / "one_liver.png")
+    found = score(made, tmp_path / "rows.csv")
+    assert not found.evaluation.results
+    assert [kind for kind, _ in kinds(found)] == ["duplicate"] * 2
+    assert "means several cases" in found.problems[0].message
+
+
+def test_a_code_beside_a_picture_is_a_duplicate(data: Path, made: Path) -> None:
+    code = {"case_id": "one.png#left lung", "segmentation": encode_rle(TRUTH)}
+    write_codes(made / "codes.jsonl", [code, {**code, "case_id": "two.png#left lung"}, code])
+    write_mask_png(TRUTH, made / "two_left_lung.png")
+    write_mask_png(TRUTH, made / "three_left_lung.png")
+    found = score(made, data)
+    assert ious(found) == {"three.png#left lung": 1}
+    assert sorted(kinds(found)) == [
+        *[("duplicate", "one.png#left lung")] * 2,
+        *[("duplicate", "two.png#left lung")] * 2,
+        ("missing", "three.png#spleen"),
+    ]
+
+
+# What public benchmarks count, worked out by hand
+
+
+def coded(cases: CaseSource, masks: Sequence[Mask], file: Path) -> Path:
+    """A code for every case, in order."""
+    lines = [{"case_id": row.id, "segmentation": encode_rle(mask)} for row, mask in zip(cases.rows, masks, strict=True)]
+    return write_codes(file, lines)
+
+
+def test_biomedparse_counts_the_dice_of_each_annotation(tmp_path: Path) -> None:
+    """Mean and median of the Dice by data set and modality; instances of an object are one mask."""
+    folder = tmp_path / "Some" / "Organs"
+    for kind in ("test", "test_mask"):
+        (folder / kind).mkdir(parents=True)
+    both = TRUTH | box_mask(40, 25, 50, 35)  # 200 and 100 pixels
+    truths = {
+        "p1_CT_chest_lung": both,
+        "p1_CT_chest_liver": TRUTH,
+        "p2_CT_chest_liver": TRUTH,
+        "p3_MRI_abdomen_liver": TRUTH,
+    }
+    for name, truth in truths.items():
+        write_mask_png(truth, folder / "test_mask" / f"{name}.png")
+        write_png(np.zeros((*SIZE, 3), dtype=np.uint8), folder / "test" / f"{name.rpartition('_')[0]}.png")
+    cases = read_cases(tmp_path / "Some")
+    by_name = {f"{row.image.stem}_{row.object}": row.id for row in cases.rows}
+    assert by_name.keys() == truths.keys()
+    masks = {"p1_CT_chest_lung": TRUTH, "p1_CT_chest_liver": HALF, "p2_CT_chest_liver": TRUTH & False}
+    made = {by_name[name]: masks.get(name, truth) for name, truth in truths.items()}
+    found = score(coded(cases, [made[row.id] for row in cases.rows], tmp_path / "made.jsonl"), tmp_path / "Some")
+    assert not found.problems
+    dices = {one.case_id: one.measures["dice"] for one in found.evaluation.results}
+    assert dices[by_name["p1_CT_chest_lung"]] == pytest.approx(2 * 200 / (200 + 300))
+    assert dices[by_name["p1_CT_chest_liver"]] == pytest.approx(2 * 100 / (100 + 200))
+    assert dices[by_name["p2_CT_chest_liver"]] == 0  # nothing found of what is there
+    ct = (0.8 + 2 / 3 + 0) / 3
+    assert found.evaluation.summaries("modality")["CT"].means["dice"] == pytest.approx(ct)
+    assert found.evaluation.summaries("modality")["MRI"].means["dice"] == 1
+    assert found.evaluation.summaries("dataset")["all"].means["dice"] == pytest.approx((3 * ct + 1) / 4)
+    assert np.median(list(dices.values())) == pytest.approx((2 / 3 + 0.8) / 2)  # of cases.csv: we print none
+
+
+def test_medsegbench_counts_iou_and_f1_of_each_picture(tmp_path: Path) -> None:
+    """Means over the pictures; one that does not show the object counts 1 there, and is no case here."""
+    labels = np.stack([TRUTH, TRUTH, TRUTH, TRUTH & False]).astype(np.uint8)
+    pictures = np.zeros((4, *SIZE, 3), dtype=np.uint8)
+    np.savez(tmp_path / "kvasir_256.npz", test_images=pictures, test_label=labels)
+    cases = read_cases(tmp_path)
+    assert len(cases) == 3
+    shifted = box_mask(20, 10, 40, 20)  # half of it outside: IoU 1 / 3, F1 1 / 2
+    found = score(coded(cases, [HALF, shifted, TRUTH & False], tmp_path / "made.jsonl"), tmp_path)
+    means = found.evaluation.summaries()["all"].means
+    assert means["iou"] == pytest.approx((1 / 2 + 1 / 3 + 0) / 3)
+    assert means["dice"] == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
+
+
+@pytest.mark.parametrize(("benchmark", "mean"), [("medsegbench", (0.5 + 1) / 2), ("mecovqa", (0.5 + 0) / 2)])
+def test_the_official_rule_for_two_empty_masks_is_one_of_ours(benchmark: str, mean: float) -> None:
+    rule: EmptyRule = "one" if BENCHMARKS[benchmark].empty_iou else "zero"
+    pairs = [overlap(HALF, TRUTH), overlap(TRUTH & False, TRUTH & False)]
+    assert figure(giou_share(one, rule) for one in pairs) == pytest.approx(mean)
 
 
 def test_labels_in_a_volume(tmp_path: Path, made: Path) -> None:

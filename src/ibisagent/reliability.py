@@ -1,11 +1,12 @@
 """One calibrated score per mask: how good it probably is, without knowing the truth.
 
-Three signals of an episode, each in [0, 1]:
+Four signals of an episode, each in [0, 1]:
 
 | signal | what |
 |---|---|
 | quality | the segmenter's own estimate of the IoU of the masks that are handed out |
 | stability | their mean IoU with the masks from the same prompts moved a little, JITTERS times |
+| settling | the smallest mean IoU of the masks after one turn with those after the next: did it have to mend much? |
 | agreement | their mean IoU with those of further episodes of the policy, drawn at random; only where asked for |
 
 `Reliability` turns them into an expected IoU: a logistic regression on their log odds whose target is the measured IoU
@@ -22,6 +23,7 @@ import json
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +38,15 @@ from ibisagent.masks import iou
 from ibisagent.policies.base import Policy
 from ibisagent.segmenters import Segmenter
 
-SIGNALS = ("quality", "stability", "agreement")
+FREE_SIGNALS = ("quality", "stability", "settling")  # that need no further episodes
+SIGNALS = (*FREE_SIGNALS, "agreement")
 JITTERS = 3
 JITTER = 0.05  # of the mask's mean side: how far a click, or an edge of a box, is moved at most
 SAMPLING_TEMPERATURE = 0.8
 MIN_CASES = 10
-PULL = 3.0  # how many cases the plain mean of the signals is worth
-_EDGE = 0.02  # log odds of signals are those of values clipped to [_EDGE, 1 - _EDGE]
-KIND = "ibisagent reliability 1"
+PULL = 10.0  # how many cases the plain mean of the signals is worth
+_EDGE = 0.01  # log odds of signals are those of values clipped to [_EDGE, 1 - _EDGE]
+KIND = "ibisagent reliability 2"  # 1 cut the log odds elsewhere
 Signals = Mapping[str, float]
 
 
@@ -62,7 +65,7 @@ def signals(
     Raises SegmenterError.
     """
     kept = _shown(episode.kept(keep))
-    found = {"quality": 0.0, "stability": 0.0} | ({"agreement": 0.0} if others else {})
+    found = dict.fromkeys(SIGNALS if others else FREE_SIGNALS, 0.0)
     if not kept:
         return found
     scores = [turn.segmenter_score for turn in episode.turns if turn.segmenter_score is not None]
@@ -72,6 +75,8 @@ def signals(
     random = np.random.default_rng(int.from_bytes(key[:8], "little"))
     moved = [_replayed(episode, image, segmenter, kept, keep, random) for _ in range(JITTERS)]
     found["stability"] = float(np.mean([_likeness(kept, masks) for masks in moved]))
+    steps = [(before.after, after.after) for before, after in pairwise(episode.turns) if after.after]
+    found["settling"] = min((_likeness(after, before) for before, after in steps), default=1.0)
     if others:
         found["agreement"] = float(np.mean([_likeness(kept, _shown(other.kept(keep))) for other in others]))
     return found
@@ -176,7 +181,7 @@ class Queue:
 
     def __init__(self, reviewer: Reviewer, reliability: Reliability | None = None) -> None:
         """reliability: None scores by the plain mean of the signals. ConfigError if it was made for something else."""
-        names = SIGNALS if reviewer.samples else SIGNALS[:2]
+        names = SIGNALS if reviewer.samples else FREE_SIGNALS
         self._reviewer = reviewer
         self._reliability = reliability or Reliability.plain(names)
         self._reliability.check(reviewer.identity)
@@ -260,18 +265,28 @@ def _with_one(values: np.ndarray) -> np.ndarray:
 
 
 def _regress(values: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Weights and bias (last) by Newton's method; the weights are pulled to their plain mean, the bias hardly."""
+    """Weights and bias (last) by Newton's method; the weights are pulled to their plain mean, the bias hardly.
+
+    A step that goes too far is halved: full steps do not converge where the start is overconfident by far.
+    """
     inputs = _with_one(values)
     count = values.shape[1]
     start = np.array([1 / count] * count + [0.0])
     pull = np.array([PULL] * count + [0.1])
-    at = start.copy()
+
+    def loss(at: np.ndarray) -> float:
+        total = inputs @ at
+        return float((np.logaddexp(0, total) - targets * total).sum() + pull @ (at - start) ** 2 / 2)
+
+    at = start
     for _ in range(50):
         chance = _sigmoid(inputs @ at)
         slope = inputs.T @ (chance - targets) + pull * (at - start)
         curve = (inputs * (chance * (1 - chance))[:, None]).T @ inputs + np.diag(pull)
         step = np.linalg.solve(curve, slope)
-        at -= step
+        while loss(at - step) > loss(at) and np.abs(step).max() > 1e-9:
+            step = step / 2
+        at = at - step
         if np.abs(step).max() < 1e-9:
             break
     return at
