@@ -61,6 +61,14 @@ def resident(process: int) -> float:
     raise RuntimeError("no VmRSS")
 
 
+def free_place(view: dict[str, Any], chance: random.Random) -> tuple[int, int]:
+    """A pixel (x, y) that nobody has clicked on in this session: a click that stands already would be refused."""
+    given = {(action.get("x"), action.get("y")) for turn in view["turns"] for action in turn["actions"]}
+    while (place := (chance.randrange(SIZE[1]), chance.randrange(SIZE[0]))) in given:
+        pass
+    return place
+
+
 class Person(threading.Thread):
     """One session until `until`."""
 
@@ -85,7 +93,7 @@ class Person(threading.Thread):
                     if chance.random() < 0.2 and self.session.view["can_undo"]:
                         self.session.undo()
                         continue
-                    x, y = chance.randrange(SIZE[1]), chance.randrange(SIZE[0])
+                    x, y = free_place(self.session.view, chance)
                     self.session.click(x, y, positive=chance.random() < 0.6)
                     self.clicks.append(time.perf_counter() - started)
         except IbisError as error:

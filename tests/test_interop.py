@@ -12,20 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import nibabel
 import numpy as np
 import PIL.Image
 import pytest
 from loopback import serving
+from volume_phantoms import GRIDS
 
 from ibisagent.domain import Case, Image, Mask, Masks
 from ibisagent.errors import DataError
-from ibisagent.masks import decode_rle
+from ibisagent.masks import decode_rle, iou
 from ibisagent.policies.base import Policy
 from ibisagent.policies.scripted import ScriptedPolicy
 from ibisagent.segmenters import Segmenter
 from ibisagent.segmenters.region import RegionSegmenter
 from ibisagent.server.app import create_app, standard_mounts
 from ibisagent.server.service import Limits, Service
+from ibisagent.server.volumes import PackageVolumes
 from ibisagent.session import segment
 
 SIZE = (61, 83)
@@ -141,6 +144,23 @@ def test_a_mask_for_a_volume_through_a_session(url: str) -> None:
     assert facts["label_names"] == {"bright box": 1}
     assert httpx.delete(f"{url}/session/{made['session_id']}").status_code == 200
     assert httpx.get(f"{url}/session/{made['session_id']}").status_code == 404
+
+
+def test_a_mask_for_a_nifti_volume(tmp_path: Path) -> None:
+    values = np.full((46, 34, 12), -40, dtype=np.int16)
+    values[12:30, 8:22] = 110
+    volume = nibabel.Nifti1Image(values, GRIDS["oblique-uneven"])
+    nibabel.save(volume, tmp_path / "brain.nii.gz")
+    replies = ("<action>click + (0.46, 0.44) bright box</action>", STOP)
+    service = Service(ScriptedPolicy(replies), RegionSegmenter(), tmp_path / "data", volumes=PackageVolumes())
+    with serving(create_app(service, mounts=standard_mounts(page=False))) as address:
+        file = ("brain.nii.gz", (tmp_path / "brain.nii.gz").read_bytes())
+        facts, content = infer(address, "image=", {"query": "Segment the bright box."}, file=file)
+    (tmp_path / "label.nii.gz").write_bytes(content)
+    label = nibabel.load(tmp_path / "label.nii.gz")
+    assert facts["label_names"] == {"bright box": 1}
+    assert np.allclose(label.affine, volume.affine)
+    assert iou(np.asarray(label.dataobj) == 1, values > 0) > 0.8
 
 
 def test_the_datastore(url: str) -> None:

@@ -432,6 +432,17 @@ def test_idle_sessions_expire_with_their_files(tmp_path: Path) -> None:
     service.close()
 
 
+def test_a_server_looks_for_idle_sessions_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ibisagent.server.app.EXPIRY_SECONDS", 0.02)
+    with serving(tmp_path, idle_seconds=0.1) as url, Client(url, token="") as client:
+        for _ in range(2):
+            client.open(png(), "bright box")
+            deadline = time.time() + 30
+            while client.call("GET", "/v1/sessions").json():
+                assert time.time() < deadline
+                time.sleep(0.02)
+
+
 def free_port() -> int:
     import socket
 

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -191,6 +192,46 @@ def test_requests_are_rounds() -> None:
     it.redo()
     it.redo()
     assert list(it.masks) == ["bright box", "grey disc"]
+
+
+def test_a_round_goes_on_after_an_undone_request() -> None:
+    it, straight = session(), session()
+    for one in (it, straight):
+        one.click(20, 15)
+        one.click(60, 45)
+    it.request("grey disc")
+    it.undo()
+    for one in (it, straight):
+        one.click(3, 3, positive=False)
+    assert same(it.masks, straight.masks)
+
+
+def test_turns_know_their_masks() -> None:
+    it, seen = session(), list[Masks]([{}])
+    for act in (lambda: it.click(20, 15), lambda: it.click(60, 45, target="disc"), it.undo, lambda: it.click(3, 3)):
+        act()
+        seen.append(it.masks)
+    for step, before, after in zip(it.steps, seen, seen[1:], strict=False):
+        assert same(step.turn.before, before)
+        assert same(step.turn.after, after)
+        assert all(mask.dtype == np.bool_ and mask.shape == SIZE for mask in step.turn.after.values())
+
+
+def test_a_turn_takes_little_memory() -> None:
+    pixels = np.random.default_rng(0).integers(0, 60, (480, 640, 3), dtype=np.uint8)
+    pixels[100:300, 200:500] += 150
+    it = Session(Case("s", Image(pixels), "bright box"), RegionSegmenter())
+
+    def traced(column: int) -> int:
+        it.click(210 + column, 200)
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        held = [traced(column) for column in range(40)]
+    finally:
+        tracemalloc.stop()
+    assert (held[-1] - held[9]) / 30 < 480 * 640 / 10  # the first fill the board
 
 
 def test_the_person_takes_over_while_the_agent_thinks() -> None:

@@ -16,7 +16,7 @@ import re
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -58,6 +58,7 @@ from ibisagent.environment import (
 )
 from ibisagent.errors import ConfigError, DataError, PolicyError
 from ibisagent.images import read_image, read_masks, write_mask_png, write_png, write_whole
+from ibisagent.masks import decode_rle
 from ibisagent.policies.base import Policy
 from ibisagent.protocol import overlay, target_of, write
 from ibisagent.segmenters import Segmenter
@@ -223,24 +224,44 @@ class BusyError(ConfigError):
     """The agent is at work in a session, and was asked once more."""
 
 
+class _CodedMasks(Mapping[str, Mask]):
+    """Masks that are held as run-length codes, a few hundred bytes in place of all pixels; each look decodes one."""
+
+    def __init__(self, plain: Sequence[Mapping[str, Any]]) -> None:
+        """plain: as `plain_masks` gives them."""
+        self._codes = {one["name"]: one["rle"] for one in plain}
+
+    def __getitem__(self, name: str) -> Mask:
+        return decode_rle(self._codes[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._codes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._codes)
+
+    def __len__(self) -> int:
+        return len(self._codes)
+
+
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One turn of a session, and whose it was. A person's turn is written in the dialect "ibis"."""
+    """One turn of a session, and whose it was. A person's turn is written in the dialect "ibis".
+
+    plain: the step for the session's file; its codes are what `turn` holds as masks.
+    """
 
     turn: Turn
     by: Author
-
-    @cached_property
-    def plain(self) -> dict[str, Any]:
-        """For the session's file; worked out once, as masks take long to encode."""
-        return {"by": self.by, **plain_turn(self.turn)}
+    plain: Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
 class Round:
     """What happened about one request: the masks that it began with, and its steps.
 
-    board: the masks with all that made them; None where the round was read from a file, until somebody acts again.
+    board: the masks with all that made them, megabytes; None where the round was read from a file or is over, until
+    somebody acts again.
     """
 
     query: str
@@ -251,7 +272,18 @@ class Round:
     @property
     def masks(self) -> Masks:
         """The masks as they stand."""
+        return self._left if self.board is None else self.board.masks
+
+    @property
+    def _left(self) -> Masks:
+        """The same, as the steps hold them."""
         return self.steps[-1].turn.after if self.steps else self.start
+
+    def extended(self, turn: Turn, by: Author, board: Board | None = None) -> Round:
+        """The round with one more step. A session has hundreds of turns: their masks are held coded."""
+        plain = {"by": by, **plain_turn(turn)}
+        coded = replace(turn, before=self._left, after=_CodedMasks(plain["masks"]))
+        return Round(self.query, self.start, (*self.steps, Step(coded, by, plain)), board)
 
     @property
     def turns(self) -> tuple[Turn, ...]:
@@ -434,10 +466,10 @@ class Session:
         """Begin a new round with another request. The same one again changes nothing. ConfigError for an empty one."""
         query = check_query(query)
         with self._lock:
-            last = self._rounds[-1]
+            last = replace(self._rounds[-1], board=None)
             if query == last.query:
                 return
-            earlier = self._rounds if last.steps else self._rounds[:-1]
+            earlier = (*self._rounds[:-1], last) if last.steps else self._rounds[:-1]
             self._undone.clear()
             self._commit((*earlier, Round(query, last.masks)))
 
@@ -612,7 +644,7 @@ class Session:
             completion, reply = read_reply(completions[0], self.image.size, policy.dialect, target)
             board = self._board()
             turn, fresh = board.take(completion, reply)
-            return self._extend(Step(turn, "agent"), board), fresh
+            return self._extend(turn, "agent", board), fresh
 
     def _act(self, action: Action) -> Step:
         """A person's turn."""
@@ -626,13 +658,13 @@ class Session:
                 raise ConfigError(f"the click {turn.reply.problem}: use one of those that there are")
             if not fresh:
                 raise ConfigError("this very click or box stands already: choose another place, or undo it")
-            return self._extend(Step(turn, "person"), board)
+            return self._extend(turn, "person", board)
 
-    def _extend(self, step: Step, board: Board) -> Step:
-        last = self._rounds[-1]
-        self._commit((*self._rounds[:-1], Round(last.query, last.start, (*last.steps, step), board)))
+    def _extend(self, turn: Turn, by: Author, board: Board) -> Step:
+        last = self._rounds[-1].extended(turn, by, board)
+        self._commit((*self._rounds[:-1], last))
         self._undone.clear()
-        return step
+        return last.steps[-1]
 
     def _board(self) -> Board:
         """A board of its own, as the last round stands; made again from the recorded actions where need be."""
@@ -703,14 +735,12 @@ class _AtWork:
 
 
 def _read_round(plain: Mapping[str, Any], size: tuple[int, int], where: str) -> Round:
-    start = read_plain_masks(plain["start"], size, where)
-    steps: list[Step] = []
+    read = Round(check_query(plain["query"]), read_plain_masks(plain["start"], size, where))
     for one in plain["steps"]:
         if one["by"] not in ("agent", "person"):
             raise ValueError(f"a turn is by '{one['by']}'")
-        before = steps[-1].turn.after if steps else start
-        steps.append(Step(read_turn(one, before, size, where), one["by"]))
-    return Round(check_query(plain["query"]), start, tuple(steps))
+        read = read.extended(read_turn(one, read.masks, size, where), one["by"])
+    return read
 
 
 def _to_learn_from(episode: Episode, steps: Sequence[Step]) -> Episode:
