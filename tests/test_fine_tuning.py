@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from ibisagent.datasets import read_cases
 from ibisagent.domain import Observation
 from ibisagent.errors import ConfigError, DataError, SegmenterError
 from ibisagent.factory.config import FactoryConfig
+from ibisagent.factory.exports import read_trl
 from ibisagent.factory.stages import Plan, build
 from ibisagent.images import write_mask_png, write_png
 from ibisagent.policies import load_policy
@@ -449,6 +451,9 @@ def test_what_build_data_made_is_learnt_and_played(qwen, tmp_path):
     train, val = (sft.read_lessons(made, split, student) for split in ("train", "val"))
     told = EpisodeStore(made / "filter").open()
     assert 0 < len(val) < len(train) == len(told) - len(val)
+    families = Counter(one.family for one in read_trl(made / "export"))
+    assert families["vqa"]
+    assert len(sft.read_lessons(made, "train", student, ["vqa"])) == len(train) - families["vqa"]
     with pytest.raises(ConfigError, match="give the folder of build-data itself"):
         sft.read_lessons(made / "export", "train", student)
     large = load_student(sft_recipe(made, str(qwen), tmp_path), "full")
@@ -466,7 +471,8 @@ def test_the_command_line(episodes, qwen, tmp_path, capsys):
     path = tmp_path / "recipe.toml"
     lines = [f'data = "{episodes}"', f'out = "{tmp_path / "run"}"', 'device = "cpu"', "steps = 1", "batch = 1"]
     path.write_text("\n".join([*lines, f'policy = "{qwen}"', 'history = "full"', "report_to = []"]))
-    assert app(["sft", str(path), "--json"], standalone_mode=False) is None
+    assert app(["sft", str(path), "--set", "steps=2", "--json"], standalone_mode=False) is None
+    assert json.loads((tmp_path / "run/recipe.json").read_bytes())["recipe"]["steps"] == 2
     folder = Path(json.loads(capsys.readouterr().out)["policy"])
     assert (folder / "model.safetensors").is_file()
     path.write_text(path.read_text() + "\npath = 4")

@@ -25,6 +25,7 @@ from ibisagent.training.click_states import Pair, new_state
 from ibisagent.training.click_states import pairs_from as click_pairs
 from ibisagent.training.lessons import Example, Lessons, turned_features
 from ibisagent.training.lessons import pairs_from as nano_pairs
+from ibisagent.training.rl import RlRecipe
 from ibisagent.training.views import SIDE, Bank, random_turn
 
 
@@ -163,6 +164,20 @@ def test_a_bad_recipe_is_one_line(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message) as caught:
         click_recipe.ClickRecipe.read(path)
     assert "\n" not in str(caught.value)
+
+
+def test_settings_of_a_recipe_can_be_replaced(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text('data = "x"\nout = "y"\nsteps = 1\n[rewards]\nclick = 0.5')
+    changes = ["out=some where", "rate = 1e-3", 'report_to=["tensorboard"]', "rewards.length=0", "lora.rank=2"]
+    recipe = RlRecipe.read(path, changes)
+    assert (recipe.out, recipe.rate, recipe.report_to, recipe.steps) == (Path("some where"), 1e-3, ("tensorboard",), 1)
+    assert (recipe.rewards.click, recipe.rewards.length, recipe.lora.rank) == (0.5, 0.0, 2)
+    for change, message in (("rate", "write NAME=VALUE"), ("=1", "write NAME=VALUE"), ("steps.x=1", "is no table")):
+        with pytest.raises(ConfigError, match=message):
+            RlRecipe.read(path, [change])
+    with pytest.raises(ConfigError, match=r"steps: .*valid integer.*'many'"):
+        RlRecipe.read(path, ["steps=many"])
 
 
 def test_the_recipes_of_the_packaged_weights_are_valid():

@@ -92,6 +92,12 @@ PixelsOption = Annotated[
 ]
 TemperatureOption = Annotated[float, typer.Option(help="0 takes the likeliest text; above, it is drawn.", min=0)]
 SeedOption = Annotated[int, typer.Option(help="Seed of whatever is drawn.")]
+ChangesOption = Annotated[
+    list[str],
+    typer.Option(
+        "--set", metavar="NAME=VALUE", help="Another value for a setting of the recipe; give it several times."
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value for machines instead of text.")]
 
 
@@ -815,6 +821,7 @@ def build_data(
 @app.command()
 def train_segmenter(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file, such as recipes/ibis-click.toml.")],
+    changes: ChangesOption = (),
     as_json: JsonOption = False,
 ) -> None:
     """Train a click network on image-mask pairs; use it as --segmenter ibis-click:OUT/ibis-click.safetensors.
@@ -824,7 +831,7 @@ def train_segmenter(
     with _status("reading the data", quiet=as_json):
         from ibisagent.training.click import ClickRecipe, train
 
-        plan = ClickRecipe.read(recipe)
+        plan = ClickRecipe.read(recipe, changes)
     with _training(plan.states, "states", quiet=as_json) as report:
         weights = train(plan, report)
     if as_json:
@@ -836,6 +843,7 @@ def train_segmenter(
 @app.command()
 def train_nano(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file, such as recipes/ibis-nano.toml.")],
+    changes: ChangesOption = (),
     as_json: JsonOption = False,
 ) -> None:
     """Train the small policy on image-mask pairs from scratch; use it as --policy OUT/ibis-nano.
@@ -845,7 +853,7 @@ def train_nano(
     with _status("reading the data", quiet=as_json):
         from ibisagent.training.nano import NanoRecipe, train
 
-        plan = NanoRecipe.read(recipe)
+        plan = NanoRecipe.read(recipe, changes)
     with _training(plan.examples, "examples", quiet=as_json) as report:
         model = train(plan, report)
     if as_json:
@@ -877,6 +885,7 @@ def _training(total: int, what: str, *, quiet: bool) -> Iterator[Callable[..., N
 @app.command()
 def sft(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file, such as recipes/sft-nano.toml.")],
+    changes: ChangesOption = (),
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune a policy on episodes with thoughts (the cold start); use it as --policy mllm:OUT/policy.
@@ -888,13 +897,14 @@ def sft(
     with _status("reading recipe, model and data", quiet=as_json):
         from ibisagent.training.sft import SftRecipe, train
 
-        plan = SftRecipe.read(recipe)
+        plan = SftRecipe.read(recipe, changes)
     _print_policy(train(plan, _told(quiet=as_json)), as_json)
 
 
 @app.command()
 def rl(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file, such as recipes/rl-nano.toml.")],
+    changes: ChangesOption = (),
     as_json: JsonOption = False,
 ) -> None:
     """Train a policy by playing whole episodes with a segmenter (GRPO); use it as --policy mllm:OUT/policy.
@@ -906,7 +916,7 @@ def rl(
     with _status("reading recipe, model and data", quiet=as_json):
         from ibisagent.training.rl import RlRecipe, train
 
-        plan = RlRecipe.read(recipe)
+        plan = RlRecipe.read(recipe, changes)
     _print_policy(train(plan, _told(quiet=as_json)), as_json)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -17,15 +18,37 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     @classmethod
-    def read(cls, path: Path) -> Self:
-        """The recipe in `path`. ConfigError says what is wrong, and where."""
+    def read(cls, path: Path, changes: Iterable[str] = ()) -> Self:
+        """The recipe in `path`, with settings replaced by `changes`: "NAME=VALUE", or "TABLE.NAME=VALUE" in a table.
+
+        A value is read as TOML, or else taken as it stands. ConfigError says what is wrong, and where.
+        """
         try:
-            return cls.model_validate(tomllib.loads(path.read_text()))
+            settings = tomllib.loads(path.read_text())
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror}): give a TOML file as in recipes/") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not TOML ({error}): see recipes/ for examples") from error
+        for change in changes:
+            _change(settings, change)
+        try:
+            return cls.model_validate(settings)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise ConfigError(f"{path}: {where}: {first['msg']} (given: {first.get('input')!r})") from error
+
+
+def _change(settings: dict[str, Any], change: str) -> None:
+    name, equals, value = change.partition("=")
+    *tables, last = name.strip().split(".")
+    if not equals or not last:
+        raise ConfigError(f"setting '{change}': write NAME=VALUE")
+    for table in tables:
+        settings = settings.setdefault(table, {})
+        if not isinstance(settings, dict):
+            raise ConfigError(f"setting '{change}': '{table}' is no table")
+    try:
+        settings[last] = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        settings[last] = value.strip()

@@ -106,9 +106,14 @@ VERL_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """An exported conversation, read back. learnt: for each reply whether it carries loss; pictures: their files."""
+    """An exported conversation, read back.
+
+    family: of its question, "" where the format does not say. learnt: for each reply whether it carries loss. pictures:
+    their files.
+    """
 
     id: str
+    family: str
     messages: list[Message]
     replies: list[str]
     learnt: list[bool]
@@ -360,7 +365,7 @@ def read_trl(out: Path, split: str = "train") -> Iterator[Conversation]:
             replies = ["".join(part["text"] for part in message["content"]) for message in said]
             wanted = sum(part["type"] == "image" for message in messages for part in message["content"])
             learnt = [bool(message["loss"]) for message in said]
-            yield _checked(out, record["id"], messages, replies, learnt, record["images"], wanted)
+            yield _checked(out, record["id"], record["family"], messages, replies, learnt, record["images"], wanted)
 
 
 def read_sharegpt(out: Path, name: str = "all", split: str = "train") -> Iterator[Conversation]:
@@ -371,7 +376,7 @@ def read_sharegpt(out: Path, name: str = "all", split: str = "train") -> Iterato
             replies = [said["content"] for said in record["messages"] if said["role"] == "assistant"]
             learnt = [name == "all" or number == len(replies) - 1 for number in range(len(replies))]
             wanted = sum(said["content"].count("<image>") for said in record["messages"])
-            yield _checked(out, record["id"], record["messages"], replies, learnt, record["images"], wanted)
+            yield _checked(out, record["id"], "", record["messages"], replies, learnt, record["images"], wanted)
 
 
 def read_grpo(out: Path, split: str = "train") -> Iterator[dict[str, Any]]:
@@ -415,6 +420,7 @@ def _files(folder: Path, pattern: str) -> list[Path]:
 def _checked(
     out: Path,
     name: str,
+    family: str,
     messages: list[Message],
     replies: list[str],
     learnt: list[bool],
@@ -424,4 +430,4 @@ def _checked(
     pictures = [out / file for file in files]
     if wanted != len(pictures):
         raise DataError(f"{out}: conversation {name} speaks of {wanted} pictures and has {len(pictures)}; export again")
-    return Conversation(name, messages, replies, learnt, pictures)
+    return Conversation(name, family, messages, replies, learnt, pictures)

@@ -253,6 +253,13 @@ class _Pointer(nn.Module):
         return keys.flatten(1, 2), region[:, 0]
 
 
+def _pictures_before(is_image: torch.Tensor) -> torch.Tensor:
+    """(B, L) long: the number of the last picture that ends at or before each position, in reading order; -1: none."""
+    ends = is_image & ~F.pad(is_image, (0, 1))[:, 1:]
+    seen, of_rows = ends.cumsum(dim=1), ends.sum(dim=1)
+    return torch.where(seen > 0, seen + (of_rows.cumsum(dim=0) - of_rows)[:, None], 0) - 1
+
+
 class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """The model. forward takes one picture plane set per `<image>` block of the batch, in reading order."""
 
@@ -294,13 +301,15 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         location_keys: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        scored: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> IbisNanoOutput:
         """input_ids (B, L); pixel_values (N, 4, SIDE, SIDE) in [0, 1], one per picture of the batch.
 
         image_features: the pictures' glances (N, FEATURES, glance.GRID, glance.GRID) where the caller has them.
         location_keys (B, LOCATIONS ** 2, K): the keys of each row's last picture, from the call that read it, while
-        decoding.
+        decoding. logits_to_keep: only those of the last positions; 0 for all. scored (B, L) bool: those of these
+        positions alone, as (K, V).
         """
         embeds = self.get_input_embeddings()(input_ids)
         region = None
@@ -325,12 +334,16 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             use_cache=use_cache,
         )
         hidden = outputs.last_hidden_state
-        kept = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+        kept = hidden[scored] if scored is not None else hidden[:, -logits_to_keep:]
         words = self.lm_head(kept)
         if pixel_values is not None:
             picture_hidden = hidden[is_image].view(len(pixel_values), TOKENS_PER_IMAGE, -1)
             keys, region = self.pointer.keys(picture_hidden, fine)
-            places, location_keys = self._places_after_pictures(kept, keys, is_image)
+            before = _pictures_before(is_image)
+            location_keys = keys[before[:, -1]] * (before[:, -1, None, None] >= 0)
+            before = before[scored] if scored is not None else before[:, -logits_to_keep:]
+            places = self._places_after_pictures(kept.flatten(0, -2), keys, before.flatten())
+            places = places.view(*kept.shape[:-1], -1)
         elif location_keys is not None:
             places = self._score(kept, location_keys)
         else:
@@ -374,31 +387,16 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         query = self.pointer.query(hidden)
         return query @ keys.transpose(1, 2).to(query.dtype) * self.config.pointer_width**-0.25
 
-    def _places_after_pictures(
-        self, kept: torch.Tensor, keys: torch.Tensor, is_image: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Location logits of each position from the last picture before it, and the keys of each row's last picture."""
-        batch, length = is_image.shape
-        first = length - kept.shape[1]
-        ends = is_image & ~F.pad(is_image, (0, 1))[:, 1:]
-        owner = ends.nonzero()  # (N, 2) row and last position of each picture, in reading order
-        last_keys = keys.new_zeros(batch, *keys.shape[1:])
-        last_keys[owner[:, 0]] = keys  # a later picture of the row overwrites an earlier one
-        if len(owner) == batch:
-            places = self._score(kept, keys)
-            before = torch.arange(first, length, device=kept.device)[None] < owner[:, 1:]
-            return places.masked_fill(before[..., None], torch.finfo(places.dtype).min), last_keys
-        blank = kept.new_full((1, LOCATIONS**2), torch.finfo(kept.dtype).min)
-        rows = []
-        for row in range(batch):
-            seen = [(max(end - first, 0), picture) for picture, (own, end) in enumerate(owner.tolist()) if own == row]
-            bounds = [*(begin for begin, _ in seen), kept.shape[1]]
-            parts = [blank.expand(bounds[0], -1)]
-            for (begin, picture), stop in zip(seen, bounds[1:], strict=True):  # up to the next picture
-                scores = self._score(kept[row : row + 1, begin:stop], keys[picture : picture + 1])
-                parts.append(scores[0].to(kept.dtype))
-            rows.append(torch.cat(parts))
-        return torch.stack(rows), last_keys
+    def _places_after_pictures(self, hidden: torch.Tensor, keys: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """Location logits (K, LOCATIONS ** 2) of positions (K, hidden), each from the picture whose number is in
+        `before` (K,); -1: none to point into. Neighbours with the same picture are scored together."""
+        pictures, counts = before.unique_consecutive(return_counts=True)
+        blank = hidden.new_full((1, LOCATIONS**2), torch.finfo(hidden.dtype).min)
+        parts = [
+            blank.expand(len(part), -1) if picture < 0 else self._score(part[None], keys[picture : picture + 1])[0]
+            for picture, part in zip(pictures.tolist(), hidden.split(counts.tolist()), strict=True)
+        ]
+        return torch.cat([part.to(hidden.dtype) for part in parts])
 
     def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> dict[str, Any]:
         """Pictures go in with the first call; later ones get the location keys that it made."""

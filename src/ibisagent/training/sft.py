@@ -60,6 +60,9 @@ class SftRecipe(StageRecipe):
 
     split: str = "train"
     """Of a folder of `build-data`."""
+    leave_out: tuple[str, ...] = ()
+    """Families of questions that are not learnt from, of a folder of `build-data`: "correction" and "inconsistency"
+    are the paper's self-reflection."""
     look_split: str = ""
     """Measure the loss on this split as well, at every checkpoint; empty for none."""
     history: History | None = None
@@ -99,14 +102,14 @@ class Lessons(Sequence[Lesson]):
         return self._makers[index]()
 
 
-def read_lessons(data: Path, split: str, student: Student) -> Lessons:
+def read_lessons(data: Path, split: str, student: Student, leave_out: Sequence[str] = ()) -> Lessons:
     """The lessons in `data` (see `SftRecipe`), told in the words of `student`.
 
     DataError where there are none, or pictures are missing; ConfigError where they are in another dialect, or exported
     for a policy that sees other pictures.
     """
     if (data / "filter").is_dir():
-        wanted = {conversation.id for conversation in read_trl(data / "export", split)}
+        wanted = {one.id for one in read_trl(data / "export", split) if one.family not in leave_out}
         return _from_episodes(EpisodeStore(data / "filter").open(), student, data, wanted)
     if (data / "trl").is_dir():
         if (student.history, student.style) != ("full", "colour"):
@@ -114,10 +117,14 @@ def read_lessons(data: Path, split: str, student: Student) -> Lessons:
                 f"{data}: exported conversations show whole histories in colour, {student.name} sees history"
                 f" '{student.history}' in style '{student.style}': give the folder of build-data itself"
             )
-        told = list(read_trl(data, split))
+        told = [one for one in read_trl(data, split) if one.family not in leave_out]
+        if not told:
+            raise DataError(f"{data}: leave_out leaves nothing to learn from")
         return Lessons([_of_conversation(one) for one in told], [len(one.pictures) for one in told])
     if split not in ("", "train"):
         raise ConfigError(f"{data}: has no split '{split}', nor any other; only folders of build-data do")
+    if leave_out:
+        raise ConfigError(f"{data}: has no families of questions to leave out; only folders of build-data do")
     return _from_episodes(EpisodeStore(data).open(), student, data, None)
 
 
@@ -401,7 +408,7 @@ def make_trainer(recipe: SftRecipe, report: Report = lambda step, steps, logs: N
         prediction_loss_only=True,
     )
     student = load_student(recipe, recipe.history)
-    lessons = read_lessons(recipe.data, recipe.split, student)
+    lessons = read_lessons(recipe.data, recipe.split, student, recipe.leave_out)
     looked = read_lessons(recipe.data, recipe.look_split, student) if recipe.look_split else None
     tasks = {name: (weight, SIDE_TASKS[name]()) for name, weight in recipe.side_tasks.items()}
     collate = Collator(student, recipe.max_tokens, {name: task for name, (_, task) in tasks.items()})

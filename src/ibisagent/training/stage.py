@@ -26,6 +26,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
+from torch.nn import functional as F
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.generic import ModelOutput
@@ -298,10 +299,10 @@ def score_by_own_logits(student: Student, temperature: float = 1.0) -> None:
         given = {"pixel_values": pixel_values, "attention_mask": attention_mask, **kwargs}
         if not fused_lm_head or labels is None:
             return plain_forward(self, input_ids, labels=labels, **given)
-        output = plain_forward(self, input_ids, **{**given, "use_cache": False})
         wanted = labels[:, 1:]
         known = wanted != -100
-        log_probs = (output.logits[:, :-1][known].float() / temperature).log_softmax(dim=-1)
+        output = plain_forward(self, input_ids, scored=F.pad(known, (0, 1)), **{**given, "use_cache": False})
+        log_probs = (output.logits.float() / temperature).log_softmax(dim=-1)
         chosen = log_probs.gather(1, wanted[known][:, None])[:, 0]
         empty = chosen.new_zeros(known.shape)
         return ScoredReplies(
