@@ -61,7 +61,7 @@ class Row:
 
 
 STRATEGIES = (
-    Row("prompt only", (), "11.77", True),
+    Row("prompt only", (), "11.77"),
     Row("SFT", ("sft-plain",), "53.42", True),
     Row("SFT + reflection", ("sft",), "57.16", True),
     Row("RL only", ("rl",), "62.77", True),
@@ -92,11 +92,7 @@ class Ablation:
     sft_steps: int
     rl_steps: int
     turns: int
-
-    @property
-    def lessons(self) -> Path:
-        """The folder of `build-data`."""
-        return self.out / "data"
+    lessons: Path
 
     def build(self) -> None:
         """Make the training data, or what is missing of them."""
@@ -206,7 +202,8 @@ def main() -> None:
     parser.add_argument("--segmenter", default="ibis-click")
     parser.add_argument("--seeds", type=int, default=3, help="of the training-strategy table")
     parser.add_argument("--only", action="append", default=[], metavar="ROW", help="only these rows, by name")
-    parser.add_argument("--pairs", type=int, default=None, help="image-mask pairs to build data of; default: all")
+    parser.add_argument("--lessons", type=Path, help="folder of `build-data`; default: it is made in RUNS")
+    parser.add_argument("--pairs", type=int, help="image-mask pairs to make it of; default: all")
     parser.add_argument("--sft-steps", type=int, default=600)
     parser.add_argument("--rl-steps", type=int, default=100)
     parser.add_argument("--turns", type=int, default=5, help="most turns of an episode in the evaluation")
@@ -226,8 +223,10 @@ def main() -> None:
         options.sft_steps,
         options.rl_steps,
         options.turns,
+        options.lessons or options.out / "data",
     )
-    ablation.build()
+    if options.lessons is None:
+        ablation.build()
     for seed in range(options.seeds):
         for row in rows:
             if seed == 0 or row.seeds:
