@@ -93,7 +93,7 @@ PixelsOption = Annotated[
 TemperatureOption = Annotated[float, typer.Option(help="0 takes the likeliest text; above, it is drawn.", min=0)]
 SeedOption = Annotated[int, typer.Option(help="Seed of whatever is drawn.")]
 ChangesOption = Annotated[
-    list[str],
+    list[str] | None,
     typer.Option(
         "--set", metavar="NAME=VALUE", help="Another value for a setting of the recipe; give it several times."
     ),
@@ -771,6 +771,9 @@ def build_data(
     stage: Annotated[list[str] | None, typer.Option(help="Only this stage; give it several times for several.")] = None,
     split: Annotated[str | None, typer.Option(help="Only the pairs of this split.")] = None,
     licence_class: Annotated[str | None, typer.Option(help="Only pairs of this class, from that column.")] = None,
+    hold_out: Annotated[
+        bool, typer.Option(help="Without the patients, one in sixteen, that train-nano keeps to choose settings on.")
+    ] = False,
     limit: Annotated[int | None, typer.Option(help="Only this many pairs, spread over the data.", min=1)] = None,
     workers: Annotated[int | None, typer.Option(help="Processes, on Ray; default: this one alone.", min=1)] = None,
     ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster that sees DATA and OUT.")] = None,
@@ -793,7 +796,12 @@ def build_data(
             raise ConfigError(f"unknown stage '{unknown}'; there are: {', '.join(STAGES)}")
         chosen: list[Stage] = [name for name in STAGES if not stage or name in stage]
         licences = {licence_class} if licence_class else None
-        cases = read_cases(data, split=split, licence_classes=licences).spread(limit)
+        cases = read_cases(data, split=split, licence_classes=licences)
+        if hold_out:
+            from ibisagent.training.click_states import is_development
+
+            cases = cases.filter(lambda row: not is_development(row.patient))
+        cases = cases.spread(limit)
         plan = factory.Plan(cases, output, settings, device)
     if dry_run:
         _print_json(factory.estimate(plan))
@@ -821,7 +829,7 @@ def build_data(
 @app.command()
 def train_segmenter(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file, such as recipes/ibis-click.toml.")],
-    changes: ChangesOption = (),
+    changes: ChangesOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train a click network on image-mask pairs; use it as --segmenter ibis-click:OUT/ibis-click.safetensors.
@@ -831,7 +839,7 @@ def train_segmenter(
     with _status("reading the data", quiet=as_json):
         from ibisagent.training.click import ClickRecipe, train
 
-        plan = ClickRecipe.read(recipe, changes)
+        plan = ClickRecipe.read(recipe, changes or ())
     with _training(plan.states, "states", quiet=as_json) as report:
         weights = train(plan, report)
     if as_json:
@@ -843,7 +851,7 @@ def train_segmenter(
 @app.command()
 def train_nano(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file, such as recipes/ibis-nano.toml.")],
-    changes: ChangesOption = (),
+    changes: ChangesOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train the small policy on image-mask pairs from scratch; use it as --policy OUT/ibis-nano.
@@ -853,7 +861,7 @@ def train_nano(
     with _status("reading the data", quiet=as_json):
         from ibisagent.training.nano import NanoRecipe, train
 
-        plan = NanoRecipe.read(recipe, changes)
+        plan = NanoRecipe.read(recipe, changes or ())
     with _training(plan.examples, "examples", quiet=as_json) as report:
         model = train(plan, report)
     if as_json:
@@ -885,7 +893,7 @@ def _training(total: int, what: str, *, quiet: bool) -> Iterator[Callable[..., N
 @app.command()
 def sft(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file, such as recipes/sft-nano.toml.")],
-    changes: ChangesOption = (),
+    changes: ChangesOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune a policy on episodes with thoughts (the cold start); use it as --policy mllm:OUT/policy.
@@ -897,14 +905,14 @@ def sft(
     with _status("reading recipe, model and data", quiet=as_json):
         from ibisagent.training.sft import SftRecipe, train
 
-        plan = SftRecipe.read(recipe, changes)
+        plan = SftRecipe.read(recipe, changes or ())
     _print_policy(train(plan, _told(quiet=as_json)), as_json)
 
 
 @app.command()
 def rl(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file, such as recipes/rl-nano.toml.")],
-    changes: ChangesOption = (),
+    changes: ChangesOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train a policy by playing whole episodes with a segmenter (GRPO); use it as --policy mllm:OUT/policy.
@@ -916,7 +924,7 @@ def rl(
     with _status("reading recipe, model and data", quiet=as_json):
         from ibisagent.training.rl import RlRecipe, train
 
-        plan = RlRecipe.read(recipe, changes)
+        plan = RlRecipe.read(recipe, changes or ())
     _print_policy(train(plan, _told(quiet=as_json)), as_json)
 
 

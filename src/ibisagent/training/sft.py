@@ -8,10 +8,11 @@ with pictures do not keep packed neighbours apart; batches of like length waste 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +31,7 @@ from ibisagent.errors import ConfigError, DataError
 from ibisagent.factory.exports import Conversation, read_trl
 from ibisagent.images import read_image
 from ibisagent.policies.nano import LOCATIONS
-from ibisagent.protocol import History, Message, render
+from ibisagent.protocol import History, Message, render, write
 from ibisagent.store import EpisodeStore, StoredEpisodes
 from ibisagent.training.stage import (
     Report,
@@ -48,6 +49,7 @@ from ibisagent.training.stage import (
 from ibisagent.trajectories import undone_turns
 
 UNLEARNT = -100  # label of a token without loss
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _PICTURES_KEPT = 64  # decoded, for the episodes of one picture
 
 
@@ -70,6 +72,8 @@ class SftRecipe(StageRecipe):
     max_tokens: int = Field(8192, ge=16)
     """A longer conversation is cut after the last reply that fits."""
     group_by_length: bool = True
+    brief: bool = False
+    """Keep only the first sentence of each thought: what a small model can learn, and write fast."""
     side_tasks: dict[str, float] = Field(default_factory=dict)
     """Further losses of models that have an output for them, with their weights; see `SIDE_TASKS`."""
 
@@ -102,15 +106,17 @@ class Lessons(Sequence[Lesson]):
         return self._makers[index]()
 
 
-def read_lessons(data: Path, split: str, student: Student, leave_out: Sequence[str] = ()) -> Lessons:
-    """The lessons in `data` (see `SftRecipe`), told in the words of `student`.
+def read_lessons(
+    data: Path, split: str, student: Student, leave_out: Sequence[str] = (), *, brief: bool = False
+) -> Lessons:
+    """The lessons in `data` (see `SftRecipe` for all options), told in the words of `student`.
 
     DataError where there are none, or pictures are missing; ConfigError where they are in another dialect, or exported
     for a policy that sees other pictures.
     """
     if (data / "filter").is_dir():
         wanted = {one.id for one in read_trl(data / "export", split) if one.family not in leave_out}
-        return _from_episodes(EpisodeStore(data / "filter").open(), student, data, wanted)
+        return _from_episodes(EpisodeStore(data / "filter").open(), student, data, wanted, brief)
     if (data / "trl").is_dir():
         if (student.history, student.style) != ("full", "colour"):
             raise ConfigError(
@@ -125,7 +131,7 @@ def read_lessons(data: Path, split: str, student: Student, leave_out: Sequence[s
         raise ConfigError(f"{data}: has no split '{split}', nor any other; only folders of build-data do")
     if leave_out:
         raise ConfigError(f"{data}: has no families of questions to leave out; only folders of build-data do")
-    return _from_episodes(EpisodeStore(data).open(), student, data, None)
+    return _from_episodes(EpisodeStore(data).open(), student, data, None, brief)
 
 
 def _of_conversation(conversation: Conversation) -> Callable[[], Lesson]:
@@ -147,7 +153,9 @@ def _open(path: Path) -> PillowImage.Image:
     return PillowImage.fromarray(read_image(path).pixels)
 
 
-def _from_episodes(episodes: StoredEpisodes, student: Student, folder: Path, wanted: set[str] | None) -> Lessons:
+def _from_episodes(
+    episodes: StoredEpisodes, student: Student, folder: Path, wanted: set[str] | None, brief: bool
+) -> Lessons:
     names = episodes.column("case_id")
     texts = episodes.reply_lengths()
     spoken = {dict(made_by or ()).get("dialect", "ibis") for made_by in episodes.column("made_by")}
@@ -157,21 +165,38 @@ def _from_episodes(episodes: StoredEpisodes, student: Student, folder: Path, wan
             " in that dialect, or set dialect"
         )
     image_of = lru_cache(maxsize=_PICTURES_KEPT)(lambda source, sha256: find_image(source, folder, sha256))
+
+    def make(number: int, turn: int | None) -> Lesson:
+        episode = episodes[number]
+        return _lesson(abridged(episode) if brief else episode, image_of, student, turn)
+
     makers: list[Callable[[], Lesson]] = []
     lengths: list[int] = []
     for number, (name, written) in enumerate(zip(names, texts, strict=True)):
         if wanted is not None and name not in wanted:
             continue
         if student.history == "full":
-            makers.append(lambda number=number: _lesson(episodes[number], image_of, student, None))
+            makers.append(partial(make, number, None))
             lengths.append(sum(length + 300 for length in written))
         else:
             for turn in _learnt(episodes[number]):
-                makers.append(lambda number=number, turn=turn: _lesson(episodes[number], image_of, student, turn))
+                makers.append(partial(make, number, turn))
                 lengths.append(written[turn])
     if not makers:
         raise DataError(f"{folder}: holds no episode to learn from; run `ibisagent build-data` first")
     return Lessons(makers, lengths)
+
+
+def abridged(episode: Episode) -> Episode:
+    """The episode with the first sentence of each thought; replies that could not be read stay as they are."""
+    turns = []
+    for turn in episode.turns:
+        if turn.reply.problem is None:
+            reply = replace(turn.reply, thought=_SENTENCE_END.split(turn.reply.thought, maxsplit=1)[0])
+            text = write(reply, episode.size, dialect=episode.made_by.get("dialect", "ibis"))
+            turn = replace(turn, reply=reply, completion=replace(turn.completion, text=text))
+        turns.append(turn)
+    return replace(episode, turns=tuple(turns))
 
 
 def _learnt(episode: Episode) -> list[int]:
@@ -408,8 +433,9 @@ def make_trainer(recipe: SftRecipe, report: Report = lambda step, steps, logs: N
         prediction_loss_only=True,
     )
     student = load_student(recipe, recipe.history)
-    lessons = read_lessons(recipe.data, recipe.split, student, recipe.leave_out)
-    looked = read_lessons(recipe.data, recipe.look_split, student) if recipe.look_split else None
+    read = partial(read_lessons, student=student, leave_out=recipe.leave_out, brief=recipe.brief)
+    lessons = read(recipe.data, recipe.split)
+    looked = read(recipe.data, recipe.look_split) if recipe.look_split else None
     tasks = {name: (weight, SIDE_TASKS[name]()) for name, weight in recipe.side_tasks.items()}
     collate = Collator(student, recipe.max_tokens, {name: task for name, (_, task) in tasks.items()})
     sources: dict[str, Any] = {"train": lessons, "look": looked}
