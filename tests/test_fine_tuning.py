@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,18 +22,19 @@ from transformers import (
 
 from ibisagent.cli import app
 from ibisagent.datasets import read_cases
-from ibisagent.domain import Observation
+from ibisagent.domain import Observation, Stop
 from ibisagent.errors import ConfigError, DataError, SegmenterError
 from ibisagent.factory.config import FactoryConfig
 from ibisagent.factory.exports import read_trl
 from ibisagent.factory.stages import Plan, build
 from ibisagent.images import write_mask_png, write_png
 from ibisagent.policies import load_policy
-from ibisagent.protocol import render
+from ibisagent.protocol import parse, render, target_of
 from ibisagent.rewards import PAPER
 from ibisagent.segmenters import load_segmenter
 from ibisagent.store import EpisodeStore
 from ibisagent.training import rl, sft
+from ibisagent.training.lessons import TAKEN_BACK, plainly
 from ibisagent.training.stage import ScoredReplies, load_student, without_library_warnings
 from ibisagent.trajectories import TrajectoryConfig, generate, undone_turns
 
@@ -225,6 +227,25 @@ def test_a_policy_without_history_learns_one_turn_at_a_time(episodes, tmp_path):
     stored = EpisodeStore(episodes).open()
     assert len(lessons) == sum(len(episode.turns) - len(undone_turns(episode)) for episode in stored)
     assert all(len(lesson.messages) == 2 and len(lesson.objects) == 1 for lesson in lessons)
+
+
+def test_plain_lessons_do_the_same_in_fewer_words(episodes, tmp_path):
+    def done(reply):
+        return [replace(action, answer="") if isinstance(action, Stop) else action for action in reply.actions]
+
+    student = load_student(sft_recipe(episodes, "ibis-nano", tmp_path), "full")
+    undone = 0
+    for episode in EpisodeStore(episodes).open():
+        for before, after in zip(episode.turns, plainly(episode).turns, strict=True):
+            read = parse(after.completion.text, episode.size, dialect="ibis", default_target=target_of(episode.query))
+            assert done(read) == done(before.reply)
+            undone += read.thought == TAKEN_BACK
+    assert undone
+    whole, plain = (sft.read_lessons(episodes, "train", student, plain=plain) for plain in (False, True))
+    written = [[part["text"] for message in lessons[0].messages if message["role"] == "assistant"
+                for part in message["content"]] for lessons in (whole, plain)]  # fmt: skip
+    assert "I look for the" in written[1][0]
+    assert len("".join(written[1])) < len("".join(written[0]))
 
 
 def test_a_long_conversation_is_cut_after_a_reply(episodes, tmp_path):
