@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -501,3 +506,29 @@ def test_the_command_line(episodes, qwen, tmp_path, capsys):
         app(["rl", str(path)])
     assert caught.value.code == 2
     assert "Extra inputs" in capsys.readouterr().err
+
+
+def test_from_pairs_to_figures_in_one_command(tmp_path):
+    recipes, pictures, out = tmp_path / "recipes", write_discs(tmp_path / "discs", 3), tmp_path / "out"
+    write_discs(pictures, 1, "val")
+    shutil.copytree(RECIPES, recipes)
+    small = {
+        "ibis-nano.toml": {"examples": 4, "rounds": 1},
+        "data.toml": {"segmenter": '"region"'},
+        "rl-nano.toml": {"segmenter": '"region"', "steps": 1, "batch": 4, "max_turns": 2, "reply_tokens": 12},
+    }
+    for name, settings in small.items():
+        text = (recipes / name).read_text()
+        for setting, value in settings.items():
+            text, found = re.subn(rf"(?m)^{setting} = [^#\n]*", f"{setting} = {value} ", text)
+            assert found == 1, f"{name} does not say {setting}"
+        (recipes / name).write_text(text)
+    places = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "LICENCE": "", "SEED": "5"}
+    command = ["bash", str(recipes / "nano.sh"), str(pictures), str(out)]
+    for _ in range(2):  # the second time all is there
+        ran = subprocess.run(command, env={**os.environ, **places}, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr[-2000:]
+    assert json.loads((out / "rl/recipe.json").read_bytes())["recipe"]["seed"] == 5
+    judged = json.loads((out / "val/evaluation.json").read_bytes())
+    assert judged["made_by"]["policy"] == f"mllm:{out}/rl/policy"
+    assert judged["summaries"]["all"]["cases"] == 1
