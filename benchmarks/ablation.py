@@ -1,13 +1,16 @@
 """The paper's two ablations at the scale of ibis-nano: what each stage of training adds, what each reward term does.
 
-    IBIS_DATA=DATA python benchmarks/ablation.py RUNS [--seeds 3] [--only "SFT + RL" ...] [--policy ibis-nano]
+    IBIS_DATA=DATA python benchmarks/ablation.py RUNS --policy runs/ibis-nano/ibis-nano [--seeds 3] [--only "SFT + RL"]
 
-One command from image-mask pairs to the two tables in RUNS/ablation.md. Every row is a chain of stages that starts from
-`--policy`: `ibisagent sft` and `ibisagent rl` with the recipes of recipes/, shortened by the options below, then
-`ibisagent evaluate` on split "val" of DATA. Rows share the stages that they have in common. What is finished is not
-done again, a stage that was stopped goes on from its checkpoint. The rows of the training-strategy table are run with
-every seed, those of the reward table with seed 0. Two starts with different `--only` may work side by side in RUNS once
-the stages that they share are finished; the tables hold all rows that are evaluated by then.
+One command from image-mask pairs to the two tables in RUNS/ablation.md. No pretrained language model is behind
+ibis-nano: the paper's "prompt only" is a model with random weights, and its cold start is `ibisagent train-nano`, the
+imitation of an expert's single turns, whose result is `--policy`. Every row is a chain of stages from there:
+`ibisagent sft` (whole episodes with the factory's thoughts, with self-reflection or without) and `ibisagent rl`, with
+the recipes of recipes/, shortened by the options below; then `ibisagent evaluate` on split "val" of DATA. Rows share
+the stages that they have in common. What is finished is not done again, a stage that was stopped goes on from its
+checkpoint. Rows of the training-strategy table that draw anything are run with every seed, the others with seed 0.
+Several starts with different `--only` may work side by side in RUNS if they share no unfinished stage; the tables hold
+all rows that are evaluated by then.
 
 Training sees split "train" of licence class "ok" without the patients held out for choosing settings; "val" is only
 ever evaluated.
@@ -23,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ibisagent.datasets import CaseSource, read_cases
 from ibisagent.environment import package_version
@@ -32,7 +36,7 @@ from ibisagent.factory.config import FactoryConfig
 from ibisagent.factory.stages import Plan, build
 from ibisagent.images import write_whole
 from ibisagent.rewards import PAPER_TERMS
-from ibisagent.training import rl, sft
+from ibisagent.training import nano, rl, sft
 from ibisagent.training.click_states import is_development
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -49,7 +53,8 @@ SHOWN = {
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table. stages: of SFT "sft" or "sft-plain" (without self-reflection), of RL "rl" or "rl-TERM-TERM".
+    """A row of a table. stages: "random" (fresh weights instead of the start), of SFT "sft" or "sft-plain" (without
+    self-reflection), of RL "rl" or "rl-TERM-TERM" (these reward terms only).
 
     paper: what the paper reports: IoU in %, and mean turns where it does.
     """
@@ -61,22 +66,31 @@ class Row:
 
 
 STRATEGIES = (
-    Row("prompt only", (), "11.77"),
-    Row("SFT", ("sft-plain",), "53.42", True),
-    Row("SFT + reflection", ("sft",), "57.16", True),
-    Row("RL only", ("rl",), "62.77", True),
-    Row("SFT + RL", ("sft-plain", "rl"), "68.92", True),
-    Row("SFT + reflection + RL", ("sft", "rl"), "72.09", True),
+    Row("prompt only", ("random",), "11.77"),
+    Row("SFT", (), "53.42"),
+    Row("SFT + whole episodes", ("sft-plain",), "", True),
+    Row("SFT + whole episodes + reflection", ("sft",), "57.16", True),
+    Row("RL only", ("random", "rl"), "62.77"),
+    Row("SFT + RL", ("rl",), "68.92", True),
+    Row("all", ("sft", "rl"), "72.09", True),
 )
 REWARDS = (
-    Row("answer + format", ("sft", "rl-answer-format"), "73.77, 11.29 turns"),
-    Row("+ click", ("sft", "rl-answer-format-click"), "76.60, 10.61"),
-    Row("+ progress", ("sft", "rl-answer-format-progress"), "77.64, 8.59"),
-    Row("+ length", ("sft", "rl-answer-format-length"), "74.19, 5.94"),
-    Row("+ click + progress", ("sft", "rl-answer-format-click-progress"), "80.61, 8.12"),
-    Row("+ click + length", ("sft", "rl-answer-format-click-length"), "77.73, 5.03"),
-    Row("+ progress + length", ("sft", "rl-answer-format-progress-length"), "79.37, 4.26"),
-    Row("all five", ("sft", "rl"), "80.63, 3.67"),
+    Row("answer + format", ("rl-answer-format",), "73.77, 11.29 turns"),
+    Row("+ click", ("rl-answer-format-click",), "76.60, 10.61"),
+    Row("+ progress", ("rl-answer-format-progress",), "77.64, 8.59"),
+    Row("+ length", ("rl-answer-format-length",), "74.19, 5.94"),
+    Row("+ click + progress", ("rl-answer-format-click-progress",), "80.61, 8.12"),
+    Row("+ click + length", ("rl-answer-format-click-length",), "77.73, 5.03"),
+    Row("+ progress + length", ("rl-answer-format-progress-length",), "79.37, 4.26"),
+    Row("all five (SFT + RL above)", ("rl",), "80.63, 3.67"),
+)
+STEPS = (
+    ("prompt only", "SFT"),
+    ("SFT", "SFT + whole episodes"),
+    ("SFT + whole episodes", "SFT + whole episodes + reflection"),
+    ("SFT", "SFT + RL"),
+    ("SFT + whole episodes + reflection", "all"),
+    ("SFT + RL", "all"),
 )
 
 
@@ -111,6 +125,8 @@ class Ablation:
         if not stages:
             return self.policy
         out = self.folder(stages, seed)
+        if stages == ("random",):
+            return self._untrained(out / "policy", seed)
         if not (out / "policy").is_dir():
             start = self.trained(stages[:-1], seed).removeprefix("mllm:")
             print(f"training {out.name}, seed {seed}", flush=True)
@@ -125,6 +141,15 @@ class Ablation:
                 changes += [f"rewards.{term}=0" for term in PAPER_TERMS if terms and term not in terms]
                 rl.train(rl.RlRecipe.read(RECIPES / "rl-nano.toml", changes))
         return f"mllm:{out / 'policy'}"
+
+    def _untrained(self, folder: Path, seed: int) -> str:
+        if not folder.is_dir():
+            torch.manual_seed(seed)
+            processor, _ = nano.load(Path(self.policy))
+            fresh = folder.with_name("part")
+            nano.save(nano.build_model(processor), processor, fresh)
+            fresh.rename(folder)
+        return f"mllm:{folder}"
 
     def evaluated(self, stages: tuple[str, ...], seed: int) -> Evaluation:
         """The judged policy after `stages`."""
@@ -179,13 +204,13 @@ def _table(ablation: Ablation, rows: tuple[Row, ...], seeds: int) -> Iterator[st
 
 def _steps(ablation: Ablation, seeds: int) -> Iterator[str]:
     yield ""
-    pairs = [(0, 1), (1, 2), (0, 3), (1, 4), (2, 5), (4, 5)]
-    for lower, upper in ((STRATEGIES[a], STRATEGIES[b]) for a, b in pairs):
+    rows = {row.name: row for row in STRATEGIES}
+    for lower, upper in ((rows[a], rows[b]) for a, b in STEPS):
         for seed in range(seeds):
-            judged = [ablation.finished(row.stages, seed) for row in (lower, upper)]
-            if judged[0] is None or judged[1] is None:
+            before, after = (ablation.finished(row.stages, seed if row.seeds else 0) for row in (lower, upper))
+            if before is None or after is None or (seed and not upper.seeds):
                 continue
-            found = compare(judged[0], judged[1]).figures
+            found = compare(before, after).figures
             iou, turns = found["iou"], found["turns"]
             spread = "" if iou.interval is None else f" ({iou.interval[0]:+.3f} to {iou.interval[1]:+.3f})"
             yield (
@@ -198,14 +223,14 @@ def main() -> None:
     """Run what is missing, write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="RUNS")
-    parser.add_argument("--policy", default="ibis-nano", help="what every chain starts from")
+    parser.add_argument("--policy", required=True, help="what every chain starts from: folder that train-nano made")
     parser.add_argument("--segmenter", default="ibis-click")
     parser.add_argument("--seeds", type=int, default=3, help="of the training-strategy table")
     parser.add_argument("--only", action="append", default=[], metavar="ROW", help="only these rows, by name")
     parser.add_argument("--lessons", type=Path, help="folder of `build-data`; default: it is made in RUNS")
     parser.add_argument("--pairs", type=int, help="image-mask pairs to make it of; default: all")
-    parser.add_argument("--sft-steps", type=int, default=600)
-    parser.add_argument("--rl-steps", type=int, default=100)
+    parser.add_argument("--sft-steps", type=int, default=300)
+    parser.add_argument("--rl-steps", type=int, default=40)
     parser.add_argument("--turns", type=int, default=5, help="most turns of an episode in the evaluation")
     options = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,18 +27,19 @@ from transformers import (
 
 from ibisagent.cli import app
 from ibisagent.datasets import read_cases
-from ibisagent.domain import Observation
+from ibisagent.domain import Observation, Stop
 from ibisagent.errors import ConfigError, DataError, SegmenterError
 from ibisagent.factory.config import FactoryConfig
 from ibisagent.factory.exports import read_trl
 from ibisagent.factory.stages import Plan, build
 from ibisagent.images import write_mask_png, write_png
 from ibisagent.policies import load_policy
-from ibisagent.protocol import render
+from ibisagent.protocol import parse, render, target_of
 from ibisagent.rewards import PAPER
 from ibisagent.segmenters import load_segmenter
 from ibisagent.store import EpisodeStore
 from ibisagent.training import rl, sft
+from ibisagent.training.lessons import TAKEN_BACK, plainly
 from ibisagent.training.stage import ScoredReplies, load_student, without_library_warnings
 from ibisagent.trajectories import TrajectoryConfig, generate, undone_turns
 
@@ -225,6 +232,25 @@ def test_a_policy_without_history_learns_one_turn_at_a_time(episodes, tmp_path):
     stored = EpisodeStore(episodes).open()
     assert len(lessons) == sum(len(episode.turns) - len(undone_turns(episode)) for episode in stored)
     assert all(len(lesson.messages) == 2 and len(lesson.objects) == 1 for lesson in lessons)
+
+
+def test_plain_lessons_do_the_same_in_fewer_words(episodes, tmp_path):
+    def done(reply):
+        return [replace(action, answer="") if isinstance(action, Stop) else action for action in reply.actions]
+
+    student = load_student(sft_recipe(episodes, "ibis-nano", tmp_path), "full")
+    undone = 0
+    for episode in EpisodeStore(episodes).open():
+        for before, after in zip(episode.turns, plainly(episode).turns, strict=True):
+            read = parse(after.completion.text, episode.size, dialect="ibis", default_target=target_of(episode.query))
+            assert done(read) == done(before.reply)
+            undone += read.thought == TAKEN_BACK
+    assert undone
+    whole, plain = (sft.read_lessons(episodes, "train", student, plain=plain) for plain in (False, True))
+    written = [[part["text"] for message in lessons[0].messages if message["role"] == "assistant"
+                for part in message["content"]] for lessons in (whole, plain)]  # fmt: skip
+    assert "I look for the" in written[1][0]
+    assert len("".join(written[1])) < len("".join(written[0]))
 
 
 def test_a_long_conversation_is_cut_after_a_reply(episodes, tmp_path):
@@ -480,3 +506,29 @@ def test_the_command_line(episodes, qwen, tmp_path, capsys):
         app(["rl", str(path)])
     assert caught.value.code == 2
     assert "Extra inputs" in capsys.readouterr().err
+
+
+def test_from_pairs_to_figures_in_one_command(tmp_path):
+    recipes, pictures, out = tmp_path / "recipes", write_discs(tmp_path / "discs", 3), tmp_path / "out"
+    write_discs(pictures, 1, "val")
+    shutil.copytree(RECIPES, recipes)
+    small = {
+        "ibis-nano.toml": {"examples": 4, "rounds": 1},
+        "data.toml": {"segmenter": '"region"'},
+        "rl-nano.toml": {"segmenter": '"region"', "steps": 1, "batch": 4, "max_turns": 2, "reply_tokens": 12},
+    }
+    for name, settings in small.items():
+        text = (recipes / name).read_text()
+        for setting, value in settings.items():
+            text, found = re.subn(rf"(?m)^{setting} = [^#\n]*", f"{setting} = {value} ", text)
+            assert found == 1, f"{name} does not say {setting}"
+        (recipes / name).write_text(text)
+    places = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "LICENCE": "", "SEED": "5"}
+    command = ["bash", str(recipes / "nano.sh"), str(pictures), str(out)]
+    for _ in range(2):  # the second time all is there
+        ran = subprocess.run(command, env={**os.environ, **places}, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr[-2000:]
+    assert json.loads((out / "rl/recipe.json").read_bytes())["recipe"]["seed"] == 5
+    judged = json.loads((out / "val/evaluation.json").read_bytes())
+    assert judged["made_by"]["policy"] == f"mllm:{out}/rl/policy"
+    assert judged["summaries"]["all"]["cases"] == 1

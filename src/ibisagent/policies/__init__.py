@@ -45,8 +45,6 @@ POLICIES: Mapping[str, str] = MappingProxyType(
 """What `load_policy` understands: spec -> description, for people."""
 
 NANO_FOLDER = Path(__file__).parent.parent / "weights" / "ibis-nano"
-NANO_NEW_TOKENS = 192
-"""The nano writes 20 to 30 tokens a turn. A sampled reply that never ends must not hold up its whole batch."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w-][\w.-]*)*")
 
 
@@ -68,15 +66,13 @@ def load_policy(
     """The policy that `spec` names (see `POLICIES`).
 
     dialect, history: None takes what the model was made for. device: "auto", "cpu", "cuda", "cuda:1", "mps". dtype:
-    "auto", "float32", "bfloat16", "float16". adapter: a PEFT folder, for mllm. max_new_tokens: None is 512, and
-    `NANO_NEW_TOKENS` for ibis-nano. temperature: 0 is greedy. batch_size: observations answered together (mllm), or
-    requests under way at once (endpoint). max_pixels: the size that images are shrunk to, for models that take any size
-    (mllm). cases: the truth, for the oracles alone.
+    "auto", "float32", "bfloat16", "float16". adapter: a PEFT folder, for mllm. max_new_tokens: None takes what the
+    model's configuration says as `reply_tokens`, else 512. temperature: 0 is greedy. batch_size: observations answered
+    together (mllm), or requests under way at once (endpoint). max_pixels: the size that images are shrunk to, for
+    models that take any size (mllm). cases: the truth, for the oracles alone.
     Raises ConfigError for a spec or option that does not exist and PolicyError where weights or a server are missing.
     """
     kind, _, rest = spec.partition(":")
-    if max_new_tokens is None:
-        max_new_tokens = NANO_NEW_TOKENS if spec == "ibis-nano" else 512
     sampling: dict[str, Any] = {
         "dialect": dialect,
         "history": history,

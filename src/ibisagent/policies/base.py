@@ -7,6 +7,9 @@ from typing import Protocol
 
 from ibisagent.domain import Completion, Observation
 
+MAX_NEW_TOKENS = 512
+"""Longest reply, where neither the caller nor the model says otherwise."""
+
 
 class Policy(Protocol):
     """Anything that answers observations with text in a dialect of `protocol`."""

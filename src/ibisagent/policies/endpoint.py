@@ -17,6 +17,7 @@ from PIL.Image import Image as Picture
 
 from ibisagent.domain import Completion, Observation
 from ibisagent.errors import ConfigError, PolicyError
+from ibisagent.policies.base import MAX_NEW_TOKENS
 from ibisagent.protocol import DIALECTS, History, Message, OverlayStyle, render
 
 
@@ -40,7 +41,7 @@ class EndpointPolicy:
         dialect: str | None = None,
         history: History | None = None,
         style: OverlayStyle | None = None,
-        max_new_tokens: int = 512,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         seed: int = 0,
         concurrency: int = 16,
@@ -50,6 +51,7 @@ class EndpointPolicy:
         address = urlsplit(url)
         if address.scheme not in ("http", "https") or not address.hostname:
             raise ConfigError(f"endpoint '{url}': give endpoint:<base url>#<model>, the URL beginning with http")
+        max_new_tokens = MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
         if concurrency < 1 or max_new_tokens < 1 or temperature < 0:
             raise ConfigError("endpoint: concurrency and max_new_tokens must be 1 or more, temperature 0 or more")
         self._url = url

@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from ibisagent.domain import Completion, Observation
 from ibisagent.errors import ConfigError, PolicyError
+from ibisagent.policies.base import MAX_NEW_TOKENS
 from ibisagent.protocol import DIALECTS, History, Message, OverlayStyle, render
 
 PUBLIC_WEIGHTS = ("manglu3935/IBIS", "qwen2_5vl-7b-RL")
@@ -60,12 +61,12 @@ class MllmPolicy:
 
     source: a folder that `save_pretrained` wrote, or a hub id ("owner/name", "owner/name/sub/folder"). adapter: a PEFT
     folder that is merged into the weights. dialect, history, style: None takes what `config.dialect`,
-    `config.history`, `config.mask_style` say, else the dialect "released" for the public weights and "ibis" for
-    any other model, with that dialect's own history and style. device "auto" is cuda where there is one, else cpu;
-    dtype "auto" is bfloat16 on cuda, else float32. temperature 0 is greedy; otherwise what is drawn depends on `seed`
-    and the batch alone, not on earlier calls. batch_size: conversations per forward pass. min_pixels, max_pixels:
-    bounds of the area that an image is resized to, for models with a free image size (Qwen). name: how `load_policy`
-    was asked for it.
+    `config.history`, `config.mask_style` say, else the dialect "released" for the public weights and "ibis" for any
+    other model, with that dialect's own history and style. max_new_tokens: None takes `config.reply_tokens`, else
+    MAX_NEW_TOKENS. device "auto" is cuda where there is one, else cpu; dtype "auto" is bfloat16 on cuda, else float32.
+    temperature 0 is greedy; otherwise what is drawn depends on `seed` and the batch alone, not on earlier calls.
+    batch_size: conversations per forward pass. min_pixels, max_pixels: bounds of the area that an image is resized to,
+    for models with a free image size (Qwen). name: how `load_policy` was asked for it.
 
     Safe to call from several threads; calls queue. Raises ConfigError for options that do not exist or fit and
     PolicyError for missing or damaged weights and for lack of memory.
@@ -82,7 +83,7 @@ class MllmPolicy:
         style: OverlayStyle | None = None,
         device: str = "auto",
         dtype: str = "auto",
-        max_new_tokens: int = 512,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         seed: int = 0,
         batch_size: int = 16,
@@ -93,7 +94,7 @@ class MllmPolicy:
             raise ConfigError(f"batch size {batch_size}: give 1 or more")
         _check_sampling(max_new_tokens, temperature)
         self.name = name or f"mllm:{source}"
-        self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
+        self.temperature, self.seed = temperature, seed
         self._batch_size, self._adapter = batch_size, Path(adapter) if adapter else None
         self._device, self._dtype = _resolve_device(device, dtype)
         self._folder = _resolve_folder(str(source))
@@ -114,6 +115,7 @@ class MllmPolicy:
             raise ConfigError(f"unknown dialect '{self.dialect}' for {self.name}: choose one of {', '.join(DIALECTS)}")
         default = DIALECTS[self.dialect]
         self.history: History = history or getattr(config, "history", None) or default.history
+        self.max_new_tokens = max_new_tokens or int(getattr(config, "reply_tokens", MAX_NEW_TOKENS))
         self.style: OverlayStyle = style or getattr(config, "mask_style", None) or default.style
 
     def respond(self, observations: Sequence[Observation]) -> list[Completion]:
@@ -228,8 +230,8 @@ def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
         yield items[start : start + size]
 
 
-def _check_sampling(max_new_tokens: int, temperature: float) -> None:
-    if max_new_tokens < 1:
+def _check_sampling(max_new_tokens: int | None, temperature: float) -> None:
+    if max_new_tokens is not None and max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens {max_new_tokens}: give 1 or more")
     if not 0 <= temperature <= 100:
         raise ConfigError(f"temperature {temperature}: give 0 (greedy) to 100")

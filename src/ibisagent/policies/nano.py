@@ -64,8 +64,9 @@ def snap_locations(text: str) -> str:
 
 
 class IbisNanoConfig(PretrainedConfig):
-    """Sizes of the model, and how `MllmPolicy` is to talk to it (dialect, history, mask_style).
+    """Sizes of the model, and how `MllmPolicy` is to talk to it (dialect, history, mask_style, reply_tokens).
 
+    reply_tokens: longest reply. It writes 20 to 30; a sampled one that never ends must not hold up its whole batch.
     Location tokens are the last LOCATIONS ** 2 ids of the vocabulary, row by row.
     """
 
@@ -81,6 +82,7 @@ class IbisNanoConfig(PretrainedConfig):
         dialect: str = "ibis",
         history: str = "none",
         mask_style: str = "alpha",
+        reply_tokens: int = 192,
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
@@ -90,6 +92,7 @@ class IbisNanoConfig(PretrainedConfig):
         self.pointer_width = pointer_width
         self.image_token_id = image_token_id
         self.dialect, self.history, self.mask_style = dialect, history, mask_style
+        self.reply_tokens = reply_tokens
         super().__init__(**kwargs)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import cv2
 import numpy as np
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ibisagent.clicks import bounding_box, interior_depth, next_click
 from ibisagent.datasets import CaseRow
-from ibisagent.domain import Box, Case, Click, Mask, Reply, Stop
+from ibisagent.domain import Box, Case, Click, Episode, Mask, Masks, Reply, Stop
 from ibisagent.masks import iou
 from ibisagent.policies.nano import LOCATIONS
 from ibisagent.protocol import START_LINE, write
@@ -47,6 +47,9 @@ LEAKED = "The mask goes beyond the {}."
 DONE = "The mask fits the {}."
 NOT_THERE = "I see no {} here."
 IN_WORDS = "No pixels are needed."
+TAKEN_BACK = "That was wrong."
+SEGMENTED = "The {} is segmented."
+ABSENT_HERE = "There is no {} here."
 KINDS = (
     "referring",
     "existence",
@@ -111,6 +114,39 @@ class Example:
     def answer(self, thought: str, *actions: Click | Box | Stop) -> None:
         """Set the reply."""
         self.reply = write(Reply(thought, actions), VIEW, dialect="ibis")
+
+
+def plainly(episode: Episode) -> Episode:
+    """The same actions with the thoughts and answers of these lessons, and without the name of an only target.
+
+    Replies that could not be read stay as they are.
+    """
+    dialect = episode.made_by.get("dialect", "ibis")
+    turns = []
+    for turn in episode.turns:
+        if turn.reply.problem is None:
+            reply = _plain_reply(turn.reply, turn.before, " and the ".join(episode.masks))
+            text = write(reply, episode.size, dialect=dialect)
+            turn = replace(turn, reply=reply, completion=replace(turn.completion, text=text))
+        turns.append(turn)
+    return replace(episode, turns=tuple(turns))
+
+
+def _plain_reply(reply: Reply, before: Masks, names: str) -> Reply:
+    stop, prompts = reply.stop, [action for action in reply.actions if isinstance(action, Click | Box)]
+    if stop is not None and stop.absent:
+        absent = " and no ".join(stop.absent)
+        return Reply(NOT_THERE.format(absent), (*reply.actions[:-1], Stop(ABSENT_HERE.format(absent), stop.absent)))
+    if stop is not None:
+        said = (DONE.format(names), Stop(SEGMENTED.format(names))) if names else (IN_WORDS, stop)
+        return Reply(said[0], (*reply.actions[:-1], said[1]))
+    if not prompts:
+        return Reply(TAKEN_BACK, reply.actions)
+    first, targets = prompts[0], {prompt.target for prompt in prompts}
+    started = first.target in before and before[first.target].any()
+    thought = LOOK if not started else LEAKED if isinstance(first, Click) and not first.positive else MISSED
+    actions = [replace(action, target="") if isinstance(action, Click | Box) else action for action in reply.actions]
+    return Reply(thought.format(first.target), tuple(actions) if len(targets) == 1 else reply.actions)
 
 
 def squash(plane: np.ndarray) -> Mask:
@@ -240,7 +276,7 @@ class Lessons:
     def _ask_for_absent(self, example: Example, name: str) -> None:
         kind = self._pick(("existence", "referring"))
         example.query, example.truth = self._phrase(kind, name, modality="medical"), np.zeros(VIEW, bool)
-        example.answer(NOT_THERE.format(name), Stop(f"There is no {name} here.", (name,)))
+        example.answer(NOT_THERE.format(name), Stop(ABSENT_HERE.format(name), (name,)))
 
     def _first_turn(self, example: Example, pair: Pair) -> None:
         _, example.query, name = self._question(pair)
@@ -270,7 +306,7 @@ class Lessons:
             click = next_click(truth, mask, "")
             if click is None or iou(mask, truth) >= GOOD_ENOUGH:
                 seen = f"Yes, the {name} is visible and segmented."
-                example.answer(DONE.format(name), Stop(seen if kind == "existence" else f"The {name} is segmented."))
+                example.answer(DONE.format(name), Stop(seen if kind == "existence" else SEGMENTED.format(name)))
             elif not mask.any():
                 self._begin(example, name)
             else:

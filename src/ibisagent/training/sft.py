@@ -8,7 +8,6 @@ with pictures do not keep packed neighbours apart; batches of like length waste 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,8 +30,9 @@ from ibisagent.errors import ConfigError, DataError
 from ibisagent.factory.exports import Conversation, read_trl
 from ibisagent.images import read_image
 from ibisagent.policies.nano import LOCATIONS
-from ibisagent.protocol import History, Message, render, write
+from ibisagent.protocol import History, Message, render
 from ibisagent.store import EpisodeStore, StoredEpisodes
+from ibisagent.training.lessons import plainly
 from ibisagent.training.stage import (
     Report,
     StageRecipe,
@@ -49,7 +49,6 @@ from ibisagent.training.stage import (
 from ibisagent.trajectories import undone_turns
 
 UNLEARNT = -100  # label of a token without loss
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _PICTURES_KEPT = 64  # decoded, for the episodes of one picture
 
 
@@ -72,8 +71,9 @@ class SftRecipe(StageRecipe):
     max_tokens: int = Field(8192, ge=16)
     """A longer conversation is cut after the last reply that fits."""
     group_by_length: bool = True
-    brief: bool = False
-    """Keep only the first sentence of each thought: what a small model can learn, and write fast."""
+    plain: bool = False
+    """Say it in the few sentences that ibis-nano is pretrained on, `lessons.plainly`, instead of the data's own words:
+    a model of its size learns what to do from a few thousand episodes, but not to write English besides."""
     side_tasks: dict[str, float] = Field(default_factory=dict)
     """Further losses of models that have an output for them, with their weights; see `SIDE_TASKS`."""
 
@@ -107,7 +107,7 @@ class Lessons(Sequence[Lesson]):
 
 
 def read_lessons(
-    data: Path, split: str, student: Student, leave_out: Sequence[str] = (), *, brief: bool = False
+    data: Path, split: str, student: Student, leave_out: Sequence[str] = (), *, plain: bool = False
 ) -> Lessons:
     """The lessons in `data` (see `SftRecipe` for all options), told in the words of `student`.
 
@@ -116,7 +116,7 @@ def read_lessons(
     """
     if (data / "filter").is_dir():
         wanted = {one.id for one in read_trl(data / "export", split) if one.family not in leave_out}
-        return _from_episodes(EpisodeStore(data / "filter").open(), student, data, wanted, brief)
+        return _from_episodes(EpisodeStore(data / "filter").open(), student, data, wanted, plain)
     if (data / "trl").is_dir():
         if (student.history, student.style) != ("full", "colour"):
             raise ConfigError(
@@ -131,7 +131,7 @@ def read_lessons(
         raise ConfigError(f"{data}: has no split '{split}', nor any other; only folders of build-data do")
     if leave_out:
         raise ConfigError(f"{data}: has no families of questions to leave out; only folders of build-data do")
-    return _from_episodes(EpisodeStore(data).open(), student, data, None, brief)
+    return _from_episodes(EpisodeStore(data).open(), student, data, None, plain)
 
 
 def _of_conversation(conversation: Conversation) -> Callable[[], Lesson]:
@@ -154,7 +154,7 @@ def _open(path: Path) -> PillowImage.Image:
 
 
 def _from_episodes(
-    episodes: StoredEpisodes, student: Student, folder: Path, wanted: set[str] | None, brief: bool
+    episodes: StoredEpisodes, student: Student, folder: Path, wanted: set[str] | None, plain: bool
 ) -> Lessons:
     names = episodes.column("case_id")
     texts = episodes.reply_lengths()
@@ -168,7 +168,7 @@ def _from_episodes(
 
     def make(number: int, turn: int | None) -> Lesson:
         episode = episodes[number]
-        return _lesson(abridged(episode) if brief else episode, image_of, student, turn)
+        return _lesson(plainly(episode) if plain else episode, image_of, student, turn)
 
     makers: list[Callable[[], Lesson]] = []
     lengths: list[int] = []
@@ -185,18 +185,6 @@ def _from_episodes(
     if not makers:
         raise DataError(f"{folder}: holds no episode to learn from; run `ibisagent build-data` first")
     return Lessons(makers, lengths)
-
-
-def abridged(episode: Episode) -> Episode:
-    """The episode with the first sentence of each thought; replies that could not be read stay as they are."""
-    turns = []
-    for turn in episode.turns:
-        if turn.reply.problem is None:
-            reply = replace(turn.reply, thought=_SENTENCE_END.split(turn.reply.thought, maxsplit=1)[0])
-            text = write(reply, episode.size, dialect=episode.made_by.get("dialect", "ibis"))
-            turn = replace(turn, reply=reply, completion=replace(turn.completion, text=text))
-        turns.append(turn)
-    return replace(episode, turns=tuple(turns))
 
 
 def _learnt(episode: Episode) -> list[int]:
@@ -433,7 +421,7 @@ def make_trainer(recipe: SftRecipe, report: Report = lambda step, steps, logs: N
         prediction_loss_only=True,
     )
     student = load_student(recipe, recipe.history)
-    read = partial(read_lessons, student=student, leave_out=recipe.leave_out, brief=recipe.brief)
+    read = partial(read_lessons, student=student, leave_out=recipe.leave_out, plain=recipe.plain)
     lessons = read(recipe.data, recipe.split)
     looked = read(recipe.data, recipe.look_split) if recipe.look_split else None
     tasks = {name: (weight, SIDE_TASKS[name]()) for name, weight in recipe.side_tasks.items()}

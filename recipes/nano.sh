@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# ibis-nano from image-mask pairs to its figures, in one command: recipes/nano.sh DATA OUT
+# DATA as in README, "Own data", with splits "train" and "val". A run that was stopped goes on where it stopped.
+# Use the result as --policy mllm:OUT/rl/policy. LICENCE= takes rows of every licence class.
+set -euo pipefail
+data=${1:?usage: recipes/nano.sh DATA OUT}
+out=${2:?usage: recipes/nano.sh DATA OUT}
+licence=${LICENCE-ok}
+recipes=$(dirname "$0")
+seed=${SEED:-0}
+
+# What needs no segmenter's turns: names, places, sizes, what is absent, one correction at a time.
+ibisagent train-nano "$recipes/ibis-nano.toml" --set "data=$data" --set "out=$out/pretrained" \
+    --set "licence_class=$licence" --set "seed=$seed"
+# The questions that are played.
+ibisagent build-data "$data" -o "$out/data" --config "$recipes/data.toml" --split train --hold-out \
+    ${licence:+--licence-class "$licence"}
+# When to correct, and when to stop.
+ibisagent rl "$recipes/rl-nano.toml" --set "data=$out/data" --set "out=$out/rl" --set "seed=$seed" \
+    --set "policy=$out/pretrained/ibis-nano"
+ibisagent evaluate "$data" --split val --policy "mllm:$out/rl/policy" -o "$out/val"
