@@ -35,7 +35,7 @@ from ibisagent.factory.stages import Plan, build
 from ibisagent.images import write_mask_png, write_png
 from ibisagent.policies import load_policy
 from ibisagent.protocol import parse, render, target_of
-from ibisagent.rewards import PAPER
+from ibisagent.rewards import PAPER, RewardWeights
 from ibisagent.segmenters import load_segmenter
 from ibisagent.store import EpisodeStore
 from ibisagent.training import rl, sft
@@ -141,7 +141,14 @@ def sft_recipe(episodes, start, out, **changes):
 
 def rl_recipe(data, start, out, **changes):
     settings = {"data": data, "out": out, "policy": start, "batch": 4, "paths": 2, "steps": 2, "rate": 1e-4}
-    settings |= {"segmenter": "region", "max_turns": 3, "reply_tokens": 20, "device": "cpu", "save_every": 1}
+    settings |= {
+        "rewards": RewardWeights(optimal_turns=2),
+        "segmenter": "region",
+        "max_turns": 3,
+        "reply_tokens": 20,
+        "device": "cpu",
+        "save_every": 1,
+    }
     return rl.RlRecipe(**{**settings, **changes})
 
 
@@ -155,7 +162,8 @@ def test_the_recipes_of_sft_are_valid(path):
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("rl-*.toml")), ids=lambda path: path.stem)
 def test_the_recipes_of_rl_are_valid(path):
-    assert rl.RlRecipe.read(path).rewards == PAPER
+    rewards = rl.RlRecipe.read(path).rewards
+    assert rewards == (replace(PAPER, optimal_turns=2) if "nano" in path.stem else PAPER)
 
 
 @pytest.mark.parametrize(
@@ -174,6 +182,14 @@ def test_what_does_not_fit_is_one_line(episodes, tmp_path, changes, message):
     with pytest.raises((ConfigError, DataError), match=message) as caught:
         sft.train(sft_recipe(episodes, "ibis-nano", tmp_path, **changes))
     assert "\n" not in str(caught.value)
+
+
+def test_a_reward_that_cannot_vary_is_refused(data, tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text(f'data = "{data}"\nout = "{tmp_path}"\nmax_turns = 4')
+    with pytest.raises(ConfigError, match="reward of length the same for every path"):
+        rl.RlRecipe.read(path)
+    assert rl.RlRecipe.read(path, ["rewards.length=0"]).max_turns == 4
 
 
 def test_paths_must_fill_a_batch(data, tmp_path):
@@ -453,7 +469,8 @@ def test_groups_of_different_batches_join():
 
 def test_groups_without_variance_are_replaced(data, qwen, tmp_path):
     """The paths of the first batch all earn the same, those of the second do not."""
-    trainer, _ = rl.make_trainer(rl_recipe(data, str(qwen), tmp_path, resample=3, max_turns=1))
+    rewards = RewardWeights(length=0)
+    trainer, _ = rl.make_trainer(rl_recipe(data, str(qwen), tmp_path, resample=3, max_turns=1, rewards=rewards))
     earned = iter([[1.0, 1.0, 2.0, 2.0], [0.0, 1.0, 3.0, 3.0], [5.0, 5.0, 0.0, 1.0]])
     trainer.reward_funcs[0] = lambda environments, **_: next(earned)
     batch = play(trainer)
@@ -515,7 +532,7 @@ def test_from_pairs_to_figures_in_one_command(tmp_path):
     small = {
         "ibis-nano.toml": {"examples": 4, "rounds": 1},
         "data.toml": {"segmenter": '"region"'},
-        "rl-nano.toml": {"segmenter": '"region"', "steps": 1, "batch": 4, "max_turns": 2, "reply_tokens": 12},
+        "rl-nano.toml": {"segmenter": '"region"', "steps": 1, "batch": 4, "max_turns": 3, "reply_tokens": 12},
     }
     for name, settings in small.items():
         text = (recipes / name).read_text()

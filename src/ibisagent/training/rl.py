@@ -14,12 +14,12 @@ from dataclasses import fields
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from datasets import Dataset
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch.nn import functional as F
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
@@ -90,6 +90,16 @@ class RlRecipe(StageRecipe):
     """Address of a vLLM server that then writes the replies (docs/training.md); empty: the trainer does."""
     episodes_every: int = Field(0, ge=0)
     """Write the episodes of every so manieth update to OUT/episodes, as `ibisagent doctor rewards` reads them."""
+
+    @model_validator(mode="after")
+    def _no_dead_term(self) -> Self:
+        """S_len is 1 for every path that is no longer than T_opt: it must be possible to be longer."""
+        if self.rewards.length and self.max_turns <= self.rewards.optimal_turns:
+            raise ValueError(
+                f"max_turns {self.max_turns} leaves the reward of length the same for every path, as optimal_turns is"
+                f" {self.rewards.optimal_turns}: lower rewards.optimal_turns, or set rewards.length = 0"
+            )
+        return self
 
 
 # --------------------------------------------------------------------------------------------------------- cases
