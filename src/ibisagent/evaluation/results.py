@@ -7,6 +7,7 @@ Figures beside the means of the measures of `evaluation` (each with its definiti
 | ciou | cumulative IoU |
 | precision_50 ... precision_90 | share of the cases with at least that IoU |
 | presence_f1, match_f1 | F1 of "it is there", and of masks with IoU >= 0.5 |
+| dice_median | median of the Dice, as BiomedParse reports it; without an interval |
 | positive_iou, positive_dice, positive_ciou | iou, dice and ciou over the cases that show their object |
 
 `iou`, `dice`, `nsd_*`, `hd95_*` and precision follow the rule for two empty masks (`metrics.EmptyRule`).
@@ -18,6 +19,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
+
+import numpy as np
 
 from ibisagent import metrics
 from ibisagent.domain import StopReason
@@ -163,6 +166,8 @@ def summarise(
         found = metrics.figure(row.get(name) for _, row in rows)
         if found is not None:
             means[name] = found
+    if dice := [row["dice"][0] for _, row in rows if "dice" in row]:
+        means["dice_median"] = float(np.median(dice))
     spread = intervals(
         [(who, {name: row[name] for name in row if name in means}) for who, row in rows], resamples=resamples, seed=seed
     )

@@ -15,6 +15,7 @@ HEADINGS: Mapping[str, str] = {
     "positive_iou": "IoU pos.",
     "ciou": "cIoU",
     "dice": "Dice",
+    "dice_median": "Dice median",
     "positive_dice": "Dice pos.",
     "precision_50": "P@0.5",
     "precision_60": "P@0.6",
