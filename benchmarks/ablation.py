@@ -133,9 +133,9 @@ class Ablation:
             changes = [f"data={self.lessons}", f"out={out}", f"policy={start}", f"seed={seed}"]
             kind, *terms = stages[-1].split("-")
             if kind == "sft":
-                left_out = list(REFLECTION) if terms == ["plain"] else []
-                changes += [f"steps={self.sft_steps}", f"leave_out={json.dumps(left_out)}"]
-                sft.train(sft.SftRecipe.read(RECIPES / "sft-nano.toml", changes))
+                recipe = sft.SftRecipe.read(RECIPES / "sft-nano.toml", [*changes, f"steps={self.sft_steps}"])
+                left_out = (*recipe.leave_out, *(REFLECTION if terms == ["plain"] else ()))
+                sft.train(recipe.model_copy(update={"leave_out": left_out}))
             else:
                 changes += [f"steps={self.rl_steps}", f"segmenter={self.segmenter}"]
                 changes += [f"rewards.{term}=0" for term in PAPER_TERMS if terms and term not in terms]
