@@ -242,9 +242,9 @@ def test_a_budget_stops_before_it_is_exceeded_and_can_be_raised(tmp_path: Path) 
 
 def test_the_rate_is_kept(tmp_path: Path) -> None:
     with serving([GOOD]) as (server, url):
-        teacher(url, tmp_path, requests_per_minute=600, concurrency=4).think([scene(number) for number in range(4)])
+        teacher(url, tmp_path, requests_per_minute=300, concurrency=4).think([scene(number) for number in range(4)])
     gaps = np.diff(sorted(server.times))
-    assert gaps.sum() >= 0.28
+    assert gaps.sum() >= 0.56  # of 0.6: the first request may arrive late on a busy machine
 
 
 def test_a_wrong_key_ends_the_run(tmp_path: Path) -> None:
