@@ -138,7 +138,7 @@ class Ablation:
                 sft.train(recipe.model_copy(update={"leave_out": left_out}))
             else:
                 changes += [f"steps={self.rl_steps}", f"segmenter={self.segmenter}"]
-                changes += [f"rewards.{term}=0" for term in PAPER_TERMS if terms and term not in terms]
+                changes += [f"rewards.{term}={int(not terms or term in terms)}" for term in PAPER_TERMS]
                 rl.train(rl.RlRecipe.read(RECIPES / "rl-nano.toml", changes))
         return f"mllm:{out / 'policy'}"
 
