@@ -170,11 +170,11 @@ def tables(ablation: Ablation, seeds: int) -> str:
     parts = [
         f"policy {ablation.policy}, segmenter {ablation.segmenter}, {ablation.sft_steps} updates of SFT,"
         f" {ablation.rl_steps} of RL, at most {ablation.turns} turns, ibisagent {package_version()}",
-        "## Training strategy",
+        "\n## Training strategy\n",
         *_table(ablation, STRATEGIES, seeds),
-        "## Rewards",
+        "\n## Rewards\n",
         *_table(ablation, REWARDS, 1),
-        "## Step by step",
+        "\n## Step by step\n",
         "Mean IoU of the second less that of the first, the same cases, 95% interval over patients, seed by seed.",
         *_steps(ablation, seeds),
     ]
