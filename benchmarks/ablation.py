@@ -191,8 +191,8 @@ def _table(ablation: Ablation, rows: tuple[Row, ...], seeds: int) -> Iterator[st
         summaries = [summarise(one.results) for one in found]
         cells = []
         for name in SHOWN:
-            values = [summary.means.get(name, float("nan")) for summary in summaries]
-            cell = f"{np.mean(values):.3f}"
+            values = [summary.means[name] for summary in summaries if name in summary.means]
+            cell = f"{np.mean(values):.3f}" if values else ""
             interval = summaries[0].intervals.get(name)
             if len(values) > 1:
                 cell += f" ± {np.std(values, ddof=1):.3f}"

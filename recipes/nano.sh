@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # ibis-nano from image-mask pairs to its figures, in one command: recipes/nano.sh DATA OUT
 # DATA as in README, "Own data", with splits "train" and "val". A run that was stopped goes on where it stopped.
-# Use the result as --policy mllm:OUT/rl/policy. LICENCE= takes rows of every licence class.
+# Use the result as --policy mllm:OUT/rl/policy. LICENCE= (empty) takes rows of every licence class,
+# SEED=1 draws otherwise.
 set -euo pipefail
 data=${1:?usage: recipes/nano.sh DATA OUT}
 out=${2:?usage: recipes/nano.sh DATA OUT}
