@@ -198,14 +198,14 @@ def test_turns_of_different_sessions_are_answered_together(tmp_path: Path) -> No
     policy = SlowPolicy(seconds=0.1)
     with serving(tmp_path, policy) as url, Client(url, token="") as client:
         sessions = [client.open(png(shift), "bright box") for shift in range(12)]
-        started = time.perf_counter()
         threads = [threading.Thread(target=session.run) for session in sessions]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert time.perf_counter() - started < 12 * 2 * 0.1 / 2  # half of one after the other
-        assert max(policy.batches) > 3
+        # Counted, not timed: the model's calls are what is saved, and a busy machine does not change them much.
+        assert sum(policy.batches) == 12 * 2
+        assert len(policy.batches) <= 12
         for session in sessions:
             assert [turn["by"] for turn in session.view["turns"]] == ["agent", "agent"]
 
