@@ -13,8 +13,8 @@ seed=${SEED:-0}
 # What needs no segmenter's turns: names, places, sizes, what is absent, one correction at a time.
 ibisagent train-nano "$recipes/ibis-nano.toml" --set "data=$data" --set "out=$out/pretrained" \
     --set "licence_class=$licence" --set "seed=$seed"
-# The questions that are played.
-ibisagent build-data "$data" -o "$out/data" --config "$recipes/data.toml" --split train --hold-out \
+# The questions that are played, more than there will be episodes.
+ibisagent build-data "$data" -o "$out/data" --config "$recipes/data.toml" --split train --hold-out --limit 640 \
     ${licence:+--licence-class "$licence"}
 # When to correct, and when to stop.
 ibisagent rl "$recipes/rl-nano.toml" --set "data=$out/data" --set "out=$out/rl" --set "seed=$seed" \

@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import ibisagent.policies
 from ibisagent.domain import Click, Image, Observation
 from ibisagent.policies import load_policy
-from ibisagent.policies.nano import LOCATIONS, TOKENS_PER_IMAGE, location_text, snap_locations
+from ibisagent.policies.nano import LOCATIONS, TOKENS_PER_IMAGE, LikelyPlaces, location_text, snap_locations
 from ibisagent.protocol import parse
 from ibisagent.training.nano import build_model, build_processor
 
@@ -95,10 +95,33 @@ def test_decoding_with_a_cache_equals_a_full_pass(folder):
                 pixel_values=batch["pixel_values"],
                 image_features=features,
             )
-        scores = output.logits[:, -1].clone()
+        scores = LikelyPlaces(model.word_count)(ids, output.logits[:, -1])
         scores[:, model.generation_config.eos_token_id] = -torch.inf
         ids = torch.cat([ids, scores.argmax(dim=-1, keepdim=True)], dim=1)
     assert torch.equal(cached, ids)
+
+
+def test_a_place_is_chosen_by_how_near_it_is_likely_to_be():
+    words = 7
+    shares = torch.zeros(3, words + LOCATIONS**2)
+    shares[:, 2] = torch.tensor([0.05, 0.05, 0.7])  # the likeliest word
+    maps = shares[:, words:].view(3, LOCATIONS, LOCATIONS)
+    maps[:2, 40:45, 20:25] = 0.03  # each less than the word and than the lonely cell, all together more
+    maps[:2, 3, 60] = 0.04
+    maps[2, 9, 9] = 0.3
+    chosen = LikelyPlaces(words)(None, shares.clamp(min=1e-9).log()).argmax(dim=1)
+    middle = words + 42 * LOCATIONS + 22
+    assert chosen.tolist() == [middle, middle, 2]
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_only_greedy_replies_choose_places_so(folder, monkeypatch, sampled):
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    batch = AutoProcessor.from_pretrained(folder)(text="disc<image>", images=picture(5), return_tensors="pt")
+    calls = []
+    monkeypatch.setattr(LikelyPlaces, "__call__", lambda self, ids, scores: calls.append(1) or scores)
+    model.generate(**batch, image_features=torch.zeros(1, 256, 28, 28), max_new_tokens=2, do_sample=sampled)
+    assert bool(calls) is not sampled
 
 
 def test_two_pictures_in_one_conversation_give_each_place_its_own_picture(folder):

@@ -31,6 +31,7 @@ from transformers import (
     BatchFeature,
     GenerationMixin,
     LlamaConfig,
+    LogitsProcessor,
     PretrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
@@ -45,6 +46,7 @@ SIDE = 256  # pixels of the square that pictures are squashed to
 GRID = 32  # fine features, made of the glance's and of the planes
 TOKENS_PER_IMAGE = 64  # 8 x 8
 LOCATIONS = 64  # places per axis
+NEAR = 2.0  # cells: how far from the right place a place is still worth something
 _POINT = re.compile(r"\(\s*([01]?\.\d{1,12}|[01])\s*,\s*([01]?\.\d{1,12}|[01])\s*\)")
 
 
@@ -263,6 +265,31 @@ def _pictures_before(is_image: torch.Tensor) -> torch.Tensor:
     return torch.where(seen > 0, seen + (of_rows.cumsum(dim=0) - of_rows)[:, None], 0) - 1
 
 
+class LikelyPlaces(LogitsProcessor):
+    """Greedy choice among words and places: the place with the greatest expected closeness to the right one.
+
+    Closeness of two cells is exp(-d^2 / 2 NEAR^2). A place that is not known well spreads over hundreds of cells, of
+    which the likeliest says little, and each has less than the likeliest word: so all places compete with it together.
+    """
+
+    def __init__(self, word_count: int) -> None:
+        """word_count: how many ids of the vocabulary come before the places."""
+        self.word_count = word_count
+        reach = torch.arange(LOCATIONS)[:, None] - torch.arange(LOCATIONS)
+        self._closeness = torch.exp(-(reach**2) / (2 * NEAR**2))
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """scores (B, V) logits -> the same of words, or of places, where these are likelier."""
+        words, places = scores[:, : self.word_count], scores[:, self.word_count :].float()
+        is_word = words.amax(dim=1) >= places.logsumexp(dim=1)
+        closeness = self._closeness.to(places.device)
+        maps = places.softmax(dim=1).view(-1, LOCATIONS, LOCATIONS)
+        near = (closeness @ maps @ closeness).flatten(1).log()
+        blank = torch.finfo(scores.dtype).min
+        chosen = [words.masked_fill(~is_word[:, None], blank), near.to(scores).masked_fill(is_word[:, None], blank)]
+        return cast("torch.FloatTensor", torch.cat(chosen, dim=1))
+
+
 class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """The model. forward takes one picture plane set per `<image>` block of the batch, in reading order."""
 
@@ -400,6 +427,13 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             for picture, part in zip(pictures.tolist(), hidden.split(counts.tolist()), strict=True)
         ]
         return torch.cat([part.to(hidden.dtype) for part in parts])
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; where it is greedy, places are chosen by `LikelyPlaces`."""
+        config = kwargs.get("generation_config") or self.generation_config
+        if not kwargs.get("do_sample", config.do_sample):
+            kwargs["logits_processor"] = [*(kwargs.get("logits_processor") or ()), LikelyPlaces(self.word_count)]
+        return super().generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> dict[str, Any]:
         """Pictures go in with the first call; later ones get the location keys that it made."""
