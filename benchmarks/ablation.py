@@ -241,7 +241,7 @@ def main() -> None:
         parser.error(f"no row '{unknown.pop()}'; there are: {', '.join(row.name for row in STRATEGIES + REWARDS)}")
     ablation = Ablation(
         Path(os.environ["IBIS_DATA"]),
-        options.out,
+        options.out.resolve(),  # a policy's path is part of what an evaluation remembers
         options.policy,
         options.segmenter,
         options.pairs,
