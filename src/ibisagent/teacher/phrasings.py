@@ -280,36 +280,6 @@ DESCRIPTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """What objects are or do, for questions that do not name them. Only where one sentence settles which one is meant."""
 
-ANATOMY: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "eye": (
-            *("optic nerve head", "macula", "fovea", "retina", "choroid", "iris", "pupil", "cornea", "lens"),
-            *("hard exudate", "drusen", "microaneurysm", "cotton wool spot", "retinal hemorrhage", "subretinal fluid"),
-        ),
-        "brain": (
-            *("cerebellum", "corpus callosum", "white matter", "grey matter", "thalamus", "putamen", "caudate"),
-            *("brainstem", "amygdala", "hippocampus", "lateral ventricle", "pituitary gland", "skull"),
-            *("glioblastoma", "cerebral edema", "brain metastasis", "intracranial hemorrhage", "infarct"),
-        ),
-        "torso": (
-            *("kidney", "left kidney", "right kidney", "liver", "gallbladder", "stomach", "esophagus", "duodenum"),
-            *("adrenal gland", "urinary bladder", "spleen", "pancreas", "heart", "trachea", "rib", "clavicle"),
-            *("sternum", "thyroid", "uterus", "ovary", "mitral valve", "left ventricle", "right ventricle"),
-            *("left atrium", "myocardium", "sacrum", "vertebral body", "psoas muscle", "seminal vesicle"),
-            *("peripheral zone", "kidney tumor", "liver tumor", "pancreatic tumor", "lung nodule", "pleural effusion"),
-            *("pneumothorax", "pneumonia", "gallstone", "renal cyst", "lymph node", "intervertebral disc"),
-        ),
-        "leg": ("femur", "tibia", "fibula", "patella", "meniscus", "cruciate ligament", "knee cartilage", "hip joint"),
-        "cells": (
-            *("cytoplasm", "white blood cell", "red blood cell", "platelet", "lymphocyte", "neutrophil", "eosinophil"),
-            *("mitochondrion", "cell membrane", "mitotic figure", "nucleolus", "epithelium", "stroma", "renal tubule"),
-            *("bacterium", "sperm", "yeast", "crypt", "gland lumen"),
-        ),
-        "gut": ("bowel wall", "adenoma", "diverticulum", "ulcer", "cecum", "ileocecal valve", "colonic fold"),
-    }
-)
-"""Names of what each part of the body (`body_part`) may show, whether a data set has it or not."""
-
 _ABNORMAL = (
     "tumor",
     "lesion",
@@ -381,12 +351,6 @@ class Absences:
             for name, where in self._parts.items()
             if part not in where and not any(_related(name, other) for other in present)
         )
-
-    def elsewhere(self, row: CaseRow, present: Sequence[str]) -> list[str]:
-        """As `far`, names of ANATOMY."""
-        part = body_part(row.modality, row.site)
-        names = [name for other, names in ANATOMY.items() if part not in ("", other) for name in names]
-        return [name for name in names if not any(_related(name, one) for one in present)]
 
 
 def _related(name: str, present: str) -> bool:

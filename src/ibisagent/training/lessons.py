@@ -24,16 +24,7 @@ from ibisagent.protocol import START_LINE, write
 from ibisagent.segmenters.click_network import ClickNetwork
 from ibisagent.segmenters.frame import prompt_maps
 from ibisagent.segmenters.glance import places_seen
-from ibisagent.teacher.phrasings import (
-    ANATOMY,
-    DESCRIPTIONS,
-    SHARES,
-    Absences,
-    body_part,
-    is_abnormal,
-    phrasings,
-    with_article,
-)
+from ibisagent.teacher.phrasings import DESCRIPTIONS, SHARES, Absences, is_abnormal, phrasings, with_article
 from ibisagent.training.click_states import jittered_box, spoilt
 from ibisagent.training.views import SIDE, Bank, random_turn
 
@@ -42,7 +33,7 @@ CELL = SIDE // LOCATIONS
 GOOD_ENOUGH = 0.8  # IoU at which the right reply is to stop
 LOOK_SIDE = 192  # pixels a side of the segmenter's looks
 
-WORDS, ABSENT, FIRST = 0.06, 0.26, 0.38
+WORDS, ABSENT, FIRST = 0.06, 0.18, 0.38
 """Shares of the examples that ask for words, for an absent object, for a first turn; the rest are later turns."""
 
 ANYTHING = ("object", "structure", "target", "lesion", "region of interest", "abnormality", "finding", "area")
@@ -204,7 +195,6 @@ class Lessons:
         weights = np.array([counts[group] ** -0.5 for group in groups])
         self._weights = weights / weights.sum()
         self._absences = Absences([pair.row for pair in pairs])
-        self._known = {pair.name for pair in pairs}
         self._offered = {kind: [text for _, text in phrasings(kind, held_out=False)] for kind in KINDS}
 
     def draw(self, count: int) -> list[Example]:
@@ -247,29 +237,17 @@ class Lessons:
     def _question(self, pair: Pair) -> tuple[str, str, str]:
         """(kind, text, name to use for the object) of a question about an object that is there."""
         name, dice = pair.name, self._random.random()
-        if dice < 0.08:  # a word without examples still means the thing that stands out
-            name = self._unknown(pair)
-            kind = "existence" if self._random.random() < 0.3 else "referring"
-            return kind, self._phrase(kind, name, modality=pair.row.modality or "medical"), name
-        if dice < 0.23 and pair.name in DESCRIPTIONS:
+        if dice < 0.07:  # an unknown word still means the thing that stands out
+            made_up = "".join(self._pick(SYLLABLES) for _ in range(self._random.integers(2, 5)))
+            name = self._pick(ANYTHING) if self._random.random() < 0.5 else made_up
+            return "referring", self._phrase("referring", name, modality=pair.row.modality), name
+        if dice < 0.22 and pair.name in DESCRIPTIONS:
             return "reasoning", self._phrase("reasoning", name, description=self._pick(DESCRIPTIONS[name])), name
-        if dice < 0.27 and len(pair.present) == 1 and is_abnormal(name):
+        if dice < 0.26 and len(pair.present) == 1 and is_abnormal(name):
             return "abnormality", self._phrase("abnormality", name), name
-        if dice < 0.41:
+        if dice < 0.4:
             return "existence", self._phrase("existence", name), name
         return "referring", self._phrase("referring", name, modality=pair.row.modality or "medical"), name
-
-    def _unknown(self, pair: Pair) -> str:
-        """A word that no mask explains: of this part of the body, of no meaning, or of any."""
-        local = [
-            name for name in ANATOMY.get(body_part(pair.row.modality, pair.row.site), ()) if name not in self._known
-        ]
-        dice = self._random.random()
-        if dice < 0.5 and local:
-            return self._pick(local)
-        if dice < 0.75:
-            return self._pick(ANYTHING)
-        return "".join(self._pick(SYLLABLES) for _ in range(self._random.integers(2, 5)))
 
     def _ask_for_words(self, example: Example, pair: Pair) -> None:
         row, truth = pair.row, example.truth
@@ -291,9 +269,9 @@ class Lessons:
 
     def _absent(self, pair: Pair) -> str:
         """The name of an object that the pair's picture does not show; "" where none is known."""
-        ways = (self._absences.near, self._absences.far, self._absences.elsewhere)
-        found = [names for way in ways if (names := way(pair.row, pair.present))]
-        return self._pick(found[int(self._random.integers(len(found)))]) if found else ""
+        near, far = self._absences.near(pair.row, pair.present), self._absences.far(pair.row, pair.present)
+        choice = near if near and self._random.random() < 0.5 else far or near
+        return self._pick(choice) if choice else ""
 
     def _ask_for_absent(self, example: Example, name: str) -> None:
         kind = self._pick(("existence", "referring"))

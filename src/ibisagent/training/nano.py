@@ -37,7 +37,7 @@ from ibisagent.policies.nano import (
 from ibisagent.protocol import START_LINE
 from ibisagent.recipe import Recipe
 from ibisagent.segmenters.ibis_click import PACKAGED_WEIGHTS, read_click_network
-from ibisagent.teacher.phrasings import ANATOMY, DESCRIPTIONS, SHARES, phrasings
+from ibisagent.teacher.phrasings import DESCRIPTIONS, SHARES, phrasings
 from ibisagent.training import lessons
 from ibisagent.training.click_states import is_development
 from ibisagent.training.lessons import CELL, VIEW, Example, Lessons, Pair, pairs_from, turned_features
@@ -66,7 +66,6 @@ CHAT_TEMPLATE = (
 def build_processor(names: Sequence[str], words: int = 1280) -> IbisNanoProcessor:
     """A processor whose tokenizer knows `words` byte-level BPE tokens from our own texts, then the location tokens."""
     corpus = [START_LINE, *lessons.ANYTHING, *lessons.SYLLABLES, *SHARES, *sum(DESCRIPTIONS.values(), ())]
-    corpus += sum(ANATOMY.values(), ())
     corpus += [text for kind in lessons.KINDS for _, text in phrasings(kind, held_out=False)]
     thoughts = (lessons.LOOK, lessons.MISSED, lessons.LEAKED, lessons.DONE, lessons.NOT_THERE)
     corpus += [text.format(name) for name in names for text in ("Segment the {}.", "Is there a {}?", *thoughts)]
