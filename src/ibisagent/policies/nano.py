@@ -36,6 +36,7 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.masking_utils import create_causal_mask
 from transformers.utils.generic import ModelOutput
@@ -428,13 +429,6 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         ]
         return torch.cat([part.to(hidden.dtype) for part in parts])
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; where it is greedy, places are chosen by `LikelyPlaces`."""
-        config = kwargs.get("generation_config") or self.generation_config
-        if not kwargs.get("do_sample", config.do_sample):
-            kwargs["logits_processor"] = [*(kwargs.get("logits_processor") or ()), LikelyPlaces(self.word_count)]
-        return super().generate(*args, **kwargs)
-
     def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> dict[str, Any]:
         """Pictures go in with the first call; later ones get the location keys that it made."""
         pixel_values, image_features = kwargs.pop("pixel_values", None), kwargs.pop("image_features", None)
@@ -442,6 +436,12 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if inputs.get("location_keys") is None or not kwargs.get("use_cache", True):
             inputs |= {"pixel_values": pixel_values, "image_features": image_features, "location_keys": None}
         return dict(inputs)
+
+    def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        processors: Any = super()._get_logits_processor(generation_config, *args, **kwargs)
+        if generation_config.get_generation_mode() == GenerationMode.GREEDY_SEARCH:
+            processors.append(LikelyPlaces(self.word_count))
+        return processors
 
     def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], *a: Any, **k: Any) -> Any:
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *a, **k)
