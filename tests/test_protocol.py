@@ -35,6 +35,7 @@ from ibisagent.protocol import (
     target_of,
     write,
 )
+from ibisagent.teacher.phrasings import phrasings
 
 FUZZ = int(os.environ.get("IBIS_FUZZ", "2000"))
 SIZE = (61, 83)
@@ -757,11 +758,25 @@ def test_unknown_history_and_style_are_config_errors():
         ('Segment "left lung".', "left lung"),
         ("Show me the mask of the spleen", "spleen"),
         ("?", "target"),
+        ("In this CT slice, segment the liver.", "liver"),
+        ("Do you see a polyp? Segment it only if it is present.", "polyp"),
+        ("Are there any abnormalities? Segment them in that case.", "abnormalities"),
+        ("Which part of this image shows the nerve head? Please delineate it.", "nerve head"),
+        ("carcinoma in situ", "carcinoma in situ"),
+        ("in situ carcinoma", "in situ carcinoma"),
         ("the", "the"),
     ],
 )
 def test_target_of_names_the_object(query, name):
     assert target_of(query) == name
+
+
+@pytest.mark.parametrize("kind", ["referring", "existence", "refinement"])
+@pytest.mark.parametrize("held_out", [False, True])
+def test_target_of_names_the_object_of_every_phrasing_of_the_factory(kind, held_out):
+    for _, phrasing in phrasings(kind, held_out=held_out):
+        query = phrasing.format(name="optic disc", a_name="an optic disc", modality="fundus")
+        assert target_of(query) == "optic disc", query
 
 
 @given(st.text(max_size=300))

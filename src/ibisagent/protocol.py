@@ -553,7 +553,7 @@ def _user(
     if shown and not turns:
         lines.append(START_LINE)
     if history == "actions" and turns:
-        lines += ["Your replies so far:", *(_recap(turn, speech, observation.image.size) for turn in turns)]
+        lines.append(recap([turn.reply for turn in turns], observation.image.size, dialect=speech.name))
     if len(masks) > 1 and style == "colour" and speech.names:
         names = list(COLOURS)
         legend = (f"{_escape_name(name)}: {names[rank % len(names)]}" for rank, name in enumerate(masks))
@@ -565,11 +565,16 @@ def _user(
     return {"role": "user", "content": [picture, text] if speech.picture_first else [text, picture]}
 
 
-def _recap(turn: Turn, speech: Dialect, size: Size) -> str:
-    """One past reply as a line of text; what people added beyond the dialect is told in the words of "ibis"."""
-    if turn.reply.problem is not None:
-        return "- could not be read"
-    return "- " + "; ".join(speech.phrase(action, size) for action in turn.reply.actions)
+def recap(replies: Sequence[Reply], size: Size, *, dialect: str) -> str:
+    """Earlier replies as text, a line each, as `render` adds them to the query for history "actions".
+
+    What people added beyond the dialect is told in the words of "ibis".
+    """
+    phrase = _dialect(dialect).phrase
+    told = (
+        "; ".join(phrase(a, size) for a in r.actions) if r.problem is None else "could not be read" for r in replies
+    )
+    return "\n".join(["Your replies so far:", *(f"- {line}" for line in told)])
 
 
 _STRAY = re.compile(r"<(?!/?(?:think|action|answer)>)")
@@ -681,19 +686,32 @@ def _dialect(name: str) -> Dialect:
 # ------------------------------------------------------------------------------------------------------- the query
 
 _VERBS = (
-    "annotate|contour|delineate|detect|find|highlight|identify|label|locate|mark|outline|please|point|refine|segment|"
-    "select|show|trace"
+    "annotate|check|continue|contour|correct|delineate|detect|draw|find|fix|give|highlight|identify|improve|label|locate|"
+    "look|make|mark|outline|please|point|refine|return|say|segment|select|show|trace"
 )
+_PICTURE = r"(?:image|picture|scan|slice|photo|photograph|radiograph|x-ray|frame|ct|mri|ultrasound)"
 _FILLERS = (
-    "a|all|an|and|any|are|can|could|do|does|here|i|in|is|it|just|(?:mask|outline|location|position) of|me|need|of|on|"
-    "out|see|some|that|the|there|this|to|us|visible|want|we|what|where|which|would|you"
+    rf"(?:in|part of) (?:this|the|that) (?:[\w-]+ ){{0,3}}{_PICTURE}|this {_PICTURE}|pixels belong|began|interested in|"
+    "(?:my|a) (?:first )?mask of|shows|"
+    "a|all|am|an|and|any|are|can|colleague|could|do|does|for|from|here|i|is|it|just|"
+    "(?:mask|contour|outline|location|position) of|me|my|need|of|on|out|see|some|somewhere|that|the|there|this|to|us|"
+    "visible|want|we|what|where|which|would|you"
 )
 _COMMAND = re.compile(rf"(?:{_VERBS})\b", re.IGNORECASE)
-_LEADING = re.compile(rf"(?:(?:{_VERBS}|{_FILLERS})[\s,]+)+", re.IGNORECASE)
+_LEADING = re.compile(rf"(?:(?:{_VERBS}|{_FILLERS})(?:[\s,]+|$))+", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.?!;:](?=\s|$)")
 _PLACE = re.compile(
-    r"\s(?:visible |shown |present |seen )?(?:in|on|from|of|within) (?:this|the|that) (?:[\w-]+ ){0,3}"
-    r"(?:image|picture|scan|slice|photo|photograph|radiograph|x-ray|frame|ct|mri|ultrasound)\b.*",
+    r"\s(?:(?:visible|shown|present|seen) )?(?:in|on|from|of|within) (?:this|the|that) "
+    rf"(?:[\w-]+ ){{0,3}}{_PICTURE}\b.*",
+    re.IGNORECASE,
+)
+_TRAILING = re.compile(
+    rf"(?:^|,? )(?:please|for me|(?:only )?if|but|and (?:{_VERBS})|(?:is|are) (?:marked|not|there|visible)|"
+    r"be (?:found|seen)|marked)\b.*",
+    re.IGNORECASE,
+)
+_HOLLOW = re.compile(
+    r"(?:\b(?:case|fit|if|in|is|it|its|mask|masks|no|part|so|that|them|there|what|wrong|yes|you)\b[\s,]*)*",
     re.IGNORECASE,
 )
 
@@ -701,15 +719,22 @@ _PLACE = re.compile(
 def target_of(query: str) -> str:
     """The short name of the object that a query means: "Segment the optic disc." -> "optic disc". Never empty.
 
-    Takes the first sentence that begins with a verb such as "segment", else the first; strips verbs, articles and
-    question words at its beginning, "in this image" and the punctuation at its end. At most 80 characters. A guess, for
-    replies that name no object; queries that are already a name come back unchanged.
+    Takes the first sentence that begins with a verb such as "segment", unless it only says "it", else the first; strips
+    verbs, articles and question words at its beginning, "in this image", "if it is there" and the like at its end.
+    At most 80 characters. A guess, for replies that name no object; queries that are already a name come back
+    unchanged.
     """
     sentences = [part.strip() for part in _SENTENCE_END.split(query[:MAX_QUERY_CHARS]) if part.strip()] or ["target"]
-    chosen = next(filter(_COMMAND.match, sentences), sentences[0])
-    name = _PLACE.sub("", " ".join(chosen.split())).strip(" .,;:!?\"'")
-    if leading := _LEADING.match(name):
-        name = name[leading.end() :].strip("\"'")
+    commands = [sentence for sentence in sentences if _COMMAND.match(sentence)]
+    names = [_name_in(sentence) for sentence in (*commands, *sentences)]
+    name = next((name for name in names if not _HOLLOW.fullmatch(name)), sentences[0])
     while len(name) > 80 and " " in name:
         name = name.rpartition(" ")[0]
     return name[:80] or "target"
+
+
+def _name_in(sentence: str) -> str:
+    """What is left of a sentence without the words around the name."""
+    name = " ".join(sentence.split()).strip(" .,;:!?\"'")
+    name = name[leading.end() :] if (leading := _LEADING.match(name)) else name
+    return _TRAILING.sub("", _PLACE.sub("", name)).strip(" .,;:!?\"'")
