@@ -1,6 +1,8 @@
 """The recipes of the packaged weights, in miniature: they run, learn, resume and save what the package loads."""
 
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -13,9 +15,12 @@ from torch.nn import functional as F
 from ibisagent.cli import app
 from ibisagent.clicks import next_click
 from ibisagent.datasets import CaseRow, read_cases
-from ibisagent.domain import Case, Click, Image, Observation
+from ibisagent.domain import Box, Case, Click, Completion, Image, Observation, Reply, Undo
+from ibisagent.environment import SegmentationEnv
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.policies import load_policy
+from ibisagent.policies.nano import LOCATIONS
+from ibisagent.protocol import START_LINE, parse, render, write
 from ibisagent.segmenters import load_segmenter
 from ibisagent.segmenters.click_network import ClickNetwork
 from ibisagent.segmenters.frame import letterbox, letterbox_scale, prompt_maps
@@ -25,6 +30,7 @@ from ibisagent.training.click_states import Pair, new_state
 from ibisagent.training.click_states import pairs_from as click_pairs
 from ibisagent.training.lessons import Example, Lessons, turned_features
 from ibisagent.training.lessons import pairs_from as nano_pairs
+from ibisagent.training.own_turns import OwnTurns, own_first_turn, sure_part, told
 from ibisagent.training.rl import RlRecipe
 from ibisagent.training.views import SIDE, Bank, random_turn
 
@@ -259,8 +265,6 @@ def lessons(cases, bank):
 
 
 def test_examples_are_replies_that_the_protocol_reads_and_places_that_are_right(lessons):
-    from ibisagent.protocol import parse
-
     kinds = set()
     for example in lessons.draw(120):
         reply = parse(example.reply, (SIDE, SIDE), dialect="ibis", default_target="disc")
@@ -273,6 +277,78 @@ def test_examples_are_replies_that_the_protocol_reads_and_places_that_are_right(
             assert example.truth[click.y, click.x] == click.positive
             assert example.current[click.y, click.x] != click.positive
     assert {("Click", "Box"), ("Click",), ("Stop",)} <= kinds
+
+
+def own_turns_of(cases, bank, believe):
+    pairs = nano_pairs(cases, [row_of(case) for case in cases], bank)
+    return OwnTurns(pairs, bank, ClickNetwork().eval(), 0, believe=believe)
+
+
+def doubts(examples):
+    return np.full((len(examples), LOCATIONS, LOCATIONS), 0.5, np.float32)
+
+
+def knows(examples):
+    return np.stack([cv2.resize(example.truth.astype(np.float32), (LOCATIONS, LOCATIONS)) for example in examples])
+
+
+def test_only_what_the_policy_is_sure_of_is_to_be_corrected():
+    truth, mask = np.zeros((2, SIDE, SIDE), bool)
+    truth[:, :128], mask[:, 64:192] = True, True
+    belief = np.full((LOCATIONS, LOCATIONS), 0.5, np.float32)
+    assert (sure_part(truth, mask, belief) == mask).all()
+    belief[:, :16] = 0.99  # the missed quarter
+    goal = sure_part(truth, mask, belief)
+    assert goal[:, :60].all()
+    assert (goal[:, 68:] == mask[:, 68:]).all()
+    belief[:, 32:] = 0.01  # and the leak
+    assert np.mean(sure_part(truth, mask, belief) == truth) > 0.95
+    assert (sure_part(truth, np.zeros_like(mask), belief * 0 + 0.5) == truth).all()  # a first turn is asked for anyway
+
+
+def test_a_policy_begins_where_its_map_is_brightest_and_around_what_it_marks():
+    belief = np.zeros((LOCATIONS, LOCATIONS), np.float32)
+    belief[10:20, 30:50], belief[12, 33] = 0.7, 0.9
+    click, box = own_first_turn(belief)
+    assert (click.x // 4, click.y // 4, click.positive) == (33, 12, True)
+    assert (box.x0, box.y0, box.x1, box.y1) == (120, 40, 200, 80)
+
+
+def test_a_policy_that_sees_nothing_sure_is_taught_to_stop_and_sees_its_replies(cases, bank):
+    drawn = own_turns_of(cases, bank, doubts).draw(80)
+    later = [example for example in drawn if example.current.any()]
+    assert later
+    assert all("stop" in example.reply for example in later)
+    assert any((example.features == 0).all(axis=(1, 2)).any() for example in later)  # through a veil
+    recalling = [example for example in later if "Your replies so far:\n- click +" in example.query]
+    assert recalling
+    assert all(example in recalling or START_LINE in example.query for example in later)
+
+
+def test_a_policy_that_knows_better_corrects_and_takes_back_what_did_harm(cases, bank):
+    lessons = own_turns_of(cases, bank, knows)
+    later = [example for _ in range(4) for example in lessons.draw(100) if example.current.any()]
+    replies = [parse(example.reply, (SIDE, SIDE), dialect="ibis", default_target="disc") for example in later]
+    assert all(reply.problem is None for reply in replies)
+    kinds = Counter(type(reply.actions[0]).__name__ for reply in replies)
+    assert kinds["Click"] > kinds["Stop"]
+    undoing = [example for example, reply in zip(later, replies, strict=True) if Undo() in reply.actions]
+    assert undoing
+    for example in undoing:  # only a click of its own can be taken back, and only once
+        lines = example.query.split("Your replies so far:\n")[1].splitlines()
+        assert len(lines) == 2
+        assert lines[1].startswith("- click")
+
+
+def test_the_replies_so_far_are_told_as_to_the_policy(cases, bank):
+    case = replace(cases[0], query="Find the disc.")
+    environment = SegmentationEnv(case, load_segmenter("ibis-click"), dialect="ibis")
+    said = [Click(40, 50, True, ""), Box(20, 30, 70, 80, "")], [Click(5, 6, False, "")], [Undo()]
+    for actions in said:
+        environment.step(Completion(write(Reply("", tuple(actions)), case.image.size, dialect="ibis")))
+    message = render(environment.observation, dialect="ibis", history="actions", style="alpha")[-1]
+    text = next(part["text"] for part in message["content"] if part["type"] == "text")
+    assert text == f"{case.query}\n{told(case.query, said, case.image.size)}"
 
 
 def test_features_turn_with_their_picture():

@@ -270,7 +270,7 @@ class LikelyPlaces(LogitsProcessor):
     """Greedy choice among words and places: the place with the greatest expected closeness to the right one.
 
     Closeness of two cells is exp(-d^2 / 2 NEAR^2). A place that is not known well spreads over hundreds of cells, of
-    which the likeliest says little, and each has less than the likeliest word: so all places compete with it together.
+    which the likeliest says little, and each has less than the likeliest word: so all places compete with all words.
     """
 
     def __init__(self, word_count: int) -> None:
@@ -282,7 +282,7 @@ class LikelyPlaces(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """scores (B, V) logits -> the same of words, or of places, where these are likelier."""
         words, places = scores[:, : self.word_count], scores[:, self.word_count :].float()
-        is_word = words.amax(dim=1) >= places.logsumexp(dim=1)
+        is_word = words.float().logsumexp(dim=1) >= places.logsumexp(dim=1)
         closeness = self._closeness.to(places.device)
         maps = places.softmax(dim=1).view(-1, LOCATIONS, LOCATIONS)
         near = (closeness @ maps @ closeness).flatten(1).log()

@@ -295,24 +295,33 @@ class Lessons:
     def _later_turns(self, unseen: Sequence[tuple[Example, Pair]]) -> None:
         prompts = [self._earlier_prompts(example.truth) for example, _ in unseen]
         for (example, pair), mask in zip(unseen, self._masks(unseen, prompts), strict=True):
-            truth = example.truth
-            assert truth is not None
+            assert example.truth is not None
             example.current = mask
             kind, example.query, name = self._question(pair)
-            if self._random.random() < 0.2:  # as `render` says it of a mask that the user brought
-                if kind == "referring" and name == pair.name:
-                    example.query = self._phrase("refinement", name)
-                example.query += "\n" + START_LINE
-            click = next_click(truth, mask, "")
-            if click is None or iou(mask, truth) >= GOOD_ENOUGH:
-                seen = f"Yes, the {name} is visible and segmented."
-                example.answer(DONE.format(name), Stop(seen if kind == "existence" else SEGMENTED.format(name)))
-            elif not mask.any():
-                self._begin(example, name)
-            else:
-                example.answer((MISSED if click.positive else LEAKED).format(name), click)
-                wrong = truth & ~mask if click.positive else mask & ~truth
-                example.places = [depth_distribution(wrong, power=1.5)]
+            if self._random.random() < 0.2:
+                self._show_as_brought(example, kind, name, pair)
+            self._go_on(example, example.truth, kind, name)
+
+    def _show_as_brought(self, example: Example, kind: str, name: str, pair: Pair) -> None:
+        """Say what `render` says of a mask that the user brought."""
+        if kind == "referring" and name == pair.name:
+            example.query = self._phrase("refinement", name)
+        example.query += "\n" + START_LINE
+
+    def _go_on(self, example: Example, goal: Mask, kind: str, name: str) -> None:
+        """Answer with the correction that brings the mask nearer to `goal`, or with a stop where it is good enough."""
+        mask, truth = example.current, example.truth
+        assert truth is not None
+        click = next_click(goal, mask, "")
+        if click is None or iou(mask, truth) >= GOOD_ENOUGH:
+            seen = f"Yes, the {name} is visible and segmented."
+            example.answer(DONE.format(name), Stop(seen if kind == "existence" else SEGMENTED.format(name)))
+        elif not mask.any():
+            self._begin(example, name)
+        else:
+            example.answer((MISSED if click.positive else LEAKED).format(name), click)
+            wrong = goal & ~mask if click.positive else mask & ~goal
+            example.places = [depth_distribution(wrong, power=1.5)]
 
     def _earlier_prompts(self, truth: Mask | None) -> list[Click | Box]:
         """What an imperfect first turn may have asked for; empty for "a spoilt truth instead"."""
@@ -330,10 +339,7 @@ class Lessons:
 
     def _masks(self, unseen: Sequence[tuple[Example, Pair]], prompts: Sequence[list[Click | Box]]) -> list[Mask]:
         """Masks that the segmenter gives for `prompts`, some after one more click, right or wrong; or spoilt truths."""
-        planes = np.zeros((len(unseen), 7, LOOK_SIDE, LOOK_SIDE), np.float32)
-        for index, (example, _) in enumerate(unseen):
-            small = cv2.resize(example.pixels, (LOOK_SIDE, LOOK_SIDE), interpolation=cv2.INTER_AREA)
-            planes[index, :3] = small.transpose(2, 0, 1).astype(np.float32) / 255
+        planes = self._looks([example for example, _ in unseen])
         features = turned_features([example for example, _ in unseen])
         masks = self._predict(planes, features, prompts)
         for (example, _), given, mask in zip(unseen, prompts, masks, strict=True):
@@ -349,6 +355,15 @@ class Lessons:
             mask if given or example.truth is None else spoilt(example.truth, self._random)
             for (example, _), given, mask in zip(unseen, prompts, masks, strict=True)
         ]
+
+    @staticmethod
+    def _looks(examples: Sequence[Example]) -> np.ndarray:
+        """The segmenter's input (N, 7, LOOK_SIDE, LOOK_SIDE) for pictures without prompts and masks."""
+        planes = np.zeros((len(examples), 7, LOOK_SIDE, LOOK_SIDE), np.float32)
+        for plane, example in zip(planes, examples, strict=True):
+            small = cv2.resize(example.pixels, (LOOK_SIDE, LOOK_SIDE), interpolation=cv2.INTER_AREA)
+            plane[:3] = small.transpose(2, 0, 1).astype(np.float32) / 255
+        return planes
 
     def _predict(
         self, planes: np.ndarray, features: torch.Tensor, prompts: Sequence[Sequence[Click | Box]]

@@ -11,12 +11,12 @@ from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import cv2
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -41,6 +41,7 @@ from ibisagent.teacher.phrasings import DESCRIPTIONS, SHARES, phrasings
 from ibisagent.training import lessons
 from ibisagent.training.click_states import is_development
 from ibisagent.training.lessons import CELL, VIEW, Example, Lessons, Pair, pairs_from, turned_features
+from ibisagent.training.own_turns import OwnTurns
 from ibisagent.training.run import Report, load_checkpoint, rate_factor, save_checkpoint, unheard, update_average
 from ibisagent.training.views import Bank
 
@@ -248,7 +249,15 @@ class NanoRecipe(Recipe):
     warm_up: int = Field(60, ge=1)
     look_every: int = Field(4_000, ge=1)
     """Examples between two looks at the patients held out for choosing settings (one in sixteen)."""
+    own_turns: bool = False
+    """Go on from what `start` itself would have done (`training.own_turns`): for a second, shorter run."""
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _own_turns_need_a_start(self) -> Self:
+        if self.own_turns and self.start is None:
+            raise ValueError("own_turns: set start to the trained ibis-nano whose turns they are")
+        return self
 
 
 def train(recipe: NanoRecipe, report: Report = unheard) -> Path:
@@ -283,6 +292,8 @@ class _Run:
             self.model = build_model(self.processor)
         else:
             self.processor, self.model = load(recipe.start)
+        if recipe.own_turns:
+            self.model.config.history = "actions"
         self.average = deepcopy(self.model).eval()
         self.model.train()
         self.optimizer = torch.optim.AdamW(
@@ -291,7 +302,11 @@ class _Run:
         self.step = 0
         self._resume()
         segmenter = read_click_network(recipe.segmenter).eval()
-        self.lessons = Lessons(pairs, bank, segmenter, recipe.seed + self.step)
+        seed = recipe.seed + self.step
+        if recipe.own_turns:
+            self.lessons: Lessons = OwnTurns(pairs, bank, segmenter, seed, believe=self._believe)
+        else:
+            self.lessons = Lessons(pairs, bank, segmenter, seed)
 
     def go(self, report: Report) -> Path:
         """Train to the end and write the model."""
@@ -308,6 +323,14 @@ class _Run:
                 shown.clear()
                 self._save()
         return self._save()
+
+    @torch.no_grad()
+    def _believe(self, examples: Sequence[Example]) -> np.ndarray:
+        batch, _ = collate(examples, self.processor)
+        del batch["labels"]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            region = self.average(**batch, logits_to_keep=1, use_cache=False).region_logits
+        return region.float().sigmoid().numpy()
 
     def _learn(self) -> dict[str, float]:
         recipe = self.recipe
