@@ -13,6 +13,9 @@ seed=${SEED:-0}
 # What needs no segmenter's turns: names, places, sizes, what is absent, one correction at a time.
 ibisagent train-nano "$recipes/ibis-nano.toml" --set "data=$data" --set "out=$out/pretrained" \
     --set "licence_class=$licence" --set "seed=$seed"
+# Whether to correct, what to take back, when to stop.
+ibisagent train-nano "$recipes/ibis-nano-own-turns.toml" --set "data=$data" --set "out=$out/own-turns" \
+    --set "start=$out/pretrained/ibis-nano" --set "bank=$out/pretrained" --set "licence_class=$licence" --set "seed=$seed"
 # The questions that are played, more than there will be episodes.
 ibisagent build-data "$data" -o "$out/data" --config "$recipes/data.toml" --split train --hold-out --limit 640 \
     ${licence:+--licence-class "$licence"}

@@ -535,6 +535,7 @@ def test_from_pairs_to_figures_in_one_command(tmp_path):
     shutil.copytree(RECIPES, recipes)
     small = {
         "ibis-nano.toml": {"examples": 4, "rounds": 1},
+        "ibis-nano-own-turns.toml": {"examples": 4, "rounds": 1},
         "data.toml": {"segmenter": '"region"'},
         "rl-nano.toml": {"segmenter": '"region"', "steps": 1, "batch": 4, "max_turns": 3, "reply_tokens": 12},
     }
