@@ -20,7 +20,7 @@ from ibisagent.environment import SegmentationEnv
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.policies import load_policy
 from ibisagent.policies.nano import LOCATIONS
-from ibisagent.protocol import START_LINE, parse, render, target_of, write
+from ibisagent.protocol import START_LINE, parse, render, write
 from ibisagent.segmenters import load_segmenter
 from ibisagent.segmenters.click_network import ClickNetwork
 from ibisagent.segmenters.frame import letterbox, letterbox_scale, prompt_maps
@@ -30,7 +30,7 @@ from ibisagent.training import nano as nano_recipe
 from ibisagent.training import own_turns
 from ibisagent.training.click_states import Pair, new_state
 from ibisagent.training.click_states import pairs_from as click_pairs
-from ibisagent.training.lessons import LOOK, Example, Lessons, turned_features
+from ibisagent.training.lessons import Example, Lessons, turned_features
 from ibisagent.training.lessons import pairs_from as nano_pairs
 from ibisagent.training.own_turns import OwnTurns, own_first_turn, sure_part, told
 from ibisagent.training.rl import RlRecipe
@@ -350,14 +350,6 @@ def test_a_correction_that_gains_nothing_is_not_taught(cases, bank, monkeypatch)
     later = [example for example in lessons.draw(100) if example.current.any()]
     assert later
     assert all("stop" in example.reply or "undo" in example.reply for example in later)
-
-
-def test_words_that_nobody_knows_are_repeated_as_they_are(cases, bank, monkeypatch):
-    monkeypatch.setattr(own_turns, "UNKNOWN", 1.0)
-    drawn = own_turns_of(cases, bank, knows).draw(60)
-    names = [target_of(example.query) for example in drawn if LOOK.split("{}")[0] in example.reply]
-    assert len(set(names)) > 10
-    assert all(any(name in example.reply for example in drawn) for name in names)
 
 
 def test_the_replies_so_far_are_told_as_to_the_policy(cases, bank):

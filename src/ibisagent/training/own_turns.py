@@ -33,7 +33,6 @@ BROUGHT, OWN = 0.2, 0.6
 """Shares of the masks that the user brought, and of the first turns that are the policy's own."""
 FURTHER, WRONG, UNDONE = 0.6, 0.6, 0.2
 """Shares of the first turns that a click followed, of these clicks that were anywhere, and that were undone."""
-UNKNOWN = 0.15  # share of the questions that call the object by a word that nobody knows
 
 Believe = Callable[[Sequence[Example]], np.ndarray]
 
@@ -48,13 +47,21 @@ class OwnTurns(Lessons):
         super().__init__(pairs, bank, segmenter, seed)
         self._believe = believe
 
+    def _veil(self, example: Example) -> None:
+        """Hide a part of the glance's channels."""
+        hidden = self._random.random(len(example.features)) < self._random.uniform(0, BLIND)
+        example.features = np.where(hidden[:, None, None], 0, example.features)
+
+    def _first_turn(self, example: Example, pair: Pair) -> None:
+        self._veil(example)  # but what is absent is seen clearly: who asks for an object mostly knows that it is there
+        super()._first_turn(example, pair)
+
     def _later_turns(self, unseen: Sequence[tuple[Example, Pair]]) -> None:
         examples = [example for example, _ in unseen]
         planes, features = self._looks(examples), turned_features(examples)
         asked = []
         for example, pair in unseen:
-            hidden = self._random.random(len(example.features)) < self._random.uniform(0, BLIND)
-            example.features = np.where(hidden[:, None, None], 0, example.features)
+            self._veil(example)
             kind, example.query, name = self._question(pair)
             asked.append((kind, name))
         first = self._believe(examples)
@@ -105,13 +112,6 @@ class OwnTurns(Lessons):
             goal if not e.current.any() or _gains(corrected_, e) else e.current
             for e, goal, corrected_ in zip(examples, goals, corrected, strict=True)
         ]
-
-    def _question(self, pair: Pair) -> tuple[str, str, str]:
-        if self._random.random() >= UNKNOWN:
-            return super()._question(pair)
-        letters = [self._pick("bcdfghklmnprstvw") + self._pick("aeiouy") for _ in range(self._random.integers(2, 6))]
-        name = "".join(letters) + self._pick(("", "", "l", "m", "n", "r", "s", "x"))
-        return "referring", self._phrase("referring", name, modality=pair.row.modality or "medical"), name
 
     def _opening(self, example: Example, belief: np.ndarray) -> list[Click | Box]:
         """The prompts of a first turn, the policy's own or an expert's imperfect ones; none for a mask that the user
