@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # ibis-nano from image-mask pairs to its figures, in one command: recipes/nano.sh DATA OUT
 # DATA as in README, "Own data", with splits "train" and "val". A run that was stopped goes on where it stopped.
-# Use the result as --policy mllm:OUT/rl/policy. LICENCE= (empty) takes rows of every licence class,
+# Use the result as --policy mllm:OUT/own-turns/ibis-nano. LICENCE= (empty) takes rows of every licence class,
 # SEED=1 draws otherwise.
 set -euo pipefail
 data=${1:?usage: recipes/nano.sh DATA OUT}
@@ -16,10 +16,4 @@ ibisagent train-nano "$recipes/ibis-nano.toml" --set "data=$data" --set "out=$ou
 # Whether to correct, what to take back, when to stop.
 ibisagent train-nano "$recipes/ibis-nano-own-turns.toml" --set "data=$data" --set "out=$out/own-turns" \
     --set "start=$out/pretrained/ibis-nano" --set "bank=$out/pretrained" --set "licence_class=$licence" --set "seed=$seed"
-# The questions that are played, more than there will be episodes.
-ibisagent build-data "$data" -o "$out/data" --config "$recipes/data.toml" --split train --hold-out --limit 640 \
-    ${licence:+--licence-class "$licence"}
-# When to correct, and when to stop.
-ibisagent rl "$recipes/rl-nano.toml" --set "data=$out/data" --set "out=$out/rl" --set "seed=$seed" \
-    --set "policy=$out/pretrained/ibis-nano"
-ibisagent evaluate "$data" --split val --policy "mllm:$out/rl/policy" -o "$out/val"
+ibisagent evaluate "$data" --split val --policy "mllm:$out/own-turns/ibis-nano" -o "$out/val"

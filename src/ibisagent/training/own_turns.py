@@ -23,16 +23,16 @@ from ibisagent.protocol import Size, recap, target_of
 from ibisagent.segmenters.click_network import ClickNetwork
 from ibisagent.training.click_states import jittered_box, spoilt
 from ibisagent.training.lessons import CELL, LOOK_SIDE, TAKEN_BACK, VIEW, Example, Lessons, Pair, turned_features
-from ibisagent.training.views import SIDE, Bank
+from ibisagent.training.views import Bank
 
 BLIND = 0.8  # most of the glance's channels that are hidden
 SURE = 0.85  # share that a map must give a pixel, or leave it, to speak for a correction there
-HARM = 0.02  # IoU that a click must have cost to be undone
+HARM = 0.01  # IoU that a click must have cost to be undone
 GAIN = 0.02  # IoU that a correction must gain to be taught
 BROUGHT, OWN = 0.2, 0.6
 """Shares of the masks that the user brought, and of the first turns that are the policy's own."""
-FURTHER, WRONG, UNDONE = 0.6, 0.6, 0.2
-"""Shares of the first turns that a click followed, of these clicks that were anywhere, and that were undone."""
+FURTHER, WRONG, UNDONE = 0.8, 0.7, 0.2
+"""Shares of the first turns that a click followed, of these clicks that were wrong, and that were undone."""
 
 Believe = Callable[[Sequence[Example]], np.ndarray]
 
@@ -67,7 +67,7 @@ class OwnTurns(Lessons):
         first = self._believe(examples)
         prompts = [self._opening(*of) for of in zip(examples, first, strict=True)]
         begun, before = self._predict(planes, features, prompts), planes[:, 3].copy()
-        further = [self._further(*of) for of in zip(examples, begun, prompts, strict=True)]
+        further = [self._further(*of) for of in zip(examples, first, begun, prompts, strict=True)]
         clicked = self._predict(planes, features, [[*p, *f] for p, f in zip(prompts, further, strict=True)])
 
         harmed = []
@@ -127,14 +127,18 @@ class OwnTurns(Lessons):
         box = jittered_box(example.truth, self._random, self._random.choice([0.05, 0.15, 0.3]))
         return [Click(int(columns[index]), int(rows[index]), True, ""), box]
 
-    def _further(self, example: Example, mask: Mask, prompts: Sequence[Click | Box]) -> list[Click]:
-        """One more click, right or anywhere; often none."""
+    def _further(self, example: Example, belief: np.ndarray, mask: Mask, prompts: Sequence[Click | Box]) -> list[Click]:
+        """One more click, a right one, or one against a part of the mask that is right and looks so; often none."""
         assert example.truth is not None
         if not prompts or self._random.random() >= FURTHER:
             return []
         if self._random.random() < WRONG:
-            x, y = (int(number) for number in self._random.integers(SIDE, size=2))
-            return [Click(x, y, not mask[y, x], "")]
+            inside = cv2.resize(belief, VIEW, interpolation=cv2.INTER_LINEAR) > 0.5
+            rows, columns = np.nonzero((mask == example.truth) & (mask == inside))
+            if rows.size:
+                index = self._random.integers(rows.size)
+                y, x = int(rows[index]), int(columns[index])
+                return [Click(x, y, not mask[y, x], "")]
         click = next_click(example.truth, mask, "")
         return [click] if click else []
 
