@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ibisagent.clicks import bounding_box, interior_depth, next_click
 from ibisagent.datasets import CaseRow
-from ibisagent.domain import Box, Case, Click, Episode, Mask, Masks, Reply, Stop
+from ibisagent.domain import Action, Box, Case, Click, Episode, Mask, Masks, Reply, Stop
 from ibisagent.masks import iou
 from ibisagent.policies.nano import LOCATIONS
 from ibisagent.protocol import START_LINE, write
@@ -111,7 +111,7 @@ class Example:
     current: Mask = field(default_factory=lambda: np.zeros(VIEW, bool))
     places: list[np.ndarray] = field(default_factory=list)
 
-    def answer(self, thought: str, *actions: Click | Box | Stop) -> None:
+    def answer(self, thought: str, *actions: Action) -> None:
         """Set the reply."""
         self.reply = write(Reply(thought, actions), VIEW, dialect="ibis")
 
