@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ibisagent.cli import app
 from ibisagent.clicks import next_click
 from ibisagent.datasets import CaseRow, read_cases
-from ibisagent.domain import Box, Case, Click, Completion, Image, Observation, Reply, Undo
+from ibisagent.domain import Box, Case, Click, Completion, Image, Observation, Reply, Stop, Undo
 from ibisagent.environment import SegmentationEnv
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.policies import load_policy
@@ -24,6 +24,7 @@ from ibisagent.protocol import START_LINE, parse, render, write
 from ibisagent.segmenters import load_segmenter
 from ibisagent.segmenters.click_network import ClickNetwork
 from ibisagent.segmenters.frame import letterbox, letterbox_scale, prompt_maps
+from ibisagent.segmenters.glance import FEATURES, GRID
 from ibisagent.segmenters.ibis_click import PACKAGED_WEIGHTS, read_click_network
 from ibisagent.training import click as click_recipe
 from ibisagent.training import nano as nano_recipe
@@ -395,6 +396,18 @@ def test_training_the_policy_learns_and_saves_a_loadable_model(cases, bank, tmp_
     assert 0 <= found["hit"] <= 1
     nano_recipe.save(model, processor, tmp_path / "ibis-nano")
     assert sum(file.stat().st_size for file in (tmp_path / "ibis-nano").glob("*.safetensors")) < 17_000_000
+
+
+def test_a_batch_in_which_no_place_is_named_is_learnt_from():
+    processor = nano_recipe.build_processor(["disc"])
+    model = nano_recipe.build_model(processor)
+    pictures = np.zeros((FEATURES, GRID, GRID), np.float32), np.zeros((SIDE, SIDE, 3), np.uint8)
+    example = Example(*pictures, np.zeros((SIDE, SIDE), bool), query="Segment the disc.")
+    example.answer("I see no disc here.", Stop("There is no disc here.", ("disc",)))
+    loss, parts = nano_recipe.losses(model, [example], processor)
+    loss.backward()
+    assert np.isfinite(loss.item())
+    assert parts["places"] == 0
 
 
 def test_the_nano_recipe_runs_goes_on_and_refuses_another(recipe, tmp_path, capsys):

@@ -160,8 +160,8 @@ def losses(
     weight = 1 + (DECISION_WEIGHT - 1) * (order <= DECISION)[is_word]
     word_loss = -(weight * logprobs[is_word].gather(1, labels[is_word][:, None])[:, 0]).sum() / weight.sum()
     place_logprobs = logprobs[is_place][:, words:]
-    wanted = torch.from_numpy(np.stack([place.ravel() for example in examples for place in example.places]))
-    cross = -(wanted * place_logprobs).sum(dim=1).mean()
+    wanted = np.array([place.ravel() for example in examples for place in example.places], np.float32)
+    cross = -(torch.from_numpy(wanted).view_as(place_logprobs) * place_logprobs).sum() / max(len(wanted), 1)
     regions = [cv2.resize(e.truth.astype(np.float32), (LOCATIONS,) * 2, interpolation=cv2.INTER_AREA)
                if e.truth is not None else np.full((LOCATIONS,) * 2, -1, np.float32) for e in examples]  # fmt: skip
     target = torch.from_numpy(np.stack(regions))

@@ -3,7 +3,8 @@
 Its first turns are its own, seen through a part of the glance's channels, as it knows its training pictures by
 heart but not those that it will be asked about. It sees its replies so far. A correction is taught only where its
 own map of the object speaks for it, a click that did harm is undone where that map shows the harm, and everywhere else
-it is taught to stop: what it cannot see it should not guess. Nor is a correction taught that gains nothing.
+it is taught to stop: what it cannot see it should not guess. Nor is a correction taught that gains nothing. First turns
+are seen through the veil too, what is absent clearly: an object of another data set's pictures is looked for, not denied.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class OwnTurns(Lessons):
         example.features = np.where(hidden[:, None, None], 0, example.features)
 
     def _first_turn(self, example: Example, pair: Pair) -> None:
-        self._veil(example)  # but what is absent is seen clearly: who asks for an object mostly knows that it is there
+        self._veil(example)
         super()._first_turn(example, pair)
 
     def _later_turns(self, unseen: Sequence[tuple[Example, Pair]]) -> None:
