@@ -4,7 +4,7 @@ Its first turns are its own, seen through a part of the glance's channels, as it
 heart but not those that it will be asked about. It sees its replies so far. A correction is taught only where its
 own map of the object speaks for it, a click that did harm is undone where that map shows the harm, and everywhere else
 it is taught to stop: what it cannot see it should not guess. Nor is a correction taught that gains nothing. First turns
-are seen through the veil too, what is absent clearly: an object of another data set's pictures is looked for, not denied.
+are seen through the veil too, but what is absent is seen clearly: what looks unfamiliar is looked for, not denied.
 """
 
 from __future__ import annotations
