@@ -330,17 +330,24 @@ class Lessons:
         if kind < 0.2:
             return prompts
         region = truth if kind < 0.85 else np.ones(VIEW, bool)
+        prompts.append(Click(*self._spot(region), True, ""))
+        if kind < 0.7:
+            prompts.append(self._loose_box(truth))
+        return prompts
+
+    def _spot(self, region: Mask) -> tuple[int, int]:
+        """(x, y) of any pixel of `region`, which has one."""
         rows, columns = np.nonzero(region)
         index = self._random.integers(rows.size)
-        prompts.append(Click(int(columns[index]), int(rows[index]), True, ""))
-        if kind < 0.7:
-            prompts.append(jittered_box(truth, self._random, self._random.choice([0.05, 0.15, 0.3])))
-        return prompts
+        return int(columns[index]), int(rows[index])
+
+    def _loose_box(self, truth: Mask) -> Box:
+        return jittered_box(truth, self._random, self._random.choice([0.05, 0.15, 0.3]))
 
     def _masks(self, unseen: Sequence[tuple[Example, Pair]], prompts: Sequence[list[Click | Box]]) -> list[Mask]:
         """Masks that the segmenter gives for `prompts`, some after one more click, right or wrong; or spoilt truths."""
-        planes = self._looks([example for example, _ in unseen])
-        features = turned_features([example for example, _ in unseen])
+        examples = [example for example, _ in unseen]
+        planes, features = self._looks(examples), turned_features(examples)
         masks = self._predict(planes, features, prompts)
         for (example, _), given, mask in zip(unseen, prompts, masks, strict=True):
             assert example.truth is not None

@@ -22,7 +22,7 @@ from ibisagent.masks import iou
 from ibisagent.policies.nano import LOCATIONS
 from ibisagent.protocol import Size, recap, target_of
 from ibisagent.segmenters.click_network import ClickNetwork
-from ibisagent.training.click_states import jittered_box, spoilt
+from ibisagent.training.click_states import spoilt
 from ibisagent.training.lessons import CELL, LOOK_SIDE, TAKEN_BACK, VIEW, Example, Lessons, Pair, turned_features
 from ibisagent.training.views import Bank
 
@@ -123,10 +123,7 @@ class OwnTurns(Lessons):
             return []
         if dice < BROUGHT + OWN and (belief > 0.5).any():
             return own_first_turn(belief)
-        rows, columns = np.nonzero(example.truth)
-        index = self._random.integers(rows.size)
-        box = jittered_box(example.truth, self._random, self._random.choice([0.05, 0.15, 0.3]))
-        return [Click(int(columns[index]), int(rows[index]), True, ""), box]
+        return [Click(*self._spot(example.truth), True, ""), self._loose_box(example.truth)]
 
     def _further(self, example: Example, belief: np.ndarray, mask: Mask, prompts: Sequence[Click | Box]) -> list[Click]:
         """One more click, a right one, or one against a part of the mask that is right and looks so; often none."""
@@ -135,10 +132,9 @@ class OwnTurns(Lessons):
             return []
         if self._random.random() < WRONG:
             inside = cv2.resize(belief, VIEW, interpolation=cv2.INTER_LINEAR) > 0.5
-            rows, columns = np.nonzero((mask == example.truth) & (mask == inside))
-            if rows.size:
-                index = self._random.integers(rows.size)
-                y, x = int(rows[index]), int(columns[index])
+            right = (mask == example.truth) & (mask == inside)
+            if right.any():
+                x, y = self._spot(right)
                 return [Click(x, y, not mask[y, x], "")]
         click = next_click(example.truth, mask, "")
         return [click] if click else []
