@@ -79,10 +79,75 @@ def test_the_mask_and_the_query_change_the_reply_and_the_batch_does_not(folder):
     torch.testing.assert_close(together[0], alone, atol=2e-4, rtol=1e-3)
 
 
-def test_decoding_with_a_cache_equals_a_full_pass(folder):
-    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+def looks_twice(folder):
+    model = AutoModelForImageTextToText.from_pretrained(folder, looks_twice=True).eval()
+    for layer in (model.vision.comparison.fine, model.vision.comparison.reply):
+        torch.nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(6))
+    return model
+
+
+def test_the_second_look_sees_the_map_of_a_first_one_without_the_mask(folder):
+    once, model = AutoModelForImageTextToText.from_pretrained(folder).eval(), looks_twice(folder)
+    text = "<|user|>disc<image><|assistant|>"
+    batch = AutoProcessor.from_pretrained(folder)(
+        text=[text] * 2, images=[picture(0), picture(0, alpha=255)], return_tensors="pt"
+    )
+    features = torch.randn(1, 256, 28, 28, generator=torch.Generator().manual_seed(1)).expand(2, -1, -1, -1)
+    seen = []
+    model.vision.comparison.register_forward_hook(lambda _, given, __: seen.append(given[0]))
+    with torch.inference_mode():
+        first, second = (one(**batch, image_features=features) for one in (once, model))
+        alone = model(**{name: of[1:] for name, of in batch.items()}, image_features=features[1:])
+    assert not seen[0][0].any()
+    torch.testing.assert_close(seen[0][1, 0], torch.ones(LOCATIONS, LOCATIONS))
+    torch.testing.assert_close(seen[0][1, 1], first.region_logits[0].sigmoid())
+    torch.testing.assert_close(second.logits[0], first.logits[0])  # no mask, nothing to compare
+    assert not torch.allclose(second.logits[1], first.logits[1], atol=1e-2)
+    torch.testing.assert_close(alone.logits[0], second.logits[1], atol=2e-4, rtol=1e-3)
+
+
+def test_a_reply_begins_with_what_the_comparison_says_of_the_last_place(folder):
+    model, once = looks_twice(folder), AutoModelForImageTextToText.from_pretrained(folder).eval()
+    with torch.no_grad():
+        model.vision.comparison.fine.weight.zero_()
+        model.vision.comparison.reply.weight[:, 4:].zero_()  # the whole picture
+    half = np.asarray(picture(0)).copy()
+    half[:, :40, 3] = 255
+    pictures = [PillowImage.fromarray(half), PillowImage.fromarray(half), picture(0), PillowImage.fromarray(half)]
+    inside, outside = (f"click + {location_text(*place)}" for place in ((9, 9), (60, 9)))
+    said = [f"{outside}; {inside}", outside, inside, ""]
+    batch = AutoProcessor.from_pretrained(folder)(
+        text=[f"<|user|>disc {one}<image><|assistant|>" for one in said],
+        images=pictures,
+        padding=True,
+        return_tensors="pt",
+    )
+    features = torch.zeros(4, 256, 28, 28)
+    with torch.inference_mode():
+        first, second = (one(**batch, image_features=features).logits for one in (once, model))
+    torch.testing.assert_close(second[:, -2], first[:, -2])  # not before the reply
+    moved = (second - first)[:, -1].abs().amax(dim=1)
+    assert min(moved[:2]) > 1e-2
+    assert not torch.allclose((second - first)[0, -1], (second - first)[1, -1], atol=1e-2)
+    torch.testing.assert_close(moved[2:], torch.zeros(2))  # no mask, or no place
+
+
+def test_weights_that_are_to_learn_a_second_look_act_as_before(folder):
+    batch = AutoProcessor.from_pretrained(folder)(text="disc<image>", images=picture(1, alpha=255), return_tensors="pt")
+    features = torch.zeros(1, 256, 28, 28)
+    with torch.inference_mode():
+        before, after = (
+            AutoModelForImageTextToText.from_pretrained(folder, looks_twice=twice)(**batch, image_features=features)
+            for twice in (False, True)
+        )
+    torch.testing.assert_close(after.logits, before.logits)
+
+
+@pytest.mark.parametrize("load", [AutoModelForImageTextToText.from_pretrained, looks_twice])
+def test_decoding_with_a_cache_equals_a_full_pass(folder, load):
+    model = load(folder).eval()
     processor = AutoProcessor.from_pretrained(folder)
-    batch = processor(text="<|user|>disc<image><|assistant|>", images=picture(2), return_tensors="pt")
+    batch = processor(text="<|user|>disc<image><|assistant|>", images=picture(2, alpha=255), return_tensors="pt")
     features = torch.randn(1, 256, 28, 28, generator=torch.Generator().manual_seed(2))
     steps = 6
     cached = model.generate(**batch, image_features=features, max_new_tokens=steps, min_new_tokens=steps)

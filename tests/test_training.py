@@ -294,6 +294,7 @@ def doubts(examples):
 
 
 def knows(examples):
+    assert not any(example.current.any() for example in examples)  # a map that sees the mask follows it
     return np.stack([cv2.resize(example.truth.astype(np.float32), (LOCATIONS, LOCATIONS)) for example in examples])
 
 
@@ -339,10 +340,36 @@ def test_a_policy_that_knows_better_corrects_and_takes_back_what_did_harm(cases,
     assert min(kinds["Click"], kinds["Stop"]) > 10
     undoing = [example for example, reply in zip(later, replies, strict=True) if Undo() in reply.actions]
     assert undoing
-    for example in undoing:  # only a click of its own can be taken back, and only once
-        lines = example.query.split("Your replies so far:\n")[1].splitlines()
-        assert len(lines) == 2
-        assert lines[1].startswith("- click")
+    lines = [example.query.split("Your replies so far:\n")[1].splitlines() for example in undoing]
+    assert any(len(said) == 2 and said[1].startswith("- click") for said in lines)
+    assert all(said != ["- undo"] and said.count("- undo") <= 1 for said in lines)
+    assert not any(len(said) == 2 and said[1] == "- undo" for said in lines)  # its box is gone: one click is left
+    assert any(not example.current.any() and "Your replies so far" in example.query for example in first_looks(lessons))
+
+
+def first_looks(lessons):
+    return [example for example in lessons.draw(100) if "I look for" in example.reply]
+
+
+def test_the_last_prompt_is_wrong_if_it_lies_wrong_or_spoils_the_mask_and_looks_so():
+    truth, before, worse = np.zeros((3, SIDE, SIDE), bool)
+    truth[64:128, 64:128] = before[64:128, 64:120] = True
+    worse[64:128, 64:192] = True
+    sees, blind = knows([Example(truth, truth, truth)])[0], np.full((LOCATIONS, LOCATIONS), 0.5, np.float32)
+
+    def wrong(prompt, mask, belief, before=before):
+        return own_turns._State([[prompt]], [prompt], mask, mask, before).last_was_wrong(truth, belief)
+
+    off, on, box = Click(160, 90, True, ""), Click(122, 90, True, ""), Box(64, 64, 192, 128, "")
+    assert wrong(off, worse, sees)
+    assert not wrong(off, truth, sees)  # it gained something all the same
+    assert not wrong(on, worse, sees)
+    assert not wrong(off, worse, blind + 0.2)  # it takes the click to be right
+    assert wrong(Click(100, 90, False, ""), before & False, sees)
+    assert wrong(box, worse, sees)
+    assert not wrong(box, truth, sees)
+    assert not wrong(box, worse, (worse[::4, ::4] & True).astype(np.float32))
+    assert not wrong(box, worse, sees, before=None)
 
 
 def test_a_correction_that_gains_nothing_is_not_taught(cases, bank, monkeypatch):
@@ -434,5 +461,6 @@ def test_the_nano_recipe_runs_goes_on_and_refuses_another(recipe, tmp_path, caps
         nano_recipe.train(other.model_copy(update={"start": tmp_path, "out": tmp_path / "none"}))
     own = nano_recipe.train(other.model_copy(update={"start": Path(model), "own_turns": True, "out": tmp_path / "own"}))
     assert (load_policy(model).history, load_policy(str(own)).history) == ("none", "actions")
+    assert "vision.comparison.fine.weight" in load_file(Path(own) / "model.safetensors")
     with pytest.raises(ConfigError, match="own_turns: set start"):
         nano_recipe.NanoRecipe.read(plan, ["own_turns=true"])

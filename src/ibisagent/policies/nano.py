@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import OrderedDict
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -36,6 +37,7 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers import initialization as init
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.masking_utils import create_causal_mask
@@ -69,6 +71,7 @@ def snap_locations(text: str) -> str:
 class IbisNanoConfig(PretrainedConfig):
     """Sizes of the model, and how `MllmPolicy` is to talk to it (dialect, history, mask_style, reply_tokens).
 
+    looks_twice: look at a picture that has a mask without the mask first, and then at both and the map of that look.
     reply_tokens: longest reply. It writes 20 to 30; a sampled one that never ends must not hold up its whole batch.
     Location tokens are the last LOCATIONS ** 2 ids of the vocabulary, row by row.
     """
@@ -82,6 +85,7 @@ class IbisNanoConfig(PretrainedConfig):
         vision_width: int = 128,
         pointer_width: int = 64,
         image_token_id: int = 4,
+        looks_twice: bool = False,
         dialect: str = "ibis",
         history: str = "none",
         mask_style: str = "alpha",
@@ -94,6 +98,7 @@ class IbisNanoConfig(PretrainedConfig):
         self.vision_width = vision_width
         self.pointer_width = pointer_width
         self.image_token_id = image_token_id
+        self.looks_twice = looks_twice
         self.dialect, self.history, self.mask_style = dialect, history, mask_style
         self.reply_tokens = reply_tokens
         super().__init__(**kwargs)
@@ -207,10 +212,46 @@ class _Residual(nn.Module):
         return x + self.conv(F.gelu(self.norm(x)))
 
 
+class _Comparison(nn.Module):
+    """Compares masks with maps of their objects that were made without seeing them.
+
+    compared (N, 4, LOCATIONS, LOCATIONS): mask, map, what only the mask has, what only the map has; 0 where there is no
+    mask.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.planes = nn.Sequential(
+            nn.Conv2d(4, 32, 3, padding=1), nn.GELU(), nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.GELU()
+        )
+        self.fine = nn.Conv2d(64, width, 1)
+        self.reply = nn.Linear(6, hidden, bias=False)
+
+    @staticmethod
+    def of(mask: torch.Tensor, believed: torch.Tensor) -> torch.Tensor:
+        """mask (N, SIDE, SIDE), believed (N, LOCATIONS, LOCATIONS), in [0, 1] -> compared."""
+        small = F.adaptive_avg_pool2d(mask, LOCATIONS)
+        planes = torch.stack([small, believed, small * (1 - believed), believed * (1 - small)], dim=1)
+        return planes * (mask.amax(dim=(1, 2)) > 0)[:, None, None, None]
+
+    def forward(self, compared: torch.Tensor) -> torch.Tensor:
+        """What to add to the fine features, (N, W, GRID, GRID)."""
+        return self.fine(self.planes(compared)) * (compared[:, :1].amax(dim=(2, 3), keepdim=True) > 0)
+
+    def of_last_places(self, compared: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+        """What to add to the embeddings that begin replies, (N, hidden): what the whole comparisons say, and what they
+        say of the places `cells` (N,) that were said last; -1: none."""
+        near = F.avg_pool2d(compared, 3, stride=1, padding=1, count_include_pad=False).flatten(2)
+        there = near[torch.arange(len(cells)), :, cells] * (cells >= 0)[:, None]
+        mask, believed, leaked, missed = compared.sum(dim=(2, 3)).unbind(dim=1)
+        shares = torch.stack([leaked / (mask + 1), missed / (believed + 1)], dim=1)
+        return self.reply(torch.cat([there, shares], dim=1))
+
+
 class _VisionStem(nn.Module):
     """The glance and the four planes -> fine features (N, W, 32, 32) and picture tokens (N, 64, hidden)."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, looks_twice: bool) -> None:
         super().__init__()
         self.frozen = nn.Conv2d(FEATURES, width, 1)
         self.planes = nn.Sequential(
@@ -225,11 +266,17 @@ class _VisionStem(nn.Module):
             nn.Conv2d(192, hidden, 3, stride=2, padding=1),
         )
         self.position = nn.Parameter(torch.randn(TOKENS_PER_IMAGE, hidden) * 0.02)
+        self.comparison = _Comparison(width, hidden) if looks_twice else None
 
-    def forward(self, features: torch.Tensor, planes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, features: torch.Tensor, planes: torch.Tensor, compared: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         features = F.layer_norm(features.movedim(1, -1), (FEATURES,)).movedim(-1, 1)
         known = F.interpolate(self.frozen(features), size=(GRID, GRID), mode="bilinear", align_corners=False)
-        fine = self.fine(known + self.planes_out(self.planes(planes * 2 - 1)))
+        seen = known + self.planes_out(self.planes(planes * 2 - 1))
+        if self.comparison is not None and compared is not None:
+            seen = seen + self.comparison(compared)
+        fine = self.fine(seen)
         tokens = self.down(fine).flatten(2).transpose(1, 2)
         return fine, tokens + self.position
 
@@ -259,9 +306,14 @@ class _Pointer(nn.Module):
         return keys.flatten(1, 2), region[:, 0]
 
 
+def _picture_ends(is_image: torch.Tensor) -> torch.Tensor:
+    """(B, L) bool: the last tokens of the pictures."""
+    return is_image & ~F.pad(is_image, (0, 1))[:, 1:]
+
+
 def _pictures_before(is_image: torch.Tensor) -> torch.Tensor:
     """(B, L) long: the number of the last picture that ends at or before each position, in reading order; -1: none."""
-    ends = is_image & ~F.pad(is_image, (0, 1))[:, 1:]
+    ends = _picture_ends(is_image)
     seen, of_rows = ends.cumsum(dim=1), ends.sum(dim=1)
     return torch.where(seen > 0, seen + (of_rows.cumsum(dim=0) - of_rows)[:, None], 0) - 1
 
@@ -305,12 +357,22 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         text = config.text_config
         self.language_model = AutoModel.from_config(text)
-        self.vision = _VisionStem(config.vision_width, text.hidden_size)
+        self.vision = _VisionStem(config.vision_width, text.hidden_size, config.looks_twice)
         self.pointer = _Pointer(config.vision_width, text.hidden_size, config.pointer_width)
         self.word_count = text.vocab_size - LOCATIONS**2
         self.lm_head = nn.Linear(text.hidden_size, self.word_count, bias=False)
         self._frozen_features = _FrozenFeatures()
         self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        comparison = self.vision.comparison
+        if comparison is None or not isinstance(module, nn.Conv2d | nn.Linear):
+            return
+        if module is comparison.fine or module is comparison.reply:  # act as before until they have learnt to compare
+            init.zeros_(module.weight)
+        elif any(module is layer for layer in comparison.planes):
+            init.kaiming_normal_(module.weight, nonlinearity="relu")
 
     def get_input_embeddings(self) -> nn.Module:
         """The language model's."""
@@ -354,7 +416,15 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             pixel_values = pixel_values.to(embeds.dtype)
             if image_features is None:
                 image_features = self._frozen_features(pixel_values[:, :3])
-            fine, tokens = self.vision(image_features.to(embeds.dtype), pixel_values)
+            image_features = image_features.to(embeds.dtype)
+            compared, comparison = None, self.vision.comparison
+            if comparison is not None and pixel_values[:, 3].any():
+                believed = self._look_without_masks(
+                    input_ids, pixel_values, attention_mask, position_ids, cache, image_features
+                )
+                compared = comparison.of(pixel_values[:, 3], believed.to(embeds.dtype))
+                embeds = self._with_doubts(embeds, comparison, compared, input_ids)
+            fine, tokens = self.vision(image_features, pixel_values, compared)
             embeds = embeds.masked_scatter(is_image[..., None], tokens.to(embeds.dtype))
             mask = self._picture_blocks_see_themselves(embeds, attention_mask, cache, position_ids, is_image)
         outputs = self.language_model(
@@ -391,6 +461,43 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             location_keys=location_keys,
             region_logits=region,
         )
+
+    @torch.no_grad()
+    def _look_without_masks(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Any,
+        image_features: torch.Tensor,
+    ) -> torch.Tensor:
+        """Where the objects that are asked for are, (N, LOCATIONS, LOCATIONS) in [0, 1]."""
+        pictures_end = int((input_ids == self.config.image_token_id).any(dim=0).nonzero().max()) + 1
+        rest = input_ids.shape[1] - pictures_end
+        seen = self(
+            input_ids=input_ids[:, :pictures_end],
+            pixel_values=F.pad(pixel_values[:, :3], (0, 0, 0, 0, 0, 1)),
+            attention_mask=None if attention_mask is None else attention_mask[:, : attention_mask.shape[1] - rest],
+            position_ids=None if position_ids is None else position_ids[..., :pictures_end],
+            cache=deepcopy(cache),
+            image_features=image_features,
+            logits_to_keep=1,
+        )
+        return cast("torch.Tensor", seen.region_logits.sigmoid())
+
+    def _with_doubts(
+        self, embeds: torch.Tensor, comparison: _Comparison, compared: torch.Tensor, input_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """`embeds` (B, L, hidden) with what the comparison says of a picture and of the last place said before it, at
+        the token after the picture: there a reply begins."""
+        rows, ends = _picture_ends(input_ids == self.config.image_token_id).nonzero(as_tuple=True)
+        numbers = torch.arange(input_ids.shape[1], device=input_ids.device)
+        last = torch.where(input_ids >= self.word_count, numbers, -1).cummax(dim=1).values[rows, ends]
+        cells = torch.where(last >= 0, input_ids[rows, last] - self.word_count, -1)
+        doubts = comparison.of_last_places(compared, cells).to(embeds.dtype)
+        followed = ends + 1 < input_ids.shape[1]
+        return embeds.index_put((rows[followed], ends[followed] + 1), doubts[followed], accumulate=True)
 
     def _picture_blocks_see_themselves(
         self,

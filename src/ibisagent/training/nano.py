@@ -48,6 +48,10 @@ from ibisagent.training.views import Bank
 FORGOTTEN = 0.1  # of the glance's channels in each example, against learning pictures by heart
 AVERAGE_DECAY = 0.998
 DECISION = 5  # first tokens of a reply: they decide whether it clicks, corrects, stops or refuses
+OWN_TURNS: dict[str, Any] = {"history": "actions", "looks_twice": True}
+"""The configuration that a policy needs to go on from its own turns: what it said, and what it would say without the
+mask."""
+ADDED_RATE = 10.0  # times the rate of what is trained already
 DECISION_WEIGHT = 4.0  # of their loss, of which there are few among the many that follow from them
 
 SPECIAL = ("<pad>", "<|user|>", "<|assistant|>", "<|end|>", "<image>", "<|system|>")
@@ -291,13 +295,11 @@ class _Run:
             self.processor = build_processor(sorted({pair.name for pair in pairs}))
             self.model = build_model(self.processor)
         else:
-            self.processor, self.model = load(recipe.start)
-        if recipe.own_turns:
-            self.model.config.history = "actions"
+            self.processor, self.model = load(recipe.start, **OWN_TURNS if recipe.own_turns else {})
         self.average = deepcopy(self.model).eval()
         self.model.train()
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=recipe.rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98)
+            self._grouped_by_rate(), lr=recipe.rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98)
         )
         self.step = 0
         self._resume()
@@ -307,6 +309,14 @@ class _Run:
             self.lessons: Lessons = OwnTurns(pairs, bank, segmenter, seed, believe=self._believe)
         else:
             self.lessons = Lessons(pairs, bank, segmenter, seed)
+
+    def _grouped_by_rate(self) -> list[dict[str, Any]]:
+        """The parameters: those that are trained already, and those that a second stage adds."""
+        comparison = self.model.vision.comparison
+        added = [] if comparison is None else list(comparison.parameters())
+        known = {id(parameter) for parameter in added}
+        trained = [parameter for parameter in self.model.parameters() if id(parameter) not in known]
+        return [{"params": trained, "factor": 1.0}, {"params": added, "factor": ADDED_RATE}]
 
     def go(self, report: Report) -> Path:
         """Train to the end and write the model."""
@@ -336,7 +346,7 @@ class _Run:
         recipe = self.recipe
         for group in self.optimizer.param_groups:
             progress = self.step * recipe.batch / recipe.examples
-            group["lr"] = recipe.rate * rate_factor(self.step, recipe.warm_up, progress)
+            group["lr"] = group["factor"] * recipe.rate * rate_factor(self.step, recipe.warm_up, progress)
         loss, parts = losses(self.model, self.lessons.draw(recipe.batch), self.processor)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -370,12 +380,12 @@ class _Run:
         self.step = saved["step"]
 
 
-def load(folder: Path) -> tuple[IbisNanoProcessor, IbisNanoForConditionalGeneration]:
-    """Processor and float32 model that `save` wrote. ConfigError where there are none."""
+def load(folder: Path, **config: Any) -> tuple[IbisNanoProcessor, IbisNanoForConditionalGeneration]:
+    """Processor and float32 model that `save` wrote, with `config` in its configuration. ConfigError for none."""
     try:
         processor = IbisNanoProcessor.from_pretrained(folder)
         model = IbisNanoForConditionalGeneration.from_pretrained(
-            folder, attn_implementation="eager", dtype=torch.float32, local_files_only=True
+            folder, attn_implementation="eager", dtype=torch.float32, local_files_only=True, **config
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: no ibis-nano to start from ({str(error).splitlines()[0]})") from error

@@ -10,7 +10,7 @@ are seen through the veil too, but what is absent is seen clearly: what looks un
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -19,7 +19,6 @@ import torch
 from ibisagent.clicks import next_click
 from ibisagent.domain import Action, Box, Click, Mask, Reply, Undo
 from ibisagent.masks import iou
-from ibisagent.policies.nano import LOCATIONS
 from ibisagent.protocol import Size, recap, target_of
 from ibisagent.segmenters.click_network import ClickNetwork
 from ibisagent.training.click_states import spoilt
@@ -28,14 +27,46 @@ from ibisagent.training.views import Bank
 
 BLIND = 0.8  # most of the glance's channels that are hidden
 SURE = 0.85  # share that a map must give a pixel, or leave it, to speak for a correction there
-HARM = 0.01  # IoU that a click must have cost to be undone
 GAIN = 0.02  # IoU that a correction must gain to be taught
 BROUGHT, OWN = 0.2, 0.6
 """Shares of the masks that the user brought, and of the first turns that are the policy's own."""
-FURTHER, WRONG, UNDONE = 0.8, 0.7, 0.2
-"""Shares of the first turns that a click followed, of these clicks that were wrong, and that were undone."""
+FURTHER, WRONG, UNDONE = 0.6, 0.7, 0.2
+"""Shares of the first turns that a click followed, of these clicks that were wrong, and of the last prompts that were
+taken back."""
+UNSEEN = 0.25
+"""Share of the later turns whose mask is hidden: what a policy that looks twice sees first."""
 
 Believe = Callable[[Sequence[Example]], np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """Where an episode stands. said: the actions of its replies. prompts: those of them that stand. mask: what they
+    give, prior (LOOK_SIDE, LOOK_SIDE) as the segmenter takes it. before: the mask without the last prompt; None where
+    nothing is to be taken back."""
+
+    said: Sequence[Sequence[Action]]
+    prompts: Sequence[Click | Box]
+    mask: Mask
+    prior: np.ndarray
+    before: Mask | None
+
+    def last_was_wrong(self, truth: Mask | None, belief: np.ndarray) -> bool:
+        """Whether the last prompt was a mistake, and looks like one to a policy with this map of the object.
+
+        A click is wrong on the wrong side of the object's border, unless it gained something; a box where the mask is
+        better without it by GAIN.
+        """
+        if self.before is None:
+            return False
+        assert truth is not None
+        last, gained = self.prompts[-1], iou(self.mask, truth) - iou(self.before, truth)
+        if isinstance(last, Click):
+            inside = belief[last.y // CELL, last.x // CELL]
+            looks_wrong = inside < 0.5 if last.positive else inside > 0.5
+            return bool(gained <= 0 and truth[last.y, last.x] != last.positive and looks_wrong)
+        added = cv2.resize(self.mask.astype(np.float32) - self.before, belief.shape, interpolation=cv2.INTER_AREA)
+        return bool(gained <= -GAIN and (added * (1 - 2 * belief)).sum() > 0)  # of which it expects more to be wrong
 
 
 class OwnTurns(Lessons):
@@ -65,44 +96,69 @@ class OwnTurns(Lessons):
             self._veil(example)
             kind, example.query, name = self._question(pair)
             asked.append((kind, name))
-        first = self._believe(examples)
-        prompts = [self._opening(*of) for of in zip(examples, first, strict=True)]
-        begun, before = self._predict(planes, features, prompts), planes[:, 3].copy()
-        further = [self._further(*of) for of in zip(examples, first, begun, prompts, strict=True)]
-        clicked = self._predict(planes, features, [[*p, *f] for p, f in zip(prompts, further, strict=True)])
-
-        harmed = []
-        for number, (example, pair) in enumerate(unseen):
-            given, clicks, (kind, name) = prompts[number], further[number], asked[number]
-            assert example.truth is not None
-            undone = bool(clicks) and self._random.random() < UNDONE
-            stands = bool(clicks) and not undone
-            harmed.append(stands and _did_harm(example.truth, first[number], begun[number], clicked[number]))
-            if given:
-                example.current = clicked[number] if stands else begun[number]
-                example.query += "\n" + told(example.query, [given, clicks, [Undo()] if undone else []], VIEW)
+        states = self._reached(examples, planes, features)
+        for (example, pair), state, (kind, name) in zip(unseen, states, asked, strict=True):
+            if state.said:
+                example.query += "\n" + told(example.query, state.said, VIEW)
             else:
-                example.current = spoilt(example.truth, self._random)
-                before[number] = cv2.resize(example.current.astype(np.float32), (LOOK_SIDE, LOOK_SIDE))
                 self._show_as_brought(example, kind, name, pair)
-            if stands:
-                given += clicks
-            else:
-                planes[number, 3] = before[number]
-
-        goals = self._goals(examples, planes, features, prompts)
-        for example, goal, harm, (kind, name) in zip(examples, goals, harmed, asked, strict=True):
-            if harm:
+        beliefs = self._believe(examples)  # without the masks, as in its own first look
+        for example, state, plane in zip(examples, states, planes, strict=True):
+            example.current, plane[3] = state.mask, state.prior
+        goals = self._goals(examples, beliefs, planes, features, [list(state.prompts) for state in states])
+        hidden = self._random.random(len(examples)) < UNSEEN
+        for number, (example, state, (kind, name)) in enumerate(zip(examples, states, asked, strict=True)):
+            if hidden[number]:
+                example.current = np.zeros(VIEW, bool)
+                self._begin(example, name)
+            elif state.last_was_wrong(example.truth, beliefs[number]):
                 example.answer(TAKEN_BACK, Undo())
             else:
-                self._go_on(example, goal, kind, name)
+                self._go_on(example, goals[number], kind, name)
+
+    def _reached(self, examples: Sequence[Example], planes: np.ndarray, features: torch.Tensor) -> list[_State]:
+        """Where the episodes stand after a first turn, often a further click, and sometimes an undo."""
+        priors = planes[:, 3].copy()
+
+        def played(prompts: Sequence[list[Click | Box]]) -> list[tuple[Mask, np.ndarray]]:
+            return list(zip(self._predict(planes, features, prompts), planes[:, 3].copy(), strict=True))
+
+        beliefs = self._believe(examples)
+        openings = [self._opening(*of) for of in zip(examples, beliefs, strict=True)]
+        clicked = played([opening[:1] for opening in openings])
+        planes[:, 3] = priors
+        boxed = played(openings)
+        begun = [mask for mask, _ in boxed]
+        further = [self._further(*of) for of in zip(examples, beliefs, begun, openings, strict=True)]
+        prompts = [[*opening, *clicks] for opening, clicks in zip(openings, further, strict=True)]
+        corrected = played(prompts)
+        states = []
+        for number, (example, opening, clicks) in enumerate(zip(examples, openings, further, strict=True)):
+            assert example.truth is not None
+            if opening:
+                said: list[Sequence[Action]] = [opening, clicks]
+                reached = [clicked[number], boxed[number], *([corrected[number]] if clicks else [])]
+                if self._random.random() < UNDONE:
+                    said.append([Undo()])
+                    prompts[number].pop()
+                    reached.pop()
+                states.append(_State(said, prompts[number], *reached[-1], reached[-2][0] if reached[1:] else None))
+            else:
+                mask = spoilt(example.truth, self._random)
+                states.append(_State([], [], mask, cv2.resize(mask.astype(np.float32), (LOOK_SIDE, LOOK_SIDE)), None))
+        return states
 
     def _goals(
-        self, examples: Sequence[Example], planes: np.ndarray, features: torch.Tensor, prompts: list[list[Click | Box]]
+        self,
+        examples: Sequence[Example],
+        beliefs: np.ndarray,
+        planes: np.ndarray,
+        features: torch.Tensor,
+        prompts: list[list[Click | Box]],
     ) -> list[Mask]:
         """What the masks are to become: what of the truths the policy is sure of, if a click towards it gains anything;
         else what they are. `planes` and `prompts` are those of the masks as they stand."""
-        goals, beliefs = [], self._believe(examples)
+        goals = []
         for example, belief, given in zip(examples, beliefs, prompts, strict=True):
             assert example.truth is not None
             goals.append(sure_part(example.truth, example.current, belief))
@@ -174,12 +230,3 @@ def sure_part(truth: Mask, mask: Mask, belief: np.ndarray) -> Mask:
 def _gains(mask: Mask, example: Example) -> bool:
     assert example.truth is not None
     return iou(mask, example.truth) >= iou(example.current, example.truth) + GAIN
-
-
-def _did_harm(truth: Mask, belief: np.ndarray, before: Mask, after: Mask) -> bool:
-    """Whether `after` is worse than `before`, and looks so to a policy with this map of the object."""
-    if iou(after, truth) > iou(before, truth) - HARM:
-        return False
-    small = [cv2.resize(m.astype(np.float32), (LOCATIONS,) * 2, interpolation=cv2.INTER_AREA) for m in (before, after)]
-    expected_before, expected_after = (np.minimum(belief, m).sum() / np.maximum(belief, m).sum() for m in small)
-    return bool(expected_after < expected_before - HARM)
