@@ -351,7 +351,7 @@ def first_looks(lessons):
     return [example for example in lessons.draw(100) if "I look for" in example.reply]
 
 
-def test_the_last_prompt_is_wrong_if_it_lies_wrong_or_spoils_the_mask_and_looks_so():
+def test_the_last_click_is_wrong_if_it_lies_wrong_and_looks_so():
     truth, before, worse = np.zeros((3, SIDE, SIDE), bool)
     truth[64:128, 64:128] = before[64:128, 64:120] = True
     worse[64:128, 64:192] = True
@@ -366,10 +366,8 @@ def test_the_last_prompt_is_wrong_if_it_lies_wrong_or_spoils_the_mask_and_looks_
     assert not wrong(on, worse, sees)
     assert not wrong(off, worse, blind + 0.2)  # it takes the click to be right
     assert wrong(Click(100, 90, False, ""), before & False, sees)
-    assert wrong(box, worse, sees)
-    assert not wrong(box, truth, sees)
-    assert not wrong(box, worse, (worse[::4, ::4] & True).astype(np.float32))
-    assert not wrong(box, worse, sees, before=None)
+    assert not wrong(box, worse, sees)
+    assert not wrong(off, worse, sees, before=None)
 
 
 def test_a_correction_that_gains_nothing_is_not_taught(cases, bank, monkeypatch):

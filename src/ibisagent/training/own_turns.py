@@ -1,10 +1,11 @@
 """Lessons in going on from what the policy itself would have done, for a second, shorter training of `ibis-nano`.
 
-Its first turns are its own, seen through a part of the glance's channels, as it knows its training pictures by
-heart but not those that it will be asked about. It sees its replies so far. A correction is taught only where its
-own map of the object speaks for it, a click that did harm is undone where that map shows the harm, and everywhere else
-it is taught to stop: what it cannot see it should not guess. Nor is a correction taught that gains nothing. First turns
-are seen through the veil too, but what is absent is seen clearly: what looks unfamiliar is looked for, not denied.
+Its first turns are its own, seen through a part of the glance's channels, as it knows its training pictures by heart
+but not those that it will be asked about. It sees its replies so far. What is right to do next is judged by its own map
+of the object, of a look without the mask, as a map made in sight of a mask follows it: a correction is taught where
+that map speaks for it and it gains something, an undo after a click that was wrong and looks so. Everywhere else it is
+taught to stop: what it cannot see it should not guess. First turns are seen through the veil too, but what is absent
+is seen clearly: what looks unfamiliar is looked for, not denied.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SURE = 0.85  # share that a map must give a pixel, or leave it, to speak for a c
 GAIN = 0.02  # IoU that a correction must gain to be taught
 BROUGHT, OWN = 0.2, 0.6
 """Shares of the masks that the user brought, and of the first turns that are the policy's own."""
-FURTHER, WRONG, UNDONE = 0.6, 0.7, 0.2
+FURTHER, WRONG, UNDONE = 0.8, 0.7, 0.2
 """Shares of the first turns that a click followed, of these clicks that were wrong, and of the last prompts that were
 taken back."""
 UNSEEN = 0.25
@@ -52,21 +53,16 @@ class _State:
     before: Mask | None
 
     def last_was_wrong(self, truth: Mask | None, belief: np.ndarray) -> bool:
-        """Whether the last prompt was a mistake, and looks like one to a policy with this map of the object.
-
-        A click is wrong on the wrong side of the object's border, unless it gained something; a box where the mask is
-        better without it by GAIN.
-        """
-        if self.before is None:
+        """Whether the last prompt was a click on the wrong side of the object's border, and of the border that a policy
+        with this map of the object sees, and gained nothing. A box is never called wrong (docs/log.md)."""
+        last = self.prompts[-1] if self.prompts else None
+        if self.before is None or not isinstance(last, Click):
             return False
         assert truth is not None
-        last, gained = self.prompts[-1], iou(self.mask, truth) - iou(self.before, truth)
-        if isinstance(last, Click):
-            inside = belief[last.y // CELL, last.x // CELL]
-            looks_wrong = inside < 0.5 if last.positive else inside > 0.5
-            return bool(gained <= 0 and truth[last.y, last.x] != last.positive and looks_wrong)
-        added = cv2.resize(self.mask.astype(np.float32) - self.before, belief.shape, interpolation=cv2.INTER_AREA)
-        return bool(gained <= -GAIN and (added * (1 - 2 * belief)).sum() > 0)  # of which it expects more to be wrong
+        inside = belief[last.y // CELL, last.x // CELL]
+        looks_wrong = inside < 0.5 if last.positive else inside > 0.5
+        is_wrong = truth[last.y, last.x] != last.positive
+        return bool(is_wrong and looks_wrong and iou(self.mask, truth) <= iou(self.before, truth))
 
 
 class OwnTurns(Lessons):
