@@ -53,7 +53,7 @@ DECISION_WEIGHT = 4.0  # of their loss, of which there are few among the many th
 OWN_TURNS: dict[str, Any] = {"history": "actions", "looks_twice": True}
 """The configuration that a policy needs to go on from its own turns: what it said, and what it would say without the
 mask."""
-ADDED_RATE = 10.0  # times the rate of what is trained already
+ADDED_RATE = 20.0  # times the rate of what is trained already
 
 SPECIAL = ("<pad>", "<|user|>", "<|assistant|>", "<|end|>", "<image>", "<|system|>")
 TAGS = ("<think>", "</think>", "<action>", "</action>", "<answer>", "</answer>")
