@@ -125,6 +125,15 @@ def test_any_confidence_is_brought_to_what_was_measured(told: float) -> None:
         assert fitted.score({"quality": told or 1e-9, "stability": told}) == pytest.approx(reached, abs=0.06)
 
 
+def test_a_signal_that_is_nearly_always_the_same_is_left_out() -> None:
+    found, ious = made_up(20)
+    settled = [one | {"settling": 1.0 if number % 10 else 0.3} for number, one in enumerate(found)]
+    assert dict(fit(settled, ious).weights) == dict(fit(found, ious).weights)
+    often = [one | {"settling": 1.0 if number % 2 else 0.3} for number, one in enumerate(found)]
+    assert list(fit(often, ious).weights) == ["quality", "stability", "settling"]
+    assert list(fit([{"settling": 1.0}] * 20, ious).weights) == ["settling"]
+
+
 def test_gain_of_dropping_by_hand() -> None:
     assert gain_of_dropping([0.9, 0.1, 0.8, 0.7, 0.6], [1.0, 0.0, 1.0, 1.0, 1.0]) == pytest.approx(0.2)
     assert gain_of_dropping([0.1, 0.9, 0.8, 0.7, 0.6], [1.0, 0.0, 1.0, 1.0, 1.0]) == pytest.approx(-0.05)

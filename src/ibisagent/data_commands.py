@@ -154,7 +154,7 @@ def audit(
 
 @app.command()
 def calibrate(
-    data: Annotated[Path, typer.Argument(help="About 20 labelled cases like those to be scored, in any layout.")],
+    data: Annotated[Path, typer.Argument(help="20, better 40 labelled cases like those to be scored, in any layout.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The JSON file to write.")],
     split: Annotated[str | None, typer.Option(help="Only the rows of this split.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only this many cases, spread over the data.", min=1)] = None,

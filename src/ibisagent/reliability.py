@@ -11,7 +11,7 @@ Four signals of an episode, each in [0, 1]:
 
 `Reliability` turns them into an expected IoU: a logistic regression on their log odds whose target is the measured IoU
 itself (Papke and Wooldridge, Econometric Methods for Fractional Response Variables, 1996), pulled towards the plain
-mean of the signals, so that twenty labelled cases are enough. `fit` makes one; without any, the mean is the score.
+mean of the signals, so that 20 to 40 labelled cases are enough. `fit` makes one; without any, the mean is the score.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ JITTER = 0.05  # of the mask's mean side: how far a click, or an edge of a box, 
 SAMPLING_TEMPERATURE = 0.8
 MIN_CASES = 10
 PULL = 10.0  # how many cases the plain mean of the signals is worth
+USUAL = 0.75  # most of the cases in which a signal may have one and the same value
 _EDGE = 0.01  # log odds of signals are those of values clipped to [_EDGE, 1 - _EDGE]
 KIND = "ibisagent reliability 2"  # 1 cut the log odds elsewhere
 Signals = Mapping[str, float]
@@ -218,14 +219,21 @@ class Queue:
 def fit(found: Sequence[Signals], ious: Sequence[float], made_by: Mapping[str, str] | None = None) -> Reliability:
     """The calibration of measured `ious` (N,) in [0, 1] by their signals, all with the same names.
 
+    A signal that is the same in more than USUAL of the cases is left out: of a policy that nearly always stops after
+    its first masks, settling says nothing, and its sure 1 would be believed as the mean of the signals is.
+
     Raises DataError for fewer than MIN_CASES, or what does not fit together.
     """
     if len(found) != len(ious) or len(found) < MIN_CASES:
-        raise DataError(f"{len(found)} cases to calibrate on: give at least {MIN_CASES}, about 20 are enough")
+        raise DataError(f"{len(found)} cases to calibrate on: give at least {MIN_CASES}, 20 to 40 are enough")
     names = list(found[0])
     if any(list(one) != names for one in found):
         raise DataError("calibration: the cases have different signals; use one number of samples")
-    values = _log_odds(np.array([[one[name] for name in names] for one in found]))
+    values = np.array([[one[name] for name in names] for one in found])
+    usual = [np.unique(column, return_counts=True)[1].max() for column in values.T]
+    if saying := [index for index, count in enumerate(usual) if count <= USUAL * len(found)]:
+        names, values = [names[index] for index in saying], values[:, saying]
+    values = _log_odds(values)
     targets = np.asarray(ious, dtype=float)
     coefficients = _regress(values, targets)
     left_out = []
