@@ -1,0 +1,96 @@
+"""Does the policy take back what was wrong, and does it better the masks that a user brings?
+
+    IBIS_DATA=DATA python benchmarks/mistakes.py [--policy ibis-nano] [--segmenter ibis-click] [--seed 0] [--limit N]
+
+On the patients of split "train", licence class "ok", that training leaves out, as lessons are chosen by these figures.
+Mistakes: after the policy's own first turn, one positive click is given in its name at a random place outside mask and
+object; then it goes on. Printed: how often it used an undo after that, and the mean IoU after its first turn, after
+the click, and at the end. Brought: the truth, spoilt as in training, is what the user brings to be refined.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import replace
+
+import numpy as np
+
+from ibisagent.datasets import read_cases
+from ibisagent.domain import Click, Completion, Mask, Masks, Reply, Undo
+from ibisagent.environment import SegmentationEnv
+from ibisagent.masks import iou
+from ibisagent.policies import load_policy
+from ibisagent.policies.base import Policy
+from ibisagent.protocol import target_of, write
+from ibisagent.segmenters import load_segmenter
+from ibisagent.session import DEFAULT_TURNS
+from ibisagent.training.click_states import is_development, spoilt
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--policy", default="ibis-nano")
+parser.add_argument("--segmenter", default="ibis-click")
+parser.add_argument("--seed", type=int, default=0, help="of the wrong clicks and of what spoils the masks")
+parser.add_argument("--limit", type=int, default=None, help="only so many cases, spread over the data")
+
+
+def finish(env: SegmentationEnv, policy: Policy) -> None:
+    """Let the policy go on to the end."""
+    while not env.done:
+        env.step(policy.respond([env.observation])[0])
+
+
+def reached(masks: Masks, truth: Mask) -> float:
+    """IoU of the only mask, 0 for none."""
+    return next((iou(mask, truth) for mask in masks.values()), 0.0)
+
+
+def main() -> None:
+    """Measure and print."""
+    options = parser.parse_args()
+    if "IBIS_DATA" not in os.environ:
+        parser.error("set IBIS_DATA to a labelled data set with the split 'train'")
+    cases = read_cases(os.environ["IBIS_DATA"], split="train", licence_classes={"ok"}).filter(
+        lambda row: row.mask is not None and is_development(row.patient)
+    )
+    if options.limit is not None:
+        cases = cases.spread(options.limit)
+    policy, segmenter = load_policy(options.policy, device="cpu"), load_segmenter(options.segmenter, device="cpu")
+    random = np.random.default_rng(options.seed)
+    mistakes, brought, undone = [], [], 0
+    for labelled in cases:
+        [truth] = labelled.targets.values()
+        case = replace(labelled, targets={})
+        env = SegmentationEnv(case, segmenter, dialect=policy.dialect, max_turns=DEFAULT_TURNS)
+        env.step(policy.respond([env.observation])[0])
+        mask = next(iter(env.observation.masks.values()), None)
+        if not env.done and mask is not None and mask.any() and not (mask | truth).all():
+            y, x = random.choice(np.argwhere(~mask & ~truth)).tolist()
+            wrong = write(Reply("", (Click(x, y, True, ""),)), case.image.size, dialect=policy.dialect)
+            env.step(Completion(wrong))
+            after, turns = reached(env.observation.masks, truth), len(env.observation.turns)
+            finish(env, policy)
+            later = [action for turn in env.observation.turns[turns:] for action in turn.reply.actions]
+            undone += any(isinstance(action, Undo) for action in later)
+            mistakes.append((iou(mask, truth), after, reached(env.observation.masks, truth)))
+        start = spoilt(truth, random)
+        case = replace(case, start={target_of(case.query): start})
+        env = SegmentationEnv(case, segmenter, dialect=policy.dialect, max_turns=DEFAULT_TURNS)
+        finish(env, policy)
+        brought.append((iou(start, truth), reached(env.observation.masks, truth)))
+    gained = np.diff(brought, axis=1)[:, 0]
+    figures = {
+        "mistakes": len(mistakes),
+        "undone": undone,
+        "iou_first_click_end": np.mean(mistakes, axis=0).round(3).tolist(),
+        "brought": len(brought),
+        "iou_brought_end": np.mean(brought, axis=0).round(3).tolist(),
+        "better": round(float((gained > 0.005).mean()), 3),
+        "worse": round(float((gained < -0.005).mean()), 3),
+    }
+    print(json.dumps({"policy": policy.name, **figures}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
