@@ -340,10 +340,10 @@ def test_a_policy_that_knows_better_corrects_and_takes_back_what_did_harm(cases,
     assert min(kinds["Click"], kinds["Stop"]) > 10
     undoing = [example for example, reply in zip(later, replies, strict=True) if Undo() in reply.actions]
     assert undoing
-    lines = [example.query.split("Your replies so far:\n")[1].splitlines() for example in undoing]
-    assert any(len(said) == 2 and said[1].startswith("- click") for said in lines)
-    assert all(said != ["- undo"] and said.count("- undo") <= 1 for said in lines)
-    assert not any(len(said) == 2 and said[1] == "- undo" for said in lines)  # its box is gone: one click is left
+    for example in undoing:  # only a click of its own can be taken back, and only once
+        lines = example.query.split("Your replies so far:\n")[1].splitlines()
+        assert len(lines) == 2
+        assert lines[1].startswith("- click")
     assert any(not example.current.any() and "Your replies so far" in example.query for example in first_looks(lessons))
 
 
