@@ -19,10 +19,9 @@ import numpy as np
 
 from ibisagent.datasets import read_cases
 from ibisagent.domain import Click, Completion, Mask, Masks, Reply, Undo
-from ibisagent.environment import SegmentationEnv
+from ibisagent.environment import SegmentationEnv, rollout
 from ibisagent.masks import iou
 from ibisagent.policies import load_policy
-from ibisagent.policies.base import Policy
 from ibisagent.protocol import target_of, write
 from ibisagent.segmenters import load_segmenter
 from ibisagent.session import DEFAULT_TURNS
@@ -33,12 +32,6 @@ parser.add_argument("--policy", default="ibis-nano")
 parser.add_argument("--segmenter", default="ibis-click")
 parser.add_argument("--seed", type=int, default=0, help="of the wrong clicks and of what spoils the masks")
 parser.add_argument("--limit", type=int, default=None, help="only so many cases, spread over the data")
-
-
-def finish(env: SegmentationEnv, policy: Policy) -> None:
-    """Let the policy go on to the end."""
-    while not env.done:
-        env.step(policy.respond([env.observation])[0])
 
 
 def reached(masks: Masks, truth: Mask) -> float:
@@ -70,14 +63,14 @@ def main() -> None:
             wrong = write(Reply("", (Click(x, y, True, ""),)), case.image.size, dialect=policy.dialect)
             env.step(Completion(wrong))
             after, turns = reached(env.observation.masks, truth), len(env.observation.turns)
-            finish(env, policy)
+            rollout(policy, [env])
             later = [action for turn in env.observation.turns[turns:] for action in turn.reply.actions]
             undone += any(isinstance(action, Undo) for action in later)
             mistakes.append((iou(mask, truth), after, reached(env.observation.masks, truth)))
         start = spoilt(truth, random)
         case = replace(case, start={target_of(case.query): start})
         env = SegmentationEnv(case, segmenter, dialect=policy.dialect, max_turns=DEFAULT_TURNS)
-        finish(env, policy)
+        rollout(policy, [env])
         brought.append((iou(start, truth), reached(env.observation.masks, truth)))
     gained = np.diff(brought, axis=1)[:, 0]
     figures = {

@@ -424,10 +424,10 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             compared, comparison = None, self.vision.comparison
             if comparison is not None and pixel_values[:, 3].any():
                 believed = self._look_without_masks(
-                    input_ids, pixel_values, attention_mask, position_ids, cache, image_features
+                    input_ids, is_image, pixel_values, attention_mask, position_ids, cache, image_features
                 )
                 compared = comparison.of(pixel_values[:, 3], believed.to(embeds.dtype))
-                embeds = self._with_doubts(embeds, comparison, compared, input_ids)
+                embeds = self._with_doubts(embeds, comparison, compared, input_ids, is_image)
             fine, tokens = self.vision(image_features, pixel_values, compared)
             embeds = embeds.masked_scatter(is_image[..., None], tokens.to(embeds.dtype))
             mask = self._picture_blocks_see_themselves(embeds, attention_mask, cache, position_ids, is_image)
@@ -470,6 +470,7 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _look_without_masks(
         self,
         input_ids: torch.Tensor,
+        is_image: torch.Tensor,
         pixel_values: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
@@ -477,7 +478,7 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         image_features: torch.Tensor,
     ) -> torch.Tensor:
         """Where the objects that are asked for are, (N, LOCATIONS, LOCATIONS) in [0, 1]."""
-        pictures_end = int((input_ids == self.config.image_token_id).any(dim=0).nonzero().max()) + 1
+        pictures_end = int(is_image.any(dim=0).nonzero().max()) + 1
         rest = input_ids.shape[1] - pictures_end
         seen = self(
             input_ids=input_ids[:, :pictures_end],
@@ -492,11 +493,16 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return cast("torch.Tensor", seen.region_logits.sigmoid())
 
     def _with_doubts(
-        self, embeds: torch.Tensor, comparison: _Comparison, compared: torch.Tensor, input_ids: torch.Tensor
+        self,
+        embeds: torch.Tensor,
+        comparison: _Comparison,
+        compared: torch.Tensor,
+        input_ids: torch.Tensor,
+        is_image: torch.Tensor,
     ) -> torch.Tensor:
         """`embeds` (B, L, hidden) with what the comparison says of a picture and of the last place said before it, at
         the token after the picture: there a reply begins."""
-        rows, ends = _picture_ends(input_ids == self.config.image_token_id).nonzero(as_tuple=True)
+        rows, ends = _picture_ends(is_image).nonzero(as_tuple=True)
         numbers = torch.arange(input_ids.shape[1], device=input_ids.device)
         last = torch.where(input_ids >= self.word_count, numbers, -1).cummax(dim=1).values[rows, ends]
         cells = torch.where(last >= 0, input_ids[rows, last] - self.word_count, -1)
