@@ -12,6 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "ibisagent"
 LAYERS = (
     ("errors",),
     ("domain",),
+    ("limits",),
     ("masks", "images", "clicks", "protocol", "calibration", "recipe", "resampling"),
     ("metrics", "segmenters", "policies", "datasets", "store", "volumes", "pacs"),
     ("environment", "rewards"),

@@ -974,6 +974,7 @@ SessionsOption = Annotated[int, typer.Option(help="Most sessions at a time.", mi
 IdleOption = Annotated[float, typer.Option(help="Minutes after which an idle session and its files go.", min=0.1)]
 UploadOption = Annotated[int, typer.Option(help="Largest upload in megabytes.", min=1)]
 AreaOption = Annotated[int, typer.Option(help="Largest picture in megapixels.", min=1)]
+VoxelsOption = Annotated[int, typer.Option(help="Largest volume in megavoxels of 4 bytes.", min=1)]
 
 
 @app.command()
@@ -988,6 +989,7 @@ def serve(
     idle_minutes: IdleOption = 60.0,
     max_upload: UploadOption = 64,
     max_megapixels: AreaOption = 16,
+    max_megavoxels: VoxelsOption = 128,
     page: Annotated[bool, typer.Option(help="Also serve the web page.")] = False,
     open_browser: Annotated[bool, typer.Option("--open-browser", hidden=True)] = False,
 ) -> None:
@@ -1011,6 +1013,7 @@ def serve(
             idle_seconds=idle_minutes * 60,
             upload_bytes=max_upload * 2**20,
             pixels=max_megapixels * 2**20,
+            voxels=max_megavoxels * 2**20,
         )
         folder = data or Path(platformdirs.user_data_dir("ibisagent")) / "server"
         server.check_host(host)

@@ -13,6 +13,10 @@ class DataError(IbisError, ValueError):
     """An image, mask, record or data set cannot be used as it is."""
 
 
+class TooLargeError(DataError):
+    """A file holds, claims or unpacks to more than the limits allow; see `limits`."""
+
+
 class ConfigError(IbisError, ValueError):
     """An option, model name, query or dialect that does not exist or does not fit."""
 

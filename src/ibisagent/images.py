@@ -22,8 +22,10 @@ import tifffile
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from ibisagent.domain import MAX_PIXELS, Image, Mask
-from ibisagent.errors import ConfigError, DataError
+from ibisagent import limits
+from ibisagent.domain import Image, Mask
+from ibisagent.errors import ConfigError, DataError, TooLargeError
+from ibisagent.limits.headers import check_image_file
 
 WINDOW_PERCENTILES = (0.5, 99.5)
 MAX_CHANNELS = 16
@@ -44,7 +46,7 @@ def read_image(path: str | os.PathLike[str]) -> Image:
     - 8-bit values stay as they are. 16-bit, 32-bit and float values are windowed: the 0.5th to the 99.5th percentile
       of all finite values of all channels goes to 0..255 linearly, what lies outside is clipped; if these two are
       equal, minimum to maximum is taken. NaN becomes 0.
-    - At most MAX_PIXELS are decoded, judged by the file's header. Stacks of several pictures are refused.
+    - What the headers claim is held against `limits` before anything is decoded. Stacks of several images are refused.
 
     Raises DataError naming the file and the remedy.
     """
@@ -132,8 +134,9 @@ def _decode(path: Path, *, as_labels: bool) -> tuple[np.ndarray, bool]:
     _check_readable(path)
     lossy = False
     try:
+        check_image_file(path)
         with _open(path) as picture:
-            _check_size(path, picture.height, picture.width, len(picture.getbands()))
+            _check_size(path, picture.height, picture.width, len(picture.getbands()), 1)
             lossy = picture.format in ("JPEG", "MPO")
             values = _decode_open(picture, path, as_labels=as_labels)
     except DataError:
@@ -145,8 +148,14 @@ def _decode(path: Path, *, as_labels: bool) -> tuple[np.ndarray, bool]:
             raise DataError(f"{path}: not a readable PNG, JPEG, TIFF or BMP picture; export it again as PNG") from error
         values = _decode_tiff(path)
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
-        raise DataError(_too_large(path, "too many")) from error
+        claimed = re.search(r"[0-9]+", str(error))
+        most = limits.current().pixels
+        raise TooLargeError(
+            f"{path}: {claimed[0] if claimed else 'too many'} pixels, at most {most} are read; crop or shrink it"
+        ) from error
     except Exception as error:  # a damaged file can fail anywhere inside the decoders
+        if "MAX_TEXT" in str(error):  # Pillow's limits, of 1 MB for one text or profile and 64 MB for all
+            raise TooLargeError(f"{path}: a text or profile in it unpacks to too much; save it without") from error
         raise _damaged(path, error) from error
     return (values if values.ndim == 3 else values[..., None]), lossy
 
@@ -170,22 +179,20 @@ def _check_readable(path: Path) -> None:
 
 def _open(path: Path) -> ImageFile:
     """Header only. Pillow warns about large pictures before their size can be asked for, so the warning is an error."""
+    if PIL.Image.MAX_IMAGE_PIXELS is not None:  # who raises our limit means Pillow's as well
+        PIL.Image.MAX_IMAGE_PIXELS = max(PIL.Image.MAX_IMAGE_PIXELS, limits.current().pixels)
     with _warning_filters, warnings.catch_warnings():  # the filters belong to the whole process
         warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
         return PIL.Image.open(path, formats=_FORMATS)
 
 
-def _check_size(path: Path, height: int, width: int, channels: int) -> None:
+def _check_size(path: Path, height: int, width: int, channels: int, bytes_each: int) -> None:
+    """bytes_each: of one value of one channel."""
     if height < 1 or width < 1 or channels < 1:
         raise DataError(f"{path}: has no pixels ({width} x {height}); export it again")
-    if height * width > MAX_PIXELS:
-        raise DataError(_too_large(path, f"{width} x {height}"))
     if channels > MAX_CHANNELS:
         raise DataError(f"{path}: has {channels} channels, at most {MAX_CHANNELS} are read; save those that are needed")
-
-
-def _too_large(path: Path, size: str) -> str:
-    return f"{path}: {size} pixels, at most {MAX_PIXELS} are read; crop or shrink it"
+    limits.check_pixels(height, width, path, bytes_each=channels * bytes_each)
 
 
 def _damaged(path: Path, error: Exception) -> DataError:
@@ -195,10 +202,11 @@ def _damaged(path: Path, error: Exception) -> DataError:
 
 def _is_series(picture: ImageFile) -> bool:
     """Whether a second page is as large as the first: channels or a volume, where a smaller one is a thumbnail."""
-    if getattr(picture, "n_frames", 1) == 1:
-        return False
     first = picture.size
-    picture.seek(1)
+    try:
+        picture.seek(1)  # not n_frames, which reads all pages
+    except EOFError:
+        return False
     second = picture.size
     picture.seek(0)
     return first == second
@@ -247,7 +255,7 @@ def _decode_tiff(path: Path) -> np.ndarray:
                 raise DataError(
                     f"{path}: is a stack (axes {series.axes}); save the picture to read as a file of its own"
                 )
-            _check_size(path, height, width, channels)
+            _check_size(path, height, width, channels, series.dtype.itemsize)
             orientation = int(file.pages.first.tags.valueof(_ORIENTATION_TAG, default=1))
             values = tifffile.transpose_axes(series.asarray(), series.axes, asaxes=f"ZYX{channel_axis}")
     except DataError:

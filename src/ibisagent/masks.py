@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco
 
-from ibisagent.domain import MAX_PIXELS, Mask
+from ibisagent import limits
+from ibisagent.domain import Mask
 from ibisagent.errors import DataError
+
+_BLOCK = 2**16
+_CHUNKS = 8  # of five bits: more than any run within the limits needs
 
 
 def check_same_shape(a: Mask, b: Mask) -> None:
@@ -79,45 +83,81 @@ def encode_rle(mask: Mask) -> dict[str, Any]:
 def decode_rle(rle: Mapping[str, Any]) -> Mask:
     """The (H, W) bool mask that `encode_rle` encoded.
 
-    Raises DataError for anything else: missing parts, a size without pixels or above MAX_PIXELS, counts that are cut
-    off, altered or do not fill the size. Extra keys are ignored.
+    Raises TooLargeError for a size beyond the limits, DataError for anything else: missing parts, a size without pixels,
+    counts that are cut off, altered or do not fill the size. Extra keys are ignored.
     """
     try:
-        height, width = (operator.index(side) for side in rle["size"])
         counts = rle["counts"].encode("ascii")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError("run-length mask needs 'size' [H, W] and 'counts' text: the record is damaged") from error
-    if height < 1 or width < 1 or height * width > MAX_PIXELS:
+    return _drawn(rle, _coded_runs(counts))
+
+
+def decode_runs(rle: Mapping[str, Any]) -> Mask:
+    """As `decode_rle`, but also takes COCO's plain form, in which "counts" is a list of whole numbers."""
+    try:
+        counts = rle["counts"]
+        if not isinstance(counts, list):
+            return decode_rle(rle)
+        runs = np.array([operator.index(run) for run in counts], dtype=np.int64)
+    except (KeyError, TypeError, OverflowError) as error:
+        raise DataError("run-length mask needs 'size' [H, W] and 'counts': the record is damaged") from error
+    return _drawn(rle, [runs[start : start + _BLOCK] for start in range(0, len(runs), _BLOCK)])
+
+
+def _drawn(rle: Mapping[str, Any], blocks: Iterable[np.ndarray]) -> Mask:
+    """The mask of runs that are outside and inside by turns; they are checked, block by block, before they are drawn."""
+    try:
+        height, width = (operator.index(side) for side in rle["size"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError("run-length mask needs 'size' [H, W] and 'counts' text: the record is damaged") from error
+    if not (0 < height < 2**31 and 0 < width < 2**31):
         raise DataError("run-length mask states an impossible size: the record is damaged")
-    if _run_total(counts) != height * width:
+    limits.check_pixels(height, width, "run-length mask")
+    flat = np.zeros(height * width, dtype=bool)
+    at = count = 0
+    for runs in blocks:
+        left = len(flat) - at
+        if runs.min() < 0 or runs.max() > left or runs.sum() > left:
+            at = -1
+            break
+        end = at + int(runs.sum())
+        flat[at:end] = np.repeat(np.arange(count, count + len(runs)) % 2 == 1, runs)
+        at, count = end, count + len(runs)
+    if at != len(flat):
         raise DataError(f"run-length mask does not fill its size {height} x {width}: the record is damaged")
-    mask: Mask = coco.decode({"size": [height, width], "counts": counts}).astype(bool)
+    mask: Mask = flat.reshape((height, width), order="F")
     return mask
 
 
-def _run_total(counts: bytes) -> int:
-    """Sum of the runs in COCO's compressed counts, -1 if malformed; checked first, as the C decoder trusts its input.
+def _coded_runs(counts: bytes) -> Iterator[np.ndarray]:
+    """The runs of COCO's compressed counts, block by block; one of -1 where they are malformed.
 
     Each run is written in chunks of five bits, low first (bit 5: another follows, bit 4 of the last: sign), and from
-    the fourth run on as the difference to the run before the last. Six chunks hold every run up to MAX_PIXELS; more
-    would overflow the C decoder's int.
+    the fourth run on as the difference to the run before the last.
     """
-    runs: list[int] = []
-    value, shift = 0, 0
-    for byte in counts:
-        chunk = byte - 48
-        if not 0 <= chunk < 64 or shift > 25:
-            return -1
-        value |= (chunk & 0x1F) << shift
-        shift += 5
-        if chunk & 0x20:
-            continue
-        if chunk & 0x10:
-            value |= -1 << shift
-        if len(runs) > 2:
-            value += runs[-2]
-        if value < 0:
-            return -1
-        runs.append(value)
-        value, shift = 0, 0
-    return -1 if shift else sum(runs)
+    start = number = 0
+    before = [0, 0]  # the last run of even and of odd number
+    while start < len(counts):
+        chunks = np.frombuffer(counts, np.uint8, min(_BLOCK, len(counts) - start), start).astype(np.int64) - 48
+        ends = np.flatnonzero(chunks & 32 == 0)
+        if not len(ends) or chunks.min() < 0 or chunks.max() > 63:
+            yield np.array([-1])
+            return
+        chunks = chunks[: ends[-1] + 1]
+        firsts = np.append(0, ends[:-1] + 1)
+        lengths = ends - firsts + 1
+        if lengths.max() > _CHUNKS:
+            yield np.array([-1])
+            return
+        places = np.arange(len(chunks)) - np.repeat(firsts, lengths)
+        runs = np.add.reduceat((chunks & 31) << 5 * places, firsts)
+        runs -= np.where(chunks[ends] & 16, 1 << 5 * lengths, 0)
+        absolute = 1 if number == 0 else 0  # the first run of all is no part of the sums
+        for first in (absolute, absolute + 1):
+            if first < len(runs):
+                parity = (number + first) % 2
+                runs[first::2] = before[parity] + np.cumsum(runs[first::2])
+                before[parity] = int(runs[first::2][-1])
+        yield runs
+        start, number = start + len(chunks), number + len(runs)

@@ -48,6 +48,6 @@ def read_instances(file: Path) -> list[CaseRow]:
                     where=f"{file}, image {image_id}",
                 )
             )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{file}: is not COCO's instance JSON ({error!r}); see docs/datasets.md") from error
     return rows

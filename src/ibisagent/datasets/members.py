@@ -12,8 +12,11 @@ Some data sets keep many pictures in one file. Their rows name them by a path th
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import zipfile
+import zlib
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, cast
@@ -21,15 +24,20 @@ from typing import IO, Any, cast
 import numpy as np
 from pycocotools import mask as coco
 
-from ibisagent.domain import MAX_PIXELS, Image, Mask
-from ibisagent.errors import DataError
+from ibisagent import limits
+from ibisagent.domain import Image, Mask
+from ibisagent.errors import DataError, TooLargeError
 from ibisagent.images import read_image, read_masks
-from ibisagent.masks import decode_rle
+from ibisagent.masks import decode_runs
 from ibisagent.volumes import SliceView, Volume, read_volume
 from ibisagent.volumes.grid import scratch
 
 ARRAYS, VOLUMES, COCO = ".npz", (".nii", ".nii.gz"), ".json"
 _CHUNK = 2**22
+_HEADER_BYTES = 10_000  # of an .npy file, as NumPy limits it
+_MOST_ARRAYS = 1_000
+_MOST_STEPS = 2**22
+"""How many pixels long the outline of one polygon may be: it is drawn step by step, five to a pixel."""
 
 
 def read_picture(path: Path) -> Image:
@@ -75,11 +83,14 @@ def npz_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     try:
         with zipfile.ZipFile(file) as archive:
             found = {}
-            for name in archive.namelist():
+            names = archive.namelist()
+            if len(names) > _MOST_ARRAYS:
+                raise ValueError(f"it holds {len(names)} files, at most {_MOST_ARRAYS} are read")
+            for name in names:
                 with archive.open(name) as entry:
                     found[name.removesuffix(".npy")] = _header(entry)[0]
             return found
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
         raise DataError(f"{file}: is no NumPy archive ({error}); download it again") from error
 
 
@@ -159,14 +170,17 @@ def _array(file: Path, key: str, _changed: int) -> np.ndarray:
     try:
         with zipfile.ZipFile(file) as archive, archive.open(f"{key}.npy") as entry:
             shape, fortran, dtype = _header(entry)
-            flat = scratch((int(np.prod(shape, dtype=np.int64)),), dtype)
+            limits.check_unpacked(math.prod(shape) * dtype.itemsize, f"{file}: '{key}'")
+            flat = scratch((math.prod(shape),), dtype)
             raw, at = flat.view(np.uint8), 0
             while chunk := entry.read(_CHUNK):
                 raw[at : at + len(chunk)] = np.frombuffer(chunk, np.uint8)
                 at += len(chunk)
             if at != raw.size:
                 raise ValueError("cut off")
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except TooLargeError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
         raise DataError(f"{file}: '{key}' cannot be read ({error}); download it again") from error
     return flat.reshape(shape, order="F" if fortran else "C")
 
@@ -174,8 +188,12 @@ def _array(file: Path, key: str, _changed: int) -> np.ndarray:
 def _header(entry: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """(shape, whether column-major, type) of an .npy stream. ValueError for what is none, or holds objects."""
     version = np.lib.format.read_magic(entry)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(entry)
+    first = version == (1, 0)
+    length = entry.read(2 if first else 4)
+    if int.from_bytes(length, "little") > _HEADER_BYTES:
+        raise ValueError("its header is too long")
+    read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(io.BytesIO(length + entry.read(int.from_bytes(length, "little"))))
     if dtype.hasobject:
         raise ValueError("holds Python objects, which are not read")
     return shape, fortran, dtype
@@ -199,7 +217,7 @@ def _coco_index(file: Path, _changed: int) -> tuple[dict[int, Any], dict[tuple[i
         parts: dict[tuple[int, int], list[Any]] = {}
         for annotation in loaded["annotations"]:
             parts.setdefault((int(annotation["image_id"]), int(annotation["category_id"])), []).append(annotation)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{file}: is not COCO's instance JSON ({error!r}); see docs/datasets.md") from error
     return images, parts
 
@@ -210,12 +228,15 @@ def _instances(path: Path, file: Path, inside: tuple[str, ...]) -> Mask:
         image_id, category = (int(part) for part in inside)
         image, annotations = images[image_id], parts[image_id, category]
         height, width = int(image["height"]), int(image["width"])
-        if not 0 < height * width <= MAX_PIXELS:
+        if height < 1 or width < 1:
             raise ValueError(f"image of {width} x {height}")
+        limits.check_pixels(height, width, path)
         merged = np.zeros((height, width), dtype=bool)
         for annotation in annotations:
             merged |= _instance(annotation["segmentation"], height, width)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except TooLargeError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise DataError(f"{path}: cannot be drawn ({error!r}); correct the annotation") from error
     return merged
 
@@ -223,14 +244,23 @@ def _instances(path: Path, file: Path, inside: tuple[str, ...]) -> Mask:
 def _instance(shape: Any, height: int, width: int) -> Mask:
     """One instance: polygons, or run lengths, plain or compressed (COCO API format)."""
     if isinstance(shape, list):
+        for polygon in shape:
+            _check_polygon(polygon, height, width)
         drawn: Mask = coco.decode(coco.merge(coco.frPyObjects(shape, height, width))).astype(bool)
         return drawn
     if list(shape["size"]) != [height, width]:
-        raise ValueError(f"run-length mask of size {shape['size']}")
-    if isinstance(shape["counts"], str):
-        return decode_rle(shape)
-    runs = [int(run) for run in shape["counts"]]
-    if min(runs, default=-1) < 0 or sum(runs) != height * width:
-        raise ValueError("run lengths that do not fill the size")
-    flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
-    return np.ascontiguousarray(flat.reshape((height, width), order="F"))
+        raise ValueError(f"run-length mask of size {str(shape['size'])[:40]}")
+    return decode_runs(shape)
+
+
+def _check_polygon(polygon: Any, height: int, width: int) -> None:
+    """ValueError for what pycocotools trusts: corners that are no numbers or far outside, outlines without end."""
+    if len(polygon) < 6 or len(polygon) % 2:
+        raise ValueError("a polygon has three corners or more, x and y of each")
+    corners = np.array(polygon, dtype=np.float64).reshape(-1, 2)
+    sides = np.array([width, height], dtype=np.float64)
+    if not ((corners >= -sides) & (corners <= 2 * sides)).all():
+        raise ValueError(f"a polygon leaves the image of {width} x {height} by more than its size")
+    steps = np.abs(np.diff(corners, axis=0, append=corners[:1])).max(axis=1).sum()
+    if steps > _MOST_STEPS:
+        raise ValueError(f"a polygon has an outline of {steps:.0f} pixels, at most {_MOST_STEPS} are drawn")

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pycocotools import mask as coco
 
 from ibisagent.datasets import IMAGE_SUFFIXES, CaseRow, CaseSource, cases_to_judge
 from ibisagent.domain import Mask, Masks
@@ -35,7 +34,7 @@ from ibisagent.evaluation import mask_measures, size_of
 from ibisagent.evaluation.results import CaseResult, Evaluation, Failure
 from ibisagent.evaluation.runs import CASES_NAME, RUN_NAME, write_results
 from ibisagent.images import read_masks, write_whole
-from ibisagent.masks import decode_rle, overlap
+from ibisagent.masks import decode_runs, overlap
 from ibisagent.metrics import EMPTY_RULE, EmptyRule, resize_target
 from ibisagent.store import claim_run, make_folder, plain_masks
 
@@ -233,7 +232,7 @@ def _coded(file: Path, problems: list[Problem]) -> Iterator[tuple[str, _Found]]:
                 line = json.loads(text)
                 name = line["case_id"] if "case_id" in line else f"{line['image']}#{line['object']}"
                 code = line["segmentation"] if "segmentation" in line else line["rle"]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 message = f"is no run-length code of a case ({error!r}); give case_id and segmentation"
                 problems.append(Problem("unreadable", where, "", message))
                 continue
@@ -242,14 +241,8 @@ def _coded(file: Path, problems: list[Problem]) -> Iterator[tuple[str, _Found]]:
 
 def _decode(code: Any, where: str) -> Mask:
     try:
-        if isinstance(code["counts"], list):
-            height, width = code["size"]
-            if sum(code["counts"]) != height * width or min(code["counts"], default=0) < 0:
-                raise DataError("its runs do not fill its size")
-            code = coco.frPyObjects(code, height, width)
-            code = {**code, "counts": code["counts"].decode("ascii")}
-        return decode_rle(code)
-    except (KeyError, TypeError, ValueError) as error:
+        return decode_runs(code)
+    except DataError as error:
         raise DataError(f"{where}: cannot be read ({error})") from error
 
 

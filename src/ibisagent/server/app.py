@@ -33,11 +33,11 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ibisagent.domain import MAX_QUERY_CHARS, Mask, Turn
 from ibisagent.environment import package_version
-from ibisagent.errors import IbisError, PolicyError, SegmenterError
+from ibisagent.errors import IbisError, PolicyError, SegmenterError, TooLargeError
 from ibisagent.masks import encode_rle
 from ibisagent.protocol import MAX_NAME_CHARS, overlay
 from ibisagent.server.access import COOKIE, LOOPBACK_NAMES, Gate, is_token, token_for
-from ibisagent.server.service import FullError, Job, MissingError, Service, TooLargeError, export_zip, training_zip
+from ibisagent.server.service import FullError, Job, MissingError, Service, export_zip, training_zip
 from ibisagent.session import DEFAULT_TURNS, BusyError, RunEnd, Session, Step, file_names
 from ibisagent.store import plain_turn, record_json
 

@@ -20,9 +20,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from ibisagent import limits
 from ibisagent.domain import Case, Image, Mask, Masks, check_query
 from ibisagent.environment import package_version
-from ibisagent.errors import ConfigError, DataError, IbisError
+from ibisagent.errors import ConfigError, DataError, IbisError, TooLargeError
 from ibisagent.images import read_image, read_masks, write_whole
 from ibisagent.inventory import Model, models
 from ibisagent.policies.base import Policy
@@ -45,17 +46,14 @@ class FullError(ConfigError):
     """The server has as much as it may have; later it may have room."""
 
 
-class TooLargeError(DataError):
-    """An upload beyond the limits."""
-
-
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one server takes. Sizes in bytes and pixels, times in seconds."""
+    """What one server takes. Sizes in bytes, pixels and voxels (see `limits`), times in seconds."""
 
     sessions: int = 100
     upload_bytes: int = 64 * 2**20
     pixels: int = 2**24
+    voxels: int = 2**27
     idle_seconds: float = 3600.0
     turns: int = 20
     jobs: int = 20
@@ -205,9 +203,10 @@ class Service:
         path = self.scratch(next((ending for ending in VOLUME_SUFFIXES if shown.lower().endswith(ending)), ""))
         write_whole(content, path)
         try:
-            return read(path)
+            with limits.at_most(pixels=self.limits.pixels, voxels=self.limits.voxels):
+                return read(path)
         except DataError as error:
-            raise DataError(str(error).replace(str(path), shown)) from error
+            raise type(error)(str(error).replace(str(path), shown)) from error
         finally:
             _remove(path)
 

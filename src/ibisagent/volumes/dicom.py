@@ -6,15 +6,19 @@ import hashlib
 import logging
 import threading
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ibisagent.errors import DataError
+from ibisagent import limits
+from ibisagent.errors import DataError, TooLargeError
+from ibisagent.limits.headers import check_codestream
 from ibisagent.volumes.grid import LPS, DicomOrigin, Volume, choose_channel, scratch
 from ibisagent.volumes.windows import Window, level_width, sigmoid
 
@@ -25,6 +29,9 @@ PARALLEL = 1e-3
 _MEDIA_DIRECTORY = "1.2.840.10008.1.3.10"
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 _TIMES = ("TemporalPositionIdentifier", "EchoNumbers", "TriggerTime", "AcquisitionNumber", "InstanceNumber")
+_RUN_LENGTHS = "1.2.840.10008.1.2.5"
+_COPIES = 4  # of an inflated file that pydicom and its decoders hold at a time
+_CHUNK = 2**20
 _process_wide = threading.Lock()  # warning filters and log levels belong to the whole process
 
 
@@ -60,6 +67,7 @@ def read_dicom(path: Path, channel: int | None, series: str | None) -> Volume:
         _check_image(file, header)
     first = next(iter(headers.values()))
     with turning_damage_into_one_line(where):
+        _check_cost(headers, where)
         frames = [frame for file, header in headers.items() for frame in _frames(file, header)]
     frames, affine, oriented, spacing_known = _arrange(frames, channel, where)
     with turning_damage_into_one_line(where), quiet():
@@ -88,6 +96,7 @@ def read_header(path: Path) -> Any:
 
     try:
         with quiet():
+            _check_deflated(path)
             try:
                 return pydicom.dcmread(path, stop_before_pixels=True)
             except InvalidDicomError:
@@ -95,12 +104,33 @@ def read_header(path: Path) -> Any:
                 if "SOPClassUID" not in header and "Rows" not in header:
                     raise
                 return header
+    except DataError:
+        raise
     except InvalidDicomError as error:
         raise DataError(f"{path}: is not DICOM; export or copy it again") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check name and rights") from error
     except Exception as error:  # a damaged file can fail anywhere inside the reader
         raise _damaged(str(path), error) from error
+
+
+def _check_deflated(path: Path) -> None:
+    """TooLargeError where a file of the deflated transfer syntax, which pydicom inflates in memory, is beyond limits."""
+    from pydicom.filereader import read_dataset, read_preamble
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+    with path.open("rb") as file:
+        read_preamble(file, force=True)
+        try:
+            meta = read_dataset(file, False, True, stop_when=lambda tag, _vr, _length: tag.group != 2)
+        except Exception:  # damage anywhere in it, which the reader itself will tell
+            return
+        if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
+            return
+        inflating, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
+        while chunk := inflating.unconsumed_tail or file.read(_CHUNK):
+            size += _COPIES * len(inflating.decompress(chunk, _CHUNK))
+            limits.check_unpacked(size, path)
 
 
 def _headers_below(folder: Path) -> dict[Path, Any]:
@@ -156,9 +186,35 @@ def _check_image(path: Path, header: Any) -> None:
         raise DataError(f"{path}: has no pixels ({header.Columns} x {header.Rows}); export it again")
 
 
+def _check_cost(headers: Mapping[Path, Any], where: str) -> None:
+    """TooLargeError unless what the headers claim together is within the limits."""
+    counts = {file: frame_count(header, file) for file, header in headers.items()}
+    limits.check_frames(sum(counts.values()), where)
+    voxels = size = 0
+    for file, header in headers.items():
+        pixels = int(header.Rows) * int(header.Columns)
+        voxels += counts[file] * pixels
+        samples, bits = int(header.get("SamplesPerPixel", 1) or 1), int(header.BitsAllocated)
+        size += counts[file] * pixels * samples * -(-bits // 8)
+    limits.check_voxels([voxels], where)
+    limits.check_unpacked(size, where)
+
+
+def frame_count(header: Any, where: object) -> int:
+    """How many frames that the header claims; DataError if that is no number above 0."""
+    try:
+        count = int(header.get("NumberOfFrames", 1) or 1)
+    except (TypeError, ValueError, OverflowError) as error:
+        said = " ".join(str(error).split())[:160]
+        raise DataError(f"{where}: does not say how many frames it has ({said}); correct NumberOfFrames") from error
+    if count < 1:
+        raise DataError(f"{where}: says that it has {count} frames; correct NumberOfFrames")
+    return count
+
+
 def _frames(path: Path, header: Any) -> list[_Frame]:
     """The frames of one file, as its functional groups, its dose grid or its own attributes place them."""
-    count = int(header.get("NumberOfFrames", 1) or 1)
+    count = frame_count(header, path)
     shared = first_item(header, "SharedFunctionalGroupsSequence")
     each = header.get("PerFrameFunctionalGroupsSequence") or []
     if each and len(each) != count:
@@ -295,22 +351,47 @@ def _decode(frames: list[_Frame], headers: Mapping[Path, Any]) -> tuple[np.ndarr
 
 
 def _stored(frames: Iterable[_Frame], headers: Mapping[Path, Any]) -> Iterator[np.ndarray]:
-    """The decoded pixels of each frame, (H, W) as stored or (H, W, 3) uint8; one file is open at a time."""
+    """The decoded pixels of each frame, (H, W) as stored or (H, W, 3) uint8; one file is in memory at a time."""
     import pydicom
     from pydicom.pixels import apply_color_lut, iter_pixels
 
-    opened: tuple[Path, Any] | None = None
-    for frame in frames:
-        if opened is None or opened[0] != frame.path:
-            opened = frame.path, pydicom.dcmread(frame.path, force=True)
-            if "TransferSyntaxUID" not in opened[1].file_meta:
-                implicit, little = opened[1].original_encoding
-                opened[1].file_meta.TransferSyntaxUID = _uncompressed(bool(implicit), bool(little))
-        header = headers[frame.path]
-        pixels = next(iter(iter_pixels(opened[1], indices=[frame.index])))
-        if str(header.PhotometricInterpretation) == "PALETTE COLOR":
-            pixels = apply_color_lut(pixels, header)
-        yield _eight_bits(pixels, header) if pixels.ndim == 3 else pixels
+    for path, wanted in groupby(frames, key=lambda frame: frame.path):
+        dataset, header = pydicom.dcmread(path, force=True), headers[path]
+        if "TransferSyntaxUID" not in dataset.file_meta:
+            implicit, little = dataset.original_encoding
+            dataset.file_meta.TransferSyntaxUID = _uncompressed(bool(implicit), bool(little))
+        check_compressed_frames(dataset, path)
+        for pixels in iter_pixels(dataset, indices=[frame.index for frame in wanted]):
+            if str(header.PhotometricInterpretation) == "PALETTE COLOR":
+                pixels = apply_color_lut(pixels, header)
+            yield _eight_bits(pixels, header) if pixels.ndim == 3 else pixels
+
+
+def check_compressed_frames(dataset: Any, path: Path) -> None:
+    """TooLargeError where a compressed frame says, or must unpack to, more than the header says of it.
+
+    Decoders make room for what the frame itself says before that is compared with the header.
+    """
+    from pydicom.encaps import generate_frames
+
+    if not dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+        return
+    tables = dataset.get("ExtendedOffsetTable"), dataset.get("ExtendedOffsetTableLengths")
+    samples, bits = int(dataset.get("SamplesPerPixel", 1) or 1), int(dataset.BitsAllocated)
+    pixels = int(dataset.Rows) * int(dataset.Columns)
+    for number, frame in enumerate(
+        generate_frames(
+            dataset.PixelData,
+            number_of_frames=frame_count(dataset, path),
+            extended_offsets=tables if all(tables) else None,
+        )
+    ):
+        where = f"{path}, frame {number}"
+        if dataset.file_meta.TransferSyntaxUID == _RUN_LENGTHS:
+            if len(frame) > 2 * pixels * samples * -(-bits // 8) + _CHUNK:
+                raise TooLargeError(f"{where}: its run lengths are longer than its pixels; export it again")
+        else:
+            check_codestream(frame, pixels, samples, where)
 
 
 def _uncompressed(implicit: bool, little: bool) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from ibisagent import limits
 from ibisagent.errors import DataError
 from ibisagent.volumes.windows import Window
 
-MAX_VOXELS = 2**31
 SCRATCH_BYTES = 64 * 2**20
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """From DICOM's and ITK's world (x left, y posterior) to ours (x right, y anterior), and back."""
@@ -107,12 +108,14 @@ class Volume:
 
 
 def scratch(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """A zeroed array; a large one lies in a temporary file that vanishes with it, so that memory stays free."""
+    """A zeroed array; a large one lies in a temporary file that vanishes with it, so that memory stays free.
+
+    TooLargeError beyond the limits.
+    """
     dtype = np.dtype(dtype)
-    count = int(np.prod(shape, dtype=np.int64))
-    if count > MAX_VOXELS:
-        raise DataError(f"a volume of {' x '.join(map(str, shape))} voxels: at most {MAX_VOXELS} are read; crop it")
-    if count * dtype.itemsize < SCRATCH_BYTES:
+    size = math.prod(shape) * dtype.itemsize
+    limits.check_unpacked(size, f"a volume of {' x '.join(map(str, shape))}")
+    if size < SCRATCH_BYTES:
         return np.zeros(shape, dtype)
     with tempfile.TemporaryFile(prefix="ibisagent-") as file:  # numpy keeps the file mapped
         mapped: np.ndarray = np.memmap(file, dtype, "w+", shape=shape)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ibisagent import limits
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.volumes.grid import LPS, Volume, choose_channel
 
@@ -17,6 +18,12 @@ def read_itk(path: Path, channel: int | None) -> Volume:
     except ImportError as error:
         raise ConfigError(f"{path}: needs SimpleITK: pip install 'ibisagent[medical]'") from error
     try:
+        header = sitk.ImageFileReader()
+        header.SetFileName(str(path))
+        header.ReadImageInformation()
+        kind, parts = header.GetPixelID(), header.GetNumberOfComponents()
+        one = sitk.GetArrayViewFromImage(sitk.Image([1, 1], kind, parts if parts > 1 else 0))
+        limits.check_voxels(header.GetSize(), path, bytes_each=one.dtype.itemsize * parts)
         image = sitk.ReadImage(str(path))
         stored = sitk.GetArrayFromImage(image)
     except RuntimeError as error:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import gzip
+import math
 import zlib
 from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
 
-from ibisagent.errors import DataError
+from ibisagent import limits
+from ibisagent.errors import DataError, TooLargeError
 from ibisagent.volumes.grid import NiftiOrigin, Volume, choose_channel, scratch
 
 _MM_PER_UNIT = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
 _CHUNK = 2**24
+_HEADER_BYTES, _MOST_EXTENSIONS = 540, 2**24  # of NIfTI-2; nibabel reads all that lies between header and voxels
 
 
 def read_nifti(path: Path, channel: int | None) -> Volume:
@@ -21,6 +24,7 @@ def read_nifti(path: Path, channel: int | None) -> Volume:
     import nibabel as nib
 
     try:
+        _check_extensions(path)
         image: Any = nib.load(path)
         if not isinstance(image, nib.Nifti1Pair):
             raise DataError(f"{path}: is {type(image).__name__}, not NIfTI; convert it to NIfTI")
@@ -39,6 +43,7 @@ def read_nifti(path: Path, channel: int | None) -> Volume:
     if dtype.kind == "c" or (coloured and dtype.itemsize not in (3, 4)):
         raise DataError(f"{path}: holds {dtype} values; save real numbers")
     grid = (*shape[:3], 1)[:3]
+    limits.check_voxels(grid, path, bytes_each=dtype.itemsize)
     chosen = choose_channel(shape[3] if len(shape) == 4 else 1, channel, str(path))
     stored = _stored(path, image, dtype, grid, chosen)
     voxels = np.stack([stored[name] for name in "RGB"], axis=-1) if coloured else stored
@@ -55,9 +60,23 @@ def read_nifti(path: Path, channel: int | None) -> Volume:
     )
 
 
+def _check_extensions(path: Path) -> None:
+    """TooLargeError where the header says that the voxels begin after more than any header extension holds."""
+    import nibabel as nib
+
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        head = gzip.GzipFile(fileobj=file).read(_HEADER_BYTES) if zipped else file.read(_HEADER_BYTES)
+    kind = nib.Nifti2Header if b"n+2" in head[4:8] else nib.Nifti1Header
+    size = kind.template_dtype.itemsize
+    if len(head) >= size and kind(head[:size], check=False)["vox_offset"] > _MOST_EXTENSIONS:
+        raise TooLargeError(f"{path}: its voxels begin after more than {_MOST_EXTENSIONS} bytes; save it again")
+
+
 def _stored(path: Path, image: Any, dtype: np.dtype[Any], grid: tuple[int, ...], channel: int) -> np.ndarray:
     """The chosen volume as stored, (I, J, K); mapped where the file is plain."""
-    count = int(np.prod(grid, dtype=np.int64))
+    count = math.prod(grid)
     start = int(image.dataobj.offset) + channel * count * dtype.itemsize
     file = Path(image.file_map["image"].filename)
     try:
@@ -67,6 +86,7 @@ def _stored(path: Path, image: Any, dtype: np.dtype[Any], grid: tuple[int, ...],
             if file.stat().st_size < start + count * dtype.itemsize:
                 raise EOFError("it ends before its last voxel")
             return np.memmap(file, dtype, "r", start, grid, "F")
+        limits.check_unpacked(start + count * dtype.itemsize, path)  # what lies before the chosen volume, too
         voxels = scratch(grid[::-1], dtype)
         with gzip.open(file) as unzipped:
             unzipped.seek(start)

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
+from ibisagent import limits
 from ibisagent.errors import DataError
 from ibisagent.volumes.dicom import (
     SEGMENTATIONS,
     attribute,
+    check_compressed_frames,
     first_item,
+    frame_count,
     numbers,
     quiet,
     read_header,
@@ -37,7 +40,11 @@ def read_segmentation(path: Path, volume: Volume) -> dict[str, np.ndarray]:
     """
     import pydicom
 
+    header = read_header(path)
     with turning_damage_into_one_line(str(path)), quiet():
+        count = frame_count(header, path)
+        limits.check_frames(count, path)
+        limits.check_voxels((int(header.Columns), int(header.Rows), count), path)
         dataset = pydicom.dcmread(path)
         labels = {int(item.SegmentNumber): str(item.SegmentLabel) for item in dataset.SegmentSequence}
         by_number = {number: scratch(volume.shape, bool) for number in labels}
@@ -48,6 +55,7 @@ def read_segmentation(path: Path, volume: Volume) -> dict[str, np.ndarray]:
             )
         shared = first_item(dataset, "SharedFunctionalGroupsSequence")
         labelmap = str(dataset.get("SegmentationType", "")) == "LABELMAP"
+        check_compressed_frames(dataset, path)
         frames = dataset.pixel_array  # not frame by frame: pydicom 3.0 cannot, where a frame ends within a byte
         frames = frames if frames.ndim == 3 else frames[None]
         for group, pixels in zip(dataset.PerFrameFunctionalGroupsSequence, frames, strict=True):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from ibisagent.domain import MAX_PIXELS, Image, Mask
-from ibisagent.errors import ConfigError, DataError
+from ibisagent import limits
+from ibisagent.domain import Image, Mask
+from ibisagent.errors import ConfigError, DataError, TooLargeError
 from ibisagent.volumes.grid import Volume
 from ibisagent.volumes.windows import HOUNSFIELD, PERCENTILES, Percentiles, Window, level_width, parse_window
 
@@ -40,8 +41,10 @@ class SliceView:
         spacing = volume.spacing_mm[self._rows], volume.spacing_mm[self._columns]
         pixel = min(spacing)
         self.size = round(height * spacing[0] / pixel), round(width * spacing[1] / pixel)
-        if self.size[0] * self.size[1] > MAX_PIXELS:
-            raise DataError(f"{volume.name}: slices of {self.size[1]} x {self.size[0]} pixels; choose another --axis")
+        if self.size[0] * self.size[1] > limits.current().pixels:
+            raise TooLargeError(
+                f"{volume.name}: slices of {self.size[1]} x {self.size[0]} pixels; choose another --axis"
+            )
         self._stretched = self.size != (height, width)
         self.pixel_mm = spacing[0] * height / self.size[0], spacing[1] * width / self.size[1]
         """(row, column) spacing of the pictures; of voxels in this plane in `plane_mm`."""
