@@ -13,7 +13,7 @@ LAYERS = (
     ("errors",),
     ("domain",),
     ("limits",),
-    ("masks", "images", "clicks", "protocol", "calibration", "recipe", "resampling"),
+    ("masks", "images", "csv_tables", "clicks", "protocol", "calibration", "recipe", "resampling"),
     ("metrics", "segmenters", "policies", "datasets", "store", "volumes", "pacs"),
     ("environment", "rewards"),
     ("teacher",),

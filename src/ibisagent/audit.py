@@ -21,9 +21,7 @@ patients that the segmenter never saw, against spoiled copies. It sorts, it is n
 
 from __future__ import annotations
 
-import csv
 import html
-import io
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,6 +34,7 @@ import cv2
 import numpy as np
 
 from ibisagent.clicks import bounding_box, next_click
+from ibisagent.csv_tables import csv_text
 from ibisagent.datasets import CaseRow, CaseSource
 from ibisagent.domain import Case, Click, Image, Mask, Prompt
 from ibisagent.errors import DataError, PolicyError, SegmenterError
@@ -442,12 +441,10 @@ def write_report(found: Audit, cases: CaseSource, folder: Path, *, pictures: int
     `folder` must exist. In the pictures: the mask's outline, what leaks beyond the segmenter's outline, what it misses.
     """
     rows = [finding.to_json() for finding in found.findings]
-    table = io.StringIO()
     columns = ["case_id", "object", "dataset", "suspicion", "reasons", "pixels", "leaks", "missed", "image", "mask"]
-    writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**row, "reasons": "; ".join(row["reasons"])} for row in rows)
-    write_whole(table.getvalue().encode(), folder / "findings.csv")
+    told = ({**row, "reasons": "; ".join(row["reasons"])} for row in rows)
+    table = csv_text([columns, *([row[column] for column in columns] for row in told)])
+    write_whole(table.encode(), folder / "findings.csv")
     content = {"findings": rows, "failures": dict(found.failures)}
     write_whole((json.dumps(content, indent=1) + "\n").encode(), folder / "findings.json")
     (folder / "pictures").mkdir(exist_ok=True)

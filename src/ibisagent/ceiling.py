@@ -303,7 +303,7 @@ def read_agent(path: Path, segmenter: Segmenter, cases: CaseSource) -> Agent:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}); give what 'ibisagent evaluate -o' wrote"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: is no evaluation; give what 'ibisagent evaluate -o' wrote") from error
     if theirs != segmenter.name:
         raise ConfigError(f"{path}: was made with segmenter {theirs}, this run has {segmenter.name}; use the same one")

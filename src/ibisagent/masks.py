@@ -83,8 +83,8 @@ def encode_rle(mask: Mask) -> dict[str, Any]:
 def decode_rle(rle: Mapping[str, Any]) -> Mask:
     """The (H, W) bool mask that `encode_rle` encoded.
 
-    Raises TooLargeError for a size beyond the limits, DataError for anything else: missing parts, a size without pixels,
-    counts that are cut off, altered or do not fill the size. Extra keys are ignored.
+    Raises TooLargeError for a size beyond the limits, DataError for anything else: missing parts, no pixels, counts that
+    are cut off, altered or do not fill the size. Extra keys are ignored.
     """
     try:
         counts = rle["counts"].encode("ascii")
@@ -106,7 +106,7 @@ def decode_runs(rle: Mapping[str, Any]) -> Mask:
 
 
 def _drawn(rle: Mapping[str, Any], blocks: Iterable[np.ndarray]) -> Mask:
-    """The mask of runs that are outside and inside by turns; they are checked, block by block, before they are drawn."""
+    """The mask of runs that are outside and inside by turns, checked block by block before they are drawn."""
     try:
         height, width = (operator.index(side) for side in rle["size"])
     except (KeyError, TypeError, ValueError) as error:

@@ -16,9 +16,7 @@ mean of the signals, so that 20 to 40 labelled cases are enough. `fit` makes one
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -30,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from ibisagent.calibration import calibration
+from ibisagent.csv_tables import csv_text
 from ibisagent.domain import Action, Box, Case, Click, Episode, Image, Keep, Masks, Stop, Turn, Undo
 from ibisagent.environment import MAX_TURNS, Board, SegmentationEnv, rollout
 from ibisagent.errors import ConfigError, DataError
@@ -167,7 +166,7 @@ class Reliability:
             return replace(found, weights={str(name): float(value) for name, value in found.weights.items()})
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); 'ibisagent calibrate' makes one") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path}: is no calibration; make one with 'ibisagent calibrate'") from error
 
     def check(self, made_by: Mapping[str, str]) -> None:
@@ -207,11 +206,9 @@ class Queue:
         """Write review.csv and review.json to a folder that exists, or is made."""
         folder.mkdir(parents=True, exist_ok=True)
         entries = self.worst_first
-        table = io.StringIO()
-        writer = csv.DictWriter(table, ["image", "score", *SIGNALS], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(entries)
-        write_whole(table.getvalue().encode(), folder / "review.csv")
+        columns = ["image", "score", *SIGNALS]
+        table = csv_text([columns, *([entry.get(column, "") for column in columns] for entry in entries)])
+        write_whole(table.encode(), folder / "review.csv")
         content = {"calibrated": self._reliability.cases > 0, "worst_first": entries}
         write_whole((json.dumps(content, indent=1) + "\n").encode(), folder / "review.json")
 

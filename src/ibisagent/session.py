@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import csv
 import html
-import io
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
+from ibisagent.csv_tables import csv_text, plain_cell
 from ibisagent.domain import (
     Action,
     Box,
@@ -770,13 +770,10 @@ def _add_rows(manifest: Path, rows: Sequence[tuple[str, ...]]) -> None:
     if manifest.exists():
         with manifest.open(newline="", encoding="utf-8") as file:
             for old in csv.DictReader(file):
-                row = tuple(old.get(column) or "" for column in _MANIFEST_COLUMNS)
+                row = tuple(plain_cell(old.get(column) or "") for column in _MANIFEST_COLUMNS)
                 if (row[0], row[2]) not in new:
                     kept.append(row)
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([_MANIFEST_COLUMNS, *kept, *new.values()])
-    write_whole(text.getvalue().encode(), manifest)
+    write_whole(csv_text([_MANIFEST_COLUMNS, *kept, *new.values()]).encode(), manifest)
 
 
 def _short_hash(text: str) -> str:

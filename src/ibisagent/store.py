@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ibisagent import limits
 from ibisagent.domain import (
     Action,
     Box,
@@ -36,7 +37,7 @@ from ibisagent.domain import (
     Undo,
     check_masks,
 )
-from ibisagent.errors import ConfigError, DataError
+from ibisagent.errors import ConfigError, DataError, TooLargeError
 from ibisagent.images import write_whole
 from ibisagent.masks import decode_rle, encode_rle
 
@@ -89,6 +90,7 @@ SCHEMA = pa.schema(
 _VERSION_KEY = b"ibisagent.schema_version"
 _NOTES_KEY = b"ibisagent.notes"
 _SHARD = re.compile(r"episodes-(\d{6})\.parquet")
+_MOST_EPISODES = 2**22  # of one shard: run lengths let a few bytes claim any number of rows
 _STOPS = get_args(StopReason)
 
 
@@ -294,7 +296,7 @@ def claim_run(path: Path, facts: Mapping[str, Any]) -> None:
         return
     try:
         earlier = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: is damaged ({error}); choose another folder") from error
     if not isinstance(earlier, dict):
         raise DataError(f"{path}: is damaged; choose another folder")
@@ -337,6 +339,11 @@ def _read_shard(path: Path, columns: list[str] | None = None) -> pa.Table:
     _metadata(path)
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            said = file.metadata
+            groups = (said.row_group(number) for number in range(said.num_row_groups))
+            limits.check_unpacked(sum(group.total_byte_size for group in groups), path)
+            if said.num_rows > _MOST_EPISODES:
+                raise TooLargeError(f"{path}: {said.num_rows} episodes, at most {_MOST_EPISODES} are read; divide it")
             table = file.read(columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: is damaged ({_first_line(error)}); delete it and make it again") from error
@@ -393,6 +400,7 @@ def _without_none(plain: Any) -> Any:
 def _episode(plain: Mapping[str, Any], where: str) -> Episode:
     try:
         size = (int(plain["height"]), int(plain["width"]))
+        _check_cost(plain, size, where)
         start = _masks(plain["start"] or [], size, "start")
         turns: list[Turn] = []
         for turn in plain["turns"] or []:
@@ -414,9 +422,18 @@ def _episode(plain: Mapping[str, Any], where: str) -> Episode:
             plain["stop"],
             dict(plain["made_by"] or ()),
         )
+    except TooLargeError:
+        raise
     except (KeyError, TypeError, ValueError) as error:  # DataError and ConfigError are ValueErrors
         case_id = plain.get("case_id")
         raise DataError(f"{where}: is damaged (episode of case {case_id}, {error}); make it again") from error
+
+
+def _check_cost(plain: Mapping[str, Any], size: tuple[int, int], where: str) -> None:
+    """TooLargeError where the masks of an episode would take more memory than a volume may."""
+    masks = [*(plain["start"] or []), *(mask for turn in plain["turns"] or [] for mask in turn["masks"] or [])]
+    limits.check_pixels(*size, where)
+    limits.check_unpacked(len({mask["rle"]["counts"] for mask in masks}) * size[0] * size[1], where)
 
 
 def _turn(plain: Mapping[str, Any], before: Masks, size: tuple[int, int], where: str) -> Turn:
@@ -443,6 +460,9 @@ def _decoded(size: tuple[int, ...], counts: str) -> Mask:
 
 
 def _masks(plain: list[Mapping[str, Any]], size: tuple[int, int], where: str) -> Masks:
+    for mask in plain:  # before room is made for what it claims
+        if tuple(mask["rle"]["size"]) != size:
+            raise ValueError(f"{where}: mask '{mask['name']}' is of size {str(mask['rle']['size'])[:40]}, not {size}")
     masks = {str(mask["name"] or ""): _decoded(tuple(mask["rle"]["size"]), mask["rle"]["counts"]) for mask in plain}
     check_masks(masks, size, where)
     return masks

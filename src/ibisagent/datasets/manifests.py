@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from ibisagent.csv_tables import plain_cell
 from ibisagent.datasets.rows import CaseRow, refuse_duplicates
 from ibisagent.domain import check_query
 from ibisagent.errors import DataError
@@ -54,7 +55,7 @@ def _csv_records(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         for record in table:
             if None in record or None in record.values():
                 raise DataError(f"{path}, row {table.line_num}: has not as many cells as the heading; quote commas")
-            yield table.line_num, record
+            yield table.line_num, {name: plain_cell(cell) for name, cell in record.items()}
 
 
 def _jsonl_records(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -64,7 +65,7 @@ def _jsonl_records(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}, row {number}: is not JSON ({error}); write one object per line") from error
             if not isinstance(record, dict) or any(isinstance(value, dict | list) for value in record.values()):
                 raise DataError(f"{path}, row {number}: is not a flat JSON object; write one object per line")

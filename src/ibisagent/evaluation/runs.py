@@ -211,7 +211,7 @@ class Run:
             raise DataError(
                 f"{folder}: holds no run ({error.strerror}); give a folder of 'ibisagent evaluate -o'"
             ) from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{folder / RUN_NAME}: is damaged ({error}); evaluate again") from error
         self.folder = folder
         self._log = _Log(folder / CASES_NAME)
@@ -259,7 +259,7 @@ class _Log:
                     line = json.loads(text)
                     self.lines[int(line["index"])] = _light(line)
                     self._places[int(line["index"])] = start, len(text)
-                except (ValueError, KeyError, TypeError) as error:
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
                     raise DataError(f"{self._path}, line {number}: is damaged ({error}); delete the line") from error
                 start += len(text)
         return start

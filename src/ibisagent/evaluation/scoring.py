@@ -14,8 +14,6 @@ Whatever does not fit is a `Problem` of its file: never resampled, never scored,
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from collections import defaultdict
@@ -26,6 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ibisagent.csv_tables import csv_text
 from ibisagent.datasets import IMAGE_SUFFIXES, CaseRow, CaseSource, cases_to_judge
 from ibisagent.domain import Mask, Masks
 from ibisagent.environment import package_version
@@ -332,8 +331,5 @@ def _key(name: str) -> str:
 
 
 def _problems_csv(problems: Sequence[Problem]) -> str:
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["kind", "file", "case_id", "message"])
-    writer.writerows([problem.kind, problem.file, problem.case_id, problem.message] for problem in problems)
-    return table.getvalue()
+    rows = [[problem.kind, problem.file, problem.case_id, problem.message] for problem in problems]
+    return csv_text([["kind", "file", "case_id", "message"], *rows])

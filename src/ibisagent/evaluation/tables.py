@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
+from ibisagent.csv_tables import csv_text, markdown_cell
 from ibisagent.evaluation.results import CaseResult, Comparison, Evaluation, GroupBy, Summary, summarise
 from ibisagent.metrics import EMPTY_RULE, EmptyRule
 
@@ -79,7 +78,7 @@ def _cases_csv(results: Sequence[CaseResult]) -> str:
         [*(_plain(getattr(one, fact)) for fact in facts), *(_plain(one.measures.get(name)) for name in columns)]
         for one in results
     ]
-    return _csv([[*facts, *columns], *rows])
+    return csv_text([[*facts, *columns], *rows])
 
 
 def _summary_csv(groups: Mapping[tuple[str, str], Summary]) -> str:
@@ -89,7 +88,7 @@ def _summary_csv(groups: Mapping[tuple[str, str], Summary]) -> str:
         for name in ordered(list(summary.means)):
             low, high = summary.intervals.get(name) or (None, None)
             rows.append([by, group, name, _plain(summary.means[name]), _plain(low), _plain(high), *counts])
-    return _csv(rows)
+    return csv_text(rows)
 
 
 def _markdown(evaluation: Evaluation, groups: Mapping[tuple[str, str], Summary], empty: EmptyRule) -> str:
@@ -115,10 +114,10 @@ def _markdown(evaluation: Evaluation, groups: Mapping[tuple[str, str], Summary],
         for (kind, group), summary in groups.items():
             if kind == by:
                 cells = [_cell(summary, name) for name in shown]
-                lines.append(f"| {group.replace('|', '/')} | {summary.cases} | {' | '.join(cells)} |")
+                lines.append(f"| {markdown_cell(group)} | {summary.cases} | {' | '.join(cells)} |")
     if evaluation.failures:
         lines += ["", "Failed, left out:", ""]
-        lines += [f"- {one.case_id}: {' '.join(one.error.split())}" for one in evaluation.failures]
+        lines += [f"- {markdown_cell(one.case_id)}: {markdown_cell(one.error)}" for one in evaluation.failures]
     return "\n".join(lines) + "\n"
 
 
@@ -161,7 +160,7 @@ def comparison_markdown(found: Comparison) -> str:
     rows |= {f"IoU, {group}": one for groups in found.groups.values() for group, one in groups.items()}
     for label, one in rows.items():
         spread = "" if one.interval is None else f"{one.interval[0]:+.3f} to {one.interval[1]:+.3f}"
-        cells = [label.replace("|", "/"), str(one.cases), f"{one.a:.3f}", f"{one.b:.3f}", f"{one.difference:+.3f}"]
+        cells = [markdown_cell(label), str(one.cases), f"{one.a:.3f}", f"{one.b:.3f}", f"{one.difference:+.3f}"]
         lines.append(f"| {' | '.join([*cells, spread, f'{one.p:.4f}'])} |")
     return "\n".join(lines) + "\n"
 
@@ -172,12 +171,6 @@ def _cell(summary: Summary, name: str) -> str:
 
 def _plain(value: object) -> str:
     return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _csv(rows: Sequence[Sequence[str]]) -> str:
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows(rows)
-    return table.getvalue()
 
 
 def _escape(text: str) -> str:

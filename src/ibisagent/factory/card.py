@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ibisagent.csv_tables import markdown_cell
 from ibisagent.factory.config import read_notes
 from ibisagent.images import write_whole
 from ibisagent.store import EpisodeStore
@@ -93,8 +94,8 @@ def _mean(values: Sequence[float]) -> float | None:
 def _text(card: Mapping[str, Any]) -> str:
     rows = [*card["by_modality"].items(), ("all", card["overall"]), ("all, area >= 0.5%", card["overall_area_0.5%"])]
     table = [
-        f"| {name} | {g['images']} | {g['qa']} | {_shown(g['iou'])} | {_shown(g['dsc'])} | {_shown(g['clicks'], 2)} "
-        f"| {_shown(g['turns'], 2)} | {_shown(g['characters'], 0)} |"
+        f"| {markdown_cell(name)} | {g['images']} | {g['qa']} | {_shown(g['iou'])} | {_shown(g['dsc'])} "
+        f"| {_shown(g['clicks'], 2)} | {_shown(g['turns'], 2)} | {_shown(g['characters'], 0)} |"
         for name, g in rows
     ]
     lines = [
@@ -118,7 +119,7 @@ def _text(card: Mapping[str, Any]) -> str:
         "",
         "| not kept because | questions |",
         "|---|---|",
-        *(f"| {reason} | {count} |" for reason, count in card["rejected"].items()),
+        *(f"| {markdown_cell(reason)} | {count} |" for reason, count in card["rejected"].items()),
         "",
     ]
     return "\n".join(lines)

@@ -124,7 +124,9 @@ def _variable(name: str) -> str:
 
 
 def _from_environment() -> Limits:
-    given = {field.name: os.environ[_variable(field.name)] for field in fields(Limits) if _variable(field.name) in os.environ}
+    given = {
+        field.name: os.environ[_variable(field.name)] for field in fields(Limits) if _variable(field.name) in os.environ
+    }
     for name, text in given.items():
         if not (text.isascii() and text.isdigit() and 0 < int(text[:20]) <= _MOST):
             raise ConfigError(f"{_variable(name)} is '{text[:40]}': give a whole number from 1 to {_MOST}")

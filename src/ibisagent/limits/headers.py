@@ -90,9 +90,9 @@ def check_codestream(content: bytes, pixels: int, samples: int, where: str) -> N
         claimed = max(right - left, 0) * max(bottom - top, 0)
         samples_claimed = struct.unpack_from(">H", content, at + 40)[0]
         if samples_claimed > max(samples, 4):
-            raise TooLargeError(f"{where}: says it has {samples_claimed} samples a pixel, not {samples}; export it again")
+            raise TooLargeError(f"{where}: claims {samples_claimed} samples a pixel, not {samples}; export it again")
     if claimed > pixels:
-        raise TooLargeError(f"{where}: says it has {claimed} pixels, its header {pixels}; export it again")
+        raise TooLargeError(f"{where}: claims {claimed} pixels, its header {pixels}; export it again")
 
 
 def _jpeg_head(content: bytes, where: object) -> tuple[int, bytes]:

@@ -252,7 +252,7 @@ class _Weights:
             shape, (slope, shift) = said["network"], said["quality"]
             config = ClickNetworkConfig(int(shape["side"]), tuple(shape["widths"]), tuple(shape["depth"]))
             return cls(path, path.read_bytes(), config, (float(slope), float(shift)))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise SegmenterError(f"{description}: does not describe a click network ({first_line(error)})") from error
 
     def network(self) -> ClickNetwork:

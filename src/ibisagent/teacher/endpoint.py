@@ -274,7 +274,7 @@ def _thought_in(text: str) -> Thought:
     text = text.strip().removeprefix("```json").removeprefix("```").removesuffix("```").strip()
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return Refusal("malformed reply", text[:160])
     if isinstance(value, dict) and "refusal" in value:
         return Refusal("refused", str(value["refusal"])[:160])

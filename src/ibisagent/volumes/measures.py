@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from ibisagent.csv_tables import csv_text
 from ibisagent.domain import Mask
 from ibisagent.images import write_whole
 from ibisagent.volumes.views import SliceView
@@ -76,13 +75,11 @@ def write_measures(measured: Mapping[str, Measures], name: str, path: Path) -> N
     if path.suffix == ".json":
         write_whole((json.dumps({"volume": name, "measures": rows}, indent=1) + "\n").encode(), path)
         return
-    table = io.StringIO()
     columns = [column for column in Measures.__dataclass_fields__ if column != "slices"]
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["volume", "target", *columns, "first_slice", "last_slice"])
+    table: list[list[object]] = [["volume", "target", *columns, "first_slice", "last_slice"]]
     for target, values in rows.items():
-        writer.writerow([name, target, *(values[column] for column in columns), *(values["slices"] or ("", ""))])
-    write_whole(table.getvalue().encode(), path)
+        table.append([name, target, *(values[column] for column in columns), *(values["slices"] or ("", ""))])
+    write_whole(csv_text(table).encode(), path)
 
 
 def _ends(found: list[int]) -> tuple[int, int] | None:
