@@ -83,8 +83,8 @@ def encode_rle(mask: Mask) -> dict[str, Any]:
 def decode_rle(rle: Mapping[str, Any]) -> Mask:
     """The (H, W) bool mask that `encode_rle` encoded.
 
-    Raises TooLargeError for a size beyond the limits, DataError for anything else: missing parts, no pixels, counts that
-    are cut off, altered or do not fill the size. Extra keys are ignored.
+    Raises TooLargeError for a size beyond the limits, DataError for anything else: missing parts, no pixels, counts
+    that are cut off, altered or do not fill the size. Extra keys are ignored.
     """
     try:
         counts = rle["counts"].encode("ascii")

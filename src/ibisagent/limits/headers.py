@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import os
 import struct
 from collections.abc import Mapping
@@ -68,10 +69,11 @@ def _check_png(file: IO[bytes], path: Path) -> None:
 
 
 def _check_jpeg(content: bytes, path: Path) -> None:
-    pixels, exif = _jpeg_head(content, path)
+    height, width, exif = _jpeg_head(content, path)
     _check_exif(exif, path)
+    limits.check_pixels(height, width, path)
     scans = content.count(b"\xff\xda")  # within a scan every 0xff is followed by zero
-    if scans * pixels > MAX_SCANS * limits.current().pixels:
+    if scans * height * width > MAX_SCANS * limits.current().pixels:
         raise TooLargeError(f"{path}: goes over its image {scans} times; save it as a baseline JPEG or PNG")
 
 
@@ -81,7 +83,8 @@ def check_codestream(content: bytes, pixels: int, samples: int, where: str) -> N
     Those of other kinds, and damaged ones, are left for the decoder.
     """
     if content[:3] == _JPEG:
-        claimed, _ = _jpeg_head(content, where)
+        height, width, _ = _jpeg_head(content, where)
+        claimed = height * width
     else:
         at = content.find(b"\xff\x4f\xff\x51", 0, _SPARE_BYTES)
         if at < 0 or len(content) < at + 42:
@@ -95,9 +98,9 @@ def check_codestream(content: bytes, pixels: int, samples: int, where: str) -> N
         raise TooLargeError(f"{where}: claims {claimed} pixels, its header {pixels}; export it again")
 
 
-def _jpeg_head(content: bytes, where: object) -> tuple[int, bytes]:
-    """(pixels of the largest frame that it announces, EXIF data) of a JPEG or JPEG-LS stream, up to its first scan."""
-    exif, pixels, at = b"", 0, 2
+def _jpeg_head(content: bytes, where: object) -> tuple[int, int, bytes]:
+    """(height and width of the largest frame, EXIF data) that a JPEG or JPEG-LS stream has before its first scan."""
+    exif, largest, at = b"", (0, 0), 2
     for count in itertools.count(1):
         at = content.find(b"\xff", at)
         marker = content[at + 1] if 0 <= at < len(content) - 3 else _SCAN
@@ -110,12 +113,11 @@ def _jpeg_head(content: bytes, where: object) -> tuple[int, bytes]:
             continue
         segment = content[at + 4 : at + 2 + int.from_bytes(content[at + 2 : at + 4], "big")]
         if marker in _FRAMES and len(segment) >= 5:
-            height, width = struct.unpack(">HH", segment[1:5])
-            pixels = max(pixels, height * width)
+            largest = max(largest, struct.unpack(">HH", segment[1:5]), key=math.prod)
         elif marker == 0xE1 and segment.startswith(b"Exif\0\0"):
             exif += segment[6:]
         at += 4 + len(segment)
-    return pixels, exif
+    return *largest, exif
 
 
 def _check_exif(exif: bytes, path: Path) -> None:

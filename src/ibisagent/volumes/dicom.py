@@ -126,8 +126,9 @@ def _check_deflated(path: Path) -> None:
             return
         inflating, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
         while chunk := inflating.unconsumed_tail or file.read(_CHUNK):
-            size += _COPIES * len(inflating.decompress(chunk, _CHUNK))
-            limits.check_unpacked(size, path)
+            size += len(inflating.decompress(chunk, _CHUNK))
+            if size > limits.current().volume_bytes // _COPIES:
+                raise TooLargeError(f"{path}: deflated, and unpacks to {size} bytes or more; save it as explicit VR")
 
 
 def _headers_below(folder: Path) -> dict[Path, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,12 @@ from ibisagent import limits
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.volumes.grid import LPS, Volume, choose_channel
 
+_SIDES = re.compile(rb"^\s*(?:NDims\s*=|dimension:)\s*(\S*)", re.MULTILINE | re.IGNORECASE)
+_COMPRESSED = re.compile(rb"^\s*CompressedDataSize\s*=\s*(\S*)", re.MULTILINE | re.IGNORECASE)
+_ELSEWHERE = re.compile(rb"^\s*(?:ElementDataFile\s*=|data ?file:)[ \t]*([^\r\n]*)", re.MULTILINE | re.IGNORECASE)
+_MOST_SIDES = 5
+_MOST_FILES = 2**14
+
 
 def read_itk(path: Path, channel: int | None) -> Volume:
     """An NRRD or MetaImage file; see `volumes.read_volume`."""
@@ -17,12 +25,14 @@ def read_itk(path: Path, channel: int | None) -> Volume:
         import SimpleITK as sitk  # noqa: N813 - its own documents write it so
     except ImportError as error:
         raise ConfigError(f"{path}: needs SimpleITK: pip install 'ibisagent[medical]'") from error
+    _check_header(path)
     try:
         header = sitk.ImageFileReader()
         header.SetFileName(str(path))
         header.ReadImageInformation()
         kind, parts = header.GetPixelID(), header.GetNumberOfComponents()
-        one = sitk.GetArrayViewFromImage(sitk.Image([1, 1], kind, parts if parts > 1 else 0))
+        vector = "vector" in sitk.GetPixelIDValueAsString(kind)
+        one = sitk.GetArrayViewFromImage(sitk.Image([1, 1], kind, 1 if vector else 0))
         limits.check_voxels(header.GetSize(), path, bytes_each=one.dtype.itemsize * parts)
         image = sitk.ReadImage(str(path))
         stored = sitk.GetArrayFromImage(image)
@@ -49,3 +59,31 @@ def read_itk(path: Path, channel: int | None) -> Volume:
     affine[:3, :3], affine[:3, 3] = direction * spacing, corner
     voxels = volumes.swapaxes(0, 2)
     return Volume(voxels, LPS @ affine, path.stem, oriented=sides > 2)
+
+
+def _check_header(path: Path) -> None:
+    """DataError for what ITK trusts: the number of sides, the size of compressed data, files that lie anywhere."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        end = content.find(b"\n\n") if content[:4] == b"NRRD" else -1
+        found = _ELSEWHERE.search(content, 0, end if end > 0 else len(content))
+        end = end if end > 0 else found.end() if found else len(content)
+        for said in _SIDES.findall(content, 0, end):
+            if not (said.isdigit() and 0 < int(said[:9]) <= _MOST_SIDES):
+                raise DataError(f"{path}: has {_text(said)} sides, 2 to 4 are read; save a volume of real numbers")
+        for said in _COMPRESSED.findall(content, 0, end):
+            if not (said.isdigit() and int(said[:20]) <= len(content)):
+                raise DataError(f"{path}: says that its voxels are {_text(said)} bytes of the file; copy it again")
+        named = found[1].strip() if found else b"LOCAL"
+        if named == b"LOCAL":
+            return
+        names = [named]
+        if named.upper().startswith(b"LIST"):
+            names = content[end:].split(b"\n", _MOST_FILES)[:_MOST_FILES]
+        for name in names:
+            place = Path(_text(name))
+            if place.is_absolute() or ".." in place.parts:
+                raise DataError(f"{path}: its voxels are in '{place}', outside its folder; put both in one folder")
+
+
+def _text(said: bytes) -> str:
+    return said[:80].decode("latin-1").strip()
