@@ -452,6 +452,18 @@ def test_corrections_become_training_data(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_a_target_that_looks_like_a_formula_stays_itself_in_the_manifest(tmp_path: Path) -> None:
+    case = Case("s1", picture(), "Segment the =cmd.")
+    it = Session(case, RegionSegmenter(), ScriptedPolicy([said(60, 45).replace("bright box", "=cmd")]))
+    it.ask()
+    it.click(20, 15)
+    for _ in range(2):  # the second time what was written is read again
+        it.export_training(tmp_path)
+        assert ",'=cmd," in (tmp_path / "manifest.csv").read_text()
+        [case] = read_cases(tmp_path / "manifest.csv")
+        assert list(case.targets or {}) == ["=cmd"]
+
+
 def test_accept_is_a_stop_of_the_person() -> None:
     it = session([said(20, 15)])
     it.ask()

@@ -18,9 +18,14 @@ _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+|inf|nan)(e[+-]?\d+)?\s*%?", re.I
 
 def csv_text(rows: Iterable[Sequence[object]]) -> str:
     """Rows, the heading first, as CSV with "\\n" between them. Text that would run as a formula is defused."""
-    table = io.StringIO(newline="")
-    csv.writer(table, lineterminator="\n").writerows([_cell(value) for value in row] for row in rows)
-    return table.getvalue()
+    lines = []
+    for row in rows:
+        line = io.StringIO(newline="")
+        csv.writer(line, lineterminator="\r\n").writerow(
+            [_cell(value) for value in row]
+        )  # quotes both, so no "\r" is bare
+        lines.append(line.getvalue().removesuffix("\r\n") + "\n")
+    return "".join(lines)
 
 
 def plain_cell(text: str) -> str:

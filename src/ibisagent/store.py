@@ -462,7 +462,9 @@ def _decoded(size: tuple[int, ...], counts: str) -> Mask:
 def _masks(plain: list[Mapping[str, Any]], size: tuple[int, int], where: str) -> Masks:
     for mask in plain:  # before room is made for what it claims
         if tuple(mask["rle"]["size"]) != size:
-            raise ValueError(f"{where}: mask '{mask['name']}' is of size {str(mask['rle']['size'])[:40]}, not {size}")
+            raise ValueError(
+                f"{where}: mask '{mask['name']}' is of size {str(tuple(mask['rle']['size']))[:40]}, not {size}"
+            )
     masks = {str(mask["name"] or ""): _decoded(tuple(mask["rle"]["size"]), mask["rle"]["counts"]) for mask in plain}
     check_masks(masks, size, where)
     return masks
