@@ -6,6 +6,7 @@ Every file problem is a DataError of one line that names the file and the remedy
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import threading
@@ -148,9 +149,10 @@ def _decode(path: Path, *, as_labels: bool) -> tuple[np.ndarray, bool]:
             raise DataError(f"{path}: not a readable PNG, JPEG, TIFF or BMP picture; export it again as PNG") from error
         values = _decode_tiff(path)
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
+        # no TooLargeError: Pillow takes it for an attack, and servers answer as they do to damage
         claimed = re.search(r"[0-9]+", str(error))
         most = limits.current().pixels
-        raise TooLargeError(
+        raise DataError(
             f"{path}: {claimed[0] if claimed else 'too many'} pixels, at most {most} are read; crop or shrink it"
         ) from error
     except Exception as error:  # a damaged file can fail anywhere inside the decoders
@@ -282,6 +284,8 @@ def _to_uint8(values: np.ndarray, path: Path) -> np.ndarray:
         return values
     if values.dtype.kind not in "buif":
         raise DataError(f"{path}: holds {values.dtype} values; save it with whole or real numbers")
+    if values.dtype.kind in "iu" and values.dtype.itemsize == 2:
+        return _table_to_uint8(values)
     values = values.astype(np.float32 if values.dtype.itemsize < 4 else np.float64)
     finite = values[np.isfinite(values)]
     if finite.size == 0:
@@ -291,6 +295,27 @@ def _to_uint8(values: np.ndarray, path: Path) -> np.ndarray:
         low, high = finite.min(), finite.max()
     scaled = (np.nan_to_num(values, nan=low, posinf=high, neginf=low).clip(low, high) - low) / (high - low or 1)
     windowed: np.ndarray = np.rint(scaled * 255).astype(np.uint8)
+    return windowed
+
+
+def _table_to_uint8(values: np.ndarray) -> np.ndarray:
+    """16-bit values windowed, by a table of all of them: as exact, and without copies of the image as real numbers."""
+    first = np.iinfo(values.dtype).min
+    codes = values.view(np.uint16) ^ np.uint16(-first)  # in the order of the values
+    blocks = np.array_split(codes, -(-codes.size // 2**20))  # NumPy counts them as 64-bit numbers
+    ends = np.cumsum(sum(np.bincount(block.reshape(-1), minlength=2**16) for block in blocks))
+    bounds = []
+    for percentile in WINDOW_PERCENTILES:
+        place = percentile / 100 * (values.size - 1)
+        below, above = (int(np.searchsorted(ends, rank, side="right")) for rank in (int(place), math.ceil(place)))
+        bounds.append(first + below + (above - below) * (place - int(place)))
+    low, high = bounds
+    if low == high:
+        shown = np.flatnonzero(np.diff(ends, prepend=0))
+        low, high = first + float(shown[0]), first + float(shown[-1])
+    every = np.arange(first, first + 2**16, dtype=np.float64)
+    table = np.rint((every.clip(low, high) - low) / (high - low or 1) * 255).astype(np.uint8)
+    windowed: np.ndarray = table[codes]
     return windowed
 
 

@@ -41,7 +41,7 @@ _SUB_DIRECTORIES = (330, 34665, 34853, 40965)  # smaller images; EXIF, GPS and i
 def check_image_file(path: Path) -> None:
     """TooLargeError where the headers of a TIFF, PNG or JPEG ask for more than an image needs. OSError as `open`.
 
-    DataError where the pages of a TIFF go round in a circle. Other damage is left for the decoder to tell.
+    DataError where a TIFF is a stack, or its pages go round in a circle. Other damage is left for the decoder to tell.
     """
     with path.open("rb") as file:
         magic = file.read(8)
@@ -146,7 +146,7 @@ def _check_tiff(file: IO[bytes], path: Path) -> None:
             raise DataError(f"{path}: its pages go round in a circle; save the image to read as a file of its own")
         seen.add(at)
         if len(seen) > MAX_PAGES:
-            raise TooLargeError(
+            raise DataError(
                 f"{path}: is a stack of more than {MAX_PAGES} pages; save the image to read as a file of its own"
             )
         file.seek(at)
