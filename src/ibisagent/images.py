@@ -154,6 +154,7 @@ def _decode(path: Path, *, as_labels: bool) -> tuple[np.ndarray, bool]:
         most = limits.current().pixels
         raise DataError(
             f"{path}: {claimed[0] if claimed else 'too many'} pixels, at most {most} are read; crop or shrink it"
+            f"{limits.or_raise('pixels')}"
         ) from error
     except Exception as error:  # a damaged file can fail anywhere inside the decoders
         if "MAX_TEXT" in str(error):  # Pillow's limits, of 1 MB for one text or profile and 64 MB for all

@@ -75,12 +75,12 @@ def check_pixels(height: int, width: int, where: object, *, bytes_each: int = 1)
     most = current().pixels
     if height * width > most:
         raise TooLargeError(
-            f"{where}: {width} x {height} pixels, at most {most} are read; crop or shrink it{_or_raise('pixels')}"
+            f"{where}: {width} x {height} pixels, at most {most} are read; crop or shrink it{or_raise('pixels')}"
         )
     if height * width * bytes_each > most * BYTES_PER_PIXEL:
         raise TooLargeError(
             f"{where}: {width} x {height} pixels of {bytes_each} bytes, at most {most * BYTES_PER_PIXEL} bytes are"
-            f" read; save the channels that are needed, as 8 or 16 bits{_or_raise('pixels')}"
+            f" read; save the channels that are needed, as 8 or 16 bits{or_raise('pixels')}"
         )
 
 
@@ -91,7 +91,7 @@ def check_voxels(shape: Sequence[int], where: object, *, bytes_each: int = 1) ->
     sides = " x ".join(map(str, shape))
     if count > limits.voxels:
         raise TooLargeError(
-            f"{where}: {sides} voxels, at most {limits.voxels} are read; crop or resample it{_or_raise('voxels')}"
+            f"{where}: {sides} voxels, at most {limits.voxels} are read; crop or resample it{or_raise('voxels')}"
         )
     check_unpacked(count * bytes_each, where)
     return count
@@ -103,7 +103,7 @@ def check_unpacked(size: int, where: object) -> None:
     if size > most:
         raise TooLargeError(
             f"{where}: unpacks to {size} bytes or more, at most {most} are read; crop it, or save it with smaller"
-            f" values{_or_raise('voxels')}"
+            f" values{or_raise('voxels')}"
         )
 
 
@@ -111,10 +111,10 @@ def check_frames(count: int, where: object) -> None:
     """TooLargeError unless a volume of that many slices, frames or time points is within the limits."""
     most = current().frames
     if count > most:
-        raise TooLargeError(f"{where}: {count} frames, at most {most} are read; divide it{_or_raise('frames')}")
+        raise TooLargeError(f"{where}: {count} frames, at most {most} are read; divide it{or_raise('frames')}")
 
 
-def _or_raise(name: str) -> str:
+def or_raise(name: str) -> str:
     """What to do instead on one's own machine; nothing inside `at_most`, where the environment does not count."""
     return "" if _in_force.get() else f", or set {_variable(name)}"
 
