@@ -93,22 +93,18 @@ class PatientProtocol(H11Protocol):
             self._stall = self.loop.call_later(STALL_SECONDS, self._stalled, left)
 
 
-def options(**more: Any) -> dict[str, Any]:
-    """What our servers ask of uvicorn."""
-    return {
-        "http": PatientProtocol,
-        "ws": "none",  # nothing here speaks over web sockets
-        "server_header": False,
-        "log_level": "warning",
-        "timeout_graceful_shutdown": GRACEFUL_SECONDS,
-        **more,
-    }
+OPTIONS: dict[str, Any] = {  # what our servers ask of uvicorn
+    "http": PatientProtocol,
+    "ws": "none",  # nothing here speaks over web sockets
+    "server_header": False,
+    "timeout_graceful_shutdown": GRACEFUL_SECONDS,
+}
 
 
 def listen(app: ASGIApp, host: str, port: int) -> None:
     """Serve `app` until interrupted. host: an address or name, IPv6 also in brackets."""
     _raise_file_limit()
-    uvicorn.run(cast(Any, app), host=bare_host(host), port=port, **options())
+    uvicorn.run(cast(Any, app), host=bare_host(host), port=port, log_level="warning", **OPTIONS)
 
 
 def _raise_file_limit() -> None:

@@ -107,6 +107,8 @@ def mount_page(app: FastAPI, service: Service, _threads: AgentThreads) -> None:
     # Gradio refuses files that were not uploaded, and takes none of an application's own for public, only in one that
     # it launched itself.
     blocks.has_launched = blocks.is_running = True
+    for component in blocks.config["components"]:  # they name files of Gradio's makers
+        component.pop("example_inputs", None)
     mounted = app.router.routes[-1]
     if not isinstance(mounted, Mount):
         raise RuntimeError("Gradio did not mount the page where its door belongs")

@@ -35,8 +35,8 @@ ALL_UPLOADS = 64
 _HASH = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _VISITOR = re.compile(r"[0-9a-f]{32}")
 _PLAIN = re.compile(  # what is the same for everybody: the page's own scripts and styles
-    rf"/(assets|static|svelte)/[A-Za-z0-9._/@+-]+|/favicon\.ico|/manifest\.json|/theme\.css"
-    rf"|{API}/(theme\.css|startup-events|app_id)"
+    rf"/(assets|static)/[A-Za-z0-9._/@+-]+|/favicon\.ico|/manifest\.json|/theme\.css"
+    rf"|{API}/theme\.css"
 )
 _META_OF_OTHERS = re.compile(rb"<meta\s[^>]*(?:og:|twitter:)[^>]*>")  # Gradio's logo, at its makers' address
 
@@ -196,19 +196,19 @@ class PageDoor:
                 if len(content) > EVENT_BYTES:
                     raise HTTPException(413, f"the event is larger than {EVENT_BYTES} bytes")
             sent = json.loads(content)
-            if not isinstance(sent, dict):
-                raise HTTPException(422, "an event is a JSON object")
-            names = ("data", "fn_index", "event_data", "trigger_id") if joins else ("fn_index", "event_id")
-            event = {name: sent[name] for name in names if name in sent}
-            event["session_hash"] = _session(visitor, sent.get("session_hash"))
-            for file in _files(event):
-                owned = self._uploads.owned(visitor, file.get("path"))
-                file.clear()
-                file |= {"path": str(owned), "orig_name": owned.name, "meta": {"_type": "gradio.FileData"}}
-        except (ValueError, RecursionError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise HTTPException(422, "the event cannot be read as JSON") from error
         except ClientDisconnect as error:
             raise HTTPException(400, "the event did not arrive") from error
+        if not isinstance(sent, dict):
+            raise HTTPException(422, "an event is a JSON object")
+        names = ("data", "fn_index", "event_data", "trigger_id") if joins else ("fn_index", "event_id")
+        event = {name: sent[name] for name in names if name in sent}
+        event["session_hash"] = _session(visitor, sent.get("session_hash"))
+        for file in _files(event):
+            owned = self._uploads.owned(visitor, file.get("path"))
+            file.clear()
+            file |= {"path": str(owned), "orig_name": owned.name, "meta": {"_type": "gradio.FileData"}}
         return event
 
 
