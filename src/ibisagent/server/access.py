@@ -137,9 +137,9 @@ class Keys:
 class WrongTokens:
     """Slows down whoever tries tokens, client by client.
 
-    The answers to a client's wrong tokens are held back longer and longer, and while several of them are held its
-    tokens are not looked at: trying many at once is no faster. The right token is never made to wait for earlier wrong
-    ones, so that nobody is locked out by a neighbour behind the same address.
+    The answers to a client's wrong tokens are held back longer and longer, and while HELD_ANSWERS of them are held its
+    tokens are not looked at: trying many at once is no faster. Otherwise the right token passes at once, so that a
+    neighbour behind the same address locks nobody out with wrong ones; browsers that have their cookie always pass.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

@@ -112,7 +112,8 @@ def mount_page(app: FastAPI, service: Service, _threads: AgentThreads) -> None:
     mounted = app.router.routes[-1]
     if not isinstance(mounted, Mount):
         raise RuntimeError("Gradio did not mount the page where its door belongs")
-    mounted.app = PageDoor(mounted.app, uploads, app.state.keys, service.limits.upload_bytes)
+    limit = service.limits.upload_bytes
+    mounted.app = PageDoor(mounted.app, uploads, app.state.keys, max_upload=limit, events=frozenset(blocks.fns))
 
 
 class Page:
@@ -231,7 +232,7 @@ class Page:
                 self._slice, [*view, axis, index, window], board, **shows
             )
             window.input(self._slice, [*view, axis, index, window], board, **quiet)
-        blocks.queue(default_concurrency_limit=16)
+        blocks.queue(default_concurrency_limit=16, max_size=256)
         built: gr.Blocks = blocks
         return built
 

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlencode
@@ -98,9 +98,9 @@ def _file_name(name: str) -> str:
 class PageDoor:
     """Passes on to Gradio what the page needs; everything else is not there."""
 
-    def __init__(self, app: ASGIApp, uploads: Uploads, keys: Keys, max_upload: int) -> None:
-        """keys: make the cookies of visitors without a token. max_upload: bytes of one file."""
-        self.app = app
+    def __init__(self, app: ASGIApp, uploads: Uploads, keys: Keys, *, max_upload: int, events: Collection[int]) -> None:
+        """keys: make the cookies of visitors without a token. max_upload: bytes of one file. events: the page's own."""
+        self.app, self._events = app, events
         self._uploads, self._keys, self._max_upload = uploads, keys, max_upload
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -202,6 +202,8 @@ class PageDoor:
             raise HTTPException(400, "the event did not arrive") from error
         if not isinstance(sent, dict):
             raise HTTPException(422, "an event is a JSON object")
+        if type(sent.get("fn_index")) is not int or sent["fn_index"] not in self._events:
+            raise HTTPException(422, "the page has no such event: load it again")
         names = ("data", "fn_index", "event_data", "trigger_id") if joins else ("fn_index", "event_id")
         event = {name: sent[name] for name in names if name in sent}
         event["session_hash"] = _session(visitor, sent.get("session_hash"))
