@@ -840,6 +840,31 @@ def test_slow_clients_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
             assert one.recv(1000) == b""
 
 
+def test_answers_that_are_not_taken_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 2**25
+
+    async def give(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": bytes(size)})
+
+    def taken(url: str, pause: float) -> int:
+        """Bytes that arrive where the client waits before it takes anything, and then takes what comes."""
+        with connected(url) as one:
+            one.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            time.sleep(pause)
+            got = 0
+            with suppress(OSError):
+                while piece := one.recv(2**16):
+                    got += len(piece)
+        return got
+
+    monkeypatch.setattr(listening, "STALL_SECONDS", 0.5)
+    with loopback.serving(give, lifespan="off", **listening.OPTIONS) as url:
+        assert taken(url, 0.1) >= size
+        assert taken(url, 2.0) < size
+
+
 def test_unfinished_requests_make_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(listening, "MOST_CONNECTIONS", 20)
     with serving(tmp_path) as (url, _, _):

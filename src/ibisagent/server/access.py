@@ -114,7 +114,7 @@ class Keys:
 
     def is_token(self, sent: str) -> bool:
         """Whether a client sent the token; takes the same time wherever it differs."""
-        return self._token is not None and hmac.compare_digest(sent.encode(), self._token.encode())
+        return self._token is not None and hmac.compare_digest(sent.encode(errors="replace"), self._token.encode())
 
     def new_cookie(self) -> str:
         """A cookie for a browser that has none."""
@@ -126,7 +126,7 @@ class Keys:
         secret, _, signature = cookie.partition(".")
         if not re.fullmatch(r"[0-9a-f]{32}", secret, re.ASCII):
             return None
-        if not hmac.compare_digest(signature.encode(), self._signature(secret).encode()):
+        if not hmac.compare_digest(signature.encode(errors="replace"), self._signature(secret).encode()):
             return None
         return hashlib.sha256(secret.encode()).hexdigest()[:32]
 

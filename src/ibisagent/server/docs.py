@@ -65,11 +65,14 @@ def _operation(method: str, path: str, operation: dict[str, Any], schemas: dict[
 def _command(method: str, path: str, rows: list[tuple[str, str, dict[str, Any], bool]]) -> str:
     """How curl asks for it, with the values that are needed."""
     query = "&".join(f"{name}=..." for name, where, _, needed in rows if where == "query" and needed)
-    parts = [f"curl -X {method} '$SERVER{path}{'?' + query if query else ''}'".replace("'$SERVER", '"$SERVER"\'')]
+    parts = [f'curl -X {method} "$SERVER{path}{"?" + query if query else ""}"']
     parts.append('-H "Authorization: Bearer $IBIS_TOKEN"')
     fields = {name: schema for name, where, schema, needed in rows if where == "JSON" and needed}
     if any(where == "JSON" for _, where, _, _ in rows):
-        parts += ["-H 'Content-Type: application/json'", f"-d '{json.dumps(dict.fromkeys(fields, '...'))}'"]
+        parts += [
+            "-H 'Content-Type: application/json'",
+            f"-d '{json.dumps({name: 0 if kind.get('type') == 'integer' else '...' for name, kind in fields.items()})}'",
+        ]
     for name, where, schema, needed in rows:
         if where == "form" and needed:
             file = "contentMediaType" in str(schema) or "binary" in str(schema)
