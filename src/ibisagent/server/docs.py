@@ -67,12 +67,10 @@ def _command(method: str, path: str, rows: list[tuple[str, str, dict[str, Any], 
     query = "&".join(f"{name}=..." for name, where, _, needed in rows if where == "query" and needed)
     parts = [f'curl -X {method} "$SERVER{path}{"?" + query if query else ""}"']
     parts.append('-H "Authorization: Bearer $IBIS_TOKEN"')
-    fields = {name: schema for name, where, schema, needed in rows if where == "JSON" and needed}
     if any(where == "JSON" for _, where, _, _ in rows):
-        parts += [
-            "-H 'Content-Type: application/json'",
-            f"-d '{json.dumps({name: 0 if kind.get('type') == 'integer' else '...' for name, kind in fields.items()})}'",
-        ]
+        needed_rows = [(name, schema.get("type")) for name, where, schema, needed in rows if where == "JSON" and needed]
+        body = json.dumps({name: 0 if kind == "integer" else "..." for name, kind in needed_rows})
+        parts += ["-H 'Content-Type: application/json'", f"-d '{body}'"]
     for name, where, schema, needed in rows:
         if where == "form" and needed:
             file = "contentMediaType" in str(schema) or "binary" in str(schema)
