@@ -1003,6 +1003,7 @@ def serve(
 
         from ibisagent.segmenters import load_segmenter
         from ibisagent.server import app as server
+        from ibisagent.server.access import url_of
         from ibisagent.server.service import Limits, Service
         from ibisagent.server.volumes import PackageVolumes
 
@@ -1019,7 +1020,7 @@ def serve(
         server.check_host(host)
         engine = load_segmenter(segmenter, device=choice.device)
         service = Service(writer, engine, folder, limits=limits, volumes=PackageVolumes())
-    address = f"http://{host}:{port}"
+    address = url_of(host, port)
     stderr.print(f"{address}{'' if page else '/docs'} - sessions in {folder} - stop with Ctrl+C")
     if open_browser:
         import threading

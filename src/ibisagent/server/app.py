@@ -1,4 +1,4 @@
-"""The HTTP server: sessions, one-shot segmentation, batch jobs, health, metrics; OpenAPI at /docs.
+"""The HTTP server: sessions, one-shot segmentation, batch jobs, health, metrics; the API is described at /docs.
 
 `create_app(service)` gives the application; `page`, `monai` and `mcp` are mounted in it by `serve`.
 """
@@ -9,6 +9,7 @@ import asyncio
 import ctypes
 import io
 import json
+import os
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -21,22 +22,22 @@ from urllib.parse import quote
 
 import numpy as np
 import PIL.Image
-import uvicorn
-from fastapi import FastAPI, File, Form, HTTPException, Query, Request, UploadFile
+from fastapi import APIRouter, Depends, FastAPI, File, Form, HTTPException, Query, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ibisagent.domain import MAX_QUERY_CHARS, Mask, Turn
 from ibisagent.environment import package_version
 from ibisagent.errors import IbisError, PolicyError, SegmenterError, TooLargeError
 from ibisagent.masks import encode_rle
 from ibisagent.protocol import MAX_NAME_CHARS, overlay
-from ibisagent.server.access import COOKIE, LOOPBACK_NAMES, Gate, is_token, token_for
+from ibisagent.server.access import Gate, Keys, token_for, visitor_of
+from ibisagent.server.docs import docs_page
+from ibisagent.server.listening import listen
 from ibisagent.server.service import FullError, Job, MissingError, Service, export_zip, training_zip
 from ibisagent.session import DEFAULT_TURNS, BusyError, RunEnd, Session, Step, file_names
 from ibisagent.store import plain_turn, record_json
@@ -333,10 +334,12 @@ def create_app(
         summary="Name an object in a biomedical image, get its mask. Research software: not for clinical use.",
         lifespan=lifespan,
         responses=_ERRORS,
+        docs_url=None,  # FastAPI's own pages load scripts from elsewhere
+        redoc_url=None,
     )
-    app.state.service, app.state.metrics = service, metrics
+    app.state.service, app.state.metrics, app.state.keys = service, metrics, Keys(token)
     _handle_errors(app)
-    _add_open(app, service, metrics, token)
+    _add_open(app, service, metrics)
     _add_sessions(app, service, threads, metrics)
     _add_segment(app, service, threads)
     _add_jobs(app, service)
@@ -344,8 +347,8 @@ def create_app(
         started = mount(app, service, threads)
         if started is not None:
             running.append(started)
-    app.add_middleware(Gate, token=token, max_body=service.limits.upload_bytes + FORM_BYTES, observe=metrics.observe)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=["*"] if token else list(LOOPBACK_NAMES))
+    limit = service.limits.upload_bytes + FORM_BYTES
+    app.add_middleware(Gate, keys=app.state.keys, max_body=limit, browsers=True, observe=metrics.observe)
     return app
 
 
@@ -376,11 +379,12 @@ def serve(
 ) -> None:
     """Serve until interrupted; the token comes from IBIS_TOKEN. ConfigError without one, unless `host` is loopback.
 
-    Temporary files of every library in this process go to the data folder as well.
+    Temporary files of every library in this process go to the data folder as well, and whatever the process writes is
+    for its user alone.
     """
+    os.umask(0o077)
     tempfile.tempdir = str(service.folder / "uploads")
-    app = create_app(service, token=token_for(host), mounts=mounts)
-    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=5)
+    listen(create_app(service, token=token_for(host), mounts=mounts), host, port)
 
 
 async def _expire(service: Service) -> None:
@@ -425,15 +429,8 @@ def _handle_errors(app: FastAPI) -> None:
         return JSONResponse({"detail": f"{where[:200]}: {first['msg']}"}, status_code=422)
 
 
-_LOGIN = """<!doctype html><html lang="en"><meta charset="utf-8"><title>ibisagent</title>
-<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:24rem;margin:4rem auto;padding:0 1rem}}</style>
-<h1>ibisagent</h1><p role="alert">{message}</p><form method="post" action="/login"><label>Token
-<input name="token" type="password" autocomplete="current-password" autofocus></label> <button>Enter</button></form>
-"""
-
-
-def _add_open(app: FastAPI, service: Service, metrics: Metrics, token: str | None) -> None:
-    """Health, metrics, models and the way in."""
+def _add_open(app: FastAPI, service: Service, metrics: Metrics) -> None:
+    """Health, metrics, models, and the description of the API."""
 
     @app.get("/health", tags=["state"])
     async def health() -> dict[str, str]:
@@ -457,17 +454,9 @@ def _add_open(app: FastAPI, service: Service, metrics: Metrics, token: str | Non
         """The loaded models with licences and hashes, the limits, the version."""
         return service.describe()
 
-    @app.get("/login", include_in_schema=False)
-    async def login() -> HTMLResponse:
-        return HTMLResponse(_LOGIN.format(message="This server asks for its token."))
-
-    @app.post("/login", include_in_schema=False)
-    async def enter(token_sent: Annotated[str, Form(alias="token", max_length=1000)] = "") -> Response:
-        if token and not is_token(token_sent, token):
-            return HTMLResponse(_LOGIN.format(message="That is not the token."), 401)
-        answer = RedirectResponse("/", 303)
-        answer.set_cookie(COOKIE, token_sent, httponly=True, samesite="strict")
-        return answer
+    @app.get("/docs", include_in_schema=False)
+    def docs() -> HTMLResponse:
+        return HTMLResponse(docs_page(app.openapi()))
 
 
 def _add_segment(app: FastAPI, service: Service, threads: AgentThreads) -> None:
@@ -503,6 +492,11 @@ async def _picture(service: Service, image: UploadFile, start_mask: UploadFile |
 def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics: Metrics) -> None:
     tags: Tags = ["sessions"]
 
+    def own(id: str, request: Request) -> None:  # noqa: A002
+        service.check_visitor(id, visitor_of(request))
+
+    router = APIRouter(prefix="/v1/sessions/{id}", tags=tags, dependencies=[Depends(own)])
+
     @app.post("/v1/sessions", tags=tags, status_code=201)
     async def open_session(
         image: Annotated[UploadFile, File(description="PNG, JPEG, TIFF or BMP")],
@@ -514,16 +508,16 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
         return session_view(await run_in_threadpool(service.open, picture, query, start))
 
     @app.get("/v1/sessions", tags=tags)
-    def list_sessions() -> list[str]:
-        """The ids of the open sessions, oldest use first."""
-        return service.session_ids
+    def list_sessions(request: Request) -> list[str]:
+        """The ids of the open sessions, oldest use first; of those of the page, this browser's own."""
+        return service.ids_for(visitor_of(request))
 
-    @app.get("/v1/sessions/{id}", tags=tags)
+    @router.get("")
     def look(id: str) -> SessionView:  # noqa: A002
         """A session as it stands."""
         return session_view(service.session(id))
 
-    @app.delete("/v1/sessions/{id}", tags=tags, status_code=204)
+    @router.delete("", status_code=204)
     def close(id: str) -> None:  # noqa: A002
         """Close a session and delete its files."""
         service.close_session(id)
@@ -536,7 +530,7 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
 
         return session.run(asked.query, max_turns=min(asked.max_turns, service.limits.turns), on_step=count)
 
-    @app.post("/v1/sessions/{id}/ask", tags=tags)
+    @router.post("/ask")
     async def ask(id: str, asked: AskRequest) -> StepView:  # noqa: A002
         """One turn of the agent; "taken_over" where a person acted meanwhile."""
         session = await run_in_threadpool(service.session, id)
@@ -544,16 +538,15 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
         metrics.turns.inc()
         return StepView(ended=None if step else "taken_over", session=session_view(session))
 
-    @app.post("/v1/sessions/{id}/run", tags=tags)
+    @router.post("/run")
     async def run(id: str, asked: RunRequest) -> StepView:  # noqa: A002
         """Turns of the agent until it ends: stopped, max_turns, repeated, malformed or taken_over."""
         session = await run_in_threadpool(service.session, id)
         ended = await threads(lambda: run_steps(session, asked))
         return StepView(ended=ended, session=session_view(session))
 
-    @app.post(
-        "/v1/sessions/{id}/run/stream",
-        tags=tags,
+    @router.post(
+        "/run/stream",
         response_class=StreamingResponse,
         responses={200: {"content": {"text/event-stream": {}}, "description": "events turn ..., then end or error"}},
     )
@@ -573,47 +566,47 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
         act(session)
         return session_view(session)
 
-    @app.post("/v1/sessions/{id}/click", tags=tags)
+    @router.post("/click")
     def click(id: str, asked: ClickRequest) -> SessionView:  # noqa: A002
         """A person's click."""
         return after(id, lambda session: session.click(asked.x, asked.y, positive=asked.positive, target=asked.target))
 
-    @app.post("/v1/sessions/{id}/box", tags=tags)
+    @router.post("/box")
     def box(id: str, asked: BoxRequest) -> SessionView:  # noqa: A002
         """A person's box."""
         return after(id, lambda session: session.box(asked.x0, asked.y0, asked.x1, asked.y1, target=asked.target))
 
-    @app.post("/v1/sessions/{id}/accept", tags=tags)
+    @router.post("/accept")
     def accept(id: str, asked: AcceptRequest) -> SessionView:  # noqa: A002
         """A person says that the masks are right."""
         return after(id, lambda session: session.accept(asked.answer, asked.absent))
 
-    @app.post("/v1/sessions/{id}/take-over", tags=tags)
+    @router.post("/take-over")
     def take_over(id: str) -> SessionView:  # noqa: A002
         """End the agent's run; ask or run again to hand back."""
         return after(id, Session.take_over)
 
-    @app.post("/v1/sessions/{id}/undo", tags=tags)
+    @router.post("/undo")
     def undo(id: str) -> SessionView:  # noqa: A002
         """Take back the newest turn with clicks or boxes."""
         return after(id, Session.undo)
 
-    @app.post("/v1/sessions/{id}/redo", tags=tags)
+    @router.post("/redo")
     def redo(id: str) -> SessionView:  # noqa: A002
         """Bring back what was undone."""
         return after(id, Session.redo)
 
-    @app.post("/v1/sessions/{id}/reset", tags=tags)
+    @router.post("/reset")
     def reset(id: str) -> SessionView:  # noqa: A002
         """Back to the beginning."""
         return after(id, Session.reset)
 
-    @app.post("/v1/sessions/{id}/fork", tags=tags, status_code=201)
+    @router.post("/fork", status_code=201)
     def fork(id: str, asked: ForkRequest) -> SessionView:  # noqa: A002
         """A new session from the first turns of this one."""
         return session_view(service.fork(id, asked.turn))
 
-    @app.get("/v1/sessions/{id}/mask", tags=tags, response_class=Response, responses=_file("image/png"))
+    @router.get("/mask", response_class=Response, responses=_file("image/png"))
     def mask(id: str, target: Annotated[str, Query(min_length=1, max_length=MAX_NAME_CHARS)]) -> Response:  # noqa: A002
         """One mask: the image's size, 0 outside and 255 inside."""
         session = service.session(id)
@@ -622,40 +615,42 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
             raise MissingError(f"no target '{target}' in this session")
         return _download(session, png(masks[target]), f"mask_{target}.png", "image/png")
 
-    @app.get("/v1/sessions/{id}/image", tags=tags, response_class=Response, responses=_file("image/png"))
+    @router.get("/image", response_class=Response, responses=_file("image/png"))
     def image(id: str) -> Response:  # noqa: A002
         """The image as the agent sees it."""
         return Response(png(service.session(id).image.pixels), media_type="image/png")
 
-    @app.get("/v1/sessions/{id}/overlay", tags=tags, response_class=Response, responses=_file("image/png"))
+    @router.get("/overlay", response_class=Response, responses=_file("image/png"))
     def picture(id: str) -> Response:  # noqa: A002
         """The image with its masks."""
         session = service.session(id)
         return Response(png(overlay(session.image, session.masks)), media_type="image/png")
 
-    @app.get("/v1/sessions/{id}/report", tags=tags, response_class=Response, responses=_file("text/html"))
+    @router.get("/report", response_class=Response, responses=_file("text/html"))
     def report(id: str) -> Response:  # noqa: A002
         """The session as one HTML page."""
         session = service.session(id)
         return _download(session, session.report().encode(), "report.html", "text/html")
 
-    @app.get("/v1/sessions/{id}/record", tags=tags, response_class=Response, responses=_file("application/json"))
+    @router.get("/record", response_class=Response, responses=_file("application/json"))
     def record(id: str) -> Response:  # noqa: A002
         """The latest round as a record, which 'ibisagent replay' plays again."""
         session = service.session(id)
         return _download(session, record_json(session.episodes()[-1]), "record.json", "application/json")
 
-    @app.get("/v1/sessions/{id}/export", tags=tags, response_class=Response, responses=_file("application/zip"))
+    @router.get("/export", response_class=Response, responses=_file("application/zip"))
     def export(id: str) -> Response:  # noqa: A002
         """Masks, overlay, records and report in a zip."""
         session = service.session(id)
         return _download(session, export_zip(service, session), "session.zip", "application/zip")
 
-    @app.get("/v1/sessions/{id}/training", tags=tags, response_class=Response, responses=_file("application/zip"))
+    @router.get("/training", response_class=Response, responses=_file("application/zip"))
     def training(id: str) -> Response:  # noqa: A002
         """What a person corrected, to train with, in a zip: episodes for SFT, image, masks and manifest for RL."""
         session = service.session(id)
         return _download(session, training_zip(service, session), "training.zip", "application/zip")
+
+    app.include_router(router)
 
 
 def _download(session: Session, content: bytes, ending: str, media_type: str) -> Response:

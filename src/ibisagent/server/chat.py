@@ -15,15 +15,15 @@ import uuid
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import PIL.Image
-import uvicorn
-from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from ibisagent.domain import MAX_PIXELS
 from ibisagent.errors import ConfigError, DataError, PolicyError
-from ibisagent.server.access import guard, read_body, token_for
+from ibisagent.server.access import Gate, Keys, token_for
+from ibisagent.server.listening import listen
 
 if TYPE_CHECKING:
     from ibisagent.policies.mllm import MllmPolicy
@@ -88,7 +88,6 @@ def create_app(policy: MllmPolicy, *, model: str | None = None, token: str | Non
     requests addressed to this machine's loopback names are answered.
     """
     app = FastAPI(title="ibisagent chat", docs_url=None, redoc_url=None, openapi_url=None)
-    authorise = [Depends(guard(app, token))]
     app.add_exception_handler(HTTPException, _openai_error)
     card = {
         "id": model or policy.name,
@@ -100,32 +99,35 @@ def create_app(policy: MllmPolicy, *, model: str | None = None, token: str | Non
         "mask_style": policy.style,
     }
 
-    @app.get("/v1/models", dependencies=authorise)
+    @app.get("/v1/models")
     def list_models() -> dict[str, Any]:
         return {"object": "list", "data": [card]}
 
-    @app.post("/v1/chat/completions", dependencies=authorise)
+    @app.post("/v1/chat/completions")
     async def complete(request: Request) -> dict[str, Any]:
-        asked = _parse(await read_body(request, MAX_BODY_BYTES))
+        asked = _parse(await request.body())
         if asked.model != card["id"]:
             raise HTTPException(404, f"no model '{asked.model}' here: ask for '{card['id']}'")
         return await run_in_threadpool(_complete, policy, asked)
 
+    app.add_middleware(Gate, keys=Keys(token), max_body=MAX_BODY_BYTES, refuse=_openai_refusal)
     return app
 
 
 def serve(policy: MllmPolicy, *, host: str = "127.0.0.1", port: int = 8000, model: str | None = None) -> None:
     """Serve until interrupted; the token comes from IBIS_TOKEN. ConfigError without one, unless `host` is loopback."""
-    uvicorn.run(create_app(policy, model=model, token=token_for(host)), host=host, port=port)
+    listen(create_app(policy, model=model, token=token_for(host)), host, port)
 
 
 async def _openai_error(_request: Request, error: Exception) -> JSONResponse:
     if not isinstance(error, HTTPException):
         raise error
-    kind = "invalid_request_error" if error.status_code < 500 else "server_error"
-    return JSONResponse(
-        {"error": {"message": error.detail, "type": kind, "code": error.status_code}}, status_code=error.status_code
-    )
+    return _openai_refusal(error.status_code, error.detail)
+
+
+def _openai_refusal(status: int, reason: str) -> JSONResponse:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return JSONResponse({"error": {"message": reason, "type": kind, "code": status}}, status_code=status)
 
 
 def _parse(body: bytes) -> ChatRequest:

@@ -61,6 +61,10 @@ def _add_tools(server: MCPServer[Any], service: Service, threads: AgentThreads) 
         except IbisError as error:
             raise ToolError(str(error)) from error
 
+    def shared(id_: str) -> Session:
+        service.check_visitor(id_, None)
+        return service.session(id_)
+
     def opened(picture: str, query: str) -> Session:
         try:
             content = base64.b64decode(picture, validate=True)
@@ -92,7 +96,7 @@ def _add_tools(server: MCPServer[Any], service: Service, threads: AgentThreads) 
         """One turn of the segmenting agent. query: a new request, left out: the last one."""
 
         def work() -> dict[str, Any]:
-            found = service.session(session)
+            found = shared(session)
             found.ask(query)
             return _view(found)
 
@@ -103,7 +107,7 @@ def _add_tools(server: MCPServer[Any], service: Service, threads: AgentThreads) 
         """Turns of the segmenting agent until it stops."""
 
         def work() -> dict[str, Any]:
-            found = service.session(session)
+            found = shared(session)
             return {"ended": found.run(query), "session": _view(found)}
 
         return await answered(work)
@@ -115,7 +119,7 @@ def _add_tools(server: MCPServer[Any], service: Service, threads: AgentThreads) 
         """Click on pixel column x, row y: it belongs to the target (positive), or does not."""
 
         def work() -> dict[str, Any]:
-            found = service.session(session)
+            found = shared(session)
             found.click(x, y, positive=positive, target=target)
             return _view(found)
 
@@ -126,7 +130,7 @@ def _add_tools(server: MCPServer[Any], service: Service, threads: AgentThreads) 
         """Take back the newest turn with clicks."""
 
         def work() -> dict[str, Any]:
-            found = service.session(session)
+            found = shared(session)
             found.undo()
             return _view(found)
 
@@ -137,7 +141,7 @@ def _add_tools(server: MCPServer[Any], service: Service, threads: AgentThreads) 
         """The picture with its masks."""
 
         def work() -> McpImage:
-            found = service.session(session)
+            found = shared(session)
             return McpImage(data=png(overlay(found.image, found.masks)), format="png")
 
         return await answered(work)
@@ -147,7 +151,7 @@ def _add_tools(server: MCPServer[Any], service: Service, threads: AgentThreads) 
         """Masks as COCO run lengths by object, and all files (masks, overlay, record, report) as a zip in base64."""
 
         def work() -> dict[str, Any]:
-            found = service.session(session)
+            found = shared(session)
             masks = {name: encode_rle(mask) for name, mask in found.masks.items()}
             return {"masks": masks, "zip": base64.b64encode(export_zip(service, found)).decode()}
 

@@ -75,7 +75,7 @@ class _Shelf:
     """What clients sent: bounded in number, forgotten when idle; ids are looked up and never become paths."""
 
     def __init__(self, service: Service, folder: str) -> None:
-        self._service, self._folder = service, service.folder / folder
+        self._service, self._name, self._folder = service, folder, service.folder / folder
         shutil.rmtree(self._folder, ignore_errors=True)  # it does not outlive the server
         self._kept: dict[str, _Stored] = {}
         self._lock = threading.Lock()
@@ -89,7 +89,8 @@ class _Shelf:
         with self._lock:
             if id_ not in self._kept and len(self._kept) >= self._service.limits.sessions:
                 raise FullError(f"there are {len(self._kept)} images, more are not taken: delete one")
-            folder.mkdir(parents=True)
+            self._service.private_folder(self._name)
+            folder.mkdir()
             (folder / f"image{ending}").write_bytes(content)
             old = self._kept.get(id_)
             stored = self._kept[id_] = _Stored(id_, plain_name(name), folder, folder / f"image{ending}")

@@ -5,7 +5,9 @@ The page holds no truth of its own: what is seen comes from the `Session` in the
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import os
 import queue
 import threading
@@ -19,13 +21,16 @@ from urllib.parse import quote
 import cv2
 import gradio as gr
 import numpy as np
+import PIL.Image
 from fastapi import FastAPI
+from starlette.routing import Mount
 
 from ibisagent.domain import Box, Click, Image, Masks, kept_prompts
 from ibisagent.errors import ConfigError, IbisError
 from ibisagent.protocol import COLOURS, OPACITY, overlay
 from ibisagent.server.app import AgentThreads
 from ibisagent.server.service import VOLUME_SUFFIXES, Service, VolumeLike
+from ibisagent.server.visitors import PageDoor, Uploads, visitor_in
 from ibisagent.session import RunEnd, Session, Step, describe_actions
 
 FILE_TYPES = [".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", *VOLUME_SUFFIXES, ".gz"]
@@ -34,6 +39,7 @@ POSITIVE, NEGATIVE, BOX = "Positive click", "Negative click", "Box (two corners)
 NOW = "as it is now"
 THINKING = "The agent is thinking ..."
 SHOWN_SIDE = 1200  # pixels: smaller pictures are enlarged by whole factors
+JPEG_QUALITY = 85
 MAX_VOLUMES = 4  # kept in memory
 ENDS: dict[RunEnd, str] = {
     "stopped": "The agent says that it is done.",
@@ -61,11 +67,13 @@ CSS = """
 class Desk:
     """What one browser tab works on: the open session, a box's first corner, and a volume's slice where there is one.
 
+    visitor: whose tab it is; the sessions that are opened here are theirs alone.
     slices: the sessions of the slices of the volume that were worked on, by (axis, index, window). hidden: objects that
     are not to be seen. colours: names of COLOURS that were chosen for objects.
     """
 
     session: str | None = None
+    visitor: str | None = None
     corner: tuple[int, int] | None = None
     volume: str | None = None
     name: str = ""
@@ -76,10 +84,11 @@ class Desk:
 
 
 def mount_page(app: FastAPI, service: Service, _threads: AgentThreads) -> None:
-    """Serve the page at "/". Its uploads and downloads lie in the data folder."""
-    os.environ["GRADIO_TEMP_DIR"] = str(service.folder / "uploads" / "page")
+    """Serve the page at "/", behind a `PageDoor`. Its uploads lie in the data folder."""
+    uploads = Uploads(service.private_folder("uploads/page"))
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads.folder)  # a file that lies there is used in place, not copied
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    blocks = Page(service).build()
+    blocks = Page(service, uploads).build()
     fonts = ["system-ui", "sans-serif"]
     gr.mount_gradio_app(
         app,
@@ -90,15 +99,28 @@ def mount_page(app: FastAPI, service: Service, _threads: AgentThreads) -> None:
         css=CSS,
         theme=gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"]),  # none from elsewhere
         max_file_size=service.limits.upload_bytes,
-        show_error=True,
+        show_error=False,  # what is not foreseen is for the log, not for visitors
+        run_history=False,
+        enable_monitoring=False,
+        mcp_server=False,
     )
+    # Gradio refuses files that were not uploaded, and takes none of an application's own for public, only in one that
+    # it launched itself.
+    blocks.has_launched = blocks.is_running = True
+    for component in blocks.config["components"]:  # they name files of Gradio's makers
+        component.pop("example_inputs", None)
+    mounted = app.router.routes[-1]
+    if not isinstance(mounted, Mount):
+        raise RuntimeError("Gradio did not mount the page where its door belongs")
+    limit = service.limits.upload_bytes
+    mounted.app = PageDoor(mounted.app, uploads, app.state.keys, max_upload=limit, events=frozenset(blocks.fns))
 
 
 class Page:
     """Builds the page and answers its events."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, service: Service, uploads: Uploads) -> None:
+        self._service, self._uploads = service, uploads
         self._volumes: OrderedDict[str, VolumeLike] = OrderedDict()
 
     @property
@@ -143,7 +165,6 @@ class Page:
                     picture = gr.Image(
                         label="3. Click on the picture to correct the mask",
                         interactive=False,
-                        format="jpeg",
                         elem_id="picture",
                         height=560,
                         buttons=["fullscreen"],
@@ -154,9 +175,7 @@ class Page:
                         index = gr.Slider(0, 1, 0, step=1, label="Slice", elem_id="slice")
                         window = gr.Dropdown([], label="Window", elem_id="window")
                     with gr.Accordion("Before and after", open=False) as compare:
-                        before_after = gr.ImageSlider(
-                            label="left: the image, right: with its masks", format="jpeg", elem_id="compare"
-                        )
+                        before_after = gr.ImageSlider(label="left: the image, right: with its masks", elem_id="compare")
                 with gr.Column(scale=2, min_width=260):
                     tool = gr.Radio([POSITIVE, NEGATIVE, BOX], value=POSITIVE, label="A click means", elem_id="tool")
                     target = gr.Dropdown(
@@ -180,34 +199,40 @@ class Page:
                     marks = gr.Checkbox(True, label="Show clicks and boxes", elem_id="marks")
                     accept = gr.Button("The masks are right", elem_id="accept")
 
+            # Pictures are sent as they are: Gradio's postprocessing makes files of them, which it gives to everybody.
+            silent: dict[str, Any] = {"api_visibility": "undocumented"}  # programs have /v1
+            shows: dict[str, Any] = {**silent, "postprocess": False}
+            quiet: dict[str, Any] = {**shows, "show_progress": "hidden"}
             view = [desk, opacity, marks]
             board = [desk, picture, turns, legend, shown, target, colour, moment, status, before_after]
             look = [desk, picture, legend, before_after]
 
             opened = [desk, query, volume_panel, axis, index, window, status]
-            file.upload(self._open_file, [desk, file, query], opened).then(self._show, view, board)
-            sample.click(self._open_sample, [desk, query], opened).then(self._show, view, board)
-            run.click(self._run, [*view, query], board, show_progress="hidden")
-            query.submit(self._run, [*view, query], board, show_progress="hidden")
-            ask.click(self._ask, [*view, query], board, show_progress="hidden")
-            stop.click(self._take_over, view, board, show_progress="hidden")
-            picture.select(self._click, [*view, tool, target, query], board, show_progress="hidden")
-            place.click(self._place, [*view, tool, target, query, column, row], board, show_progress="hidden")
+            file.upload(self._open_file, [desk, file, query], opened, **silent).then(self._show, view, board, **shows)
+            sample.click(self._open_sample, [desk, query], opened, **silent).then(self._show, view, board, **shows)
+            run.click(self._run, [*view, query], board, **quiet)
+            query.submit(self._run, [*view, query], board, **quiet)
+            ask.click(self._ask, [*view, query], board, **quiet)
+            stop.click(self._take_over, view, board, **quiet)
+            picture.select(self._click, [*view, tool, target, query], board, **quiet)
+            place.click(self._place, [*view, tool, target, query, column, row], board, **quiet)
             for button, act in ((undo, "undo"), (redo, "redo"), (reset, "reset"), (accept, "accept")):
-                button.click(self._simple(act), view, board, show_progress="hidden")
-            fork.click(self._fork, [*view, moment], board, show_progress="hidden")
+                button.click(self._simple(act), view, board, **quiet)
+            fork.click(self._fork, [*view, moment], board, **quiet)
             for control in (opacity, marks, moment):
-                control.input(self._look, [*view, moment], look, show_progress="hidden")
-            shown.input(self._hide, [*view, moment, shown], look, show_progress="hidden")
-            colour.input(self._recolour, [*view, moment, target, colour], look, show_progress="hidden")
-            target.input(self._colour_of, [desk, target], colour, show_progress="hidden")
-            compare.expand(self._look, [*view, moment], look, show_progress="hidden")
+                control.input(self._look, [*view, moment], look, **quiet)
+            shown.input(self._hide, [*view, moment, shown], look, **quiet)
+            colour.input(self._recolour, [*view, moment, target, colour], look, **quiet)
+            target.input(self._colour_of, [desk, target], colour, **quiet)
+            compare.expand(self._look, [*view, moment], look, **quiet)
             index.input(  # also at every step of an arrow key; of many at once, the last counts
-                self._slice, [*view, axis, index, window], board, show_progress="hidden", trigger_mode="always_last"
+                self._slice, [*view, axis, index, window], board, **quiet, trigger_mode="always_last"
             )
-            axis.input(self._axis, [desk, axis], index).then(self._slice, [*view, axis, index, window], board)
-            window.input(self._slice, [*view, axis, index, window], board, show_progress="hidden")
-        blocks.queue(default_concurrency_limit=16)
+            axis.input(self._axis, [desk, axis], index, **silent).then(
+                self._slice, [*view, axis, index, window], board, **shows
+            )
+            window.input(self._slice, [*view, axis, index, window], board, **quiet)
+        blocks.queue(default_concurrency_limit=16, max_size=256)
         built: gr.Blocks = blocks
         return built
 
@@ -218,7 +243,7 @@ class Page:
         session = self._session(desk)
         if session is None:
             image = self._picture_of(desk)
-            pixels = None if image is None else _enlarged(image.pixels, _zoom(image))
+            pixels = None if image is None else _inline(_enlarged(image.pixels, _zoom(image)))
             return [
                 desk,
                 pixels,
@@ -273,7 +298,7 @@ class Page:
 
     def _look_at(
         self, session: Session, desk: Desk, opacity: float, marks: bool, moment: str
-    ) -> tuple[np.ndarray, str, tuple[np.ndarray, np.ndarray]]:
+    ) -> tuple[dict[str, Any], str, list[dict[str, Any]]]:
         steps = session.steps
         count = len(steps) if moment == NOW else int(moment.rpartition(" ")[2])
         masks: Masks = session.masks if count == len(steps) else session.fork(count).masks
@@ -282,13 +307,13 @@ class Page:
         palette = [COLOURS[colours[name]] for name in visible] or list(COLOURS.values())
         plain = session.image.pixels
         tinted = np.asarray(overlay(session.image, visible, colours=palette, opacity=opacity))
-        pair = (plain, tinted)
+        pair = [_inline(plain), _inline(tinted)]
         zoom = _zoom(session.image)
         tinted = _enlarged(tinted, zoom)
         if marks:
             prompts = session.prompts if count == len(steps) else kept_prompts([step.turn for step in steps[:count]])
             _draw_marks(tinted, prompts, desk.corner, zoom)
-        return tinted, self._legend(session, masks, colours), pair
+        return _inline(tinted), self._legend(session, masks, colours), pair
 
     @staticmethod
     def _legend(session: Session, masks: Masks, colours: dict[str, str]) -> str:
@@ -335,39 +360,38 @@ class Page:
 
     # ------------------------------------------------------------------------------------------------------ opening
 
-    def _open_file(self, desk: Desk, file: str | None, query: str) -> list[Any]:
+    def _open_file(self, desk: Desk, file: str | None, query: str, request: gr.Request) -> list[Any]:
         try:
             if file is None:
                 raise ConfigError("no file arrived: drop it again")
-            path = Path(file)
-            content = path.read_bytes()
-            path.unlink(missing_ok=True)
-            if path.name.lower().endswith(VOLUME_SUFFIXES) and self._service.volumes is not None:
-                return self._open_volume(content, path.name, query)
-            return self._open(self._service.read_picture(content, path.name), query)
+            visitor = visitor_in(request.session_hash)
+            name, content = self._uploads.take(visitor, file)
+            if name.lower().endswith(VOLUME_SUFFIXES) and self._service.volumes is not None:
+                return self._open_volume(content, name, query, visitor)
+            return self._open(self._service.read_picture(content, name), query, visitor)
         except (IbisError, OSError) as error:
             return [desk, *[gr.skip()] * 5, _problem(error)]
 
-    def _open_sample(self, desk: Desk, query: str) -> list[Any]:
+    def _open_sample(self, desk: Desk, query: str, request: gr.Request) -> list[Any]:
         try:
             import skimage
 
             path = Path(skimage.__file__).parent / "data" / "retina.jpg"
             image = self._service.read_picture(path.read_bytes(), path.name)
-            return self._open(image, query if query.strip() else SAMPLE_QUERY)
+            return self._open(image, query if query.strip() else SAMPLE_QUERY, visitor_in(request.session_hash))
         except (IbisError, OSError) as error:
             return [desk, *[gr.skip()] * 5, _problem(error)]
 
-    def _open(self, image: Image, query: str) -> list[Any]:
-        session = self._open_session(image, query)
+    def _open(self, image: Image, query: str, visitor: str | None) -> list[Any]:
+        session = self._open_session(image, query, visitor)
         hidden = gr.update(visible=False)
-        return [Desk(session.id), query, hidden, gr.skip(), gr.skip(), gr.skip(), self._summary(session)]
+        return [Desk(session.id, visitor), query, hidden, gr.skip(), gr.skip(), gr.skip(), self._summary(session)]
 
-    def _open_session(self, image: Image, query: str) -> Session:
+    def _open_session(self, image: Image, query: str, visitor: str | None) -> Session:
         """Nothing may have been asked yet: what is typed later counts from the first act on."""
-        return self._service.open(image, query if query.strip() else "target")
+        return self._service.open(image, query if query.strip() else "target", owner=visitor)
 
-    def _open_volume(self, content: bytes, name: str, query: str) -> list[Any]:
+    def _open_volume(self, content: bytes, name: str, query: str, visitor: str | None) -> list[Any]:
         volume, formats = self._service.read_volume(content, name), self._service.volumes
         key = f"{id(volume):x}"
         self._volumes[key] = volume
@@ -375,7 +399,7 @@ class Page:
             self._volumes.popitem(last=False)
         windows = list(formats.windows) if formats is not None else []
         middle = volume.shape[2] // 2
-        desk = Desk(volume=key, name=name, place=(2, middle, windows[0]))
+        desk = Desk(visitor=visitor, volume=key, name=name, place=(2, middle, windows[0]))
         slider = gr.update(maximum=volume.shape[2] - 1, value=middle)
         chosen = gr.update(choices=windows, value=windows[0])
         said = f"{' x '.join(map(str, volume.shape))} voxels. Choose a slice, then say what to segment."
@@ -404,7 +428,7 @@ class Page:
             image = self._picture_of(desk)
             if image is None:
                 raise ConfigError("open an image first, or take the sample")
-            session = self._open_session(image, query)
+            session = self._open_session(image, query, desk.visitor)
             desk = replace(desk, session=session.id, slices={**desk.slices, desk.place: session.id})
         return desk, session
 
@@ -527,6 +551,13 @@ def _problem(error: Exception) -> str:
     """An error in plain words, for the status line."""
     text = " ".join(str(error).split())
     return f"**That did not work:** {html.escape(text[:400])}"
+
+
+def _inline(pixels: np.ndarray) -> dict[str, Any]:
+    """A picture as Gradio's components take it, within the answer: there is no file that somebody could ask for."""
+    encoded = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(encoded, format="JPEG", quality=JPEG_QUALITY)
+    return {"url": f"data:image/jpeg;base64,{base64.b64encode(encoded.getvalue()).decode()}", "path": None}
 
 
 def _zoom(image: Image) -> int:

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import PIL.Image
-import uvicorn
-from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
@@ -24,7 +23,8 @@ from ibisagent.errors import ConfigError, DataError, IbisError, SegmenterError
 from ibisagent.segmenters import Segmenter, load_segmenter
 from ibisagent.segmenters.cache import EmbeddingCache
 from ibisagent.segmenters.wire import ErrorReply, PredictReply, PredictRequest, decode_request, encode_prediction
-from ibisagent.server.access import guard, read_body, token_for
+from ibisagent.server.access import Gate, Keys, token_for
+from ibisagent.server.listening import listen
 
 IMAGE_BYTES = 2**30  # of pixels kept open, least recently used dropped first
 MAX_BODY_BYTES = 2**28
@@ -37,7 +37,6 @@ def create_app(segmenter: Segmenter, *, token: str | None = None, image_bytes: i
     image_bytes: how many bytes of opened pictures are kept.
     """
     app = FastAPI(title="ibisagent segmenter", docs_url=None, redoc_url=None, openapi_url=None)
-    authorise = [Depends(guard(app, token))]
     opened = EmbeddingCache(image_bytes)
 
     def pixels_of(sha256: str) -> np.ndarray:
@@ -54,33 +53,33 @@ def create_app(segmenter: Segmenter, *, token: str | None = None, image_bytes: i
     async def failed(_request: Request, error: IbisError) -> JSONResponse:
         return _error(500 if isinstance(error, SegmenterError) else 400, str(error))
 
-    @app.get("/v1/segmenter", dependencies=authorise)
+    @app.get("/v1/segmenter")
     def describe() -> dict[str, str]:
         return segmenter.describe()
 
-    @app.get("/v1/images/{sha256}", dependencies=authorise, status_code=204)
+    @app.get("/v1/images/{sha256}", status_code=204)
     def is_open(sha256: str) -> Response:
         pixels_of(sha256)
         return Response(status_code=204)
 
-    @app.put("/v1/images/{sha256}", dependencies=authorise, status_code=204)
+    @app.put("/v1/images/{sha256}", status_code=204)
     async def open_image(sha256: str, request: Request) -> Response:
-        body = await read_body(request, MAX_BODY_BYTES)
-        await run_in_threadpool(_open, segmenter, opened, sha256, body)
+        await run_in_threadpool(_open, segmenter, opened, sha256, await request.body())
         return Response(status_code=204)
 
-    @app.post("/v1/predict", dependencies=authorise)
+    @app.post("/v1/predict")
     async def predict(request: Request) -> PredictReply:
-        asked = _parse(await read_body(request, MAX_BODY_BYTES))
+        asked = _parse(await request.body())
         pixels = pixels_of(asked.image)
         return await run_in_threadpool(_predict, segmenter, pixels, asked)
 
+    app.add_middleware(Gate, keys=Keys(token), max_body=MAX_BODY_BYTES, refuse=_error)
     return app
 
 
 def serve(segmenter: Segmenter, *, host: str = "127.0.0.1", port: int = 8001) -> None:
     """Serve until interrupted; the token comes from IBIS_TOKEN. ConfigError without one, unless `host` is loopback."""
-    uvicorn.run(create_app(segmenter, token=token_for(host)), host=host, port=port)
+    listen(create_app(segmenter, token=token_for(host)), host, port)
 
 
 def _open(segmenter: Segmenter, opened: EmbeddingCache, sha256: str, png: bytes) -> None:

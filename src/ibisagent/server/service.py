@@ -1,7 +1,7 @@
 """What the server does, without HTTP: sessions with limits and expiry, one shared model, batch jobs.
 
-Everything that is written lies below one data folder: `sessions/<id>/`, `jobs/<id>/`, `uploads/` (for a moment).
-Names that come from outside never become paths.
+Everything that is written lies below one data folder: `sessions/<id>/`, `jobs/<id>/`, `uploads/` (for a moment); these
+folders are for the server's user alone. Names that come from outside never become paths.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import uuid
 import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -35,6 +36,7 @@ from ibisagent.store import make_folder
 
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".dcm", ".mha", ".mhd", ".nrrd")
 _ID = re.compile(r"[0-9a-f]{32}")
+OWNER_FILE = "owner"  # in the folder of a session that a visitor of the page opened: which
 JOB_LANES = 4  # images of one job under way at once: enough to fill batches, few enough not to crowd people out
 
 
@@ -136,19 +138,25 @@ class Service:
         self.batches: list[int] = [0, 0]  # how many, and turns in them
         self.policy = SharedPolicy(policy, on_batch=self._note_batch)
         self.folder = Path(folder)
+        if not self.folder.exists():
+            make_folder(self.folder)
+            self.folder.chmod(0o700)
         for part in ("sessions", "jobs", "uploads"):
-            make_folder(self.folder / part)
+            self.private_folder(part)
         for leftover in (self.folder / "uploads").iterdir():
             _remove(leftover)
         for folder_of_job in (self.folder / "jobs").iterdir():  # a job does not outlive its server
             _remove(folder_of_job)
         self._sessions: dict[str, Session | None] = {}
         self._touched: dict[str, float] = {}
+        self._owners: dict[str, str] = {}  # of sessions that visitors of the page opened
         for kept in (self.folder / "sessions").iterdir():
             file = kept / SESSION_FILE
             if _ID.fullmatch(kept.name) and file.is_file():
                 self._sessions[kept.name] = None  # read when it is asked for
                 self._touched[kept.name] = file.stat().st_mtime
+                if (owner := kept / OWNER_FILE).is_file():
+                    self._owners[kept.name] = owner.read_text(errors="replace")
             else:
                 _remove(kept)  # killed while it was opened
         self._jobs: dict[str, Job] = {}
@@ -189,6 +197,16 @@ class Service:
         volume: VolumeLike = self._read(content, name, self.volumes.read)
         return volume
 
+    def private_folder(self, name: str) -> Path:
+        """A folder below the data folder that nobody but this user can look into, made if need be."""
+        folder = self.folder / name
+        make_folder(folder)
+        try:
+            folder.chmod(0o700)  # also one that an earlier version left open
+        except OSError as error:
+            raise DataError(f"{folder}: belongs to another user; give --data a folder of your own") from error
+        return folder
+
     def scratch(self, ending: str = "") -> Path:
         """A path of its own for something that does not stay; the caller removes it."""
         return self.folder / "uploads" / f"{uuid.uuid4().hex}{ending}"
@@ -218,22 +236,34 @@ class Service:
 
     # Sessions.
 
-    def open(self, image: Image, query: str, start: Mask | None = None) -> Session:
-        """A new session. FullError where there are as many as there may be."""
+    def open(self, image: Image, query: str, start: Mask | None = None, *, owner: str | None = None) -> Session:
+        """A new session. owner: the visitor of the page whose it is; None: of all who have the token.
+
+        FullError where there are as many as there may be.
+        """
         query = check_query(query)
         masks = {} if start is None else {target_of(query): start}
-        return self._add(lambda id_, folder: self._new(id_, image, query, masks, folder))
+        return self._add(lambda id_, folder: self._new(id_, image, query, masks, folder), owner)
 
     def fork(self, id_: str, turn: int) -> Session:
-        """A new session from the first `turn` turns of another."""
+        """A new session from the first `turn` turns of another, of the same owner."""
         session = self.session(id_)
-        return self._add(lambda fresh, folder: session.fork(turn, id=fresh, folder=folder))
+        owner = self._owners.get(id_)
+        return self._add(lambda fresh, folder: session.fork(turn, id=fresh, folder=folder), owner)
+
+    def check_visitor(self, id_: str, visitor: str | None) -> None:
+        """MissingError where a session belongs to a visitor of the page who is not `visitor`, as if it were not there.
+
+        Every way in from outside asks this before it asks for the session.
+        """
+        if self._owners.get(id_, visitor) != visitor:
+            raise _missing(id_)
 
     def session(self, id_: str) -> Session:
         """An open session. MissingError where there is none (any more)."""
         with self._lock:
             if id_ not in self._sessions:
-                raise MissingError(f"no session '{id_[:40]}' here: it may have expired; open a new one")
+                raise _missing(id_)
             self._touched[id_] = time.time()
             session = self._sessions[id_]
             if session is None:
@@ -248,6 +278,7 @@ class Service:
                 raise MissingError(f"no session '{id_[:40]}' here")
             session = self._sessions.pop(id_)
             del self._touched[id_]
+            self._owners.pop(id_, None)
         if session is not None:
             session.discard()
         _remove(self._folder_of(id_))
@@ -257,6 +288,10 @@ class Service:
         """The open sessions, oldest use first."""
         with self._lock:
             return sorted(self._sessions, key=self._touched.__getitem__)
+
+    def ids_for(self, visitor: str | None) -> list[str]:
+        """As `session_ids`, without those of other visitors of the page."""
+        return [id_ for id_ in self.session_ids if self._owners.get(id_, visitor) == visitor]
 
     def expire(self, now: float | None = None) -> int:
         """Close whatever has been idle for too long; how many sessions and jobs that were."""
@@ -272,6 +307,10 @@ class Service:
             self.close_session(id_)
         for id_ in old:
             self.remove_job(id_)
+        for path in (self.folder / "uploads").rglob("*"):  # what was sent to the page and never opened
+            with suppress(OSError):
+                if path.stat().st_mtime < limit:
+                    path.rmdir() if path.is_dir() else path.unlink()
         return len(idle) + len(old)
 
     def segment(self, image: Image, query: str, max_turns: int = DEFAULT_TURNS, start: Mask | None = None) -> Session:
@@ -294,19 +333,25 @@ class Service:
     def _new(self, id_: str, image: Image, query: str, start: Masks, folder: Path | None) -> Session:
         return Session(Case(id_, image, query, start=start), self.segmenter, self.policy, folder=folder)
 
-    def _add(self, make: Callable[[str, Path], Session]) -> Session:
+    def _add(self, make: Callable[[str, Path], Session], owner: str | None) -> Session:
         id_ = uuid.uuid4().hex
         with self._lock:
             if len(self._sessions) >= self.limits.sessions:
                 raise FullError(f"there are {len(self._sessions)} sessions, more are not taken: close one, or wait")
             self._sessions[id_] = None  # its place
             self._touched[id_] = time.time()
+            if owner is not None:
+                self._owners[id_] = owner
         try:
+            if owner is not None:  # before the session, so that it is never there without
+                make_folder(self._folder_of(id_))
+                write_whole(owner.encode(), self._folder_of(id_) / OWNER_FILE)
             session = make(id_, self._folder_of(id_))
         except BaseException:
             with self._lock:
                 self._sessions.pop(id_, None)
                 self._touched.pop(id_, None)
+                self._owners.pop(id_, None)
             _remove(self._folder_of(id_))
             raise
         with self._lock:
@@ -428,6 +473,10 @@ class Service:
     def _note_batch(self, size: int) -> None:
         self.batches[0] += 1
         self.batches[1] += size
+
+
+def _missing(id_: str) -> MissingError:
+    return MissingError(f"no session '{id_[:40]}' here: it may have expired; open a new one")
 
 
 @cache

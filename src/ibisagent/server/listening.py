@@ -1,0 +1,117 @@
+"""How our servers listen: uvicorn, with connections that are bounded in number and in time."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import Any, cast
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ibisagent.server.access import bare_host
+
+MOST_CONNECTIONS = 1000
+IDLE_SECONDS = 8.0  # for a whole header, from the first byte or the answer before it
+STALL_SECONDS = 30.0  # in which a client has to take some of its answer
+GRACEFUL_SECONDS = 5
+OPEN_FILES = 4096
+
+
+class PatientProtocol(H11Protocol):
+    """HTTP/1.1 as uvicorn speaks it, with a patience that ends.
+
+    Where no answer is owed (the header is not there yet, or the rest of a refused body is still coming) a connection
+    ends after IDLE_SECONDS, and earlier where there are too many: the oldest of these makes room. So clients that send
+    slowly, or nothing, never keep others out. One that does not take its answer ends as well.
+    """
+
+    _idle_since = 0.0
+    _idle: asyncio.TimerHandle | None = None
+    _stall: asyncio.TimerHandle | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether no answer is owed."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """As asyncio has it."""
+        super().connection_made(transport)
+        self._watch()
+        if len(self.connections) > MOST_CONNECTIONS:
+            others = [one for one in self.connections if isinstance(one, PatientProtocol) and one.idle]
+            min(others, key=lambda one: one._idle_since).transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        """As asyncio has it."""
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        """As uvicorn has it; it may begin to answer the next request."""
+        self._unwatch()
+        super().on_response_complete()
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """As asyncio has it."""
+        self._unwatch()
+        self.resume_writing()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """As asyncio has it."""
+        super().pause_writing()
+        self._stall = self.loop.call_later(STALL_SECONDS, self._stalled, self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        """As asyncio has it."""
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
+        super().resume_writing()
+
+    def _watch(self) -> None:
+        if not self.idle or self.transport.is_closing():
+            self._unwatch()
+        elif self._idle is None:
+            self._idle_since = self.loop.time()
+            self._idle = self.loop.call_later(IDLE_SECONDS, self.transport.close)
+
+    def _unwatch(self) -> None:
+        if self._idle is not None:
+            self._idle.cancel()
+            self._idle = None
+
+    def _stalled(self, waited: int) -> None:
+        left = self.transport.get_write_buffer_size()
+        if left >= waited:
+            self.transport.abort()
+        else:
+            self._stall = self.loop.call_later(STALL_SECONDS, self._stalled, left)
+
+
+OPTIONS: dict[str, Any] = {  # what our servers ask of uvicorn
+    "http": PatientProtocol,
+    "ws": "none",  # nothing here speaks over web sockets
+    "server_header": False,
+    "timeout_graceful_shutdown": GRACEFUL_SECONDS,
+}
+
+
+def listen(app: ASGIApp, host: str, port: int) -> None:
+    """Serve `app` until interrupted. host: an address or name, IPv6 also in brackets."""
+    _raise_file_limit()
+    uvicorn.run(cast(Any, app), host=bare_host(host), port=port, log_level="warning", **OPTIONS)
+
+
+def _raise_file_limit() -> None:
+    """Room for MOST_CONNECTIONS beside the files of the work itself; many systems begin with 1024 for both."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < OPEN_FILES:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, OPEN_FILES), hard))
