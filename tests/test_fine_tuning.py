@@ -42,7 +42,7 @@ from ibisagent.store import EpisodeStore
 from ibisagent.training import rl, sft
 from ibisagent.training.lessons import TAKEN_BACK, plainly
 from ibisagent.training.stage import ScoredReplies, load_student, without_library_warnings
-from ibisagent.trajectories import TrajectoryConfig, generate, undone_turns
+from ibisagent.trajectories import TrajectoryConfig, generate
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -208,11 +208,11 @@ def test_loss_falls_on_right_replies_alone(episodes, start, tmp_path):
     tokenizer = student.processor.tokenizer
     lessons = sft.read_lessons(episodes, "", student)
     stored = EpisodeStore(episodes).open()
-    assert any(undone_turns(episode) for episode in stored)
+    assert any(episode.undone_turns for episode in stored)
     for lesson, episode in zip(lessons, stored, strict=True):
         batch = sft.Collator(student, recipe.max_tokens)([lesson])
         ids, labels = batch["input_ids"][0], batch["labels"][0]
-        wrong = undone_turns(episode)
+        wrong = episode.undone_turns
         right = [turn.completion.text for k, turn in enumerate(episode.turns) if k not in wrong]
         wanted = [student.processor(text=[text + tokenizer.eos_token])["input_ids"][0] for text in right]
         assert labels[labels != sft.UNLEARNT].tolist() == [token for reply in wanted for token in reply]
@@ -248,7 +248,7 @@ def test_a_policy_without_history_learns_one_turn_at_a_time(episodes, tmp_path):
     student = load_student(recipe, "none")
     lessons = sft.read_lessons(episodes, "", student)
     stored = EpisodeStore(episodes).open()
-    assert len(lessons) == sum(len(episode.turns) - len(undone_turns(episode)) for episode in stored)
+    assert len(lessons) == sum(len(episode.turns) - len(episode.undone_turns) for episode in stored)
     assert all(len(lesson.messages) == 2 and len(lesson.objects) == 1 for lesson in lessons)
 
 

@@ -20,7 +20,7 @@ from ibisagent.images import read_image, write_mask_png, write_png
 from ibisagent.segmenters import SegmenterSession, load_segmenter
 from ibisagent.segmenters.region import RegionSegmenter
 from ibisagent.store import EpisodeStore
-from ibisagent.trajectories import TrajectoryConfig, generate, undone_turns
+from ibisagent.trajectories import TrajectoryConfig, generate
 
 SIZE = (61, 83)
 CONFIG = TrajectoryConfig(
@@ -239,17 +239,17 @@ def test_config_checks_itself(options: dict[str, float]) -> None:
 
 
 def test_undone_turns() -> None:
-    a, b, c = (Click(x, 3, True, "spleen") for x in (1, 2, 3))
-    steps = [(a,), (b, c), (Undo(1),), (b,), (Undo(2),), (c,), (Stop(),)]
+    a, b, c, d = (Click(x, 3, True, "spleen") for x in (1, 2, 3, 4))
+    steps = [(a,), (b, c), (Undo(1),), (d,), (Undo(2),), (c,), (Stop(),)]
     turns = tuple(Turn(Completion(""), Reply("", actions), {}, {}) for actions in steps)
     episode = Episode("x", "?", SIZE, "", "", {}, turns, "stopped", {})
-    assert undone_turns(episode) == {1, 3}
+    assert episode.undone_turns == {1, 3}
 
 
 def test_undone_turns_are_the_planned_mistakes(undisturbed: Path) -> None:
     wrong = 0
     for episode in EpisodeStore(undisturbed).read():
         followed = {index for index, turn in enumerate(episode.turns[1:]) if isinstance(turn.reply.actions[0], Undo)}
-        assert undone_turns(episode) == followed
+        assert episode.undone_turns == followed
         wrong += len(followed)
     assert wrong > 3

@@ -411,7 +411,7 @@ def asked(image: Image, name: str, policy: Policy, segmenter: Segmenter) -> Mask
     """(H, W): what the agent segments when it is asked for `name`; nothing where it says that there is none."""
     episode = segment(Case("audit", image, f"Segment the {name}."), policy, segmenter)
     found = np.zeros(image.size, dtype=bool)
-    for mask in episode.kept("best").values():
+    for mask in episode.answer_masks.values():
         found |= mask
     return found
 

@@ -29,18 +29,21 @@ from ibisagent.domain import (
     Episode,
     Mask,
     Masks,
+    MaskSelection,
     Reply,
     Stop,
     StopReason,
     Turn,
     Undo,
+    check_mask_selection,
     check_masks,
 )
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.images import write_whole
 from ibisagent.masks import decode_rle, encode_rle
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2 has the column `mask_selection`. Version 1, which said the same in `made_by`, is read as well."""
 RECORD_FORMAT = "ibisagent episode"
 
 _ACTIONS: Mapping[str, type[Click] | type[Box] | type[Undo] | type[Stop]] = MappingProxyType(
@@ -84,6 +87,7 @@ SCHEMA = pa.schema(
         "turns": pa.list_(_TURN),
         "stop": pa.string(),
         "made_by": pa.map_(pa.string(), pa.string()),
+        "mask_selection": pa.string(),
     }
 )
 _VERSION_KEY = b"ibisagent.schema_version"
@@ -340,6 +344,8 @@ def _read_shard(path: Path, columns: list[str] | None = None) -> pa.Table:
             table = file.read(columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: is damaged ({_first_line(error)}); delete it and make it again") from error
+    if columns is None and table.column_names == SCHEMA.names[:-1]:  # version 1
+        table = table.append_column(SCHEMA.field("mask_selection"), pa.nulls(len(table), pa.string()))
     if columns is None and table.schema.remove_metadata() != SCHEMA:
         raise DataError(f"{path}: has other columns than an episode store; it was not written by ibisagent")
     return table
@@ -376,6 +382,7 @@ def _plain_episode(episode: Episode) -> dict[str, Any]:
         "turns": turns,
         "stop": episode.stop,
         "made_by": dict(sorted(episode.made_by.items())),
+        "mask_selection": episode.mask_selection,
     }
 
 
@@ -403,6 +410,7 @@ def _episode(plain: Mapping[str, Any], where: str) -> Episode:
                 raise KeyError(name)
         if plain["stop"] not in _STOPS:
             raise ValueError(f"stop is '{plain['stop']}'")
+        made_by = dict(plain["made_by"] or ())
         return Episode(
             plain["case_id"],
             plain["query"],
@@ -412,11 +420,17 @@ def _episode(plain: Mapping[str, Any], where: str) -> Episode:
             start,
             tuple(turns),
             plain["stop"],
-            dict(plain["made_by"] or ()),
+            made_by,
+            _mask_selection(plain["mask_selection"], made_by),
         )
     except (KeyError, TypeError, ValueError) as error:  # DataError and ConfigError are ValueErrors
         case_id = plain.get("case_id")
         raise DataError(f"{where}: is damaged (episode of case {case_id}, {error}); make it again") from error
+
+
+def _mask_selection(said: str | None, made_by: Mapping[str, str]) -> MaskSelection:
+    """As recorded. Version 1 recorded it where the masks were chosen among, as `keep`; elsewhere they were the last."""
+    return check_mask_selection(made_by.get("keep", "last") if said is None else said)
 
 
 def _turn(plain: Mapping[str, Any], before: Masks, size: tuple[int, int], where: str) -> Turn:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ibisagent.datasets import CaseRow, CaseSource
-from ibisagent.domain import Box, Case, Click, Episode, Undo
+from ibisagent.domain import Case, Episode
 from ibisagent.environment import SegmentationEnv, package_version, rollout
 from ibisagent.errors import ConfigError, DataError, IbisError
 from ibisagent.images import write_whole
@@ -134,20 +134,6 @@ def generate(
     return _finish(store, len(cases))
 
 
-def undone_turns(episode: Episode) -> frozenset[int]:
-    """Turns (0-based) whose clicks and boxes were all taken back by an Undo: the wrong ones, which training masks."""
-    given: set[int] = set()
-    standing: list[int] = []
-    for index, turn in enumerate(episode.turns):
-        for action in turn.reply.actions:
-            if isinstance(action, Undo):
-                del standing[max(0, len(standing) - action.steps) :]
-            elif isinstance(action, Click | Box):
-                standing.append(index)
-                given.add(index)
-    return frozenset(given - set(standing))
-
-
 def _shard(start: int, config: TrajectoryConfig) -> int:
     return start // config.shard_cases
 
@@ -220,8 +206,8 @@ def _check_machinery(recent: Iterable[_Outcome]) -> None:
 
 
 def _result(case: Case, episode: Episode, threshold: float) -> dict[str, Any]:
-    nothing = {name: truth & False for name, truth in (case.targets or {}).items()}
-    reached = [iou(episode.masks.get(name, nothing[name]), truth) for name, truth in (case.targets or {}).items()]
+    masks = episode.answer_masks
+    reached = [iou(masks.get(name, truth & False), truth) for name, truth in (case.targets or {}).items()]
     return {
         "case_id": case.id,
         "modality": case.meta.get("modality", ""),

@@ -32,7 +32,6 @@ from ibisagent.images import read_image, write_whole
 from ibisagent.masks import decode_rle, encode_rle
 from ibisagent.protocol import Message, OverlayStyle, overlay, parse, render
 from ibisagent.store import make_folder
-from ibisagent.trajectories import undone_turns
 
 JPEG_QUALITY = 92
 DATASET_INFO_NAME = "dataset_info.json"
@@ -213,7 +212,7 @@ def _conversation(
     masks = episode.turns[-1].before
     observation = Observation(episode.case_id, image, episode.query, masks, episode.turns[:-1])
     rendered = render(observation, dialect=config.dialect, history="full", style="colour", paint=pictures.file)
-    wrong = undone_turns(episode)
+    wrong = episode.undone_turns
     messages: list[dict[str, Any]] = []
     files: list[str] = []
     for message in rendered:

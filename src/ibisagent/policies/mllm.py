@@ -63,7 +63,8 @@ class MllmPolicy:
     folder that is merged into the weights. dialect, history, style: None takes what `config.dialect`,
     `config.history`, `config.mask_style` say, else the dialect "released" for the public weights and "ibis" for any
     other model, with that dialect's own history and style. max_new_tokens: None takes `config.reply_tokens`, else
-    MAX_NEW_TOKENS. device "auto" is cuda where there is one, else cpu; dtype "auto" is bfloat16 on cuda, else float32.
+    MAX_NEW_TOKENS. `max_turns` is what `config.max_turns` says, else None. device "auto" is cuda where there is one,
+    else cpu; dtype "auto" is bfloat16 on cuda, else float32.
     temperature 0 is greedy; otherwise what is drawn depends on `seed` and the batch alone, not on earlier calls.
     batch_size: conversations per forward pass. min_pixels, max_pixels: bounds of the area that an image is resized to,
     for models with a free image size (Qwen). name: how `load_policy` was asked for it.
@@ -116,6 +117,7 @@ class MllmPolicy:
         default = DIALECTS[self.dialect]
         self.history: History = history or getattr(config, "history", None) or default.history
         self.max_new_tokens = max_new_tokens or int(getattr(config, "reply_tokens", MAX_NEW_TOKENS))
+        self.max_turns: int | None = getattr(config, "max_turns", None)
         self.style: OverlayStyle = style or getattr(config, "mask_style", None) or default.style
 
     def respond(self, observations: Sequence[Observation]) -> list[Completion]:

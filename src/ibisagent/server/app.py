@@ -38,7 +38,7 @@ from ibisagent.masks import encode_rle
 from ibisagent.protocol import MAX_NAME_CHARS, overlay
 from ibisagent.server.access import COOKIE, LOOPBACK_NAMES, Gate, is_token, token_for
 from ibisagent.server.service import FullError, Job, MissingError, Service, TooLargeError, export_zip, training_zip
-from ibisagent.session import DEFAULT_TURNS, BusyError, RunEnd, Session, Step, file_names
+from ibisagent.session import BusyError, RunEnd, Session, Step, file_names
 from ibisagent.store import plain_turn, record_json
 
 Returned = TypeVar("Returned")
@@ -67,9 +67,9 @@ class AskRequest(_Strict):
 
 
 class RunRequest(AskRequest):
-    """Turns of the agent until it stops, at most `max_turns`."""
+    """Turns of the agent until it stops, at most `max_turns`, by default the policy's own limit."""
 
-    max_turns: Annotated[int, Field(ge=1, le=1000)] = DEFAULT_TURNS
+    max_turns: Annotated[int, Field(ge=1, le=1000)] | None = None
 
 
 class ClickRequest(_Strict):
@@ -475,7 +475,7 @@ def _add_segment(app: FastAPI, service: Service, threads: AgentThreads) -> None:
     async def segment(
         image: Annotated[UploadFile, File(description="PNG, JPEG, TIFF or BMP")],
         query: Annotated[str, Form(min_length=1, max_length=MAX_QUERY_CHARS)],
-        max_turns: Annotated[int, Form(ge=1, le=1000)] = DEFAULT_TURNS,
+        max_turns: Annotated[int | None, Form(ge=1, le=1000)] = None,
         start_mask: Annotated[UploadFile | None, File(description="a mask to refine, 0 outside")] = None,
     ) -> SegmentView:
         """One run on one image; nothing is kept."""
@@ -534,7 +534,8 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
             if on_step is not None:
                 on_step(step)
 
-        return session.run(asked.query, max_turns=min(asked.max_turns, service.limits.turns), on_step=count)
+        turns = None if asked.max_turns is None else min(asked.max_turns, service.limits.turns)
+        return session.run(asked.query, max_turns=turns, on_step=count)
 
     @app.post("/v1/sessions/{id}/ask", tags=tags)
     async def ask(id: str, asked: AskRequest) -> StepView:  # noqa: A002
@@ -714,7 +715,7 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
     async def submit(
         images: Annotated[list[UploadFile], File(description="PNG, JPEG, TIFF or BMP, any number")],
         query: Annotated[str, Form(min_length=1, max_length=MAX_QUERY_CHARS)],
-        max_turns: Annotated[int, Form(ge=1, le=1000)] = DEFAULT_TURNS,
+        max_turns: Annotated[int | None, Form(ge=1, le=1000)] = None,
     ) -> JobView:
         """Segment many images with one query, in the background."""
         uploads = [(image.filename or f"image-{number}", await image.read()) for number, image in enumerate(images, 1)]

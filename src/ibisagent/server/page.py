@@ -21,7 +21,7 @@ import gradio as gr
 import numpy as np
 from fastapi import FastAPI
 
-from ibisagent.domain import Box, Click, Image, Masks, kept_prompts
+from ibisagent.domain import Box, Click, Image, Masks, standing
 from ibisagent.errors import ConfigError, IbisError
 from ibisagent.protocol import COLOURS, OPACITY, overlay
 from ibisagent.server.app import AgentThreads
@@ -286,7 +286,7 @@ class Page:
         zoom = _zoom(session.image)
         tinted = _enlarged(tinted, zoom)
         if marks:
-            prompts = session.prompts if count == len(steps) else kept_prompts([step.turn for step in steps[:count]])
+            prompts = session.prompts if count == len(steps) else standing([step.turn for step in steps[:count]])
             _draw_marks(tinted, prompts, desk.corner, zoom)
         return tinted, self._legend(session, masks, colours), pair
 

@@ -26,7 +26,7 @@ from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_b
 
 from ibisagent.datasets import read_cases
 from ibisagent.domain import Case, Completion, Episode, Observation
-from ibisagent.environment import SegmentationEnv
+from ibisagent.environment import SegmentationEnv, turn_limit
 from ibisagent.errors import ConfigError, PolicyError, SegmenterError
 from ibisagent.factory.exports import read_grpo
 from ibisagent.masks import decode_rle, iou
@@ -68,7 +68,8 @@ class RlRecipe(StageRecipe):
     segmenter: str = "ibis-click"
     paths: int = Field(4, ge=2)
     """Of each case: what a path earns is compared with the other paths of its case."""
-    max_turns: int = Field(8, ge=1)
+    max_turns: int | None = Field(None, ge=1)
+    """Of a path; left out, the policy's own limit."""
     reply_tokens: int = Field(128, ge=8)
     """Longest reply; a longer one is cut, and most likely unreadable."""
     path_tokens: int = Field(0, ge=0)
@@ -93,13 +94,17 @@ class RlRecipe(StageRecipe):
 
     @model_validator(mode="after")
     def _no_dead_term(self) -> Self:
-        """S_len is 1 for every path that is no longer than T_opt: it must be possible to be longer."""
-        if self.rewards.length and self.max_turns <= self.rewards.optimal_turns:
-            raise ValueError(
-                f"max_turns {self.max_turns} leaves the reward of length the same for every path, as optimal_turns is"
+        if self.max_turns is not None:
+            self.check_turns(self.max_turns)
+        return self
+
+    def check_turns(self, max_turns: int) -> None:
+        """ConfigError where S_len would be 1 for every path: it must be possible to be longer than T_opt."""
+        if self.rewards.length and max_turns <= self.rewards.optimal_turns:
+            raise ConfigError(
+                f"max_turns {max_turns} leaves the reward of length the same for every path, as optimal_turns is"
                 f" {self.rewards.optimal_turns}: lower rewards.optimal_turns, or set rewards.length = 0"
             )
-        return self
 
 
 # --------------------------------------------------------------------------------------------------------- cases
@@ -247,9 +252,11 @@ def _figures(case: Case, episode: Episode, result: Score) -> Iterator[tuple[str,
     yield "path/clicks", float(episode.clicks)
     yield "path/stopped", float(episode.stop == "stopped")
     truths = {name: truth for name, truth in (case.targets or {}).items() if truth.any()}
-    meant = {truth: said for said, truth in match_names(episode.masks, case.targets or {}).items()}
+    masks = episode.answer_masks
+    shown = [name for name, mask in masks.items() if mask.any()]
+    meant = {truth: said for said, truth in match_names(shown, case.targets or {}).items()}
     for name, truth in truths.items():
-        yield "path/iou", iou(episode.masks[meant[name]], truth) if name in meant else 0.0
+        yield "path/iou", iou(masks[meant[name]], truth) if name in meant else 0.0
 
 
 # ------------------------------------------------------------------------------------------------------ training
@@ -348,13 +355,15 @@ def make_trainer(recipe: RlRecipe, report: Report = lambda step, steps, logs: No
     """TRL's trainer for `recipe`, ready to train, and the model in it."""
     arguments = _grpo_config(recipe)  # first: it sets up distributed loading
     student = load_student(recipe, "full")
+    max_turns = recipe.max_turns or turn_limit(student)
+    recipe.check_turns(max_turns)
     cases = read_training_cases(recipe)
     read = lru_cache(maxsize=_CASES_KEPT)(lambda index: cases[index])
     segmenter = load_segmenter(recipe.segmenter, device=recipe.device)
     tokenizer = student.processor.tokenizer
     tokenizer.padding_side = "left"
     tokenizer.response_template = _everything_is_an_action(student.reply_start)
-    arguments.max_completion_length = recipe.path_tokens or recipe.max_turns * (
+    arguments.max_completion_length = recipe.path_tokens or max_turns * (
         recipe.reply_tokens + _shown_tokens(student, cases)
     )
     arguments.generation_kwargs = _writing(recipe, student)
@@ -373,7 +382,7 @@ def make_trainer(recipe: RlRecipe, report: Report = lambda step, steps, logs: No
         processing_class=student.processor,
         peft_config=lora_config(student, recipe),
         callbacks=[Told(report)],
-        environment_factory=lambda: SegmentationTool(read, segmenter, student, recipe.max_turns),
+        environment_factory=lambda: SegmentationTool(read, segmenter, student, max_turns),
     )
     score_by_own_logits(student, recipe.temperature)
     return trainer, student

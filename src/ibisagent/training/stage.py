@@ -154,6 +154,11 @@ class Student:
     describe: Callable[[], Mapping[str, str]]
     """What it was made from, for the record; reads all weights."""
 
+    @property
+    def max_turns(self) -> int | None:
+        """The limit of turns that the model states; see `environment.turn_limit`."""
+        return getattr(self.model.config, "max_turns", None)
+
     @cached_property
     def reply_start(self) -> str:
         """What the chat template writes before a reply."""

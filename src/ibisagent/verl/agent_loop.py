@@ -22,7 +22,7 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetr
 from verl.utils.tokenizer import get_processor_token_id
 
 from ibisagent.domain import Completion, Image, Masks
-from ibisagent.environment import SegmentationEnv
+from ibisagent.environment import MAX_TURNS, SegmentationEnv
 from ibisagent.errors import ConfigError, PolicyError
 from ibisagent.factory.exports import prompt_case
 from ibisagent.protocol import Message, OverlayStyle, overlay, render
@@ -47,7 +47,7 @@ class SegmentationLoop(AgentLoopBase):  # type: ignore[misc]  # verl is not type
         segmenter: str = "ibis-click",
         device: str = "cpu",
         dialect: str = "ibis",
-        max_turns: int = 8,
+        max_turns: int = MAX_TURNS,
         max_turn_tokens: int = 256,
         max_pixels: int = 512 * 512,
         folder: str = "",
