@@ -34,7 +34,7 @@ from ibisagent.training.click_states import pairs_from as click_pairs
 from ibisagent.training.lessons import Example, Lessons, turned_features
 from ibisagent.training.lessons import pairs_from as nano_pairs
 from ibisagent.training.own_turns import OwnTurns, own_first_turn, sure_part, told
-from ibisagent.training.rl import RlRecipe
+from ibisagent.training.recipes import RlRecipe
 from ibisagent.training.views import SIDE, Bank, random_turn
 
 

@@ -927,7 +927,8 @@ def rl(
     """
     _require_training()
     with _status("reading recipe, model and data", quiet=as_json):
-        from ibisagent.training.rl import RlRecipe, train
+        from ibisagent.training.recipes import RlRecipe
+        from ibisagent.training.rl import train
 
         plan = RlRecipe.read(recipe, changes or ())
     _print_policy(train(plan, _told(quiet=as_json)), as_json)
@@ -1101,7 +1102,8 @@ def doctor_rewards(
         Path, typer.Option(help="The truth: data set folder, manifest, or what 'build-data' made of them.")
     ],
     config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="TOML file whose table [reward] holds weights and constants.")
+        Path | None,
+        typer.Option("--config", "-c", help="RL recipe, or a part of one, whose table [rewards] holds them."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -1113,9 +1115,10 @@ def doctor_rewards(
     """
     with _status("reading the data", quiet=as_json):
         from ibisagent import doctor as checking
-        from ibisagent.rewards import PAPER, read_weights
+        from ibisagent.rewards import PAPER
+        from ibisagent.training.recipes import RlRecipe
 
-        weights = PAPER if config is None else read_weights(config)
+        weights = PAPER if config is None else RlRecipe.read_one(config, "rewards")
         cases = checking.read_truth(data)
     replayed = (episode for path in episodes for episode in checking.read_episodes(path))
     report = checking.check_rewards(replayed, cases, weights)

@@ -27,16 +27,13 @@ Three more terms are off unless they are given a weight; they are not the paper'
 from __future__ import annotations
 
 import string
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import takewhile
-from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from ibisagent.clicks import bounding_box
 from ibisagent.domain import (
@@ -55,6 +52,7 @@ from ibisagent.domain import (
 )
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.masks import iou
+from ibisagent.recipe import Recipe, first_fault
 
 PAPER_TERMS = ("answer", "format", "click", "progress", "length")
 MORE_TERMS = ("border_progress", "predicted_quality", "turns")
@@ -97,30 +95,16 @@ class RewardWeights:
 PAPER = RewardWeights()
 
 
-def read_weights(path: str | Path) -> RewardWeights:
-    """The table [reward] of a TOML file, whatever else it holds; the paper's weights where it has none.
+class _Table(Recipe):
+    rewards: RewardWeights
 
-    ConfigError if the file cannot be read, and as for `weights_of`.
-    """
+
+def weights_of(table: object, where: str) -> RewardWeights:
+    """The weights in a table `rewards` of settings from `where`, {} for the paper's. ConfigError for any other."""
     try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8")).get("reward", {})
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as TOML ({error}); see recipes/ for examples") from error
-    return weights_of(table, str(path))
-
-
-def weights_of(table: Any, where: str) -> RewardWeights:
-    """The weights in a table of settings. ConfigError for unknown names, or values of another kind."""
-    if not isinstance(table, Mapping):
-        raise ConfigError(f"{where}: 'reward' is no table; give [reward]")
-    if unknown := sorted(table.keys() - asdict(PAPER).keys()):
-        raise ConfigError(f"{where}: reward: unknown '{unknown[0]}'; there are: {', '.join(asdict(PAPER))}")
-    try:
-        return TypeAdapter(RewardWeights).validate_python(dict(table))
+        return _Table.model_validate({"rewards": table}).rewards
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in ("reward", *first["loc"]))
-        raise ConfigError(f"{where}: {place}: {first['msg']} (given: {first['input']!r})") from error
+        raise first_fault(error, where) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,11 @@ from dataclasses import fields
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from pydantic import Field, model_validator
 from torch.nn import functional as F
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
@@ -31,12 +30,12 @@ from ibisagent.errors import ConfigError, PolicyError, SegmenterError
 from ibisagent.factory.exports import read_grpo
 from ibisagent.masks import decode_rle, iou
 from ibisagent.protocol import render, target_of
-from ibisagent.rewards import PAPER, RewardWeights, Score, match_names, score
+from ibisagent.rewards import RewardWeights, Score, match_names, score
 from ibisagent.segmenters import Segmenter, load_segmenter
 from ibisagent.store import EpisodeStore
+from ibisagent.training.recipes import RlRecipe
 from ibisagent.training.stage import (
     Report,
-    StageRecipe,
     Student,
     Told,
     find_image,
@@ -53,58 +52,6 @@ _CASES_KEPT = 16  # decoded, for the paths of one case
 _PROBED_CASES = 8  # to see how many tokens a turn shows
 _SPARE_TOKENS = 64  # a turn may show more than on the probed cases: longer queries, a line about an unreadable reply
 _OVER = [{"type": "text", "text": "(the episode is over)"}]  # shown to nobody
-
-
-class RlRecipe(StageRecipe):
-    """How to train a policy by playing.
-
-    data: a folder of `ibisagent build-data` (its questions), or image-mask pairs as `ibisagent evaluate` reads them.
-    batch: paths a process learns from at once; batch * accumulate * processes paths make an update.
-    """
-
-    split: str = "train"
-    licence_class: str = ""
-    """Use only rows of this licence class; empty for all."""
-    segmenter: str = "ibis-click"
-    paths: int = Field(4, ge=2)
-    """Of each case: what a path earns is compared with the other paths of its case."""
-    max_turns: int | None = Field(None, ge=1)
-    """Of a path; left out, the policy's own limit."""
-    reply_tokens: int = Field(128, ge=8)
-    """Longest reply; a longer one is cut, and most likely unreadable."""
-    path_tokens: int = Field(0, ge=0)
-    """Longest path, without the first picture; 0 leaves room for `max_turns`. A longer one ends as max_turns does."""
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    clip: float = Field(0.2, gt=0)
-    """How far the ratio of new to old probabilities counts: 1 - clip to 1 + clip."""
-    clip_high: float | None = Field(None, gt=0)
-    """The upper side, where it differs."""
-    loss: Literal["grpo", "bnpo", "dapo", "dr_grpo"] = "grpo"
-    """How tokens are averaged; grpo, as in the paper: within each path, then over paths."""
-    iterations: int = Field(1, ge=1)
-    """Updates from the same paths."""
-    resample: int = Field(0, ge=0)
-    """Dynamic sampling: so often, cases whose paths all earned the same are replaced by other cases."""
-    rewards: RewardWeights = PAPER
-    vllm: str = ""
-    """Address of a vLLM server that then writes the replies (docs/training.md); empty: the trainer does."""
-    episodes_every: int = Field(0, ge=0)
-    """Write the episodes of every so manieth update to OUT/episodes, as `ibisagent doctor rewards` reads them."""
-
-    @model_validator(mode="after")
-    def _no_dead_term(self) -> Self:
-        if self.max_turns is not None:
-            self.check_turns(self.max_turns)
-        return self
-
-    def check_turns(self, max_turns: int) -> None:
-        """ConfigError where S_len would be 1 for every path: it must be possible to be longer than T_opt."""
-        if self.rewards.length and max_turns <= self.rewards.optimal_turns:
-            raise ConfigError(
-                f"max_turns {max_turns} leaves the reward of length the same for every path, as optimal_turns is"
-                f" {self.rewards.optimal_turns}: lower rewards.optimal_turns, or set rewards.length = 0"
-            )
 
 
 # --------------------------------------------------------------------------------------------------------- cases

@@ -33,9 +33,9 @@ from ibisagent.policies.nano import LOCATIONS
 from ibisagent.protocol import History, Message, render
 from ibisagent.store import EpisodeStore, StoredEpisodes
 from ibisagent.training.lessons import plainly
+from ibisagent.training.recipes import StageRecipe
 from ibisagent.training.stage import (
     Report,
-    StageRecipe,
     Student,
     Told,
     find_image,
