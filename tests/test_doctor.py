@@ -35,7 +35,7 @@ CASES = {
 
 
 def play(case_id: str, *masks: Mask, click: tuple[int, int] = (15, 15), stop: bool = True) -> Episode:
-    """An episode whose every click, from `click` on to the right, leads to the next of `masks`, and a Stop or an unreadable reply at its end."""
+    """An episode whose every click, from `click` on, leads to the next of `masks`, then a Stop or nonsense."""
     turns, before = [], {}
     for number, mask in enumerate(masks):
         after = {"spleen": mask}

@@ -185,7 +185,14 @@ def _run_batch(
         batch = [cases.decode(row) for row in rows]
         oracle = config.oracle({case.id: case for case in batch})
         envs = [
-            SegmentationEnv(case, segmenter, dialect=config.dialect, max_turns=oracle.max_turns, made_by=made_by)
+            SegmentationEnv(
+                case,
+                segmenter,
+                dialect=config.dialect,
+                max_turns=oracle.max_turns,
+                mask_selection="last",  # the expert sees the truth: the mask that it stops at is its answer
+                made_by=made_by,
+            )
             for case in batch
         ]
         episodes = rollout(oracle, envs)
