@@ -28,7 +28,7 @@ import numpy as np
 from ibisagent import evaluation, session
 from ibisagent.calibration import calibration
 from ibisagent.datasets import CaseSource, read_cases
-from ibisagent.images import write_whole
+from ibisagent.files import write_whole
 from ibisagent.policies import load_policy
 from ibisagent.reliability import FREE_SIGNALS, Reliability, Reviewer, fit, gain_of_dropping
 from ibisagent.segmenters import load_segmenter

@@ -199,7 +199,7 @@ def test_stages_run_alone_and_in_order_only(data: Path, made: Path, tmp_path: Pa
     assert estimate(plan)["price"] == 0
     build(plan, ["questions"])
     assert [q.id for q in read_questions(tmp_path / "out" / "questions" / "questions-000000.parquet")]
-    with pytest.raises(ConfigError, match="was made with min_iou"):
+    with pytest.raises(ConfigError, match="another run \\(min_iou was"):
         build(Plan(read_cases(data), tmp_path / "out", CONFIG.model_copy(update={"min_iou": 0.5})), ["questions"])
 
 

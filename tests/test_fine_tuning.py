@@ -324,7 +324,7 @@ def test_sft(episodes, start, tmp_path):
     assert (written["stage"], written["recipe"]["rate"]) == ("sft", 1e-3)
     assert list((tmp_path / "trainer").glob("runs/*/events*"))
     assert not list(folder.glob("*.bin"))
-    with pytest.raises(ConfigError, match=r"another run \(rate\)"):
+    with pytest.raises(ConfigError, match=r"another run \(rate was"):
         sft.train(recipe.model_copy(update={"rate": 1.0}))
 
 

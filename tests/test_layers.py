@@ -11,6 +11,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "ibisagent"
 
 LAYERS = (
     ("errors",),
+    ("files",),
     ("domain",),
     ("masks", "images", "clicks", "protocol", "calibration", "recipe", "resampling"),
     ("metrics", "segmenters", "policies", "datasets", "store", "volumes", "pacs"),

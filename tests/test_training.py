@@ -118,7 +118,7 @@ def test_a_click_run_goes_on_from_its_checkpoint_and_refuses_that_of_another_rec
         click_recipe.train(plan, stop_half_way)
     click_recipe.train(plan, lambda states, loss, figures: seen.append(states))
     assert seen == [*range(4, 29, 4), *range(28, 49, 4)]  # the checkpoint was written at 24
-    with pytest.raises(ConfigError, match="another recipe \\(rate\\)"):
+    with pytest.raises(ConfigError, match="another run \\(rate was"):
         click_recipe.train(plan.model_copy(update={"rate": 0.5}))
 
 
@@ -448,7 +448,7 @@ def test_the_nano_recipe_runs_goes_on_and_refuses_another(recipe, tmp_path, caps
     seen = []
     nano_recipe.train(nano_recipe.NanoRecipe.read(plan), lambda done, losses, figures: seen.append(done))
     assert not seen  # all was done before
-    with pytest.raises(ConfigError, match="another recipe \\(rate\\)"):
+    with pytest.raises(ConfigError, match="another run \\(rate was"):
         nano_recipe.train(nano_recipe.NanoRecipe.read(plan).model_copy(update={"rate": 0.5}))
     other = nano_recipe.NanoRecipe.read(plan).model_copy(update={"out": tmp_path / "other", "rate": 1e-9})
     further = nano_recipe.train(other.model_copy(update={"start": Path(model), "examples": 2}))

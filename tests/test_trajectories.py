@@ -213,9 +213,9 @@ def test_other_data_or_segmenter_need_another_folder(data: Path, undisturbed: Pa
     class Renamed(RegionSegmenter):
         name = "region-2"
 
-    with pytest.raises(ConfigError, match="cases 22, now it is 21"):
+    with pytest.raises(ConfigError, match="cases was 22, now it is 21"):
         generate(read_cases(data)[:-1], load_segmenter("region"), undisturbed, CONFIG)
-    with pytest.raises(ConfigError, match="segmenter region, now it is region-2"):
+    with pytest.raises(ConfigError, match="segmenter was region, now it is region-2"):
         generate(read_cases(data), Renamed(), undisturbed, CONFIG)
     swapped = CaseSource(read_cases(data).rows[::-1], "swapped")
     with pytest.raises(ConfigError, match="cases_sha256"):
@@ -224,7 +224,7 @@ def test_other_data_or_segmenter_need_another_folder(data: Path, undisturbed: Pa
 
 def test_foreign_folders(data: Path, undisturbed: Path, tmp_path: Path) -> None:
     (tmp_path / "episodes-000000.parquet").write_bytes((undisturbed / "episodes-000000.parquet").read_bytes())
-    with pytest.raises(ConfigError, match=r"holds episodes but no run\.json"):
+    with pytest.raises(ConfigError, match=r"holds episodes-000000\.parquet, but no run\.json"):
         generate(read_cases(data), load_segmenter("region"), tmp_path, CONFIG)
     for text in ("{", "[]"):
         (tmp_path / "run.json").write_text(text)

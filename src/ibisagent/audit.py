@@ -39,7 +39,8 @@ from ibisagent.clicks import bounding_box, next_click
 from ibisagent.datasets import CaseRow, CaseSource
 from ibisagent.domain import Case, Click, Image, Mask, Prompt
 from ibisagent.errors import DataError, PolicyError, SegmenterError
-from ibisagent.images import write_png, write_whole
+from ibisagent.files import write_whole
+from ibisagent.images import write_png
 from ibisagent.masks import iou
 from ibisagent.policies import Policy
 from ibisagent.segmenters import Segmenter

@@ -23,8 +23,9 @@ from typer.core import TyperGroup
 from ibisagent import data_commands
 from ibisagent.domain import MASK_SELECTION, MaskSelection, check_mask_selection
 from ibisagent.errors import ConfigError, IbisError
+from ibisagent.files import file_names, safe_name
+from ibisagent.files import one_line as _one_line
 from ibisagent.terminal import EXIT_ERROR, stderr, stdout
-from ibisagent.terminal import one_line as _one_line
 from ibisagent.terminal import print_error as _print_error
 from ibisagent.terminal import print_json as _print_json
 from ibisagent.terminal import progress as _progress
@@ -228,7 +229,7 @@ def segment(
         writer = choice.load(**asdict(drawing))
         engine = load_segmenter(segmenter, device=choice.device)
     results: list[dict[str, Any]] = []
-    names = session.file_names(images)
+    names = file_names(images)
     reviewed = None
     if review_queue:
         from ibisagent.reliability import Queue, Reliability, Reviewer
@@ -240,7 +241,7 @@ def segment(
         engine,
         query,
         output,
-        taken=set(names),
+        taken={name.casefold() for name in names},
         max_turns=max_turns,
         mask_selection=selection,
         made_by=session.provenance(writer, engine),
@@ -398,12 +399,7 @@ class _Volumes:
         }
 
     def _name(self, volume: Volume) -> str:
-        number, name = 1, volume.name
-        while name in self.taken:
-            number += 1
-            name = f"{volume.name}-{number}"
-        self.taken.add(name)
-        return name
+        return safe_name(volume.name, self.taken)
 
 
 @app.command()
@@ -428,7 +424,7 @@ def replay(
     from ibisagent.volume_agent.replaying import is_volume_record, replay_volume
 
     results: list[dict[str, Any]] = []
-    for record, name in zip(records, session.file_names(records), strict=True):
+    for record, name in zip(records, file_names(records), strict=True):
         try:
             name, written = name.removesuffix("_record"), dict[str, str]()
             if is_volume_record(record):
@@ -543,7 +539,7 @@ def compare(
     """Compare two runs on the cases that both have: difference, 95% interval, permutation p; patients are the unit."""
     from ibisagent.evaluation import compare as compare_runs
     from ibisagent.evaluation import runs, tables
-    from ibisagent.images import write_whole
+    from ibisagent.files import write_whole
     from ibisagent.metrics import check_empty_rule
 
     evaluations = [runs.Run(folder).evaluation for folder in (run_a, run_b)]
@@ -664,7 +660,7 @@ def ceiling(
 
         drawable = find_spec("matplotlib") is not None
         if output is not None:
-            from ibisagent.store import make_folder
+            from ibisagent.files import make_folder
 
             make_folder(output)
             if not drawable:
@@ -683,7 +679,7 @@ def ceiling(
         )
     plain = result.to_json(compared)
     if output is not None:
-        from ibisagent.images import write_whole
+        from ibisagent.files import write_whole
 
         write_whole((json.dumps(plain, indent=1) + "\n").encode(), output / "ceiling.json")
         if drawable and result.results:

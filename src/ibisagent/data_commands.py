@@ -12,7 +12,8 @@ import typer
 
 from ibisagent.domain import MASK_SELECTION, Case, check_mask_selection
 from ibisagent.errors import ConfigError
-from ibisagent.terminal import EXIT_ERROR, one_line, print_json, progress, status, stderr, stdout
+from ibisagent.files import one_line
+from ibisagent.terminal import EXIT_ERROR, print_json, progress, status, stderr, stdout
 
 app = typer.Typer()
 
@@ -126,9 +127,9 @@ def audit(
     with status("reading the data and loading the segmenter", quiet=as_json):
         from ibisagent import audit as auditing
         from ibisagent.datasets import read_cases
+        from ibisagent.files import make_folder
         from ibisagent.policies import load_policy
         from ibisagent.segmenters import load_segmenter
-        from ibisagent.store import make_folder
 
         everything = read_cases(data)
         cases = everything if split is None else read_cases(data, split=split)

@@ -46,7 +46,7 @@ from ibisagent.domain import (
 )
 from ibisagent.environment import Board, SegmentationEnv, rollout, turn_limit
 from ibisagent.errors import ConfigError, DataError
-from ibisagent.images import write_whole
+from ibisagent.files import write_whole
 from ibisagent.masks import iou
 from ibisagent.policies.base import Policy
 from ibisagent.segmenters import Segmenter

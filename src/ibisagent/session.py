@@ -12,7 +12,6 @@ import html
 import io
 import json
 import os
-import re
 import tempfile
 import threading
 import uuid
@@ -22,7 +21,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 
 from ibisagent.domain import (
@@ -60,14 +58,14 @@ from ibisagent.environment import (
     turn_limit,
 )
 from ibisagent.errors import ConfigError, DataError, PolicyError
-from ibisagent.images import read_image, read_masks, write_mask_png, write_png, write_whole
+from ibisagent.files import make_folder, png_bytes, safe_name, write_whole
+from ibisagent.images import read_image, read_masks, write_mask_png, write_png
 from ibisagent.masks import decode_rle
 from ibisagent.policies.base import Policy
 from ibisagent.protocol import overlay, target_of, write
 from ibisagent.segmenters import Segmenter
 from ibisagent.store import (
     EpisodeStore,
-    make_folder,
     plain_masks,
     plain_turn,
     read_plain_masks,
@@ -78,9 +76,6 @@ from ibisagent.store import (
 
 MAX_STEPS = 400
 """Most turns of one session, a person's and the agent's together."""
-
-MAX_NAME_BYTES = 80
-"""Longest part of a file name that is taken from an image's or an object's name; file systems allow 255 in all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,15 +144,6 @@ def provenance(policy: Policy, segmenter: Segmenter) -> dict[str, str]:
     return {**segmenter.describe(), **describe()}
 
 
-def file_names(paths: Iterable[str | Path]) -> list[str]:
-    """One distinct name per path to begin its output files with: its stem, numbered where a batch has it twice.
-
-    Names that differ only in case count as equal, since many file systems cannot keep both.
-    """
-    taken: set[str] = set()
-    return [_distinct(Path(path).stem, taken) for path in paths]
-
-
 def export(episode: Episode, image: Image, folder: str | Path, name: str) -> Outputs:
     """Write `<name>_mask_<target>.png` per target, `<name>_overlay.png` and `<name>_record.json` into `folder`.
 
@@ -168,7 +154,7 @@ def export(episode: Episode, image: Image, folder: str | Path, name: str) -> Out
     folder = Path(folder)
     masks = episode.answer_masks
     taken: set[str] = set()
-    mask_files = {target: f"{name}_mask_{_distinct(target, taken)}.png" for target in masks}
+    mask_files = {target: f"{name}_mask_{safe_name(target, taken)}.png" for target in masks}
     overlay_file, record_file = f"{name}_overlay.png", f"{name}_record.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -339,7 +325,7 @@ class Session:
         self._lock = threading.RLock()
         if self.folder is not None and not (self.folder / SESSION_FILE).exists():
             make_folder(self.folder)
-            write_whole(_quick_png(self.image.pixels), self.folder / IMAGE_FILE)
+            write_whole(png_bytes(self.image.pixels), self.folder / IMAGE_FILE)
             self._save(self._rounds)
 
     @classmethod
@@ -594,12 +580,12 @@ class Session:
             make_folder(folder / part)
         stem = self.image.sha256[:16]
         picture = f"images/{stem}.png"
-        write_whole(_quick_png(self.image.pixels), folder / picture)
+        write_whole(png_bytes(self.image.pixels), folder / picture)
         rows = []
         for target, mask in self.masks.items():
             mask_file = ""
             if mask.any():
-                mask_file = f"masks/{stem}_{_distinct(target, set())}_{_short_hash(target)}.png"
+                mask_file = f"masks/{stem}_{safe_name(target, set())}_{_short_hash(target)}.png"
                 write_mask_png(mask, folder / mask_file)
             rows.append((picture, mask_file, target, self.query))
         _add_rows(folder / MANIFEST_NAME, rows)
@@ -780,14 +766,6 @@ def _same(a: Masks, b: Masks) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(mask, b[name]) for name, mask in a.items())
 
 
-def _quick_png(pixels: np.ndarray) -> bytes:
-    """(H, W, 3) uint8 as a PNG file, made for speed."""
-    done, encoded = cv2.imencode(".png", pixels[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])
-    if not done:
-        raise DataError("the picture cannot be written as PNG")
-    return bytes(encoded.tobytes())
-
-
 _REPORT = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#111}}
@@ -804,7 +782,7 @@ td,th{{border-bottom:1px solid #ccc;padding:.3rem .5rem;text-align:left;vertical
 
 def _report(session: Session) -> str:
     image, masks = session.image, session.masks
-    encoded = _quick_png(np.asarray(overlay(image, masks).convert("RGB")))
+    encoded = png_bytes(overlay(image, masks))
     objects = []
     for name, mask in masks.items():
         pixels = int(mask.sum())
@@ -861,15 +839,3 @@ def _find_image(episode: Episode, record: Path, given: str | Path | None) -> Ima
         raise DataError(f"{record}: its image {name} is not there; say where it is with --image")
     pictures = [read_image(path) for path in found]
     return next((picture for picture in pictures if picture.sha256 == episode.image_sha256), pictures[0])
-
-
-def _distinct(name: str, taken: set[str]) -> str:
-    """`name` made fit for a file name, numbered if `taken` holds it already; adds it to `taken`."""
-    plain = re.sub(r"[^\w.+-]+", "_", name).strip("._") or "image"
-    plain = plain.encode()[:MAX_NAME_BYTES].decode(errors="ignore")
-    number, chosen = 1, plain
-    while chosen.casefold() in taken:
-        number += 1
-        chosen = f"{plain}-{number}"
-    taken.add(chosen.casefold())
-    return chosen

@@ -38,8 +38,8 @@ from ibisagent.domain import (
     check_mask_selection,
     check_masks,
 )
-from ibisagent.errors import ConfigError, DataError
-from ibisagent.images import write_whole
+from ibisagent.errors import DataError
+from ibisagent.files import make_folder, one_line, write_whole
 from ibisagent.masks import decode_rle, encode_rle
 
 SCHEMA_VERSION = 2
@@ -280,36 +280,6 @@ def read_plain_masks(plain: list[Mapping[str, Any]], size: tuple[int, int], wher
         raise DataError(f"{where}: is damaged ({error})") from error
 
 
-def make_folder(folder: Path) -> None:
-    """Make `folder` and those above it where they are not there yet; DataError if that cannot be done."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be used as a folder ({error.strerror}); choose another one") from error
-
-
-def claim_run(path: Path, facts: Mapping[str, Any]) -> None:
-    """Write `facts`, what makes a run, to the JSON file `path`; or check that an earlier start of it wrote the same.
-
-    ConfigError naming the first fact that differs, DataError for a file that is damaged.
-    """
-    if not path.exists():
-        write_whole((json.dumps(facts, indent=1, sort_keys=True) + "\n").encode(), path)
-        return
-    try:
-        earlier = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: is damaged ({error}); choose another folder") from error
-    if not isinstance(earlier, dict):
-        raise DataError(f"{path}: is damaged; choose another folder")
-    for name in sorted({*facts, *earlier}):
-        if facts.get(name) != earlier.get(name):
-            raise ConfigError(
-                f"{path.parent}: was made with {name} {earlier.get(name)}, now it is {facts.get(name)};"
-                " choose another folder or the old value"
-            )
-
-
 def _load_json(content: bytes, where: str) -> dict[str, Any]:
     try:
         loaded = json.loads(content)
@@ -343,7 +313,7 @@ def _read_shard(path: Path, columns: list[str] | None = None) -> pa.Table:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             table = file.read(columns=columns)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: is damaged ({_first_line(error)}); delete it and make it again") from error
+        raise DataError(f"{path}: is damaged ({one_line(error, 200)}); delete it and make it again") from error
     if columns is None and table.column_names == SCHEMA.names[:-1]:  # version 1
         table = table.append_column(SCHEMA.field("mask_selection"), pa.nulls(len(table), pa.string()))
     if columns is None and table.schema.remove_metadata() != SCHEMA:
@@ -356,11 +326,7 @@ def _table(plain: list[dict[str, Any]], where: Path) -> pa.Table:
     try:
         return pa.Table.from_pylist(plain, schema=SCHEMA)
     except (pa.ArrowException, UnicodeError, TypeError, ValueError, OverflowError) as error:
-        raise DataError(f"{where}: does not hold an episode as expected ({_first_line(error)})") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise DataError(f"{where}: does not hold an episode as expected ({one_line(error, 200)})") from error
 
 
 def _plain_episode(episode: Episode) -> dict[str, Any]:

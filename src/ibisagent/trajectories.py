@@ -20,11 +20,11 @@ from ibisagent.datasets import CaseRow, CaseSource
 from ibisagent.domain import Case, Episode
 from ibisagent.environment import SegmentationEnv, package_version, rollout
 from ibisagent.errors import ConfigError, DataError, IbisError
-from ibisagent.images import write_whole
+from ibisagent.files import claim, make_folder, write_whole
 from ibisagent.masks import iou
 from ibisagent.policies.oracle import IOU_THRESHOLD, MAX_CLICKS, OraclePolicy
 from ibisagent.segmenters import Segmenter
-from ibisagent.store import EpisodeStore, claim_run, make_folder
+from ibisagent.store import EpisodeStore
 
 MAX_FAILURES = 20
 RUN_NAME, FAILURES_NAME, SUMMARY_NAME = "run.json", "failures.jsonl", "summary.json"
@@ -104,7 +104,7 @@ def generate(
         for leftover in store.folder.glob(f".{name}.*.part"):  # of a run that was killed while it wrote
             leftover.unlink()
     made_by = {**segmenter.describe(), "segmenter": segmenter.name, "ibisagent": package_version()}
-    _claim(store, _run_facts(cases, config, made_by))
+    claim(store.folder / RUN_NAME, _run_facts(cases, config, made_by), leftovers=store.shards.values())
     made_by |= {name: str(value) for name, value in asdict(config).items() if name != "shard_cases"}
     blocks = range(0, len(cases), config.shard_cases)
     finished = {shard for shard in store.shards if not store.notes(shard)["failures"]}
@@ -144,14 +144,6 @@ def _run_facts(cases: CaseSource, config: TrajectoryConfig, made_by: Mapping[str
     for row in cases.rows:
         digest.update(repr((row.id, row.query, row.label)).encode("utf-8", "surrogateescape"))
     return {**asdict(config), **made_by, "cases": len(cases), "cases_sha256": digest.hexdigest()}
-
-
-def _claim(store: EpisodeStore, facts: Mapping[str, Any]) -> None:
-    """Write run.json, or check that the one there says the same."""
-    path = store.folder / RUN_NAME
-    if not path.exists() and store.shards:
-        raise ConfigError(f"{store.folder}: holds episodes but no {RUN_NAME}; choose another folder")
-    claim_run(path, facts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

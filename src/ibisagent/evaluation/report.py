@@ -23,7 +23,7 @@ from ibisagent.errors import DataError
 from ibisagent.evaluation.results import CaseResult, Evaluation, GroupBy, summarise
 from ibisagent.evaluation.runs import Run
 from ibisagent.evaluation.tables import HEADINGS, MAIN, interval_text, ordered
-from ibisagent.images import write_whole
+from ibisagent.files import write_whole
 from ibisagent.metrics import EMPTY_RULE, EmptyRule
 from ibisagent.protocol import overlay
 from ibisagent.session import describe_actions

@@ -29,14 +29,14 @@ from ibisagent.environment import package_version, turn_limit
 from ibisagent.errors import ConfigError, DataError, IbisError, PolicyError
 from ibisagent.evaluation import MAX_FAILURES, Judge, judge_cases, location_prior
 from ibisagent.evaluation.results import CaseResult, Evaluation, Failure
-from ibisagent.images import write_whole
+from ibisagent.files import claim, make_folder, write_whole
 from ibisagent.metrics import EMPTY_RULE, EmptyRule
 from ibisagent.policies import load_policy
 from ibisagent.policies.base import Policy
 from ibisagent.protocol import History
 from ibisagent.segmenters import load_segmenter
 from ibisagent.session import provenance
-from ibisagent.store import claim_run, make_folder, plain_masks, plain_record, read_plain_masks, read_plain_record
+from ibisagent.store import plain_masks, plain_record, read_plain_masks, read_plain_record
 
 RUN_NAME, CASES_NAME, RESULT_NAME = "run.json", "cases.jsonl", "evaluation.json"
 
@@ -166,7 +166,7 @@ def run(
         log = _Log(None if folder is None else folder / CASES_NAME)
         if folder is not None:
             make_folder(folder)
-            claim_run(folder / RUN_NAME, facts)
+            claim(folder / RUN_NAME, facts)
             log.open()
         done = {index for index, line in log.lines.items() if "result" in line}
         blocks = [

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ibisagent.factory.config import read_notes
-from ibisagent.images import write_whole
+from ibisagent.files import write_whole
 from ibisagent.store import EpisodeStore
 
 if TYPE_CHECKING:

@@ -15,10 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ibisagent.environment import MAX_TURNS
 from ibisagent.errors import DataError
-from ibisagent.images import write_whole
+from ibisagent.files import make_folder, write_whole
 from ibisagent.protocol import DIALECTS
 from ibisagent.recipe import Recipe
-from ibisagent.store import make_folder
 
 Stage = Literal["trajectories", "questions", "thoughts", "reflection", "filter", "export"]
 STAGES: tuple[Stage, ...] = ("trajectories", "questions", "thoughts", "reflection", "filter", "export")

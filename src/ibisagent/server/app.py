@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import io
 import json
 import tempfile
 import threading
@@ -19,8 +18,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 from urllib.parse import quote
 
-import numpy as np
-import PIL.Image
 import uvicorn
 from fastapi import FastAPI, File, Form, HTTPException, Query, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
@@ -34,11 +31,12 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from ibisagent.domain import MAX_QUERY_CHARS, Mask, Turn
 from ibisagent.environment import package_version
 from ibisagent.errors import IbisError, PolicyError, SegmenterError
+from ibisagent.files import file_names, png_bytes
 from ibisagent.masks import encode_rle
 from ibisagent.protocol import MAX_NAME_CHARS, overlay
 from ibisagent.server.access import COOKIE, LOOPBACK_NAMES, Gate, is_token, token_for
 from ibisagent.server.service import FullError, Job, MissingError, Service, TooLargeError, export_zip, training_zip
-from ibisagent.session import BusyError, RunEnd, Session, Step, file_names
+from ibisagent.session import BusyError, RunEnd, Session, Step
 from ibisagent.store import plain_turn, record_json
 
 Returned = TypeVar("Returned")
@@ -230,15 +228,6 @@ def job_view(job: Job) -> JobView:
     return JobView(
         id=job.id, query=job.query, state=job.state, images=len(job.names), done=job.done, failures=dict(job.failures)
     )
-
-
-def png(picture: PIL.Image.Image | Mask | np.ndarray) -> bytes:
-    """A picture, or a mask as 0 and 255, as a PNG file."""
-    if isinstance(picture, np.ndarray):
-        picture = PIL.Image.fromarray(picture.astype(np.uint8) * 255 if picture.dtype == np.bool_ else picture)
-    encoded = io.BytesIO()
-    picture.save(encoded, format="PNG", compress_level=1)
-    return encoded.getvalue()
 
 
 class AgentThreads:
@@ -621,18 +610,18 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
         masks = session.masks
         if target not in masks:
             raise MissingError(f"no target '{target}' in this session")
-        return _download(session, png(masks[target]), f"mask_{target}.png", "image/png")
+        return _download(session, png_bytes(masks[target]), f"mask_{target}.png", "image/png")
 
     @app.get("/v1/sessions/{id}/image", tags=tags, response_class=Response, responses=_file("image/png"))
     def image(id: str) -> Response:  # noqa: A002
         """The image as the agent sees it."""
-        return Response(png(service.session(id).image.pixels), media_type="image/png")
+        return Response(png_bytes(service.session(id).image.pixels), media_type="image/png")
 
     @app.get("/v1/sessions/{id}/overlay", tags=tags, response_class=Response, responses=_file("image/png"))
     def picture(id: str) -> Response:  # noqa: A002
         """The image with its masks."""
         session = service.session(id)
-        return Response(png(overlay(session.image, session.masks)), media_type="image/png")
+        return Response(png_bytes(overlay(session.image, session.masks)), media_type="image/png")
 
     @app.get("/v1/sessions/{id}/report", tags=tags, response_class=Response, responses=_file("text/html"))
     def report(id: str) -> Response:  # noqa: A002

@@ -17,9 +17,10 @@ from starlette.applications import Starlette
 
 from ibisagent.environment import package_version
 from ibisagent.errors import DataError, IbisError
+from ibisagent.files import png_bytes
 from ibisagent.masks import encode_rle
 from ibisagent.protocol import overlay
-from ibisagent.server.app import AgentThreads, png, session_view
+from ibisagent.server.app import AgentThreads, session_view
 from ibisagent.server.service import Service, export_zip
 from ibisagent.session import Session
 
@@ -138,7 +139,7 @@ def _add_tools(server: MCPServer[Any], service: Service, threads: AgentThreads) 
 
         def work() -> McpImage:
             found = service.session(session)
-            return McpImage(data=png(overlay(found.image, found.masks)), format="png")
+            return McpImage(data=png_bytes(overlay(found.image, found.masks)), format="png")
 
         return await answered(work)
 

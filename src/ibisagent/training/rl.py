@@ -28,6 +28,7 @@ from ibisagent.domain import Case, Completion, Episode, Observation
 from ibisagent.environment import SegmentationEnv, turn_limit
 from ibisagent.errors import ConfigError, PolicyError, SegmenterError
 from ibisagent.factory.exports import read_grpo
+from ibisagent.files import one_line
 from ibisagent.masks import decode_rle, iou
 from ibisagent.protocol import render, target_of
 from ibisagent.rewards import RewardWeights, Score, match_names, score
@@ -363,7 +364,7 @@ def _grpo_config(recipe: RlRecipe) -> GRPOConfig:
     except ValueError as error:
         raise ConfigError(
             f"batch {recipe.batch} * accumulate {recipe.accumulate} * processes does not hold whole groups of"
-            f" {recipe.paths} paths: {' '.join(str(error).split())[:200]}"
+            f" {recipe.paths} paths: {one_line(error, 200)}"
         ) from error
 
 

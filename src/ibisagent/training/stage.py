@@ -9,7 +9,6 @@ TRL's settings, going on after a stop, and the folder that comes out.
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -30,15 +29,15 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.generic import ModelOutput
 
+from ibisagent import files
 from ibisagent.domain import Image
 from ibisagent.environment import package_version
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.factory.exports import TRAINING_TEMPLATE
-from ibisagent.images import read_image, write_whole
+from ibisagent.images import read_image
 from ibisagent.policies import load_policy
 from ibisagent.policies.mllm import MllmPolicy
 from ibisagent.protocol import History, Message, OverlayStyle
-from ibisagent.store import make_folder
 from ibisagent.training.recipes import StageRecipe
 
 RECIPE_NAME = "recipe.json"
@@ -334,28 +333,13 @@ def run(trainer: Trainer, student: Student, recipe: StageRecipe, stage: str) -> 
 
 def claim(student: Student, recipe: StageRecipe, stage: str, *, write: bool) -> None:
     """Write OUT/recipe.json, or check that the one there says the same."""
-    plain = recipe.model_dump(mode="json")
-    path = recipe.out / RECIPE_NAME
-    if path.exists():
-        try:
-            before = json.loads(path.read_bytes())
-            old = {"stage": before["stage"], **before["recipe"]}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: is damaged ({error}): give another out, or delete it") from error
-        new = {"stage": stage, **plain}
-        changed = [name for name in new if name not in FREE_TO_CHANGE and old.get(name) != new[name]]
-        if changed:
-            raise ConfigError(f"{path}: is of another run ({', '.join(changed)}): give another out, or delete it")
-    if write:
-        packages = ("trl", "transformers", "torch", "peft", "accelerate")
-        facts = {
-            "stage": stage,
-            "recipe": plain,
-            "started_from": dict(student.describe()),
-            "versions": {"ibisagent": package_version(), **{name: version(name) for name in packages}},
-        }
-        make_folder(recipe.out)
-        write_whole((json.dumps(facts, indent=1, sort_keys=True) + "\n").encode(), path)
+    packages = ("trl", "transformers", "torch", "peft", "accelerate")
+    made_with = {
+        "started_from": dict(student.describe()) if write else {},
+        "versions": {"ibisagent": package_version(), **{name: version(name) for name in packages}},
+    }
+    facts = {"stage": stage, "recipe": recipe.model_dump(mode="json")}
+    files.claim(recipe.out / RECIPE_NAME, facts, free=FREE_TO_CHANGE, notes=made_with, write=write)
 
 
 def save_result(trainer: Trainer, student: Student, recipe: StageRecipe) -> Path:

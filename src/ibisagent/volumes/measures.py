@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from ibisagent.domain import Mask
-from ibisagent.images import write_whole
+from ibisagent.files import write_whole
 from ibisagent.volumes.views import SliceView
 
 
