@@ -527,7 +527,7 @@ def test_the_command_line(episodes, qwen, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         app(["rl", str(path)])
     assert caught.value.code == 2
-    assert "Extra inputs" in capsys.readouterr().err
+    assert "there is no such setting" in capsys.readouterr().err
 
 
 def test_from_pairs_to_figures_in_one_command(tmp_path):

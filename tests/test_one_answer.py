@@ -28,6 +28,7 @@ from ibisagent.client import Client
 from ibisagent.datasets import read_cases
 from ibisagent.domain import Action, Case, Click, Image, Mask, MaskSelection, Prompt, Reply, Stop, Undo
 from ibisagent.environment import SegmentationEnv, rollout
+from ibisagent.errors import ConfigError
 from ibisagent.images import read_masks, write_mask_png, write_png
 from ibisagent.masks import decode_rle
 from ibisagent.policies.scripted import ScriptedPolicy
@@ -36,7 +37,7 @@ from ibisagent.reliability import Reviewer
 from ibisagent.rewards import score
 from ibisagent.segmenters import Prediction
 from ibisagent.server.app import create_app, standard_mounts
-from ibisagent.server.service import Service
+from ibisagent.server.service import Limits, Service
 from ibisagent.session import Session
 from ibisagent.store import read_record
 from ibisagent.volume_agent import segment_volume
@@ -185,6 +186,41 @@ def test_volumes(tmp_path: Path) -> None:
         assert is_good(view.read_mask(found.masks["band"], index))
     last = segment_volume(view, QUERY, policy(), BandSegmenter(), keys=range(3), recheck=0, mask_selection="last")
     assert np.array_equal(view.read_mask(last.masks["band"], 1), band(WORSE))
+
+
+class Brief(ScriptedPolicy):
+    """Wants two turns, and would go on for ever."""
+
+    max_turns = 2
+
+    def __init__(self) -> None:
+        super().__init__([said(click(x)) for x in range(1, 30)])
+
+
+def test_a_policys_own_turn_limit_holds_everywhere(tmp_path: Path) -> None:
+    assert len(session.segment(case(), Brief(), BandSegmenter()).turns) == 2
+    assert len(session.segment(case(), Brief(), BandSegmenter(), max_turns=3).turns) == 3
+    it = Session(case(), BandSegmenter(), Brief())
+    assert (it.run(), len(it.steps)) == ("max_turns", 2)
+    service = Service(Brief(), BandSegmenter(), tmp_path / "data")
+    strict = Service(Brief(), BandSegmenter(), tmp_path / "strict", limits=Limits(turns=1))
+    try:
+        assert len(service.segment(image(), QUERY).steps) == 2
+        assert service.submit([("eye.png", png())], QUERY).max_turns == 2
+        assert len(strict.segment(image(), QUERY).steps) == 1  # no more than the server gives
+        with pytest.raises(ConfigError, match="give 1 to 1"):
+            strict.segment(image(), QUERY, 2)
+    finally:
+        service.close()
+        strict.close()
+    view = SliceView(Volume(np.zeros((*SIZE[::-1], 3), dtype=np.int16), GRIDS["LPS-even"], "phantom"), "axial")
+    found = segment_volume(view, QUERY, Brief(), BandSegmenter(), keys=range(3), recheck=0)
+    assert (found.max_turns, [asked.turns for asked in found.asked]) == (2, [2, 2, 2])
+    write_png(image().pixels, tmp_path / "eye.png")
+    write_mask_png(band(GOOD), tmp_path / "mask.png")
+    (tmp_path / "index.csv").write_text("image,mask,object\neye.png,mask.png,band\n")
+    judged = evaluation.evaluate(read_cases(tmp_path), Brief(), BandSegmenter(), oracle=False)
+    assert (judged.results[0].measures["turns"], judged.made_by["max_turns"]) == (2, "2")
 
 
 def test_lmms_eval() -> None:
