@@ -34,7 +34,7 @@ from ibisagent.evaluation import runs
 from ibisagent.evaluation.results import Evaluation, compare, summarise
 from ibisagent.factory.config import FactoryConfig
 from ibisagent.factory.stages import Plan, build
-from ibisagent.images import write_whole
+from ibisagent.files import write_whole
 from ibisagent.rewards import PAPER_TERMS
 from ibisagent.training import nano, rl, sft
 from ibisagent.training.click_states import is_development

@@ -22,7 +22,6 @@ from ibisagent.evaluation import evaluate
 from ibisagent.evaluation.results import compare, summarise
 from ibisagent.policies import load_policy
 from ibisagent.segmenters import load_segmenter
-from ibisagent.session import DEFAULT_TURNS
 from ibisagent.teacher.phrasings import Absences, phrasings, with_article
 
 
@@ -94,7 +93,6 @@ def main() -> None:
             policy,
             segmenter,
             oracle=False,
-            max_turns=DEFAULT_TURNS,
         )
         for held_out in (False, True)
     ]

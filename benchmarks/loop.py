@@ -22,7 +22,7 @@ from typing import Any
 from ibisagent import session
 from ibisagent.datasets import CaseSource, read_cases
 from ibisagent.domain import Case
-from ibisagent.environment import SegmentationEnv, rollout
+from ibisagent.environment import SegmentationEnv, rollout, turn_limit
 from ibisagent.policies import load_policy
 from ibisagent.segmenters import load_segmenter
 
@@ -82,7 +82,7 @@ def together_against_one_by_one(
         *loaded, spare = cases
 
         def env(case: Case) -> SegmentationEnv:
-            return SegmentationEnv(case, engine, dialect=writer.dialect, max_turns=session.DEFAULT_TURNS)
+            return SegmentationEnv(case, engine, dialect=writer.dialect, max_turns=turn_limit(writer))
 
         rollout(writer, [env(spare)])  # whatever is loaded on first use
         envs = [env(case) for case in loaded for _ in range(episodes_each)]

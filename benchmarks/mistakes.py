@@ -19,12 +19,11 @@ import numpy as np
 
 from ibisagent.datasets import read_cases
 from ibisagent.domain import Click, Completion, Mask, Masks, Reply, Undo
-from ibisagent.environment import SegmentationEnv, rollout
+from ibisagent.environment import SegmentationEnv, rollout, turn_limit
 from ibisagent.masks import iou
 from ibisagent.policies import load_policy
 from ibisagent.protocol import target_of, write
 from ibisagent.segmenters import load_segmenter
-from ibisagent.session import DEFAULT_TURNS
 from ibisagent.training.click_states import is_development, spoilt
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -55,7 +54,7 @@ def main() -> None:
     for labelled in cases:
         [truth] = labelled.targets.values()
         case = replace(labelled, targets={})
-        env = SegmentationEnv(case, segmenter, dialect=policy.dialect, max_turns=DEFAULT_TURNS)
+        env = SegmentationEnv(case, segmenter, dialect=policy.dialect, max_turns=turn_limit(policy))
         env.step(policy.respond([env.observation])[0])
         mask = next(iter(env.observation.masks.values()), None)
         if not env.done and mask is not None and mask.any() and not (mask | truth).all():
@@ -66,12 +65,12 @@ def main() -> None:
             rollout(policy, [env])
             later = [action for turn in env.observation.turns[turns:] for action in turn.reply.actions]
             undone += any(isinstance(action, Undo) for action in later)
-            mistakes.append((iou(mask, truth), after, reached(env.observation.masks, truth)))
+            mistakes.append((iou(mask, truth), after, reached(env.episode().answer_masks, truth)))
         start = spoilt(truth, random)
         case = replace(case, start={target_of(case.query): start})
-        env = SegmentationEnv(case, segmenter, dialect=policy.dialect, max_turns=DEFAULT_TURNS)
+        env = SegmentationEnv(case, segmenter, dialect=policy.dialect, max_turns=turn_limit(policy))
         rollout(policy, [env])
-        brought.append((iou(start, truth), reached(env.observation.masks, truth)))
+        brought.append((iou(start, truth), reached(env.episode().answer_masks, truth)))
     gained = np.diff(brought, axis=1)[:, 0]
     figures = {
         "mistakes": len(mistakes),

@@ -28,7 +28,7 @@ import numpy as np
 from ibisagent import evaluation, session
 from ibisagent.calibration import calibration
 from ibisagent.datasets import CaseSource, read_cases
-from ibisagent.images import write_whole
+from ibisagent.files import write_whole
 from ibisagent.policies import load_policy
 from ibisagent.reliability import FREE_SIGNALS, Reliability, Reviewer, fit, gain_of_dropping
 from ibisagent.segmenters import load_segmenter
@@ -51,7 +51,7 @@ def measured(cases: CaseSource, reviewer: Reviewer) -> list[Measured]:
     found = []
     for number, (row, case) in enumerate(zip(cases.rows, cases, strict=True), start=1):
         episode = session.segment(case, reviewer.policy, reviewer.segmenter, max_turns=reviewer.max_turns)
-        reached = evaluation.agreement(episode.kept(reviewer.keep), case)[0]
+        reached = evaluation.agreement(episode.answer_masks, case)[0]
         found.append(Measured(row.patient or str(row.image), reviewer.signals(episode, case), reached))
         print(f"{number} of {len(cases)}", file=sys.stderr, flush=True)
     return found
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("set IBIS_DATA to a labelled data set with the splits 'train' and 'val'")
     data = read_cases(os.environ["IBIS_DATA"]).filter(lambda row: row.mask is not None)
     policy, segmenter = load_policy(options.policy, device="cpu"), load_segmenter(options.segmenter, device="cpu")
-    reviewer = Reviewer(policy, segmenter, samples=options.samples, max_turns=session.DEFAULT_TURNS)
+    reviewer = Reviewer(policy, segmenter, samples=options.samples)
     cases = {
         "development": data.filter(lambda row: row.split == "train" and is_development(row.patient)),
         "val": data.filter(lambda row: row.split == "val").spread(options.limit),

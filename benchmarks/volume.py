@@ -129,7 +129,14 @@ def measure(name: str, segmenter: Segmenter, step: int, sample: int, clicks: int
     seconds_every = time.perf_counter() - started
     started = time.perf_counter()
     found = segment_volume(
-        view, TARGET, policy, segmenter, keys=range(0, view.count, step), recheck=0, max_turns=clicks + 1
+        view,
+        TARGET,
+        policy,
+        segmenter,
+        keys=range(0, view.count, step),
+        recheck=0,
+        max_turns=clicks + 1,
+        mask_selection="last",
     )
     seconds = time.perf_counter() - started
     mask = found.masks.get(TARGET, np.zeros(volume.shape, bool))
@@ -188,6 +195,7 @@ def large(segmenter: Segmenter, clicks: int) -> dict[str, Any]:
                 keys=range(25, 400, 50),
                 recheck=0,
                 max_turns=clicks + 1,
+                mask_selection="last",
                 on_episode=files.episode,
             )
             files.finish(found, view, TARGET, {})

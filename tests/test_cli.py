@@ -86,15 +86,17 @@ def test_the_mask_of_the_best_turn_can_be_kept_and_is_replayed(image: Path, tmp_
     kept = {}
     for keep in ("last", "best"):
         out = tmp_path / keep
-        assert run_segment(image, QUERY, "--keep", keep, policy=script, out=out).exit_code == 0
+        assert run_segment(image, QUERY, "--mask-selection", keep, policy=script, out=out).exit_code == 0
         assert ibisagent("replay", out / "box_record.json", "-o", out / "again").exit_code == 0
         file = "box_mask_bright_box.png"
         assert (out / file).read_bytes() == (out / "again" / file).read_bytes()
         episode, mask = read_record(out / "box_record.json"), read_masks(out / file)["mask"]
-        assert (mask == episode.kept(keep)["bright box"]).all()
+        assert (mask == episode.answer_masks["bright box"]).all()
         kept[keep] = next(turn.segmenter_score for turn in episode.turns if (turn.after["bright box"] == mask).all())
     assert kept["best"] >= kept["last"]
-    assert_one_line(run_segment(image, QUERY, "--keep", "none", policy=script, out=tmp_path), "give last or best")
+    assert_one_line(
+        run_segment(image, QUERY, "--mask-selection", "none", policy=script, out=tmp_path), "give best or last"
+    )
 
 
 def test_segment_writes_mask_overlay_and_record(image: Path, script: str, tmp_path: Path, truth: np.ndarray) -> None:

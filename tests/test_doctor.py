@@ -35,11 +35,12 @@ CASES = {
 
 
 def play(case_id: str, *masks: Mask, click: tuple[int, int] = (15, 15), stop: bool = True) -> Episode:
-    """An episode whose every click leads to the next of `masks`, and a Stop or an unreadable reply at its end."""
+    """An episode whose every click, from `click` on, leads to the next of `masks`, then a Stop or nonsense."""
     turns, before = [], {}
-    for mask in masks:
+    for number, mask in enumerate(masks):
         after = {"spleen": mask}
-        turns.append(Turn(Completion(""), Reply("", (Click(*click, True, "spleen"),)), before, after, 0.5))
+        given = Click(click[0] + number, click[1], True, "spleen")  # the same one again would say nothing
+        turns.append(Turn(Completion(""), Reply("", (given,)), before, after, 0.5))
         before = after
     last = Reply("", (Stop("Done."),)) if stop else Reply(problem="no action")
     turns.append(Turn(Completion(""), last, before, before))
@@ -144,7 +145,7 @@ def test_the_command_reads_stores_and_records_and_fails_loudly(data: Path, tmp_p
 def test_the_command_takes_weights_and_tells_what_is_missing(data: Path, tmp_path: Path) -> None:
     a, b = (row.id for row in read_cases(data).rows)
     recipe = tmp_path / "rl.toml"
-    recipe.write_text("[reward]\nformat = 0\nlength = 0\nturns = 0.1\n")
+    recipe.write_text("[rewards]\nformat = 0\nlength = 0\nturns = 0.1\n")
     store = EpisodeStore(tmp_path / "run")
     store.append([play(a, GOOD), play(b, LOST, LOST, click=(2, 2)), play("stranger", GOOD)])
     result = run(store.folder, "--data", data, "--config", recipe, "--json")

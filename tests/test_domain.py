@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
@@ -21,8 +21,11 @@ from ibisagent.domain import (
     Stop,
     Turn,
     Undo,
+    check_mask_selection,
     check_query,
-    kept_prompts,
+    stand_after,
+    standing,
+    standing_by_turn,
     union,
 )
 from ibisagent.errors import ConfigError, DataError, IbisError, PolicyError, SegmenterError
@@ -141,28 +144,121 @@ def test_an_episode_knows_its_end():
     assert episode(turn(Undo())).answer == Stop()
 
 
-def test_the_mask_that_the_segmenter_liked_best_can_be_kept():
-    small, large = mask(2), mask(5)
+A, B, C, D = (Click(column, 0, True, "disc") for column in range(4))
+CUP = Box(0, 0, 2, 2, "cup")
+
+
+def played(*turns, start=None, selection="best", users=""):
+    """An episode of turns (actions, widths of the masks after them by name, score)."""
+    made, before = [], start or {}
+    for actions, widths, score in turns:
+        after = {name: mask(width) for name, width in widths.items()}
+        made.append(Turn(Completion("x"), Reply("", actions), before, after, score))
+        before = after
+    return replace(episode(*made, start=start), mask_selection=selection, made_by={"people_turns": users})
+
+
+def widths(masks):
+    return {name: int(drawn[0].sum()) for name, drawn in masks.items()}
+
+
+def test_the_answer_is_the_mask_that_the_segmenter_scored_best_or_the_last():
     turns = [
-        Turn(Completion("a"), Reply(), {}, {"disc": small, "cup": small}, 0.9),
-        Turn(Completion("b"), Reply(), {"disc": small, "cup": small}, {"disc": large, "cup": mask(2)}, 0.4),
-        Turn(Completion("c"), Reply(), {"disc": large, "cup": small}, {"disc": large, "cup": small}, None),
+        ((A,), {"disc": 1}, 0.5),
+        ((B,), {"disc": 2}, 0.9),
+        ((C,), {"disc": 3}, 0.4),
+        ((Stop(),), {"disc": 3}, None),
     ]
-    whole = episode(*turns)
-    assert whole.kept("last") is whole.masks
-    assert {name: int(best[0].sum()) for name, best in whole.kept("best").items()} == {"disc": 2, "cup": 2}
-    assert np.array_equal(episode(*turns[1:]).kept("best")["disc"], large)
-    start = {"disc": large}
-    assert episode(start=start).kept("best") == start
+    whole = played(*turns)
+    assert (widths(whole.answer_masks), whole.answer_score) == ({"disc": 2}, 0.9)
+    last = played(*turns, selection="last")
+    assert (widths(last.answer_masks), last.answer_score) == ({"disc": 3}, 0.4)
+    assert widths(whole.masks) == {"disc": 3}
+    equals = played(((A,), {"disc": 1}, 0.5), ((B,), {"disc": 2}, 0.5))
+    assert widths(equals.answer_masks) == {"disc": 2}  # of two equals the later
+    assert Episode("id", "?", SIZE, "", "", {}, (), "stopped", {}).mask_selection == "best"
+    assert (episode().answer_masks, episode().answer_score) == ({}, None)
 
 
-def test_kept_prompts_are_those_that_no_undo_took_back():
-    a, b, c, d = (Click(column, 0, True, "disc") for column in range(4))
-    box = Box(0, 0, 2, 2, "cup")
-    turns = (turn(a, b), turn(Undo()), turn(box, c), turn(Undo(2), d), turn(Stop()))
-    assert kept_prompts(turns) == [a, d]
-    assert kept_prompts((turn(a), turn(Undo(99)), turn(b))) == [b]
-    assert kept_prompts(()) == []
+def test_a_mask_that_was_taken_back_is_never_the_answer():
+    good, bad = ((A,), {"disc": 1}, 0.5), ((B,), {"disc": 2}, 0.9)
+    undone = played(good, bad, ((Undo(),), {"disc": 1}, 0.5), ((C,), {"disc": 3}, 0.4))
+    assert (widths(undone.answer_masks), undone.answer_score) == ({"disc": 1}, 0.5)
+    in_one_reply = played(good, bad, ((Undo(), C), {"disc": 3}, 0.4))
+    assert widths(in_one_reply.answer_masks) == {"disc": 1}
+    partly = played(((A, B), {"disc": 2}, 0.9), ((Undo(),), {"disc": 1}, 0.3))
+    assert (widths(partly.answer_masks), partly.answer_score) == ({"disc": 1}, 0.3)
+    given_again = played(good, bad, ((Undo(),), {"disc": 1}, 0.5), ((B,), {"disc": 2}, 0.9), ((C,), {"disc": 3}, 0.4))
+    assert widths(given_again.answer_masks) == {"disc": 2}
+    everything = played(good, bad, ((Undo(9),), {}, None), ((Stop("", ("disc",)),), {}, None))
+    assert (widths(everything.answer_masks), everything.answer_score) == ({"disc": 0}, None)
+
+
+def test_a_start_mask_is_the_answer_where_nothing_else_stands():
+    start = {"disc": mask(7)}
+    assert episode(start=start).answer_masks == start
+    undone = played(((A,), {"disc": 1}, 0.9), ((Undo(),), {"disc": 7}, None), start=start)
+    assert widths(undone.answer_masks) == {"disc": 7}
+    edited = played(((A,), {"disc": 1}, 0.2), ((Stop(),), {"disc": 1}, None), start=start)
+    assert widths(edited.answer_masks) == {"disc": 1}
+    other = played(
+        ((CUP,), {"disc": 7, "cup": 2}, 0.9), ((Stop("", ("disc",)),), {"disc": 7, "cup": 2}, None), start=start
+    )
+    assert widths(other.answer_masks) == {"disc": 7, "cup": 2}  # called absent, but nobody took it away
+
+
+def test_targets_are_chosen_apart():
+    whole = played(
+        ((A, CUP), {"disc": 1, "cup": 2}, 0.8),
+        ((B,), {"disc": 2, "cup": 2}, 0.3),
+        ((Undo(3),), {}, None),
+        ((CUP,), {"cup": 2}, 0.7),
+        ((A,), {"disc": 1, "cup": 2}, 0.6),
+        ((C,), {"disc": 3, "cup": 2}, 0.1),
+    )
+    assert (widths(whole.answer_masks), whole.answer_score) == ({"disc": 1, "cup": 2}, pytest.approx(0.65))
+
+
+def test_what_a_user_corrects_is_never_overruled_by_a_score():
+    agent, user = [((A,), {"disc": 1}, 0.9), ((B,), {"disc": 2}, 0.5)], ((C,), {"disc": 3}, 0.1)
+    assert widths(played(*agent, user, users="3").answer_masks) == {"disc": 3}
+    later = ((D,), {"disc": 4}, 0.4)
+    assert widths(played(*agent, user, later, users="3").answer_masks) == {"disc": 4}  # builds on the correction
+    taken_back = ((Undo(),), {"disc": 2}, 0.5)
+    assert widths(played(*agent, user, taken_back, users="3 4").answer_masks) == {"disc": 1}
+    elsewhere = ((CUP,), {"disc": 2, "cup": 5}, 0.2)
+    assert widths(played(*agent, elsewhere, users="3").answer_masks) == {"disc": 1, "cup": 5}
+    assert widths(played(*agent, ((Stop(),), {"disc": 2}, None), users="3").answer_masks) == {"disc": 1}  # accepted
+
+
+def test_standing_prompts_are_those_that_no_undo_took_back():
+    turns = (turn(A, B), turn(Undo()), turn(CUP, C), turn(Undo(2), D), turn(Stop()))
+    assert standing(turns) == [A, D]
+    assert standing_by_turn(turns) == ((0, A), (3, D))
+    assert standing((turn(A), turn(Undo(99)), turn(B))) == [B]
+    assert standing(()) == []
+    assert standing((turn(A), turn(A), turn(B, A, B))) == [A, B]  # what stands already says nothing new
+    assert standing((turn(A), turn(B), turn(Undo(), A))) == [A]
+    assert standing((turn(A, Stop(), B),)) == [A]
+
+
+def test_an_undo_that_is_put_right_in_the_same_reply_changes_nothing():
+    stand = standing_by_turn((turn(A), turn(B)))
+    assert stand_after(stand, 2, (Undo(), B)) is stand
+    assert stand_after(stand, 2, (A,)) is stand
+    assert stand_after(stand, 2, (Undo(2), B, A)) == ((2, B), (2, A))
+
+
+def test_undone_turns_are_those_of_which_nothing_stands():
+    assert episode(turn(A), turn(B, C), turn(Undo()), turn(D), turn(Undo(2)), turn(Stop())).undone_turns == {1, 3}
+    assert episode(turn(A), turn(A), turn(Undo(), A), turn(Stop())).undone_turns == set()  # only said again
+    assert episode(turn(A, Undo()), turn(Stop(), B)).undone_turns == {0}
+
+
+def test_mask_selections_are_two_words():
+    assert [check_mask_selection(word) for word in ("best", "last")] == ["best", "last"]
+    with pytest.raises(ConfigError, match="mask selection 'first': give best or last"):
+        check_mask_selection("first")
 
 
 def test_union_takes_missing_names_as_empty():

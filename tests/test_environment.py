@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ibisagent.domain import Box, Case, Click, Completion, Image, Masks, Observation, Prompt, Reply, Stop, Turn, Undo
-from ibisagent.domain import kept_prompts as kept
-from ibisagent.environment import KEPT_STATES, Board, SegmentationEnv, replay, rollout
+from ibisagent.domain import (
+    Box,
+    Case,
+    Click,
+    Completion,
+    Image,
+    Masks,
+    Observation,
+    Prompt,
+    Reply,
+    Stop,
+    Turn,
+    Undo,
+    standing_by_turn,
+)
+from ibisagent.domain import standing as kept
+from ibisagent.environment import KEPT_STATES, MAX_TURNS, Board, SegmentationEnv, replay, rollout, turn_limit
 from ibisagent.errors import ConfigError, DataError, PolicyError, SegmenterError
+from ibisagent.policies import NANO_FOLDER
 from ibisagent.policies.oracle import OraclePolicy
 from ibisagent.policies.scripted import ScriptedPolicy
 from ibisagent.protocol import write
@@ -417,12 +434,60 @@ def test_replay_rebuilds_the_masks_and_undo_equals_never_clicked(turns: list[lis
             given = [action for action in replies if not isinstance(action, Undo)]
             if len(given) == len(replies) and not environment.done:  # take back a whole turn, then give it again
                 after = environment.observation.masks
-                assert same(do(environment, Undo(len(given))).after, before.masks)
+                new = set(given).difference(kept(before.turns))
+                assert same(do(environment, Undo(len(new))).after, before.masks)
                 assert same(do(environment, *given).after, after)
     if not environment.done:
         do(environment, Stop())
     episode = environment.episode()
     assert same(replay(episode, IMAGE, NotebookSegmenter()), episode.masks)
+    board = Board(IMAGE, NotebookSegmenter(), {})  # record and board agree on what stands
+    for _, batch in groupby(standing_by_turn(episode.turns), key=lambda one: one[0]):
+        board.apply([prompt for _, prompt in batch])
+    assert same(board.masks, episode.masks)
+
+
+def test_an_undo_counts_though_the_prompt_after_it_stands_already() -> None:
+    environment, twin = env(), env()
+    first = do(environment, click(10, 10))
+    do(environment, click(40, 20))
+    turn = do(environment, Undo(1), click(10, 10))
+    assert same(turn.after, first.after)
+    assert not environment.done
+    assert kept(environment.observation.turns) == [click(10, 10)]
+    do(environment, click(50, 30), click(10, 10))
+    do(twin, click(10, 10))
+    do(twin, click(50, 30))
+    assert same(environment.observation.masks, twin.observation.masks)
+    do(environment, Undo(1))
+    assert same(environment.observation.masks, first.after)  # the repeated click was not counted
+
+
+def test_an_undo_put_right_in_the_same_reply_repeats() -> None:
+    environment = env()
+    first = do(environment, click(10, 10))
+    turn = do(environment, Undo(1), click(10, 10))
+    assert turn.after["spleen"] is first.after["spleen"]
+    assert environment.episode().stop == "repeated"
+
+
+def test_the_answer_is_recorded_with_the_episode() -> None:
+    for selection in ("best", "last"):
+        environment = SegmentationEnv(case(), NotebookSegmenter(), dialect="ibis", mask_selection=selection)
+        best = do(environment, click(10, 10), click(12, 10), click(14, 10))
+        do(environment, Undo(2))
+        last = do(environment, Stop())
+        episode = environment.episode()
+        assert episode.mask_selection == selection
+        assert same(episode.answer_masks, last.after)
+        assert not same(episode.answer_masks, best.after)
+
+
+def test_turn_limit_is_the_policys_own_or_that_of_the_paper() -> None:
+    assert turn_limit(ScriptedPolicy([])) == MAX_TURNS == 20
+    assert turn_limit(OraclePolicy([], max_clicks=3)) == 4
+    packaged = json.loads((NANO_FOLDER / "config.json").read_text())
+    assert packaged["max_turns"] == 5
 
 
 def test_replay_checks_image_and_segmenter() -> None:

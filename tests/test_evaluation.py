@@ -137,7 +137,9 @@ def test_measures_of_an_agent(cases: CaseSource) -> None:
     script = {"hit.png#box": [text(Click(45, 30, True, "box")), "nonsense", away, text(Undo(1)), STOP]}
     one_case = cases.filter(lambda row: row.id == "hit.png#box")
     [last, best] = (
-        evaluation.evaluate(one_case, ScriptedPolicy(script), RegionSegmenter(), oracle=False, keep=keep).results[0]
+        evaluation.evaluate(
+            one_case, ScriptedPolicy(script), RegionSegmenter(), oracle=False, mask_selection=keep
+        ).results[0]
         for keep in ("last", "best")
     )
     assert last.measures["iou"] == pytest.approx(REGION_IOU)

@@ -146,7 +146,7 @@ def test_in_memory_is_the_same(setup: Setup, finished: Path) -> None:
 
 
 def test_other_run_in_the_folder(setup: Setup, finished: Path) -> None:
-    with pytest.raises(ConfigError, match="batch_size 2"):
+    with pytest.raises(ConfigError, match="batch_size was 2"):
         run(Setup(setup.data, policy=setup.policy, segmenter="region", batch_size=3), finished)
     with pytest.raises(ConfigError, match="workers"):
         run(setup, workers=0)

@@ -28,7 +28,6 @@ from ibisagent.masks import iou
 from ibisagent.segmenters import load_segmenter
 from ibisagent.store import EpisodeStore
 from ibisagent.teacher.phrasings import FAMILIES, PHRASINGS, phrasings
-from ibisagent.trajectories import undone_turns
 
 SIZE = (61, 83)
 CONFIG = FactoryConfig(
@@ -119,7 +118,7 @@ def test_mistakes_are_visible_taken_back_and_not_judged(made: Path, data: Path) 
     erring = [e for e in EpisodeStore(made / "filter").read() if families[e.case_id] == "correction"]
     assert erring
     for episode in erring:
-        wrong = undone_turns(episode)
+        wrong = episode.undone_turns
         assert len(wrong) == 1
         turn = episode.turns[min(wrong)]
         truth = cases[episode.case_id.split("?")[0]].targets["spleen" if "#spleen" in episode.case_id else "kidney"]  # type: ignore[index]
@@ -200,7 +199,7 @@ def test_stages_run_alone_and_in_order_only(data: Path, made: Path, tmp_path: Pa
     assert estimate(plan)["price"] == 0
     build(plan, ["questions"])
     assert [q.id for q in read_questions(tmp_path / "out" / "questions" / "questions-000000.parquet")]
-    with pytest.raises(ConfigError, match="was made with min_iou"):
+    with pytest.raises(ConfigError, match="another run \\(min_iou was"):
         build(Plan(read_cases(data), tmp_path / "out", CONFIG.model_copy(update={"min_iou": 0.5})), ["questions"])
 
 
@@ -259,7 +258,7 @@ def test_conversations_come_back_with_the_same_actions(data: Path, made: Path, t
             ]
         else:
             assert read == wanted
-        wrong = undone_turns(episode)
+        wrong = episode.undone_turns
         assert conversation.learnt == [number not in wrong for number in range(len(episode.turns))]
         assert len(conversation.pictures) == len(episode.turns)
         assert all(path.is_file() for path in conversation.pictures)
@@ -282,12 +281,12 @@ def test_sharegpt_comes_back_and_never_teaches_a_mistake(made: Path) -> None:
     for conversation in exports.read_sharegpt(made / "export"):
         episode = episodes[conversation.id]
         assert conversation.actions(episode.size, "ibis") == [turn.reply for turn in episode.turns]
-        assert not undone_turns(episode)
+        assert not episode.undone_turns
     learnt: Counter[str] = Counter()
     for conversation in exports.read_sharegpt(made / "export", "last"):
         name, _, number = conversation.id.rpartition("@")
         episode = episodes[name]
-        assert int(number) not in undone_turns(episode)
+        assert int(number) not in episode.undone_turns
         assert conversation.actions(episode.size, "ibis") == [t.reply for t in episode.turns[: int(number) + 1]]
         assert conversation.learnt == [False] * int(number) + [True]
         learnt[name] += 1

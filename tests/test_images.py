@@ -13,7 +13,8 @@ import pytest
 import tifffile
 
 from ibisagent.errors import ConfigError, DataError
-from ibisagent.images import read_image, read_masks, write_mask_png, write_png, write_whole
+from ibisagent.files import write_whole
+from ibisagent.images import read_image, read_masks, write_mask_png, write_png
 
 SIZE = (61, 83)
 ORIENTATION = 274

@@ -11,6 +11,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "ibisagent"
 
 LAYERS = (
     ("errors",),
+    ("files",),
     ("domain",),
     ("limits",),
     ("masks", "images", "csv_tables", "clicks", "protocol", "calibration", "recipe", "resampling"),

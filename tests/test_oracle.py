@@ -19,7 +19,7 @@ from ibisagent.domain import (
     Stop,
     Turn,
     Undo,
-    kept_prompts,
+    standing,
 )
 from ibisagent.environment import SegmentationEnv, rollout
 from ibisagent.errors import ConfigError, PolicyError
@@ -81,7 +81,7 @@ def test_every_click_corrects_an_error_wherever_jitter_moves_it() -> None:
     for jitter in (0.0, 0.4, 1.0):
         for episode in play(OraclePolicy(CASES, jitter=jitter)):
             for turn in episode.turns:
-                for prompt in kept_prompts([turn]):
+                for prompt in standing([turn]):
                     assert click_score(prompt, turn.before, truth_of(episode), {"polyp": "polyp"}) == 1
 
 
@@ -121,7 +121,7 @@ def test_mistakes_are_wrong_and_taken_back_at_once() -> None:
     for episode in play(OraclePolicy(CASES, mistakes=0.4)):
         truth = truth_of(episode)
         for index, turn in enumerate(episode.turns):
-            scores = [click_score(prompt, turn.before, truth, {"polyp": "polyp"}) for prompt in kept_prompts([turn])]
+            scores = [click_score(prompt, turn.before, truth, {"polyp": "polyp"}) for prompt in standing([turn])]
             follower = episode.turns[index + 1] if index + 1 < len(episode.turns) else None
             taken_back = follower is not None and isinstance(follower.reply.actions[0], Undo)
             assert taken_back == (-1 in scores)

@@ -17,11 +17,13 @@ from ibisagent.rewards import (
     length_score,
     match_names,
     predicted_quality_score,
-    read_weights,
     score,
     turns_score,
+    weights_of,
 )
+from ibisagent.training.recipes import RlRecipe
 
+RECIPES = Path(__file__).parent.parent / "recipes"
 SIZE = (40, 60)
 IMAGE = Image(np.zeros((*SIZE, 3), dtype=np.uint8))
 
@@ -305,26 +307,43 @@ def test_turns_cost_from_the_first_on() -> None:
 
 
 def test_weights_come_from_the_table_of_a_recipe(tmp_path: Path) -> None:
-    recipe = tmp_path / "rl.toml"
-    recipe.write_text("[reward]\nclick = 0\nturns = 0.1\nanswer_steps = [[0.9, 3], [0.5, 1]]\n[other]\nx = 1\n")
-    weights = read_weights(recipe)
-    assert weights == RewardWeights(click=0, turns=0.1, answer_steps=((0.9, 3.0), (0.5, 1.0)))
-    assert list(weights.terms) == ["answer", "format", "progress", "length", "turns"]
-    recipe.write_text("[other]\nx = 1\n")
-    assert read_weights(recipe) == PAPER
+    path = tmp_path / "rl.toml"
+    path.write_text("[rewards]\nclick = 0\nturns = 0.1\nanswer_steps = [[0.9, 3], [0.5, 1]]\n")
+    expected = RewardWeights(click=0, turns=0.1, answer_steps=((0.9, 3.0), (0.5, 1.0)))
+    assert RlRecipe.read_one(path, "rewards") == expected
+    assert list(expected.terms) == ["answer", "format", "progress", "length", "turns"]
+    path.write_text("max_turns = 7\n")
+    assert RlRecipe.read_one(path, "rewards") == PAPER
     for text, message in (
-        ("[reward]\nclik = 0", "unknown 'clik'"),
-        ("[reward]\nclick = 'much'", "reward.click"),
-        ("[reward]\nborder_pixels = 0", "border_pixels is 0"),
-        ("[reward]\nanswer_steps = []", "answer_steps is empty"),
-        ("reward = 1", "no table"),
-        ("reward = ", "cannot be read"),
+        ("[rewards]\nclik = 0", r"rewards\.clik: there is no such setting"),
+        ("[reward]\nclick = 0", "reward: there is no such setting"),
+        ("[rewards]\n[other]\nx = 1", "other: there is no such setting"),
+        ("[rewards]\nclick = 'much'", r"rewards\.click"),
+        ("[rewards]\nborder_pixels = 0", "border_pixels is 0"),
+        ("[rewards]\nanswer_steps = []", "answer_steps is empty"),
+        ("rewards = 1", "rewards: .*dictionary"),
+        ("max_turns = 'many'", "max_turns"),
+        ("rewards = ", "not TOML"),
     ):
-        recipe.write_text(text)
-        with pytest.raises(ConfigError, match=message):
-            read_weights(recipe)
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=message) as caught:
+            RlRecipe.read_one(path, "rewards")
+        assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="cannot be read"):
-        read_weights(tmp_path / "none.toml")
+        RlRecipe.read_one(tmp_path / "none.toml", "rewards")
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("rl-*.toml")), ids=lambda path: path.name)
+def test_a_run_and_its_check_read_the_same_weights(path: Path) -> None:
+    assert RlRecipe.read_one(path, "rewards") == RlRecipe.read(path).rewards
+    assert (RlRecipe.read(path).rewards.length == 0) == (path.name == "rl-nano.toml")
+
+
+def test_weights_of_a_table() -> None:
+    assert weights_of({}, "here") == PAPER
+    assert weights_of({"click": 0}, "here") == RewardWeights(click=0)
+    with pytest.raises(ConfigError, match=r"here: rewards\.clik: there is no such setting"):
+        weights_of({"clik": 0}, "here")
 
 
 def test_every_term_varies() -> None:

@@ -26,7 +26,6 @@ from ibisagent.segmenters import Prediction
 from ibisagent.segmenters.region import RegionSegmenter
 from ibisagent.session import Session, replay_record
 from ibisagent.store import EpisodeStore, read_record
-from ibisagent.trajectories import undone_turns
 
 SIZE = (61, 83)
 BOX = (slice(10, 30), slice(12, 40))
@@ -88,7 +87,7 @@ def test_agent_and_person_take_turns() -> None:
     assert [step.by for step in it.steps] == ["agent", "person", "agent", "agent"]
     [episode] = it.episodes()
     assert (episode.stop, episode.made_by["people_turns"], episode.made_by["policy"]) == ("stopped", "2", "scripted")
-    assert same(replay(episode, it.image, RegionSegmenter()), it.masks)
+    assert same(replay(episode, it.image, RegionSegmenter()), it.observation.masks)
 
 
 def test_several_targets_and_boxes() -> None:
@@ -435,9 +434,9 @@ def test_corrections_become_training_data(tmp_path: Path) -> None:
     assert it.export_training(tmp_path) == 1
     [episode] = EpisodeStore(tmp_path / "episodes").read()
     assert [type(turn.reply.actions[-1]).__name__ for turn in episode.turns] == ["Click", "Undo", "Click", "Stop"]
-    assert undone_turns(episode) == {0}
+    assert episode.undone_turns == {0}
     assert episode.made_by["people_turns"] == "2 3 4"
-    assert same(replay(episode, it.image, RegionSegmenter()), it.masks)
+    assert same(replay(episode, it.image, RegionSegmenter()), it.observation.masks)
     [case] = read_cases(tmp_path / "manifest.csv")
     assert (case.id, case.query) == (episode.case_id, "Segment the bright box.")
     assert case.targets is not None

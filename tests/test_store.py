@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ibisagent.domain import Box, Click, Completion, Episode, Masks, Reply, Stop, Turn, Undo
+from ibisagent.domain import Box, Click, Completion, Episode, Masks, MaskSelection, Reply, Stop, Turn, Undo
 from ibisagent.errors import DataError
 from ibisagent.store import RECORD_FORMAT, SCHEMA_VERSION, EpisodeStore, read_record, write_record
 
@@ -234,9 +235,37 @@ def test_damaged_foreign_and_newer_shards(tmp_path: Path) -> None:
     refused_shard("states no schema version")
     pq.write_table(pa.table({"case_id": ["a"]}).replace_schema_metadata({"ibisagent.schema_version": "1"}), path)
     refused_shard("other columns")
-    newer = pq.read_table(pa.BufferReader(whole)).replace_schema_metadata({"ibisagent.schema_version": "2"})
+    newer = pq.read_table(pa.BufferReader(whole)).replace_schema_metadata(
+        {"ibisagent.schema_version": str(SCHEMA_VERSION + 1)}
+    )
     pq.write_table(newer, path)
     refused_shard("upgrade")
+
+
+def test_what_the_first_version_wrote_is_read(tmp_path: Path) -> None:
+    for keep, meant in (("best", "best"), ("last", "last"), (None, "last")):
+        made_by = {} if keep is None else {"keep": keep}
+        store = EpisodeStore(tmp_path / str(keep))
+        path = store.append([replace(episode(), made_by=made_by)])
+        old = pq.read_table(path).drop_columns("mask_selection")
+        pq.write_table(old.replace_schema_metadata({"ibisagent.schema_version": "1"}), path)
+        record = tmp_path / f"{keep}.json"
+        write_record(replace(episode(), made_by=made_by), record)
+        plain = json.loads(record.read_text())
+        assert plain.pop("mask_selection") == "best"
+        record.write_text(json.dumps({**plain, "version": 1}))
+        assert [one.mask_selection for one in store.read()] == [meant]
+        assert [one.mask_selection for one in store.open()] == [meant]
+        assert read_record(record).mask_selection == meant
+
+
+@pytest.mark.parametrize("selection", ["best", "last"])
+def test_mask_selection_survives(tmp_path: Path, selection: MaskSelection) -> None:
+    written = replace(episode(), mask_selection=selection)
+    write_record(written, tmp_path / "record.json")
+    EpisodeStore(tmp_path).append([written])
+    [stored] = EpisodeStore(tmp_path).read()
+    assert (read_record(tmp_path / "record.json").mask_selection, stored.mask_selection) == (selection, selection)
 
 
 def test_folder_that_cannot_be_used(tmp_path: Path) -> None:

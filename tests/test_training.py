@@ -34,7 +34,7 @@ from ibisagent.training.click_states import pairs_from as click_pairs
 from ibisagent.training.lessons import Example, Lessons, turned_features
 from ibisagent.training.lessons import pairs_from as nano_pairs
 from ibisagent.training.own_turns import OwnTurns, own_first_turn, sure_part, told
-from ibisagent.training.rl import RlRecipe
+from ibisagent.training.recipes import RlRecipe
 from ibisagent.training.views import SIDE, Bank, random_turn
 
 
@@ -118,7 +118,7 @@ def test_a_click_run_goes_on_from_its_checkpoint_and_refuses_that_of_another_rec
         click_recipe.train(plan, stop_half_way)
     click_recipe.train(plan, lambda states, loss, figures: seen.append(states))
     assert seen == [*range(4, 29, 4), *range(28, 49, 4)]  # the checkpoint was written at 24
-    with pytest.raises(ConfigError, match="another recipe \\(rate\\)"):
+    with pytest.raises(ConfigError, match="another run \\(rate was"):
         click_recipe.train(plan.model_copy(update={"rate": 0.5}))
 
 
@@ -162,7 +162,7 @@ def test_data_sets_can_be_left_out(recipe, tmp_path):
     ("text", "message"),
     [
         ("rate = 1", "data: Field required"),
-        ('data = "x"\nout = "y"\nrates = 1', "rates: Extra inputs"),
+        ('data = "x"\nout = "y"\nrates = 1', "rates: there is no such setting"),
         ('data = "x"\nout = "y"\nside = 100', "side: .*multiple of 32"),
         ("rate = ", "not TOML"),
     ],
@@ -448,7 +448,7 @@ def test_the_nano_recipe_runs_goes_on_and_refuses_another(recipe, tmp_path, caps
     seen = []
     nano_recipe.train(nano_recipe.NanoRecipe.read(plan), lambda done, losses, figures: seen.append(done))
     assert not seen  # all was done before
-    with pytest.raises(ConfigError, match="another recipe \\(rate\\)"):
+    with pytest.raises(ConfigError, match="another run \\(rate was"):
         nano_recipe.train(nano_recipe.NanoRecipe.read(plan).model_copy(update={"rate": 0.5}))
     other = nano_recipe.NanoRecipe.read(plan).model_copy(update={"out": tmp_path / "other", "rate": 1e-9})
     further = nano_recipe.train(other.model_copy(update={"start": Path(model), "examples": 2}))

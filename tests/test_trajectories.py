@@ -20,7 +20,7 @@ from ibisagent.images import read_image, write_mask_png, write_png
 from ibisagent.segmenters import SegmenterSession, load_segmenter
 from ibisagent.segmenters.region import RegionSegmenter
 from ibisagent.store import EpisodeStore
-from ibisagent.trajectories import TrajectoryConfig, generate, undone_turns
+from ibisagent.trajectories import TrajectoryConfig, generate
 
 SIZE = (61, 83)
 CONFIG = TrajectoryConfig(
@@ -213,9 +213,9 @@ def test_other_data_or_segmenter_need_another_folder(data: Path, undisturbed: Pa
     class Renamed(RegionSegmenter):
         name = "region-2"
 
-    with pytest.raises(ConfigError, match="cases 22, now it is 21"):
+    with pytest.raises(ConfigError, match="cases was 22, now it is 21"):
         generate(read_cases(data)[:-1], load_segmenter("region"), undisturbed, CONFIG)
-    with pytest.raises(ConfigError, match="segmenter region, now it is region-2"):
+    with pytest.raises(ConfigError, match="segmenter was region, now it is region-2"):
         generate(read_cases(data), Renamed(), undisturbed, CONFIG)
     swapped = CaseSource(read_cases(data).rows[::-1], "swapped")
     with pytest.raises(ConfigError, match="cases_sha256"):
@@ -224,7 +224,7 @@ def test_other_data_or_segmenter_need_another_folder(data: Path, undisturbed: Pa
 
 def test_foreign_folders(data: Path, undisturbed: Path, tmp_path: Path) -> None:
     (tmp_path / "episodes-000000.parquet").write_bytes((undisturbed / "episodes-000000.parquet").read_bytes())
-    with pytest.raises(ConfigError, match=r"holds episodes but no run\.json"):
+    with pytest.raises(ConfigError, match=r"holds episodes-000000\.parquet, but no run\.json"):
         generate(read_cases(data), load_segmenter("region"), tmp_path, CONFIG)
     for text in ("{", "[]"):
         (tmp_path / "run.json").write_text(text)
@@ -239,17 +239,17 @@ def test_config_checks_itself(options: dict[str, float]) -> None:
 
 
 def test_undone_turns() -> None:
-    a, b, c = (Click(x, 3, True, "spleen") for x in (1, 2, 3))
-    steps = [(a,), (b, c), (Undo(1),), (b,), (Undo(2),), (c,), (Stop(),)]
+    a, b, c, d = (Click(x, 3, True, "spleen") for x in (1, 2, 3, 4))
+    steps = [(a,), (b, c), (Undo(1),), (d,), (Undo(2),), (c,), (Stop(),)]
     turns = tuple(Turn(Completion(""), Reply("", actions), {}, {}) for actions in steps)
     episode = Episode("x", "?", SIZE, "", "", {}, turns, "stopped", {})
-    assert undone_turns(episode) == {1, 3}
+    assert episode.undone_turns == {1, 3}
 
 
 def test_undone_turns_are_the_planned_mistakes(undisturbed: Path) -> None:
     wrong = 0
     for episode in EpisodeStore(undisturbed).read():
         followed = {index for index, turn in enumerate(episode.turns[1:]) if isinstance(turn.reply.actions[0], Undo)}
-        assert undone_turns(episode) == followed
+        assert episode.undone_turns == followed
         wrong += len(followed)
     assert wrong > 3

@@ -273,7 +273,7 @@ def test_the_reward_is_that_of_the_turns(records: Any, processor: Any) -> None:
     facts = good.extra_fields["reward_extra_info"]
     assert (facts["answer"], facts["click"]) == (3, 1)
     assert 0.8 < facts["iou"] < 1
-    bad, _ = play(processor, records["referring"], [MISS, STOP], reward={"click": 0, "turns": 0.1})
+    bad, _ = play(processor, records["referring"], [MISS, STOP], rewards={"click": 0, "turns": 0.1})
     assert bad.extra_fields["reward_extra_info"].keys() - facts.keys() == {"turns"}
     assert bad.reward_score == pytest.approx((0 + 1 + 0 + 1 - 0.1) / 5)
     closed = records["vqa"]

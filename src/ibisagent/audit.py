@@ -38,7 +38,8 @@ from ibisagent.csv_tables import csv_text
 from ibisagent.datasets import CaseRow, CaseSource
 from ibisagent.domain import Case, Click, Image, Mask, Prompt
 from ibisagent.errors import DataError, PolicyError, SegmenterError
-from ibisagent.images import write_png, write_whole
+from ibisagent.files import write_whole
+from ibisagent.images import write_png
 from ibisagent.masks import iou
 from ibisagent.policies import Policy
 from ibisagent.segmenters import Segmenter
@@ -410,7 +411,7 @@ def asked(image: Image, name: str, policy: Policy, segmenter: Segmenter) -> Mask
     """(H, W): what the agent segments when it is asked for `name`; nothing where it says that there is none."""
     episode = segment(Case("audit", image, f"Segment the {name}."), policy, segmenter)
     found = np.zeros(image.size, dtype=bool)
-    for mask in episode.kept("best").values():
+    for mask in episode.answer_masks.values():
         found |= mask
     return found
 

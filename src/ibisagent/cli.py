@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.bar import Bar
@@ -21,10 +21,11 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from ibisagent import data_commands
-from ibisagent.domain import Keep
+from ibisagent.domain import MASK_SELECTION, MaskSelection, check_mask_selection
 from ibisagent.errors import ConfigError, IbisError
+from ibisagent.files import file_names, safe_name
+from ibisagent.files import one_line as _one_line
 from ibisagent.terminal import EXIT_ERROR, stderr, stdout
-from ibisagent.terminal import one_line as _one_line
 from ibisagent.terminal import print_error as _print_error
 from ibisagent.terminal import print_json as _print_json
 from ibisagent.terminal import progress as _progress
@@ -80,8 +81,10 @@ DialectOption = Annotated[
 HistoryOption = Annotated[
     str | None, typer.Option(help="What the policy sees of past turns: none, actions, full. Default: the policy's own.")
 ]
-TurnsOption = Annotated[int | None, typer.Option(help="Most turns of one episode (default 5; the paper: 20).", min=1)]
-KeepOption = Annotated[
+TurnsOption = Annotated[
+    int | None, typer.Option(help="Most turns of one episode (default: the policy's own limit; the paper: 20).", min=1)
+]
+SelectionOption = Annotated[
     str, typer.Option(help="Which mask of an episode counts: last, or best by the segmenter's own estimate.")
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
@@ -169,7 +172,7 @@ def segment(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("ibisagent-output"),
     segmenter: SegmenterOption = "ibis-click",
     max_turns: TurnsOption = None,
-    keep: KeepOption = "best",
+    mask_selection: SelectionOption = MASK_SELECTION,
     start_mask: Annotated[
         list[Path] | None, typer.Option(help="Mask to refine (0 outside); once per image, in their order.")
     ] = None,
@@ -208,7 +211,7 @@ def segment(
     asked for, NAME_measures.json and .csv, NAME_overlay.png, NAME_record.json, and a record per slice that was asked.
     A failing image does not stop the others; the exit code is then 2.
     """
-    query, kept = _check_query(query), _check_keep(keep)
+    query, selection = _check_query(query), check_mask_selection(mask_selection)
     if not review_queue and (calibration is not None or samples):
         raise ConfigError("--calibration and --samples are for the review queue: give --review-queue")
     if store is not None and not {"seg", "sr"} & set(formats or ()):
@@ -226,20 +229,21 @@ def segment(
         writer = choice.load(**asdict(drawing))
         engine = load_segmenter(segmenter, device=choice.device)
     results: list[dict[str, Any]] = []
-    names = session.file_names(images)
+    names = file_names(images)
     reviewed = None
     if review_queue:
         from ibisagent.reliability import Queue, Reliability, Reviewer
 
-        reviewer = Reviewer(writer, engine, kept, samples, max_turns or session.DEFAULT_TURNS, drawing.seed)
+        reviewer = Reviewer(writer, engine, selection, samples, max_turns, drawing.seed)
         reviewed = Queue(reviewer, None if calibration is None else Reliability.read(calibration))
     volumes = _Volumes(
         writer,
         engine,
         query,
         output,
-        taken=set(names),
-        max_turns=max_turns or session.DEFAULT_TURNS,
+        taken={name.casefold() for name in names},
+        max_turns=max_turns,
+        mask_selection=selection,
         made_by=session.provenance(writer, engine),
         axis=axis,
         slices=slices,
@@ -263,8 +267,9 @@ def segment(
                     continue
                 case = session.read_case(path, query, start)
                 turn_printer = None if as_json else _turn_printer()
-                turns = max_turns or session.DEFAULT_TURNS
-                episode = session.segment(case, writer, engine, max_turns=turns, keep=kept, on_turn=turn_printer)
+                episode = session.segment(
+                    case, writer, engine, max_turns=max_turns, mask_selection=selection, on_turn=turn_printer
+                )
                 seconds = time.perf_counter() - started
                 outputs = session.export(episode, case.image, output, name)
                 if reviewed is not None:
@@ -300,7 +305,8 @@ class _Volumes:
     query: str
     output: Path
     taken: set[str]
-    max_turns: int
+    max_turns: int | None
+    mask_selection: MaskSelection
     made_by: dict[str, str]
     axis: str
     slices: str | None
@@ -355,7 +361,7 @@ class _Volumes:
                 files.episode(index, why, episode, image)
                 if not self.quiet:
                     turns = len(episode.turns)
-                    found = ", ".join(_one_line(name, 60) for name, mask in episode.masks.items() if mask.any())
+                    found = ", ".join(_one_line(name, 60) for name, mask in episode.answer_masks.items() if mask.any())
                     stdout.print(f"  slice {index} ({why}): {episode.stop} after {turns} turns, {found or 'nothing'}")
 
             found = volume_agent.segment_volume(
@@ -366,6 +372,7 @@ class _Volumes:
                 keys=keys,
                 recheck=self.recheck,
                 max_turns=self.max_turns,
+                mask_selection=self.mask_selection,
                 start=masks,
                 made_by=self.made_by,
                 on_episode=on_episode,
@@ -392,12 +399,7 @@ class _Volumes:
         }
 
     def _name(self, volume: Volume) -> str:
-        number, name = 1, volume.name
-        while name in self.taken:
-            number += 1
-            name = f"{volume.name}-{number}"
-        self.taken.add(name)
-        return name
+        return safe_name(volume.name, self.taken)
 
 
 @app.command()
@@ -422,7 +424,7 @@ def replay(
     from ibisagent.volume_agent.replaying import is_volume_record, replay_volume
 
     results: list[dict[str, Any]] = []
-    for record, name in zip(records, session.file_names(records), strict=True):
+    for record, name in zip(records, file_names(records), strict=True):
         try:
             name, written = name.removesuffix("_record"), dict[str, str]()
             if is_volume_record(record):
@@ -432,7 +434,7 @@ def replay(
                     written = {target: str(files["nifti"]) for target, files in volume.outputs.masks.items()}
             else:
                 episode, picture = session.replay_record(record, image=image, device=device)
-                targets, turns = list(session.final_masks(episode)), len(episode.turns)
+                targets, turns = list(episode.answer_masks), len(episode.turns)
                 if output is not None:
                     files = session.export(episode, picture, output, name)
                     written = {target: str(path) for target, path in files.masks.items()}
@@ -479,7 +481,7 @@ def evaluate(
     ] = None,
     segmenter: SegmenterOption = "ibis-click",
     max_turns: TurnsOption = None,
-    keep: KeepOption = "best",
+    mask_selection: SelectionOption = MASK_SELECTION,
     batch_size: Annotated[int, typer.Option(help="Episodes run together.", min=1)] = 16,
     workers: Annotated[int, typer.Option(help="Processes; each loads the models.", min=1)] = 1,
     limit: Annotated[int | None, typer.Option(help="Only this many cases, spread over the data.", min=1)] = None,
@@ -494,12 +496,11 @@ def evaluate(
     was killed goes on where it stopped, and ends with the same figures.
     """
     with _status("loading", quiet=as_json):
-        from ibisagent import session
         from ibisagent.evaluation import runs
         from ibisagent.evaluation.results import check_group
         from ibisagent.metrics import check_empty_rule
 
-        rule, group, kept = check_empty_rule(empty), check_group(by), _check_keep(keep)
+        rule, group, selection = check_empty_rule(empty), check_group(by), check_mask_selection(mask_selection)
         setup = runs.Setup(
             data,
             split,
@@ -507,8 +508,8 @@ def evaluate(
             **asdict(choice),
             **asdict(drawing),
             segmenter=segmenter,
-            max_turns=max_turns or session.DEFAULT_TURNS,
-            keep=kept,
+            max_turns=max_turns,
+            mask_selection=selection,
             baselines=baselines,
             batch_size=batch_size,
         )
@@ -538,7 +539,7 @@ def compare(
     """Compare two runs on the cases that both have: difference, 95% interval, permutation p; patients are the unit."""
     from ibisagent.evaluation import compare as compare_runs
     from ibisagent.evaluation import runs, tables
-    from ibisagent.images import write_whole
+    from ibisagent.files import write_whole
     from ibisagent.metrics import check_empty_rule
 
     evaluations = [runs.Run(folder).evaluation for folder in (run_a, run_b)]
@@ -659,7 +660,7 @@ def ceiling(
 
         drawable = find_spec("matplotlib") is not None
         if output is not None:
-            from ibisagent.store import make_folder
+            from ibisagent.files import make_folder
 
             make_folder(output)
             if not drawable:
@@ -678,7 +679,7 @@ def ceiling(
         )
     plain = result.to_json(compared)
     if output is not None:
-        from ibisagent.images import write_whole
+        from ibisagent.files import write_whole
 
         write_whole((json.dumps(plain, indent=1) + "\n").encode(), output / "ceiling.json")
         if drawable and result.results:
@@ -922,7 +923,8 @@ def rl(
     """
     _require_training()
     with _status("reading recipe, model and data", quiet=as_json):
-        from ibisagent.training.rl import RlRecipe, train
+        from ibisagent.training.recipes import RlRecipe
+        from ibisagent.training.rl import train
 
         plan = RlRecipe.read(recipe, changes or ())
     _print_policy(train(plan, _told(quiet=as_json)), as_json)
@@ -1100,7 +1102,8 @@ def doctor_rewards(
         Path, typer.Option(help="The truth: data set folder, manifest, or what 'build-data' made of them.")
     ],
     config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="TOML file whose table [reward] holds weights and constants.")
+        Path | None,
+        typer.Option("--config", "-c", help="RL recipe, or a part of one, whose table [rewards] holds them."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -1112,9 +1115,10 @@ def doctor_rewards(
     """
     with _status("reading the data", quiet=as_json):
         from ibisagent import doctor as checking
-        from ibisagent.rewards import PAPER, read_weights
+        from ibisagent.rewards import PAPER
+        from ibisagent.training.recipes import RlRecipe
 
-        weights = PAPER if config is None else read_weights(config)
+        weights = PAPER if config is None else RlRecipe.read_one(config, "rewards")
         cases = checking.read_truth(data)
     replayed = (episode for path in episodes for episode in checking.read_episodes(path))
     report = checking.check_rewards(replayed, cases, weights)
@@ -1169,12 +1173,6 @@ def _print_policy(folder: Path, as_json: bool) -> None:
         stdout.print(f"policy: {folder}\nuse it with --policy mllm:{folder}")
 
 
-def _check_keep(keep: str) -> Keep:
-    if keep not in get_args(Keep):
-        raise ConfigError(f"cannot keep '{keep}': give last or best")
-    return cast(Keep, keep)
-
-
 def _check_query(query: str) -> str:
     from ibisagent.domain import check_query
 
@@ -1218,12 +1216,10 @@ def _segment_result(path: str, episode: Episode, outputs: Outputs, seconds: floa
 
 
 def _print_segmented(episode: Episode, outputs: Outputs, seconds: float) -> None:
-    from ibisagent.session import final_masks
-
     count = len(episode.turns)
     answer = f' "{_one_line(episode.answer.answer)}"' if episode.answer.answer else ""
     stdout.print(f"  {episode.stop} after {count} turn{'s' * (count != 1)} in {seconds:.1f} s{answer}")
-    masks = final_masks(episode)
+    masks = episode.answer_masks
     for target, file in outputs.masks.items():
         pixels = int(masks[target].sum())
         stdout.print(f"  mask:    {file} ({_one_line(target, 60)}, {pixels} pixels)")

@@ -10,9 +10,10 @@ from typing import Annotated
 
 import typer
 
-from ibisagent.domain import Case, Keep
+from ibisagent.domain import MASK_SELECTION, Case, check_mask_selection
 from ibisagent.errors import ConfigError
-from ibisagent.terminal import EXIT_ERROR, one_line, print_json, progress, status, stderr, stdout
+from ibisagent.files import one_line
+from ibisagent.terminal import EXIT_ERROR, print_json, progress, status, stderr, stdout
 
 app = typer.Typer()
 
@@ -126,9 +127,9 @@ def audit(
     with status("reading the data and loading the segmenter", quiet=as_json):
         from ibisagent import audit as auditing
         from ibisagent.datasets import read_cases
+        from ibisagent.files import make_folder
         from ibisagent.policies import load_policy
         from ibisagent.segmenters import load_segmenter
-        from ibisagent.store import make_folder
 
         everything = read_cases(data)
         cases = everything if split is None else read_cases(data, split=split)
@@ -160,19 +161,23 @@ def calibrate(
     limit: Annotated[int | None, typer.Option(help="Only this many cases, spread over the data.", min=1)] = None,
     policy: Annotated[str, typer.Option("--policy", "-p", help="Who clicks.")] = "ibis-nano",
     segmenter: Annotated[str, typer.Option("--segmenter", "-s", help="What turns clicks into masks.")] = "ibis-click",
-    keep: Annotated[str, typer.Option(help="Which mask of an episode counts: last, or best.")] = "best",
+    mask_selection: Annotated[
+        str, typer.Option(help="Which mask of an episode counts: best, or last.")
+    ] = MASK_SELECTION,
     samples: Annotated[int, typer.Option(help="Further episodes a case, for their agreement; slower.", min=0)] = 0,
-    max_turns: Annotated[int | None, typer.Option(help="Most turns of one episode (default 5).", min=1)] = None,
+    max_turns: Annotated[
+        int | None, typer.Option(help="Most turns of one episode (default: the policy's own limit).", min=1)
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of whatever is drawn.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Learn on labelled DATA how good a mask is, for 'segment --review-queue --calibration OUTPUT'.
 
-    Use the policy, segmenter, --keep and --samples that will make the masks. Cases that fail are left out and told.
+    Use the policy, segmenter, --mask-selection and --samples that will make the masks. Cases that fail are left out
+    and told.
     """
-    if keep not in ("last", "best"):
-        raise ConfigError(f"cannot keep '{keep}': give last or best")
+    selection = check_mask_selection(mask_selection)
     with status("reading the data and loading the models", quiet=as_json):
         from ibisagent import evaluation, reliability, session
         from ibisagent.datasets import read_cases
@@ -182,15 +187,13 @@ def calibrate(
         cases = read_cases(data, split=split).filter(lambda row: row.mask is not None).spread(limit)
         writer = load_policy(policy, device=device, seed=seed, cases=cases.by_id)
         engine = load_segmenter(segmenter, device=device)
-        turns = max_turns or session.DEFAULT_TURNS
-        kept: Keep = "best" if keep == "best" else "last"
-        reviewer = reliability.Reviewer(writer, engine, kept, samples, turns, seed)
+        reviewer = reliability.Reviewer(writer, engine, selection, samples, max_turns, seed)
 
     def judge(batch: Sequence[Case]) -> list[tuple[dict[str, float], float]]:
         judged = []
         for case in batch:
-            episode = session.segment(case, writer, engine, max_turns=turns, keep=kept)
-            judged.append((reviewer.signals(episode, case), evaluation.agreement(episode.kept(kept), case)[0]))
+            episode = session.segment(case, writer, engine, max_turns=max_turns, mask_selection=selection)
+            judged.append((reviewer.signals(episode, case), evaluation.agreement(episode.answer_masks, case)[0]))
         return judged
 
     with progress(len(cases), "cases", quiet=as_json) as advance:

@@ -10,7 +10,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, TypeAlias
+from itertools import takewhile
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -20,8 +21,9 @@ Mask: TypeAlias = np.ndarray
 Masks: TypeAlias = Mapping[str, Mask]
 StopReason = Literal["stopped", "max_turns", "malformed", "repeated", "open"]
 """Why an episode ended; "open": it is a person's session, in which nobody has said stop."""
-Keep = Literal["last", "best"]
-"""Which mask of an episode is handed out: see `Episode.kept`."""
+MaskSelection = Literal["best", "last"]
+"""Which masks of an episode are its answer: see `Episode.answer_masks`."""
+MASK_SELECTION: MaskSelection = "best"
 
 MAX_QUERY_CHARS = 2_000
 MAX_TARGETS = 8
@@ -74,6 +76,8 @@ class Stop:
 
 Action: TypeAlias = Click | Box | Undo | Stop
 Prompt: TypeAlias = Click | Box
+Standing: TypeAlias = tuple[tuple[int, Prompt], ...]
+"""Prompts that stand, oldest first, each with the number (from 0) of the turn that gave it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +119,14 @@ def check_masks(masks: Masks, size: tuple[int, int], where: str) -> None:
     for name, mask in masks.items():
         if mask.dtype != np.bool_ or mask.shape != size:
             raise DataError(f"{where}: mask '{name}' is {mask.shape} {mask.dtype}, expected {size} bool")
+
+
+def check_mask_selection(word: str) -> MaskSelection:
+    """`word` as a MaskSelection; ConfigError where it is none."""
+    for known in get_args(MaskSelection):
+        if word == known:
+            return known  # type: ignore[no-any-return]  # typing does not type its own arguments
+    raise ConfigError(f"unknown mask selection '{word}': give {' or '.join(get_args(MaskSelection))}")
 
 
 def check_query(query: str) -> str:
@@ -163,6 +175,12 @@ class Reply:
         """The stop among the actions, if there is one."""
         return next((action for action in self.actions if isinstance(action, Stop)), None)
 
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """The clicks and boxes, up to a Stop: what comes after it is never done."""
+        done = takewhile(lambda action: not isinstance(action, Stop), self.actions)
+        return tuple(action for action in done if isinstance(action, Click | Box))
+
 
 @dataclass(frozen=True, slots=True)
 class Completion:
@@ -200,7 +218,11 @@ class Observation:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Episode:
-    """A finished run of the loop. made_by: policy, segmenter, dialect, seed and versions that produced it."""
+    """A finished run of the loop.
+
+    made_by: policy, segmenter, dialect, seed and versions that produced it. mask_selection: which of its masks are the
+    answer, see `answer_masks`.
+    """
 
     case_id: str
     query: str
@@ -211,26 +233,80 @@ class Episode:
     turns: tuple[Turn, ...]
     stop: StopReason
     made_by: Mapping[str, str]
+    mask_selection: MaskSelection = MASK_SELECTION
 
     @property
     def masks(self) -> Masks:
         """The final masks by target name; the start masks if no turn was taken."""
         return self.turns[-1].after if self.turns else self.start
 
-    def kept(self, keep: Keep) -> Masks:
-        """The masks to hand out. "last": the final ones. "best": of each target the mask that the segmenter itself
-        thought best, by `Turn.segmenter_score` of the turns that changed it (of two equals the later)."""
-        if keep == "last":
-            return self.masks
-        best = dict(self.masks)
-        scores = dict.fromkeys(best, -1.0)
-        for turn in self.turns:
-            for name, mask in turn.after.items():
-                changed = name not in turn.before or not np.array_equal(mask, turn.before[name])
-                score = -1.0 if turn.segmenter_score is None else turn.segmenter_score
-                if name in best and changed and score >= scores[name]:
-                    best[name], scores[name] = mask, score
-        return best
+    @property
+    def human_turns(self) -> frozenset[int]:
+        """Numbers (from 0) of the turns that a user took in a session; those of the agent are all others."""
+        return frozenset(int(number) - 1 for number in self.made_by.get("people_turns", "").split())
+
+    @property
+    def answer_masks(self) -> Masks:
+        """The masks that are the answer, (H, W) bool by target: what every face of the package hands out.
+
+        There is one for each target that has a mask at the end, and an empty one for each object that the answer calls
+        absent and that has none. "last": they are the masks at the end. "best": of each target it is the mask that the
+        segmenter scored highest (`Turn.segmenter_score`; of two equals the later) among those that still stand:
+
+        - all the prompts that led to it stand at the end, so nothing that was taken back is chosen;
+        - all prompts that a user gave for the target, and that stand, are among them: a score never overrules a
+          correction. What the agent builds on it counts;
+        - the start mask is the answer where no prompt stands.
+        """
+        empty = np.zeros(self.size, dtype=bool)
+        final = self.masks
+        made = self._answer_turns() if self.mask_selection == "best" else dict.fromkeys(final)
+        masks = {name: final[name] if turn is None else self.turns[turn].after[name] for name, turn in made.items()}
+        return {**dict.fromkeys(self.answer.absent, empty), **masks}
+
+    @property
+    def answer_score(self) -> float | None:
+        """The segmenter's own estimate of the IoU of `answer_masks`, in [0, 1], mean over the targets that have one."""
+        turns = [turn for turn in self._answer_turns().values() if turn is not None]
+        scores = [score for turn in turns if (score := self.turns[turn].segmenter_score) is not None]
+        return float(np.mean(scores)) if scores else None
+
+    def _answer_turns(self) -> dict[str, int | None]:
+        """Of each target with a mask at the end, the turn (from 0) that made the answer; None: no prompt stands."""
+        made: dict[str, int | None] = dict.fromkeys(self.masks)
+        at_end = standing_by_turn(self.turns)
+        human = self.human_turns
+        kept = {name: {one for one in at_end if one[1].target == name} for name in made}
+        needed = {name: {one for one in prompts if one[0] in human} for name, prompts in kept.items()}
+        stand: Standing = ()
+        for number, turn in enumerate(self.turns):
+            before, stand = stand, stand_after(stand, number, turn.reply.actions)
+            for name in made.keys() & turn.after.keys() if stand is not before else ():
+                prompts = {one for one in stand if one[1].target == name}
+                changed = prompts != {one for one in before if one[1].target == name}
+                if changed and prompts and needed[name] <= prompts <= kept[name]:
+                    earlier = made[name]
+                    last_wins = earlier is None or self.mask_selection == "last"
+                    if last_wins or self._score(number) >= self._score(earlier):
+                        made[name] = number
+        return made
+
+    def _score(self, turn: int | None) -> float:
+        score = None if turn is None else self.turns[turn].segmenter_score
+        return -1.0 if score is None else score
+
+    @property
+    def undone_turns(self) -> frozenset[int]:
+        """Turns (from 0) whose clicks and boxes were all taken back by an Undo: wrong ones, from which none learns."""
+        at_end = {number for number, _ in standing_by_turn(self.turns)}
+        undone = set[int]()
+        stand: Standing = ()
+        for number, turn in enumerate(self.turns):
+            new = {*turn.reply.prompts}.difference(prompt for _, prompt in stand)
+            if new and number not in at_end:
+                undone.add(number)
+            stand = stand_after(stand, number, turn.reply.actions)
+        return frozenset(undone)
 
     @property
     def answer(self) -> Stop:
@@ -252,13 +328,33 @@ def union(masks: Masks, names: Sequence[str], size: tuple[int, int]) -> Mask:
     return merged
 
 
-def kept_prompts(turns: Sequence[Turn]) -> list[Prompt]:
+def stand_after(standing: Standing, turn: int, actions: Sequence[Action]) -> Standing:
+    """What stands once the actions of turn number `turn` are done: the one place that says what an Undo takes back.
+
+    Actions count in order, up to a Stop. An Undo takes back the newest prompts over all targets, of this turn or
+    earlier ones, all where there are fewer. A prompt that stands already says nothing new and is dropped. The very same
+    tuple comes back where the same prompts stand in the end, whatever was undone and given again on the way.
+    """
+    after = list(standing)
+    for action in actions:
+        if isinstance(action, Stop):
+            break
+        if isinstance(action, Undo):
+            del after[max(0, len(after) - action.steps) :]
+        elif all(action != prompt for _, prompt in after):
+            after.append((turn, action))
+    same = [prompt for _, prompt in after] == [prompt for _, prompt in standing]
+    return standing if same else tuple(after)
+
+
+def standing_by_turn(turns: Sequence[Turn]) -> Standing:
+    """The clicks and boxes of `turns` that no Undo took back, oldest first, each with the number of its turn."""
+    stand: Standing = ()
+    for number, turn in enumerate(turns):
+        stand = stand_after(stand, number, turn.reply.actions)
+    return stand
+
+
+def standing(turns: Sequence[Turn]) -> list[Prompt]:
     """The clicks and boxes of `turns` that no Undo took back, oldest first."""
-    kept: list[Prompt] = []
-    for turn in turns:
-        for action in turn.reply.actions:
-            if isinstance(action, Undo):
-                del kept[max(0, len(kept) - action.steps) :]
-            elif isinstance(action, Click | Box):
-                kept.append(action)
-    return kept
+    return [prompt for _, prompt in standing_by_turn(turns)]

@@ -8,12 +8,14 @@ from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
 from types import MappingProxyType
 
 import numpy as np
 
 from ibisagent import protocol
 from ibisagent.domain import (
+    MASK_SELECTION,
     MAX_TARGETS,
     Action,
     Case,
@@ -22,13 +24,14 @@ from ibisagent.domain import (
     Image,
     Mask,
     Masks,
+    MaskSelection,
     Observation,
     Prompt,
     Reply,
-    Stop,
+    Standing,
     StopReason,
     Turn,
-    Undo,
+    stand_after,
 )
 from ibisagent.errors import ConfigError, DataError, PolicyError, SegmenterError
 from ibisagent.policies.base import Policy
@@ -36,6 +39,7 @@ from ibisagent.segmenters import Prediction, Segmenter, SegmenterSession, load_s
 from ibisagent.segmenters.runtime import RUNTIMES
 
 MAX_TURNS = 20
+"""Most turns of an episode where the policy states no limit of its own, as in the paper; see `turn_limit`."""
 MAX_MALFORMED = 2  # in a row
 
 
@@ -46,6 +50,12 @@ def package_version() -> str:
         return version("ibisagent")
     except PackageNotFoundError:  # used from a source tree that was never installed
         return "source tree"
+
+
+def turn_limit(policy: object) -> int:
+    """Most turns of an episode of `policy` where the caller names none: its own `max_turns`, else MAX_TURNS."""
+    own: int | None = getattr(policy, "max_turns", None)
+    return MAX_TURNS if own is None else own
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,16 +77,18 @@ KEPT_STATES = 4  # of a board, the latest
 class Board:
     """Masks as a pure function of the start masks and the prompts of every turn, with Undo.
 
-    `_batches[i]` are the prompts of one turn and lead from `_states[i]` to `_states[i + 1]`. An Undo that takes back
-    part of a turn leaves what that turn would have done without them. States hold a segmenter's logits, half a megabyte
-    and more: only the first and the latest are kept, and an Undo that goes back further has the others made again.
+    `_batches[i]` are the prompts of one turn that stand and lead from `_states[i]` to `_states[i + 1]`. An Undo that
+    takes back part of a turn leaves what that turn would have done without them. States hold a segmenter's logits, half
+    a megabyte and more: only the first and the latest are kept, and an Undo that goes back further has the others made
+    again.
     """
 
     def __init__(self, image: Image, segmenter: Segmenter, start: Masks) -> None:
         self._image = image
         self._segmenter = segmenter
         self._session: SegmenterSession | None = None
-        self._batches: list[tuple[Prompt, ...]] = []
+        self._turns = 0
+        self._standing: Standing = ()
         self._states: list[_Objects | None] = [{name: _Object((), mask, mask, None) for name, mask in start.items()}]
 
     @property
@@ -93,7 +105,7 @@ class Board:
     def copy(self) -> Board:
         """A board that goes its own way from here; what both have in common is shared."""
         twin = copy(self)
-        twin._batches, twin._states = list(self._batches), list(self._states)
+        twin._states = list(self._states)
         return twin
 
     def take(self, completion: Completion, reply: Reply) -> tuple[Turn, bool]:
@@ -102,7 +114,7 @@ class Board:
         Raises SegmenterError and ConfigError as the segmenter does; then nothing has changed.
         """
         before, objects = self.masks, self._objects
-        names = {*objects, *(action.target for action in reply.actions if not isinstance(action, Undo | Stop))}
+        names = {*objects, *(prompt.target for prompt in reply.prompts)}
         if len(names) > MAX_TARGETS:
             reply = replace(reply, actions=(), problem=f"names more than {MAX_TARGETS} objects")
         fresh = self.apply(reply.actions)
@@ -114,33 +126,23 @@ class Board:
         return Turn(completion, reply, before, self.masks, float(np.mean(scores)) if scores else None), fresh
 
     def apply(self, actions: Sequence[Action]) -> bool:
-        """Apply one reply's actions in order, up to a Stop; False, and no change, if its prompts were all given before.
+        """Apply one reply's actions as `domain.stand_after` says; False if it has prompts, and yet nothing changes.
 
         Each target is predicted once for all its new prompts. Nothing changes if the segmenter raises.
         """
-        kept, new = list(self._batches), list[Prompt]()
-        for action in actions:
-            if isinstance(action, Stop):
-                break
-            if isinstance(action, Undo):
-                _take_back(kept, new, action.steps)
-            else:
-                new.append(action)
-        given = [prompt for batch in kept for prompt in batch]
-        before = [prompt for batch in self._batches for prompt in batch]
-        if new and (all(prompt in given for prompt in new) or given + new == before):
-            return False
-        batches = [*kept, tuple(new)] if new else kept
-        same = next((i for i, pair in enumerate(zip(batches, self._batches, strict=False)) if pair[0] != pair[1]), None)
-        same = min(len(batches), len(self._batches)) if same is None else same
+        standing = stand_after(self._standing, self._turns, actions)
+        batches, old = _batches(standing), _batches(self._standing)
+        same = next((i for i, pair in enumerate(zip(batches, old, strict=False)) if pair[0] != pair[1]), None)
+        same = min(len(batches), len(old)) if same is None else same
         known = next(i for i in range(same, -1, -1) if self._states[i] is not None)
         states = self._states[: known + 1]
         for batch in batches[known:]:
             states.append(self._predict(states[-1] or {}, batch))
         for index in range(1, len(states) - KEPT_STATES):
             states[index] = None
-        self._batches, self._states = batches, states
-        return True
+        fresh = standing is not self._standing or not Reply("", tuple(actions)).prompts
+        self._turns, self._standing, self._states = self._turns + 1, standing, states
+        return fresh
 
     def _predict(self, state: _Objects, batch: tuple[Prompt, ...]) -> _Objects:
         if self._session is None:  # the costly part: an episode without any prompt never embeds its image
@@ -155,17 +157,9 @@ class Board:
         return objects
 
 
-def _take_back(kept: list[tuple[Prompt, ...]], new: list[Prompt], steps: int) -> None:
-    """Remove the newest `steps` prompts, or all if there are fewer; first of `new`, then of the turns before."""
-    for _ in range(steps):
-        if new:
-            new.pop()
-        elif kept:
-            shorter = kept.pop()[:-1]
-            if shorter:
-                kept.append(shorter)
-        else:
-            return
+def _batches(standing: Standing) -> list[tuple[Prompt, ...]]:
+    """The prompts of each turn of which any stands."""
+    return [tuple(prompt for _, prompt in batch) for _, batch in groupby(standing, key=lambda one: one[0])]
 
 
 def _check_prediction(prediction: Prediction, size: tuple[int, int], segmenter: str) -> None:
@@ -203,8 +197,8 @@ class SegmentationEnv:
       segmenter's previous logits. A start mask is the first prior.
     - Undo takes back the newest prompts over all targets and restores the exact earlier state.
     - A reply that cannot be read, or that names more than MAX_TARGETS objects, changes nothing; the second in a row
-      ends the episode ("malformed"). A turn that only repeats standing prompts ends it ("repeated"), so does turn
-      number `max_turns` ("max_turns") and a Stop ("stopped").
+      ends the episode ("malformed"). A turn whose prompts change nothing, as they stand already, ends it ("repeated"),
+      so does turn number `max_turns` ("max_turns") and a Stop ("stopped").
     """
 
     def __init__(
@@ -214,9 +208,13 @@ class SegmentationEnv:
         *,
         dialect: str,
         max_turns: int = MAX_TURNS,
+        mask_selection: MaskSelection = MASK_SELECTION,
         made_by: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """dialect: name in `protocol.DIALECTS`. made_by: more facts for the record, such as seed, weights and runtime.
+        """dialect: name in `protocol.DIALECTS`. max_turns: for a policy's own limit give `turn_limit(policy)`.
+
+        mask_selection: which masks are the episode's answer. made_by: more facts for the record, such as seed, weights
+        and runtime.
 
         Raises ConfigError for an unknown dialect or max_turns < 1.
         """
@@ -226,6 +224,7 @@ class SegmentationEnv:
             raise ConfigError(f"max_turns is {max_turns}; give 1 or more")
         self.dialect = dialect
         self.max_turns = max_turns
+        self._mask_selection = mask_selection
         self._case_id, self._image, self._query, self._start = case.id, case.image, case.query, dict(case.start)
         self._default_target = protocol.target_of(case.query)
         self._board = Board(case.image, segmenter, self._start)
@@ -285,6 +284,7 @@ class SegmentationEnv:
             tuple(self._turns),
             self._stop,
             self._made_by,
+            self._mask_selection,
         )
 
 

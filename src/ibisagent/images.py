@@ -10,7 +10,6 @@ import math
 import os
 import re
 import threading
-import uuid
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from ibisagent import limits
 from ibisagent.domain import Image, Mask
 from ibisagent.errors import ConfigError, DataError, TooLargeError
+from ibisagent.files import write_whole
 from ibisagent.limits.headers import check_image_file
 
 WINDOW_PERCENTILES = (0.5, 99.5)
@@ -106,25 +106,6 @@ def write_png(picture: PIL.Image.Image | np.ndarray, path: str | os.PathLike[str
     encoded = io.BytesIO()
     picture.save(encoded, format="PNG")
     write_whole(encoded.getvalue(), path)
-
-
-def write_whole(content: bytes, path: str | os.PathLike[str]) -> None:
-    """Write a file under a temporary name beside `path`, then rename it: readers see the old file or the whole new one.
-
-    Raises DataError when the folder does not exist or cannot be written, or the disk is full; nothing is left behind.
-    """
-    path = Path(path)
-    part = path.parent / f".{uuid.uuid4().hex}.part"
-    try:
-        try:
-            with part.open("xb") as file:
-                file.write(content)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise DataError(f"{path}: cannot be written ({reason}); free space or choose another folder") from error
 
 
 def _decode(path: Path, *, as_labels: bool) -> tuple[np.ndarray, bool]:

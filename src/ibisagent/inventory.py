@@ -18,6 +18,7 @@ import numpy as np
 from ibisagent.domain import Case, Image
 from ibisagent.environment import SegmentationEnv, package_version, rollout
 from ibisagent.errors import ConfigError, IbisError
+from ibisagent.files import one_line
 from ibisagent.masks import iou
 from ibisagent.policies import NANO_FOLDER, POLICIES
 from ibisagent.policies.oracle import OraclePolicy
@@ -159,8 +160,7 @@ def _guarded(name: str, check: Callable[[], str]) -> Check:
     try:
         return Check(name, True, check())
     except Exception as error:  # noqa: BLE001 - a report of what is broken must not break itself
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        return Check(name, False, reason)
+        return Check(name, False, one_line(error, 300))
 
 
 def _torch() -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from ibisagent.errors import ConfigError
 
@@ -23,20 +23,49 @@ class Recipe(BaseModel):
 
         A value is read as TOML, or else taken as it stands. ConfigError says what is wrong, and where.
         """
-        try:
-            settings = tomllib.loads(path.read_text())
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror}): give a TOML file as in recipes/") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: not TOML ({error}): see recipes/ for examples") from error
+        settings = _load(path)
         for change in changes:
             _change(settings, change)
         try:
             return cls.model_validate(settings)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise ConfigError(f"{path}: {where}: {first['msg']} (given: {first.get('input')!r})") from error
+            raise first_fault(error, str(path)) from error
+
+    @classmethod
+    def read_one(cls, path: Path, name: str) -> Any:
+        """The setting `name` of the recipe in `path`, its default where it is left out.
+
+        Settings that a run needs may be left out here; whatever is there is checked, as by `read`.
+        """
+        settings = _load(path)
+        try:
+            return getattr(cls.model_validate(settings), name)
+        except ValidationError as error:
+            if any(fault["type"] != "missing" or len(fault["loc"]) > 1 for fault in error.errors()):
+                raise first_fault(error, str(path)) from error
+        field = cls.model_fields[name]
+        if name not in settings:
+            return field.get_default(call_default_factory=True)
+        annotation: Any = field.annotation
+        return TypeAdapter(annotation).validate_python(settings[name])
+
+
+def first_fault(error: ValidationError, where: str) -> ConfigError:
+    """What is wrong first in settings from `where`, those that are missing last, in one line."""
+    fault = min(error.errors(), key=lambda fault: bool(fault["type"] == "missing"))
+    place = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return ConfigError(f"{where}: {place}: there is no such setting; see recipes/ for examples")
+    return ConfigError(f"{where}: {place}: {fault['msg']} (given: {fault.get('input')!r})")
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}): give a TOML file as in recipes/") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML ({error}): see recipes/ for examples") from error
 
 
 def _change(settings: dict[str, Any], change: str) -> None:

@@ -29,10 +29,23 @@ import numpy as np
 
 from ibisagent.calibration import calibration
 from ibisagent.csv_tables import csv_text
-from ibisagent.domain import Action, Box, Case, Click, Episode, Image, Keep, Masks, Stop, Turn, Undo
-from ibisagent.environment import MAX_TURNS, Board, SegmentationEnv, rollout
+from ibisagent.domain import (
+    MASK_SELECTION,
+    Action,
+    Box,
+    Case,
+    Click,
+    Episode,
+    Image,
+    Masks,
+    MaskSelection,
+    Stop,
+    Turn,
+    Undo,
+)
+from ibisagent.environment import Board, SegmentationEnv, rollout, turn_limit
 from ibisagent.errors import ConfigError, DataError
-from ibisagent.images import write_whole
+from ibisagent.files import write_whole
 from ibisagent.masks import iou
 from ibisagent.policies.base import Policy
 from ibisagent.segmenters import Segmenter
@@ -55,7 +68,6 @@ def signals(
     image: Image,
     segmenter: Segmenter,
     *,
-    keep: Keep = "best",
     others: Sequence[Episode] = (),
     seed: int = 0,
 ) -> dict[str, float]:
@@ -64,21 +76,19 @@ def signals(
     others: further episodes of the same case, for the agreement; without any it is left out. seed: of the jitter.
     Raises SegmenterError.
     """
-    kept = _shown(episode.kept(keep))
+    kept = _shown(episode.answer_masks)
     found = dict.fromkeys(SIGNALS if others else FREE_SIGNALS, 0.0)
     if not kept:
         return found
-    scores = [turn.segmenter_score for turn in episode.turns if turn.segmenter_score is not None]
-    if scores:
-        found["quality"] = max(scores) if keep == "best" else scores[-1]
+    found["quality"] = episode.answer_score or 0.0
     key = hashlib.sha256(f"{seed}:{episode.case_id}:{episode.image_sha256}".encode()).digest()
     random = np.random.default_rng(int.from_bytes(key[:8], "little"))
-    moved = [_replayed(episode, image, segmenter, kept, keep, random) for _ in range(JITTERS)]
+    moved = [_replayed(episode, image, segmenter, kept, random) for _ in range(JITTERS)]
     found["stability"] = float(np.mean([_likeness(kept, masks) for masks in moved]))
     steps = [(before.after, after.after) for before, after in pairwise(episode.turns) if after.after]
     found["settling"] = min((_likeness(after, before) for before, after in steps), default=1.0)
     if others:
-        found["agreement"] = float(np.mean([_likeness(kept, _shown(other.kept(keep))) for other in others]))
+        found["agreement"] = float(np.mean([_likeness(kept, _shown(other.answer_masks)) for other in others]))
     return found
 
 
@@ -86,15 +96,16 @@ def signals(
 class Reviewer:
     """Scores the episodes of one policy with one segmenter.
 
-    samples: further episodes for the agreement, drawn at SAMPLING_TEMPERATURE; 0 leaves it out. keep: which masks are
-    handed out. seed: of the jitter. Raises ConfigError if samples are asked of a policy that does not draw its text.
+    samples: further episodes for the agreement, drawn at SAMPLING_TEMPERATURE; 0 leaves it out. mask_selection:
+    which masks of them are their answer. max_turns: default the policy's own limit. seed: of the jitter.
+    Raises ConfigError if samples are asked of a policy that does not draw its text.
     """
 
     policy: Policy
     segmenter: Segmenter
-    keep: Keep = "best"
+    mask_selection: MaskSelection = MASK_SELECTION
     samples: int = 0
-    max_turns: int = MAX_TURNS
+    max_turns: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -106,7 +117,8 @@ class Reviewer:
         """What a calibration holds for: names and hashes of policy and segmenter, and what is handed out."""
         facts = {**self.segmenter.describe(), **getattr(self.policy, "describe", dict)()}
         hashes = {name: value for name, value in facts.items() if name.endswith("sha256")}
-        return {"policy": self.policy.name, "segmenter": self.segmenter.name, "keep": self.keep, **hashes}
+        names = {"policy": self.policy.name, "segmenter": self.segmenter.name}
+        return {**names, "mask_selection": self.mask_selection, **hashes}
 
     def signals(self, episode: Episode, case: Case) -> dict[str, float]:
         """The signals of an episode of `case`. Raises PolicyError and SegmenterError."""
@@ -115,11 +127,17 @@ class Reviewer:
             drawing = copy(self.policy)  # shares the model
             drawing.temperature = SAMPLING_TEMPERATURE  # type: ignore[attr-defined]
             envs = [
-                SegmentationEnv(case, self.segmenter, dialect=drawing.dialect, max_turns=self.max_turns)
+                SegmentationEnv(
+                    case,
+                    self.segmenter,
+                    dialect=drawing.dialect,
+                    max_turns=self.max_turns or turn_limit(drawing),
+                    mask_selection=self.mask_selection,
+                )
                 for _ in range(self.samples)
             ]
             others = rollout(drawing, envs)
-        return signals(episode, case.image, self.segmenter, keep=self.keep, others=others, seed=self.seed)
+        return signals(episode, case.image, self.segmenter, others=others, seed=self.seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,16 +324,14 @@ def _likeness(kept: Masks, others: Masks) -> float:
     return float(np.mean([iou(mask, others[name]) if name in others else 0.0 for name, mask in kept.items()]))
 
 
-def _replayed(
-    episode: Episode, image: Image, segmenter: Segmenter, kept: Masks, keep: Keep, random: np.random.Generator
-) -> Masks:
+def _replayed(episode: Episode, image: Image, segmenter: Segmenter, kept: Masks, random: np.random.Generator) -> Masks:
     """What the episode hands out when every click and box is moved a little; turns and undos stay as they are."""
     board = Board(image, segmenter, episode.start)
     turns: list[Turn] = []
     for turn in episode.turns:
         actions = tuple(_moved(action, kept, image.size, random) for action in turn.reply.actions)
         turns.append(board.take(turn.completion, replace(turn.reply, actions=actions))[0])
-    return replace(episode, turns=tuple(turns)).kept(keep)
+    return replace(episode, turns=tuple(turns)).answer_masks
 
 
 def _moved(action: Action, kept: Masks, size: tuple[int, int], random: np.random.Generator) -> Action:

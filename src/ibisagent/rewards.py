@@ -10,6 +10,7 @@ or leave it a hole, the rules are:
 - Absent objects: S_ans is 3 for a Stop that names the object absent while its mask is empty, else 0; the same Stop on
   an object that is there scores 0. Clicks on absent or not asked-for objects are misses, but for negative ones that
   take away a mask that they were given.
+- S_ans and IoU judge what the episode hands out (`Episode.answer_masks`), all else judges the masks turn by turn.
 - Several targets: S_ans and IoU are averaged over the targets and every other object that was given a mask, whose
   truth is empty.
 - A box counts as a click: +1 if its IoU with the box around the missed region is at least `box_iou`, else -1.
@@ -26,20 +27,32 @@ Three more terms are off unless they are given a weight; they are not the paper'
 from __future__ import annotations
 
 import string
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from itertools import takewhile
 
 import cv2
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from ibisagent.clicks import bounding_box
-from ibisagent.domain import Box, Case, Click, Episode, Mask, Masks, Prompt, Stop, Turn, Undo, kept_prompts
+from ibisagent.domain import (
+    Box,
+    Case,
+    Click,
+    Episode,
+    Mask,
+    Masks,
+    Prompt,
+    Stop,
+    Turn,
+    Undo,
+    stand_after,
+    standing_by_turn,
+)
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.masks import iou
+from ibisagent.recipe import Recipe, first_fault
 
 PAPER_TERMS = ("answer", "format", "click", "progress", "length")
 MORE_TERMS = ("border_progress", "predicted_quality", "turns")
@@ -82,30 +95,16 @@ class RewardWeights:
 PAPER = RewardWeights()
 
 
-def read_weights(path: str | Path) -> RewardWeights:
-    """The table [reward] of a TOML file, whatever else it holds; the paper's weights where it has none.
+class _Table(Recipe):
+    rewards: RewardWeights
 
-    ConfigError if the file cannot be read, and as for `weights_of`.
-    """
+
+def weights_of(table: object, where: str) -> RewardWeights:
+    """The weights in a table `rewards` of settings from `where`, {} for the paper's. ConfigError for any other."""
     try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8")).get("reward", {})
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as TOML ({error}); see recipes/ for examples") from error
-    return weights_of(table, str(path))
-
-
-def weights_of(table: Any, where: str) -> RewardWeights:
-    """The weights in a table of settings. ConfigError for unknown names, or values of another kind."""
-    if not isinstance(table, Mapping):
-        raise ConfigError(f"{where}: 'reward' is no table; give [reward]")
-    if unknown := sorted(table.keys() - asdict(PAPER).keys()):
-        raise ConfigError(f"{where}: reward: unknown '{unknown[0]}'; there are: {', '.join(asdict(PAPER))}")
-    try:
-        return TypeAdapter(RewardWeights).validate_python(dict(table))
+        return _Table.model_validate({"rewards": table}).rewards
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in ("reward", *first["loc"]))
-        raise ConfigError(f"{where}: {place}: {first['msg']} (given: {first['input']!r})") from error
+        raise first_fault(error, where) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +124,7 @@ class TurnScore:
 class Score:
     """The terms S_ans, S_format, S_click, S_pseg (`progress`), S_len of an episode, their total, every turn's part.
 
-    iou: mean IoU of the final masks over the targets and every other object with a mask; 1 if there are neither.
+    iou: mean IoU of the answer's masks over the targets and every other object with a mask; 1 if there are neither.
     more: the terms that are not the paper's, of those that are on.
     """
 
@@ -179,7 +178,7 @@ def score(episode: Episode, case: Case, weights: RewardWeights = PAPER) -> Score
     if weights.turns:
         more["turns"] = turns_score(len(progress))
     total = sum(weight * {**terms, **more}[name] for name, weight in weights.terms.items()) / 5
-    return Score(**terms, total=total, iou=_agreement(episode.masks, targets, names), turns=turns, more=more)
+    return Score(**terms, total=total, iou=_agreement(episode.answer_masks, targets, names), turns=turns, more=more)
 
 
 def answer_score(episode: Episode, case: Case, names: Mapping[str, str], weights: RewardWeights = PAPER) -> float:
@@ -189,7 +188,7 @@ def answer_score(episode: Episode, case: Case, names: Mapping[str, str], weights
     """
     if not case.targets:
         return float(_plain(episode.answer.answer) == _plain(case.answer or ""))
-    masks, extra = _by_truth(episode.masks, names)
+    masks, extra = _by_truth(episode.answer_masks, names)
     called_absent = {names[said] for said in episode.answer.absent if said in names}
     values = [0.0] * len(extra)
     for name, truth in case.targets.items():
@@ -308,19 +307,8 @@ def _plain(text: str) -> str:
 
 def _names(episode: Episode) -> list[str]:
     """Every object name that the episode gave a mask, a prompt or called absent."""
-    prompted = [prompt.target for turn in episode.turns for prompt in _prompts(turn)]
+    prompted = [prompt.target for turn in episode.turns for prompt in turn.reply.prompts]
     return [*episode.start, *prompted, *episode.answer.absent]
-
-
-def _prompts(turn: Turn) -> list[Prompt]:
-    """The clicks and boxes of a turn, up to its Stop: what comes after that is never done."""
-    prompts: list[Prompt] = []
-    for action in turn.reply.actions:
-        if isinstance(action, Stop):
-            break
-        if isinstance(action, Click | Box):
-            prompts.append(action)
-    return prompts
 
 
 def _is_step(turn: Turn) -> bool:
@@ -334,20 +322,12 @@ def _built_on(episode: Episode, number: int) -> Masks:
     that were never seen on their own; then it is those before the turn.
     """
     turn, earlier = episode.turns[number], episode.turns[:number]
-    standing, new, undone = kept_prompts(earlier), 0, False
-    for action in turn.reply.actions:
-        if isinstance(action, Stop):
-            break
-        if isinstance(action, Undo):
-            older = max(0, action.steps - new)
-            new = max(0, new - action.steps)
-            del standing[max(0, len(standing) - older) :]
-            undone = True
-        else:
-            new += 1
-    if undone:
+    done = list(takewhile(lambda action: not isinstance(action, Stop), turn.reply.actions))
+    if any(isinstance(action, Undo) for action in done):
+        before = standing_by_turn(earlier)
+        restored = [one for one in stand_after(before, number, done) if one in before]
         for count in range(number, -1, -1):
-            if kept_prompts(earlier[:count]) == standing:
+            if [*standing_by_turn(earlier[:count])] == restored:
                 return earlier[count - 1].after if count else episode.start
     return turn.before
 
@@ -401,7 +381,7 @@ def _turn_score(
     step = _is_step(turn)
     return TurnScore(
         turn.reply.problem is None,
-        tuple(click_score(prompt, before, targets, names, weights) for prompt in _prompts(turn)),
+        tuple(click_score(prompt, before, targets, names, weights) for prompt in turn.reply.prompts),
         progress_score(turn, targets, names) if step else None,
         border_progress_score(turn, targets, names, weights) if step and weights.border_progress else None,
     )

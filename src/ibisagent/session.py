@@ -11,7 +11,6 @@ import csv
 import html
 import json
 import os
-import re
 import tempfile
 import threading
 import uuid
@@ -21,11 +20,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 
 from ibisagent.csv_tables import csv_text, plain_cell
 from ibisagent.domain import (
+    MASK_SELECTION,
     Action,
     Box,
     Case,
@@ -33,9 +32,9 @@ from ibisagent.domain import (
     Completion,
     Episode,
     Image,
-    Keep,
     Mask,
     Masks,
+    MaskSelection,
     Observation,
     Reply,
     Stop,
@@ -43,7 +42,8 @@ from ibisagent.domain import (
     Turn,
     Undo,
     check_query,
-    kept_prompts,
+    standing,
+    standing_by_turn,
 )
 from ibisagent.environment import (
     Board,
@@ -55,16 +55,17 @@ from ibisagent.environment import (
     replay,
     rollout,
     stop_reason,
+    turn_limit,
 )
 from ibisagent.errors import ConfigError, DataError, PolicyError
-from ibisagent.images import read_image, read_masks, write_mask_png, write_png, write_whole
+from ibisagent.files import make_folder, png_bytes, safe_name, write_whole
+from ibisagent.images import read_image, read_masks, write_mask_png, write_png
 from ibisagent.masks import decode_rle
 from ibisagent.policies.base import Policy
 from ibisagent.protocol import overlay, target_of, write
 from ibisagent.segmenters import Segmenter
 from ibisagent.store import (
     EpisodeStore,
-    make_folder,
     plain_masks,
     plain_turn,
     read_plain_masks,
@@ -73,14 +74,8 @@ from ibisagent.store import (
     write_record,
 )
 
-DEFAULT_TURNS = 5
-"""Where the packaged policy stops gaining, on held-out training patients (docs/log.md); the paper allows 20."""
-
 MAX_STEPS = 400
 """Most turns of one session, a person's and the agent's together."""
-
-MAX_NAME_BYTES = 80
-"""Longest part of a file name that is taken from an image's or an object's name; file systems allow 255 in all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,17 +117,23 @@ def segment(
     policy: Policy,
     segmenter: Segmenter,
     *,
-    max_turns: int = DEFAULT_TURNS,
-    keep: Keep = "best",
+    max_turns: int | None = None,
+    mask_selection: MaskSelection = MASK_SELECTION,
     on_turn: Callable[[Turn], None] | None = None,
 ) -> Episode:
-    """One episode of `policy` with `segmenter` on `case`; its `made_by` says all that made it.
+    """One episode of `policy` with `segmenter` on `case`, `made_by` whatever is named there; see its `answer_masks`.
 
-    keep: which of its masks `final_masks` and `export` hand out. on_turn: called after every turn. Raises PolicyError
-    and SegmenterError when their machinery fails.
+    max_turns: default the policy's own limit. mask_selection: which masks are the answer, see `Episode.answer_masks`.
+    on_turn: called after every turn. Raises PolicyError and SegmenterError when their machinery fails.
     """
-    made_by = {**provenance(policy, segmenter), "keep": keep}
-    env = SegmentationEnv(case, segmenter, dialect=policy.dialect, max_turns=max_turns, made_by=made_by)
+    env = SegmentationEnv(
+        case,
+        segmenter,
+        dialect=policy.dialect,
+        max_turns=turn_limit(policy) if max_turns is None else max_turns,
+        mask_selection=mask_selection,
+        made_by=provenance(policy, segmenter),
+    )
     [episode] = rollout(policy, [env], on_turn=None if on_turn is None else lambda _, turn: on_turn(turn))
     return episode
 
@@ -143,26 +144,17 @@ def provenance(policy: Policy, segmenter: Segmenter) -> dict[str, str]:
     return {**segmenter.describe(), **describe()}
 
 
-def file_names(paths: Iterable[str | Path]) -> list[str]:
-    """One distinct name per path to begin its output files with: its stem, numbered where a batch has it twice.
-
-    Names that differ only in case count as equal, since many file systems cannot keep both.
-    """
-    taken: set[str] = set()
-    return [_distinct(Path(path).stem, taken) for path in paths]
-
-
 def export(episode: Episode, image: Image, folder: str | Path, name: str) -> Outputs:
     """Write `<name>_mask_<target>.png` per target, `<name>_overlay.png` and `<name>_record.json` into `folder`.
 
-    A mask has the image's size, 0 outside and 255 inside; an object that was called absent gets an all-black one. All
+    The masks are the episode's answer, of the image's size, 0 outside and 255 inside; all black for what is absent. All
     files are written first and then renamed, the record last: where it is, the others are complete. Raises DataError
     when the folder cannot be written or the disk is full; then older files of the same name are as they were.
     """
     folder = Path(folder)
-    masks = final_masks(episode)
+    masks = episode.answer_masks
     taken: set[str] = set()
-    mask_files = {target: f"{name}_mask_{_distinct(target, taken)}.png" for target in masks}
+    mask_files = {target: f"{name}_mask_{safe_name(target, taken)}.png" for target in masks}
     overlay_file, record_file = f"{name}_overlay.png", f"{name}_record.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -179,14 +171,6 @@ def export(episode: Episode, image: Image, folder: str | Path, name: str) -> Out
     return Outputs(
         {target: folder / file for target, file in mask_files.items()}, folder / overlay_file, folder / record_file
     )
-
-
-def final_masks(episode: Episode) -> Masks:
-    """The masks that the episode hands out, the last or the best as it was made with (`Episode.kept`), and an empty one
-    for each object that its answer calls absent and that has none."""
-    empty = np.zeros(episode.size, dtype=bool)
-    kept = episode.kept("best" if episode.made_by.get("keep") == "best" else "last")
-    return {**dict.fromkeys(episode.answer.absent, empty), **kept}
 
 
 def replay_record(path: str | Path, *, image: str | Path | None = None, device: str = "auto") -> tuple[Episode, Image]:
@@ -290,6 +274,15 @@ class Round:
         """The turns of the steps."""
         return tuple(step.turn for step in self.steps)
 
+    def episode(self, session_id: str, image: Image, made_by: Mapping[str, str]) -> Episode:
+        """The round as a record; its `made_by` says as well which turns (from 1) a user took."""
+        users = [str(number) for number, step in enumerate(self.steps, 1) if step.by == "person"]
+        stop: StopReason = "stopped" if self.steps and self.turns[-1].reply.stop else "open"
+        facts = {**made_by, "people_turns": " ".join(users)}
+        return Episode(
+            session_id, self.query, image.size, image.sha256, image.source, self.start, self.turns, stop, facts
+        )
+
     @cached_property
     def plain_start(self) -> list[dict[str, Any]]:
         """For the session's file."""
@@ -300,7 +293,7 @@ class Session:
     """One person, one agent, one image: ask, click, undo, hand over, export.
 
     - A session goes through rounds, one for each request in words; the agent sees the turns of its round alone. A new
-      round begins with the masks that the last one left, as masks to refine.
+      round begins with the masks that were the answer to the last one, as masks to refine.
     - Whoever acts, agent or person, acts through the same turns. A person's undo is a turn as well, so that what was
       wrong and what put it right both stay for training; `redo` takes it away again.
     - With a folder, every change is on disk before it is seen: a process that is killed loses no finished turn.
@@ -332,7 +325,7 @@ class Session:
         self._lock = threading.RLock()
         if self.folder is not None and not (self.folder / SESSION_FILE).exists():
             make_folder(self.folder)
-            write_whole(_quick_png(self.image.pixels), self.folder / IMAGE_FILE)
+            write_whole(png_bytes(self.image.pixels), self.folder / IMAGE_FILE)
             self._save(self._rounds)
 
     @classmethod
@@ -366,7 +359,7 @@ class Session:
     @property
     def target(self) -> str:
         """The object that a click means when it names none: the last one that was clicked, else what is asked for."""
-        prompts = kept_prompts(self._rounds[-1].turns)
+        prompts = self.prompts
         return prompts[-1].target if prompts else target_of(self.query)
 
     @property
@@ -376,16 +369,14 @@ class Session:
 
     @property
     def masks(self) -> Masks:
-        """The masks as they stand, by target; empty ones for objects that were called absent."""
-        last = self._rounds[-1]
-        stop = last.turns[-1].reply.stop if last.steps else None
-        empty = np.zeros(self.image.size, dtype=bool)
-        return {**dict.fromkeys(stop.absent if stop else (), empty), **last.masks}
+        """The masks that are the answer to the latest request (`Episode.answer_masks`), by target: of what the agent
+        made and nobody took back the best, and never one without a user's corrections."""
+        return self._rounds[-1].episode(self.id, self.image, {}).answer_masks
 
     @property
     def prompts(self) -> list[Click | Box]:
         """The clicks and boxes of this round that stand, oldest first."""
-        return kept_prompts(self._rounds[-1].turns)
+        return standing(self._rounds[-1].turns)
 
     @property
     def can_undo(self) -> bool:
@@ -429,16 +420,17 @@ class Session:
         self,
         query: str | None = None,
         *,
-        max_turns: int = DEFAULT_TURNS,
+        max_turns: int | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> RunEnd:
         """Turns of the agent until it stops, has had `max_turns`, gets stuck, or a person takes over. As `ask`.
 
-        on_step: called after every turn, from this thread.
+        max_turns: default the policy's own limit. on_step: called after every turn, from this thread.
         """
         turns: list[Turn] = []
-        with self._at_work(query):
-            while len(turns) < max_turns:
+        with self._at_work(query) as policy:
+            limit = turn_limit(policy) if max_turns is None else max_turns
+            while len(turns) < limit:
                 asked = self._ask()
                 if asked is None:
                     return "taken_over"
@@ -470,8 +462,9 @@ class Session:
             if query == last.query:
                 return
             earlier = (*self._rounds[:-1], last) if last.steps else self._rounds[:-1]
+            answer = self.masks
             self._undone.clear()
-            self._commit((*earlier, Round(query, last.masks)))
+            self._commit((*earlier, Round(query, {name: answer[name] for name in last.masks})))
 
     # The person.
 
@@ -498,16 +491,10 @@ class Session:
         """
         with self._lock:
             before = self._rounds
-            standing: list[int] = []
-            for index, turn in enumerate(before[-1].turns):
-                for action in turn.reply.actions:
-                    if isinstance(action, Undo):
-                        del standing[max(0, len(standing) - action.steps) :]
-                    elif isinstance(action, Click | Box):
-                        standing.append(index)
+            turns = [turn for turn, _ in standing_by_turn(before[-1].turns)]
             undone = [*self._undone, before]
-            if standing:
-                self._act(Undo(standing.count(standing[-1])))
+            if turns:
+                self._act(Undo(turns.count(turns[-1])))
             elif len(before) > 1:
                 self._commit(before[:-1])
             else:
@@ -555,16 +542,7 @@ class Session:
         if self.policy is not None:
             made_by |= {"policy": self.policy.name, **provenance(self.policy, self.segmenter)}
         made_by["ibisagent"] = package_version()
-        episodes = []
-        for one in self._rounds:
-            people = [str(number) for number, step in enumerate(one.steps, 1) if step.by == "person"]
-            stop: StopReason = "stopped" if one.steps and one.turns[-1].reply.stop else "open"
-            facts = {**made_by, "people_turns": " ".join(people)}
-            image = self.image
-            episodes.append(
-                Episode(self.id, one.query, image.size, image.sha256, image.source, one.start, one.turns, stop, facts)
-            )
-        return episodes
+        return [one.episode(self.id, self.image, made_by) for one in self._rounds]
 
     def export(self, folder: str | Path, name: str) -> Outputs:
         """Masks, overlay and record of the session, as the function `export` writes them; a record for each round."""
@@ -578,7 +556,7 @@ class Session:
     def corrections(self) -> list[Episode]:
         """The rounds that a person had a hand in, as episodes to learn from, all in the dialect "ibis".
 
-        What was wrong and taken back stays, with the Undo (training masks it, see `trajectories.undone_turns`); turns
+        What was wrong and taken back stays, with the Undo (training masks it, see `Episode.undone_turns`); turns
         that could not be read and stops that a person did not leave it at are left out; the last turn is a stop.
         """
         return [
@@ -602,12 +580,12 @@ class Session:
             make_folder(folder / part)
         stem = self.image.sha256[:16]
         picture = f"images/{stem}.png"
-        write_whole(_quick_png(self.image.pixels), folder / picture)
+        write_whole(png_bytes(self.image.pixels), folder / picture)
         rows = []
         for target, mask in self.masks.items():
             mask_file = ""
             if mask.any():
-                mask_file = f"masks/{stem}_{_distinct(target, set())}_{_short_hash(target)}.png"
+                mask_file = f"masks/{stem}_{safe_name(target, set())}_{_short_hash(target)}.png"
                 write_mask_png(mask, folder / mask_file)
             rows.append((picture, mask_file, target, self.query))
         _add_rows(folder / MANIFEST_NAME, rows)
@@ -719,7 +697,7 @@ class _AtWork:
     def __init__(self, session: Session, query: str | None) -> None:
         self._session, self._query = session, query
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Policy:
         session = self._session
         with session._lock:
             if session._running:
@@ -729,6 +707,7 @@ class _AtWork:
             if self._query is not None:
                 session.request(self._query)
             session._running = True
+            return session.policy
 
     def __exit__(self, *_: object) -> None:
         self._session._running = False
@@ -784,14 +763,6 @@ def _same(a: Masks, b: Masks) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(mask, b[name]) for name, mask in a.items())
 
 
-def _quick_png(pixels: np.ndarray) -> bytes:
-    """(H, W, 3) uint8 as a PNG file, made for speed."""
-    done, encoded = cv2.imencode(".png", pixels[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])
-    if not done:
-        raise DataError("the picture cannot be written as PNG")
-    return bytes(encoded.tobytes())
-
-
 _REPORT = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#111}}
@@ -808,7 +779,7 @@ td,th{{border-bottom:1px solid #ccc;padding:.3rem .5rem;text-align:left;vertical
 
 def _report(session: Session) -> str:
     image, masks = session.image, session.masks
-    encoded = _quick_png(np.asarray(overlay(image, masks).convert("RGB")))
+    encoded = png_bytes(overlay(image, masks))
     objects = []
     for name, mask in masks.items():
         pixels = int(mask.sum())
@@ -865,15 +836,3 @@ def _find_image(episode: Episode, record: Path, given: str | Path | None) -> Ima
         raise DataError(f"{record}: its image {name} is not there; say where it is with --image")
     pictures = [read_image(path) for path in found]
     return next((picture for picture in pictures if picture.sha256 == episode.image_sha256), pictures[0])
-
-
-def _distinct(name: str, taken: set[str]) -> str:
-    """`name` made fit for a file name, numbered if `taken` holds it already; adds it to `taken`."""
-    plain = re.sub(r"[^\w.+-]+", "_", name).strip("._") or "image"
-    plain = plain.encode()[:MAX_NAME_BYTES].decode(errors="ignore")
-    number, chosen = 1, plain
-    while chosen.casefold() in taken:
-        number += 1
-        chosen = f"{plain}-{number}"
-    taken.add(chosen.casefold())
-    return chosen

@@ -30,18 +30,21 @@ from ibisagent.domain import (
     Episode,
     Mask,
     Masks,
+    MaskSelection,
     Reply,
     Stop,
     StopReason,
     Turn,
     Undo,
+    check_mask_selection,
     check_masks,
 )
-from ibisagent.errors import ConfigError, DataError, TooLargeError
-from ibisagent.images import write_whole
+from ibisagent.errors import DataError, TooLargeError
+from ibisagent.files import make_folder, one_line, write_whole
 from ibisagent.masks import decode_rle, encode_rle
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2 has the column `mask_selection`. Version 1, which said the same in `made_by`, is read as well."""
 RECORD_FORMAT = "ibisagent episode"
 
 _ACTIONS: Mapping[str, type[Click] | type[Box] | type[Undo] | type[Stop]] = MappingProxyType(
@@ -85,6 +88,7 @@ SCHEMA = pa.schema(
         "turns": pa.list_(_TURN),
         "stop": pa.string(),
         "made_by": pa.map_(pa.string(), pa.string()),
+        "mask_selection": pa.string(),
     }
 )
 _VERSION_KEY = b"ibisagent.schema_version"
@@ -278,36 +282,6 @@ def read_plain_masks(plain: list[Mapping[str, Any]], size: tuple[int, int], wher
         raise DataError(f"{where}: is damaged ({error})") from error
 
 
-def make_folder(folder: Path) -> None:
-    """Make `folder` and those above it where they are not there yet; DataError if that cannot be done."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be used as a folder ({error.strerror}); choose another one") from error
-
-
-def claim_run(path: Path, facts: Mapping[str, Any]) -> None:
-    """Write `facts`, what makes a run, to the JSON file `path`; or check that an earlier start of it wrote the same.
-
-    ConfigError naming the first fact that differs, DataError for a file that is damaged.
-    """
-    if not path.exists():
-        write_whole((json.dumps(facts, indent=1, sort_keys=True) + "\n").encode(), path)
-        return
-    try:
-        earlier = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: is damaged ({error}); choose another folder") from error
-    if not isinstance(earlier, dict):
-        raise DataError(f"{path}: is damaged; choose another folder")
-    for name in sorted({*facts, *earlier}):
-        if facts.get(name) != earlier.get(name):
-            raise ConfigError(
-                f"{path.parent}: was made with {name} {earlier.get(name)}, now it is {facts.get(name)};"
-                " choose another folder or the old value"
-            )
-
-
 def _load_json(content: bytes, where: str) -> dict[str, Any]:
     try:
         loaded = json.loads(content)
@@ -346,7 +320,9 @@ def _read_shard(path: Path, columns: list[str] | None = None) -> pa.Table:
                 raise TooLargeError(f"{path}: {said.num_rows} episodes, at most {_MOST_EPISODES} are read; divide it")
             table = file.read(columns=columns)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: is damaged ({_first_line(error)}); delete it and make it again") from error
+        raise DataError(f"{path}: is damaged ({one_line(error, 200)}); delete it and make it again") from error
+    if columns is None and table.column_names == SCHEMA.names[:-1]:  # version 1
+        table = table.append_column(SCHEMA.field("mask_selection"), pa.nulls(len(table), pa.string()))
     if columns is None and table.schema.remove_metadata() != SCHEMA:
         raise DataError(f"{path}: has other columns than an episode store; it was not written by ibisagent")
     return table
@@ -357,11 +333,7 @@ def _table(plain: list[dict[str, Any]], where: Path) -> pa.Table:
     try:
         return pa.Table.from_pylist(plain, schema=SCHEMA)
     except (pa.ArrowException, UnicodeError, TypeError, ValueError, OverflowError) as error:
-        raise DataError(f"{where}: does not hold an episode as expected ({_first_line(error)})") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise DataError(f"{where}: does not hold an episode as expected ({one_line(error, 200)})") from error
 
 
 def _plain_episode(episode: Episode) -> dict[str, Any]:
@@ -383,6 +355,7 @@ def _plain_episode(episode: Episode) -> dict[str, Any]:
         "turns": turns,
         "stop": episode.stop,
         "made_by": dict(sorted(episode.made_by.items())),
+        "mask_selection": episode.mask_selection,
     }
 
 
@@ -411,6 +384,7 @@ def _episode(plain: Mapping[str, Any], where: str) -> Episode:
                 raise KeyError(name)
         if plain["stop"] not in _STOPS:
             raise ValueError(f"stop is '{plain['stop']}'")
+        made_by = dict(plain["made_by"] or ())
         return Episode(
             plain["case_id"],
             plain["query"],
@@ -420,7 +394,8 @@ def _episode(plain: Mapping[str, Any], where: str) -> Episode:
             start,
             tuple(turns),
             plain["stop"],
-            dict(plain["made_by"] or ()),
+            made_by,
+            _mask_selection(plain["mask_selection"], made_by),
         )
     except TooLargeError:
         raise
@@ -434,6 +409,11 @@ def _check_cost(plain: Mapping[str, Any], size: tuple[int, int], where: str) -> 
     masks = [*(plain["start"] or []), *(mask for turn in plain["turns"] or [] for mask in turn["masks"] or [])]
     limits.check_pixels(*size, where)
     limits.check_unpacked(len({mask["rle"]["counts"] for mask in masks}) * size[0] * size[1], where)
+
+
+def _mask_selection(said: str | None, made_by: Mapping[str, str]) -> MaskSelection:
+    """As recorded. Version 1 recorded it where the masks were chosen among, as `keep`; elsewhere they were the last."""
+    return check_mask_selection(made_by.get("keep", "last") if said is None else said)
 
 
 def _turn(plain: Mapping[str, Any], before: Masks, size: tuple[int, int], where: str) -> Turn:

@@ -12,16 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ibisagent.errors import IbisError
+from ibisagent.files import one_line
 
 EXIT_ERROR = 2
 stdout = Console(highlight=False, markup=False, soft_wrap=True)
 stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-
-
-def one_line(text: str, length: int = 120) -> str:
-    """Text of a model or user in one printable line: it must not steer the terminal."""
-    text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def print_error(error: BaseException) -> None:

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ibisagent.datasets import CaseRow, CaseSource
-from ibisagent.domain import Box, Case, Click, Episode, Undo
+from ibisagent.domain import Case, Episode
 from ibisagent.environment import SegmentationEnv, package_version, rollout
 from ibisagent.errors import ConfigError, DataError, IbisError
-from ibisagent.images import write_whole
+from ibisagent.files import claim, make_folder, write_whole
 from ibisagent.masks import iou
 from ibisagent.policies.oracle import IOU_THRESHOLD, MAX_CLICKS, OraclePolicy
 from ibisagent.segmenters import Segmenter
-from ibisagent.store import EpisodeStore, claim_run, make_folder
+from ibisagent.store import EpisodeStore
 
 MAX_FAILURES = 20
 RUN_NAME, FAILURES_NAME, SUMMARY_NAME = "run.json", "failures.jsonl", "summary.json"
@@ -104,7 +104,7 @@ def generate(
         for leftover in store.folder.glob(f".{name}.*.part"):  # of a run that was killed while it wrote
             leftover.unlink()
     made_by = {**segmenter.describe(), "segmenter": segmenter.name, "ibisagent": package_version()}
-    _claim(store, _run_facts(cases, config, made_by))
+    claim(store.folder / RUN_NAME, _run_facts(cases, config, made_by), leftovers=store.shards.values())
     made_by |= {name: str(value) for name, value in asdict(config).items() if name != "shard_cases"}
     blocks = range(0, len(cases), config.shard_cases)
     finished = {shard for shard in store.shards if not store.notes(shard)["failures"]}
@@ -134,20 +134,6 @@ def generate(
     return _finish(store, len(cases))
 
 
-def undone_turns(episode: Episode) -> frozenset[int]:
-    """Turns (0-based) whose clicks and boxes were all taken back by an Undo: the wrong ones, which training masks."""
-    given: set[int] = set()
-    standing: list[int] = []
-    for index, turn in enumerate(episode.turns):
-        for action in turn.reply.actions:
-            if isinstance(action, Undo):
-                del standing[max(0, len(standing) - action.steps) :]
-            elif isinstance(action, Click | Box):
-                standing.append(index)
-                given.add(index)
-    return frozenset(given - set(standing))
-
-
 def _shard(start: int, config: TrajectoryConfig) -> int:
     return start // config.shard_cases
 
@@ -158,14 +144,6 @@ def _run_facts(cases: CaseSource, config: TrajectoryConfig, made_by: Mapping[str
     for row in cases.rows:
         digest.update(repr((row.id, row.query, row.label)).encode("utf-8", "surrogateescape"))
     return {**asdict(config), **made_by, "cases": len(cases), "cases_sha256": digest.hexdigest()}
-
-
-def _claim(store: EpisodeStore, facts: Mapping[str, Any]) -> None:
-    """Write run.json, or check that the one there says the same."""
-    path = store.folder / RUN_NAME
-    if not path.exists() and store.shards:
-        raise ConfigError(f"{store.folder}: holds episodes but no {RUN_NAME}; choose another folder")
-    claim_run(path, facts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -199,7 +177,14 @@ def _run_batch(
         batch = [cases.decode(row) for row in rows]
         oracle = config.oracle({case.id: case for case in batch})
         envs = [
-            SegmentationEnv(case, segmenter, dialect=config.dialect, max_turns=oracle.max_turns, made_by=made_by)
+            SegmentationEnv(
+                case,
+                segmenter,
+                dialect=config.dialect,
+                max_turns=oracle.max_turns,
+                mask_selection="last",  # the expert sees the truth: the mask that it stops at is its answer
+                made_by=made_by,
+            )
             for case in batch
         ]
         episodes = rollout(oracle, envs)
@@ -220,8 +205,8 @@ def _check_machinery(recent: Iterable[_Outcome]) -> None:
 
 
 def _result(case: Case, episode: Episode, threshold: float) -> dict[str, Any]:
-    nothing = {name: truth & False for name, truth in (case.targets or {}).items()}
-    reached = [iou(episode.masks.get(name, nothing[name]), truth) for name, truth in (case.targets or {}).items()]
+    masks = episode.answer_masks
+    reached = [iou(masks.get(name, truth & False), truth) for name, truth in (case.targets or {}).items()]
     return {
         "case_id": case.id,
         "modality": case.meta.get("modality", ""),

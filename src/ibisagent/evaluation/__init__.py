@@ -36,8 +36,8 @@ import numpy as np
 from ibisagent import metrics
 from ibisagent.clicks import bounding_box, ellipse
 from ibisagent.datasets import CaseSource
-from ibisagent.domain import Box, Case, Click, Episode, Keep, Mask, Masks, Stop
-from ibisagent.environment import MAX_TURNS, SegmentationEnv, rollout
+from ibisagent.domain import MASK_SELECTION, Box, Case, Click, Episode, Mask, Masks, MaskSelection, Stop
+from ibisagent.environment import SegmentationEnv, rollout, turn_limit
 from ibisagent.errors import DataError, IbisError, PolicyError, SegmenterError
 from ibisagent.evaluation.results import (
     CaseResult,
@@ -107,7 +107,7 @@ class Judge:
     blind: Mapping[str, Policy]
     oracle: bool
     max_turns: int
-    keep: Keep
+    mask_selection: MaskSelection
     made_by: Mapping[str, str]
 
     def __call__(self, batch: Sequence[Case]) -> list[Judged]:
@@ -115,10 +115,7 @@ class Judge:
         started = time.perf_counter()
         episodes = self._run(self.policy, batch, self.max_turns)
         seconds = (time.perf_counter() - started) / len(batch)
-        rows = [
-            {**_measures(case, episode, self.keep), "seconds": seconds}
-            for case, episode in zip(batch, episodes, strict=True)
-        ]
+        rows = [{**_measures(case, episode), "seconds": seconds} for case, episode in zip(batch, episodes, strict=True)]
         shown = [
             (case, row)
             for case, row in zip(batch, rows, strict=True)
@@ -127,7 +124,7 @@ class Judge:
         seen = [case for case, _ in shown]
         for name, baseline in self.blind.items():
             for (case, row), episode in zip(shown, self._run(baseline, seen, 1), strict=True):
-                row[f"{name}_iou"] = agreement(episode.masks, case)[0]
+                row[f"{name}_iou"] = agreement(episode.answer_masks, case)[0]
                 row[f"{name}_hit"] = float(bool(first_action_hits(episode, case)))
         if self.oracle:
             curves = oracle_curves(seen, self.segmenter, prompts=max(ORACLE_CLICKS))
@@ -135,13 +132,20 @@ class Judge:
                 row["ellipse_iou"] = ellipse_iou(case)
                 row |= {f"oracle_iou_{count}": curve.after(count) for count in ORACLE_CLICKS}
         return [
-            Judged(case, episode, _result(case, episode, self.keep, row))
+            Judged(case, episode, _result(case, episode, row))
             for case, episode, row in zip(batch, episodes, rows, strict=True)
         ]
 
     def _run(self, who: Policy, cases: Sequence[Case], turns: int) -> list[Episode]:
         envs = [
-            SegmentationEnv(case, self.segmenter, dialect=who.dialect, max_turns=turns, made_by=self.made_by)
+            SegmentationEnv(
+                case,
+                self.segmenter,
+                dialect=who.dialect,
+                max_turns=turns,
+                mask_selection=self.mask_selection,
+                made_by=self.made_by,
+            )
             for case in cases
         ]
         return rollout(who, envs)
@@ -155,8 +159,8 @@ def evaluate(
     prior: Policy | None = None,
     centre: Policy | None = None,
     oracle: bool = True,
-    max_turns: int = MAX_TURNS,
-    keep: Keep = "best",
+    max_turns: int | None = None,
+    mask_selection: MaskSelection = MASK_SELECTION,
     batch_size: int = 16,
     made_by: Mapping[str, str] | None = None,
     on_case: Callable[[CaseResult | Failure], None] | None = None,
@@ -164,20 +168,22 @@ def evaluate(
     """Run `policy` on every case, `batch_size` episodes together, and measure it beside the baselines.
 
     prior, centre: the blind one-click policies, each left out if None. oracle: whether to run the expert's clicks and
-    the ellipse. keep: which mask of the policy's episode counts (`Episode.kept`). on_case: called after each case.
+    the ellipse. max_turns: default the policy's own limit. mask_selection: which masks of an episode are its answer, by
+    which it is judged (`Episode.answer_masks`). on_case: called after each case.
     Cases that fail are listed, not scored; after MAX_FAILURES failures in a row the last error is raised again.
     ConfigError (a dialect that does not fit, for example) is raised at once.
     """
     blind = {name: baseline for name, baseline in (("prior", prior), ("centre", centre)) if baseline is not None}
-    judge = Judge(policy, segmenter, blind, oracle, max_turns, keep, made_by or {})
+    turns = turn_limit(policy) if max_turns is None else max_turns
+    judge = Judge(policy, segmenter, blind, oracle, turns, mask_selection, made_by or {})
     results, failures = judge_cases(
         cases,
         lambda batch: [one.result for one in judge(batch)],
         batch_size=batch_size,
         on_case=on_case,
     )
-    facts = {"policy": policy.name, "segmenter": segmenter.name, "max_turns": str(max_turns), "keep": keep}
-    facts |= made_by or {}
+    facts = {"policy": policy.name, "segmenter": segmenter.name, "max_turns": str(turns)}
+    facts |= {"mask_selection": mask_selection, **(made_by or {})}
     return Evaluation(facts, tuple(results), tuple(failures))
 
 
@@ -253,7 +259,7 @@ def matched(masks: Masks, case: Case) -> list[tuple[Mask, Mask]]:
     if not case.targets:
         raise DataError(f"case {case.id}: has no target to compare a mask with")
     found = {target: np.zeros(case.image.size, dtype=bool) for target in case.targets}
-    for said, target in match_names(masks, case.targets).items():
+    for said, target in match_names([name for name, mask in masks.items() if mask.any()], case.targets).items():
         found[target] = found[target] | masks[said]
     return [(found[target], truth) for target, truth in case.targets.items()]
 
@@ -348,7 +354,7 @@ def first_action_hits(episode: Episode, case: Case) -> bool | None:
     return box is not None and box_iou(prompt, box) >= FIRST_BOX_IOU
 
 
-def _measures(case: Case, episode: Episode, keep: Keep) -> dict[str, float]:
+def _measures(case: Case, episode: Episode) -> dict[str, float]:
     """All measures of one episode but its time."""
     row = {"turns": float(len(episode.turns)), "clicks": float(episode.clicks)}
     row["parse_failures"] = float(sum(turn.reply.problem is not None for turn in episode.turns))
@@ -356,7 +362,7 @@ def _measures(case: Case, episode: Episode, keep: Keep) -> dict[str, float]:
     if all(count is not None for count in tokens):
         row["tokens"] = float(sum(count for count in tokens if count is not None))
     if case.targets:
-        row |= mask_measures(matched(episode.kept(keep), case), case.image.spacing_mm)
+        row |= mask_measures(matched(episode.answer_masks, case), case.image.spacing_mm)
         ious = [agreement(masks, case)[0] for masks in (episode.start, *(turn.after for turn in episode.turns))]
         row["stop_gap"] = max(0.0, max(ious[1:], default=ious[0]) - row["iou"])
         row["redundant_clicks"] = float(
@@ -382,9 +388,8 @@ def _measures(case: Case, episode: Episode, keep: Keep) -> dict[str, float]:
     return row
 
 
-def _result(case: Case, episode: Episode, keep: Keep, measures: Mapping[str, float]) -> CaseResult:
-    scores = [turn.segmenter_score for turn in episode.turns if turn.segmenter_score is not None]
-    pairs = matched(episode.kept(keep), case) if case.targets else []
+def _result(case: Case, episode: Episode, measures: Mapping[str, float]) -> CaseResult:
+    pairs = matched(episode.answer_masks, case) if case.targets else []
     return CaseResult(
         case.id,
         case.meta.get("object", ", ".join(case.targets or {})),
@@ -396,7 +401,7 @@ def _result(case: Case, episode: Episode, keep: Keep, measures: Mapping[str, flo
         sum((overlap(*pair) for pair in pairs), Overlap(0, 0, 0)) if pairs else None,
         size_of([truth for _, truth in pairs]),
         tuple(agreement(turn.after, case)[0] for turn in episode.turns) if pairs else (),
-        None if not scores else max(scores) if keep == "best" else scores[-1],
+        episode.answer_score,
     )
 
 

@@ -23,7 +23,7 @@ from ibisagent.errors import DataError
 from ibisagent.evaluation.results import CaseResult, Evaluation, GroupBy, summarise
 from ibisagent.evaluation.runs import Run
 from ibisagent.evaluation.tables import HEADINGS, MAIN, interval_text, ordered
-from ibisagent.images import write_whole
+from ibisagent.files import write_whole
 from ibisagent.metrics import EMPTY_RULE, EmptyRule
 from ibisagent.protocol import overlay
 from ibisagent.session import describe_actions
@@ -302,10 +302,9 @@ def _card(run: Run, pick: _Pick, missing: list[str]) -> str:
             figures.append(
                 _figure(image, turn.after, targets, _prompts(turn), f"turn {number}: {said}{iou}", turn.reply.thought)
             )
-        keep = run.evaluation.made_by.get("keep")
-        kept = episode.kept("best" if keep == "best" else "last") if episode else masks
-        if episode is None or not _same(kept, episode.masks):
-            figures.append(_figure(image, kept, targets, (), f"handed out: IoU {one.measures['iou']:.3f}", ""))
+        answer = episode.answer_masks if episode else masks
+        if episode is None or not _same(answer, episode.masks):
+            figures.append(_figure(image, answer, targets, (), f"handed out: IoU {one.measures['iou']:.3f}", ""))
     facts = [one.object, one.modality, one.size, *([f"ended: {one.stop}"] if one.stop else [])]
     words = html.escape(", ".join(fact for fact in facts if fact))
     note = "" if image is not None else '<p class="quiet">Its picture is not there any more, or has changed.</p>'

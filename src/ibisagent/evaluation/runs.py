@@ -24,19 +24,19 @@ from pathlib import Path
 from typing import Any
 
 from ibisagent.datasets import CaseSource, cases_to_judge
-from ibisagent.domain import Episode, Keep, Masks
-from ibisagent.environment import package_version
+from ibisagent.domain import MASK_SELECTION, Episode, Masks, MaskSelection
+from ibisagent.environment import package_version, turn_limit
 from ibisagent.errors import ConfigError, DataError, IbisError, PolicyError
 from ibisagent.evaluation import MAX_FAILURES, Judge, judge_cases, location_prior
 from ibisagent.evaluation.results import CaseResult, Evaluation, Failure
-from ibisagent.images import write_whole
+from ibisagent.files import claim, make_folder, write_whole
 from ibisagent.metrics import EMPTY_RULE, EmptyRule
 from ibisagent.policies import load_policy
 from ibisagent.policies.base import Policy
 from ibisagent.protocol import History
 from ibisagent.segmenters import load_segmenter
-from ibisagent.session import DEFAULT_TURNS, provenance
-from ibisagent.store import claim_run, make_folder, plain_masks, plain_record, read_plain_masks, read_plain_record
+from ibisagent.session import provenance
+from ibisagent.store import plain_masks, plain_record, read_plain_masks, read_plain_record
 
 RUN_NAME, CASES_NAME, RESULT_NAME = "run.json", "cases.jsonl", "evaluation.json"
 
@@ -56,8 +56,8 @@ class Setup:
     segmenter: str = "ibis-click"
     dialect: str | None = None
     history: History | None = None
-    max_turns: int = DEFAULT_TURNS
-    keep: Keep = "best"
+    max_turns: int | None = None
+    mask_selection: MaskSelection = MASK_SELECTION
     baselines: bool = True
     batch_size: int = 16
     device: str = "auto"
@@ -95,7 +95,8 @@ class Setup:
         blind: dict[str, Policy] = {}
         if self.baselines:
             blind = ({} if prior is None else {"prior": prior}) | {"centre": load_policy("centre-click")}
-        made_by = {**provenance(policy, segmenter), "keep": self.keep}
+        max_turns = turn_limit(policy) if self.max_turns is None else self.max_turns
+        made_by = provenance(policy, segmenter)
         facts = {
             "ibisagent": package_version(),
             "data": str(self.data),
@@ -104,13 +105,14 @@ class Setup:
             "cases_sha256": hashlib.sha256("\n".join(row.id for row in cases.rows).encode()).hexdigest(),
             "policy": policy.name,
             "segmenter": segmenter.name,
-            "max_turns": str(self.max_turns),
+            "max_turns": str(max_turns),
+            "mask_selection": self.mask_selection,
             "baselines": ", ".join([*blind, "oracle"]) if self.baselines else "",
             "batch_size": str(self.batch_size),
             "seed": str(self.seed),
             **made_by,
         }
-        judge = Judge(policy, segmenter, blind, self.baselines, self.max_turns, self.keep, made_by)
+        judge = Judge(policy, segmenter, blind, self.baselines, max_turns, self.mask_selection, made_by)
         return Bench(cases, judge, facts, self.batch_size)
 
 
@@ -164,7 +166,7 @@ def run(
         log = _Log(None if folder is None else folder / CASES_NAME)
         if folder is not None:
             make_folder(folder)
-            claim_run(folder / RUN_NAME, facts)
+            claim(folder / RUN_NAME, facts)
             log.open()
         done = {index for index, line in log.lines.items() if "result" in line}
         blocks = [

@@ -32,10 +32,11 @@ from ibisagent.errors import ConfigError, DataError
 from ibisagent.evaluation import mask_measures, size_of
 from ibisagent.evaluation.results import CaseResult, Evaluation, Failure
 from ibisagent.evaluation.runs import CASES_NAME, RUN_NAME, write_results
-from ibisagent.images import read_masks, write_whole
+from ibisagent.files import claim, make_folder, write_whole
+from ibisagent.images import read_masks
 from ibisagent.masks import decode_runs, overlap
 from ibisagent.metrics import EMPTY_RULE, EmptyRule, resize_target
-from ibisagent.store import claim_run, make_folder, plain_masks
+from ibisagent.store import plain_masks
 
 ProblemKind = Literal["missing", "duplicate", "wrong size", "other geometry", "unreadable", "unknown name"]
 PROBLEMS_NAME = "problems.csv"
@@ -136,7 +137,7 @@ def score(
     strict = {name: sum(one.measures[name] for one in results) / len(cases) for name in ("iou", "dice")}
     if folder is not None:
         make_folder(folder)
-        claim_run(folder / RUN_NAME, facts)
+        claim(folder / RUN_NAME, facts)
         write_whole("".join(json.dumps(line) + "\n" for line in lines).encode(), folder / CASES_NAME)
         write_whole(_problems_csv(problems).encode(), folder / PROBLEMS_NAME)
         write_results(evaluation, folder, empty)

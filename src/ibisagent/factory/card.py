@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ibisagent.csv_tables import markdown_cell
 from ibisagent.factory.config import read_notes
-from ibisagent.images import write_whole
+from ibisagent.files import write_whole
 from ibisagent.store import EpisodeStore
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ibisagent.environment import MAX_TURNS
 from ibisagent.errors import DataError
-from ibisagent.images import write_whole
+from ibisagent.files import make_folder, write_whole
 from ibisagent.protocol import DIALECTS
 from ibisagent.recipe import Recipe
-from ibisagent.store import make_folder
 
 Stage = Literal["trajectories", "questions", "thoughts", "reflection", "filter", "export"]
 STAGES: tuple[Stage, ...] = ("trajectories", "questions", "thoughts", "reflection", "filter", "export")
@@ -76,7 +76,7 @@ class FactoryConfig(Recipe):
     endpoint: EndpointConfig | None = None
 
     min_iou: float = Field(default=0.87, ge=0, le=1)
-    max_turns: int = Field(default=20, ge=1)
+    max_turns: int = Field(default=MAX_TURNS, ge=1)
     near_duplicate_bits: int = Field(
         default=6, ge=0, le=15, description="of 256: pictures that differ by less are copies"
     )

@@ -28,11 +28,10 @@ from ibisagent.datasets import CaseRow
 from ibisagent.domain import Case, Episode, Image, Masks, Observation, Reply
 from ibisagent.errors import DataError
 from ibisagent.factory.config import FactoryConfig, Question, read_table, write_table
-from ibisagent.images import read_image, write_whole
+from ibisagent.files import make_folder, png_bytes, write_whole
+from ibisagent.images import read_image
 from ibisagent.masks import decode_rle, encode_rle
 from ibisagent.protocol import Message, OverlayStyle, overlay, parse, render
-from ibisagent.store import make_folder
-from ibisagent.trajectories import undone_turns
 
 JPEG_QUALITY = 92
 DATASET_INFO_NAME = "dataset_info.json"
@@ -196,12 +195,13 @@ class _Pictures:
         if name not in self.written:
             picture = overlay(image, masks, style)
             relative = self._folder / f"{name}.{self._suffix}"
-            buffer = io.BytesIO()
             if self._suffix == "jpg":
+                buffer = io.BytesIO()
                 picture.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+                content = buffer.getvalue()
             else:
-                picture.save(buffer, "PNG", compress_level=1)
-            write_whole(buffer.getvalue(), self._out / relative)
+                content = png_bytes(picture)
+            write_whole(content, self._out / relative)
             self.written[name] = relative.as_posix()
         return self.written[name]
 
@@ -213,7 +213,7 @@ def _conversation(
     masks = episode.turns[-1].before
     observation = Observation(episode.case_id, image, episode.query, masks, episode.turns[:-1])
     rendered = render(observation, dialect=config.dialect, history="full", style="colour", paint=pictures.file)
-    wrong = undone_turns(episode)
+    wrong = episode.undone_turns
     messages: list[dict[str, Any]] = []
     files: list[str] = []
     for message in rendered:

@@ -13,7 +13,6 @@ from ibisagent.domain import Episode, Mask, union
 from ibisagent.factory.config import FactoryConfig, Question
 from ibisagent.masks import dice, iou
 from ibisagent.teacher.checks import MAX_THOUGHT_CHARS, disagreement, leak
-from ibisagent.trajectories import undone_turns
 
 
 def judge(
@@ -34,12 +33,13 @@ def judge(
         return f"too long|{len(episode.turns)} turns"
     wanted = {name: truth for row in question.rows for name, truth in truths.get(row, {}).items()}
     asked = {name: wanted[name] for name in question.targets}
-    ious = [iou(union(episode.masks, [name], episode.size), truth) for name, truth in asked.items()]
+    masks = episode.answer_masks
+    ious = [iou(union(masks, [name], episode.size), truth) for name, truth in asked.items()]
     if ious and min(ious) < config.min_iou:
         return f"low IoU|{min(ious):.3f}"
-    if question.absent and any(mask.any() for mask in episode.masks.values()):
+    if question.absent and any(mask.any() for mask in masks.values()):
         return "mask of an absent object|"
-    wrong = undone_turns(episode)
+    wrong = episode.undone_turns
     for number, turn in enumerate(episode.turns):
         if number in wrong:
             continue
@@ -50,7 +50,7 @@ def judge(
             return f"leak: {kind}|turn {number + 1}: {thought[:160]}"
         if fault := disagreement(thought, turn.reply, turn.before, episode.size, asked):
             return f"thought against action: {fault}|turn {number + 1}: {thought[:160]}"
-    dices = [dice(union(episode.masks, [name], episode.size), truth) for name, truth in asked.items()]
+    dices = [dice(union(masks, [name], episode.size), truth) for name, truth in asked.items()]
     return {
         "id": question.id,
         "family": question.family,

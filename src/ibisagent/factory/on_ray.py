@@ -9,6 +9,7 @@ from typing import Any
 from ibisagent.errors import ConfigError, IbisError
 from ibisagent.factory.config import Stage
 from ibisagent.factory.stages import Plan, Worker
+from ibisagent.files import one_line
 
 LIVES = 3  # how often a worker that the machine killed is started again
 
@@ -71,7 +72,7 @@ def on_ray(
                 finished(shard)
         except ray.exceptions.RayActorError as error:
             raise IbisError(
-                f"a Ray worker died {LIVES + 1} times at stage {stage} ({str(error).splitlines()[0]});"
+                f"a Ray worker died {LIVES + 1} times at stage {stage} ({one_line(error)});"
                 " give it more memory and start the same command again: it goes on where it stopped"
             ) from error
 

@@ -209,8 +209,14 @@ class _Maker:
 
     def _open(self, case: Case) -> SegmentationEnv:
         turns = 3 * self._config.max_clicks + 8
-        dialect = self._config.dialect
-        return SegmentationEnv(case, self._segmenter, dialect=dialect, max_turns=turns, made_by=self._made_by)
+        return SegmentationEnv(
+            case,
+            self._segmenter,
+            dialect=self._config.dialect,
+            max_turns=turns,
+            mask_selection="last",  # the expert sees the truth: the mask that it stops at is its answer
+            made_by=self._made_by,
+        )
 
     def _say(self, env: SegmentationEnv, reply: Reply) -> Turn:
         text = write(reply, env.observation.image.size, dialect=self._config.dialect)

@@ -35,10 +35,10 @@ from ibisagent.factory.config import (
 )
 from ibisagent.factory.raw import RecallingSegmenter, raw_episodes
 from ibisagent.factory.telling import Teller, Untold
-from ibisagent.images import write_whole
+from ibisagent.files import claim, make_folder, write_whole
 from ibisagent.segmenters import load_segmenter
 from ibisagent.segmenters.runtime import one_thread
-from ibisagent.store import EpisodeStore, make_folder
+from ibisagent.store import EpisodeStore
 from ibisagent.teacher.base import Teacher
 
 RUN_NAME = "run.json"
@@ -352,28 +352,7 @@ def _claim(plan: Plan) -> None:
         "cases_sha256": digest.hexdigest(),
     }
     facts["ibisagent"] = package_version()
-    path = plan.out / RUN_NAME
-    if not path.exists():
-        if any((plan.out / stage).exists() for stage in STAGES):
-            raise ConfigError(f"{plan.out}: holds stages but no {RUN_NAME}; choose another folder")
-        write_whole((json.dumps(facts, indent=1, sort_keys=True) + "\n").encode(), path)
-        return
-    try:
-        earlier = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: is damaged ({error}); choose another folder") from error
-    changed = [name for name in sorted({*facts, *earlier}) if facts.get(name) != earlier.get(name)]
-    if changed:
-        name = changed[0]
-        raise ConfigError(
-            f"{plan.out}: was made with {name} {_short(earlier.get(name))}, now it is {_short(facts.get(name))};"
-            " choose another folder or the old value"
-        )
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) < 80 else f"{text[:77]}..."
+    claim(plan.out / RUN_NAME, facts, leftovers=[plan.out / stage for stage in STAGES])
 
 
 def _sweep(out: Path, stage: Stage) -> None:

@@ -13,7 +13,6 @@ from ibisagent.factory.config import Question
 from ibisagent.protocol import write
 from ibisagent.teacher.base import Refusal, Teacher
 from ibisagent.teacher.scenes import Scene, Sight, error_sight, first_sight, look, side_of, stop_sights
-from ibisagent.trajectories import undone_turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +111,7 @@ class Teller:
             stop = raw.turns[0].reply.stop
             return [stop_sights(stop, {}, {}) if stop is not None else ()]
         if question.raw not in self._seen:
-            wrong = undone_turns(raw)
+            wrong = raw.undone_turns
             self._seen[question.raw] = [
                 self._turn_sights(raw, number, number in wrong, image) for number in range(len(raw.turns))
             ]

@@ -25,7 +25,8 @@ import PIL.Image
 from ibisagent.datasets import CaseSource
 from ibisagent.domain import Mask, union
 from ibisagent.errors import DataError
-from ibisagent.images import write_png, write_whole
+from ibisagent.files import write_whole
+from ibisagent.images import write_png
 from ibisagent.masks import decode_rle, dice, encode_rle, iou
 
 TASK = "ibis_segmentation"

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from ibisagent.datasets import read_cases
+from ibisagent.files import make_folder
 from ibisagent.lmms_eval_plugin import TASK, write_task
-from ibisagent.store import make_folder
 
 
 def main(

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from lmms_eval.api.model import lmms
 
-from ibisagent import session
-from ibisagent.domain import Case, Image, Keep, union
-from ibisagent.environment import SegmentationEnv, rollout
+from ibisagent.domain import MASK_SELECTION, Case, Image, check_mask_selection, union
+from ibisagent.environment import SegmentationEnv, rollout, turn_limit
 from ibisagent.errors import ConfigError
 from ibisagent.masks import encode_rle
 from ibisagent.policies import load_policy
@@ -27,19 +26,18 @@ class IbisAgent(lmms):  # type: ignore[misc]
         self,
         policy: str = "ibis-nano",
         segmenter: str = "ibis-click",
-        max_turns: int = session.DEFAULT_TURNS,
-        keep: str = "best",
+        max_turns: int | None = None,
+        mask_selection: str = MASK_SELECTION,
         device: str = "auto",
         batch_size: int = 1,
         **_of_the_harness: Any,
     ) -> None:
         """All as in `ibisagent segment`; batch_size: episodes run together. ConfigError for what does not exist."""
         super().__init__()
-        if keep not in ("last", "best"):
-            raise ConfigError(f"cannot keep '{keep}': give last or best")
-        self.keep: Keep = "best" if keep == "best" else "last"
-        self.max_turns, self.batch_size = int(max_turns), max(1, int(batch_size))
+        self.mask_selection = check_mask_selection(mask_selection)
+        self.batch_size = max(1, int(batch_size))
         self.policy = load_policy(policy, device=device, batch_size=self.batch_size)
+        self.max_turns = turn_limit(self.policy) if max_turns is None else int(max_turns)
         self.segmenter = load_segmenter(segmenter, device=device)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
@@ -48,11 +46,17 @@ class IbisAgent(lmms):  # type: ignore[misc]
         for start in range(0, len(requests), self.batch_size):
             cases = [self._case(request) for request in requests[start : start + self.batch_size]]
             envs = [
-                SegmentationEnv(case, self.segmenter, dialect=self.policy.dialect, max_turns=self.max_turns)
+                SegmentationEnv(
+                    case,
+                    self.segmenter,
+                    dialect=self.policy.dialect,
+                    max_turns=self.max_turns,
+                    mask_selection=self.mask_selection,
+                )
                 for case in cases
             ]
             for case, episode in zip(cases, rollout(self.policy, envs), strict=True):
-                masks = episode.kept(self.keep)
+                masks = episode.answer_masks
                 answers.append(json.dumps(encode_rle(union(masks, list(masks), case.image.size))))
         return answers
 

@@ -12,7 +12,11 @@ MAX_NEW_TOKENS = 512
 
 
 class Policy(Protocol):
-    """Anything that answers observations with text in a dialect of `protocol`."""
+    """Anything that answers observations with text in a dialect of `protocol`.
+
+    It may have an attribute `max_turns`, the most turns that an episode of it needs (see `environment.turn_limit`), and
+    a method `describe`, facts such as hashes and seeds for the record of what it makes.
+    """
 
     @property
     def name(self) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import os
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from PIL.Image import Image as Picture
 
 from ibisagent.domain import Completion, Observation
 from ibisagent.errors import ConfigError, PolicyError
+from ibisagent.files import one_line, png_bytes
 from ibisagent.policies.base import MAX_NEW_TOKENS
 from ibisagent.protocol import DIALECTS, History, Message, OverlayStyle, render
 
@@ -118,7 +118,7 @@ class EndpointPolicy:
 
     def _explained(self, error: openai.OpenAIError) -> PolicyError:
         """One line: the URL, what happened, what to do."""
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         match error:
             case openai.APITimeoutError():
                 remedy = "no answer in time; lower the batch size or raise timeout_seconds"
@@ -155,6 +155,4 @@ def _part_as_openai(part: dict[str, Any]) -> dict[str, Any]:
 
 def png_data_url(picture: Picture) -> str:
     """`picture` as "data:image/png;base64,...", lossless, alpha kept."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return "data:image/png;base64," + base64.b64encode(png_bytes(picture)).decode("ascii")

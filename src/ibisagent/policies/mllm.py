@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from ibisagent.domain import Completion, Observation
 from ibisagent.errors import ConfigError, PolicyError
+from ibisagent.files import one_line
 from ibisagent.policies.base import MAX_NEW_TOKENS
 from ibisagent.protocol import DIALECTS, History, Message, OverlayStyle, render
 
@@ -63,7 +64,8 @@ class MllmPolicy:
     folder that is merged into the weights. dialect, history, style: None takes what `config.dialect`,
     `config.history`, `config.mask_style` say, else the dialect "released" for the public weights and "ibis" for any
     other model, with that dialect's own history and style. max_new_tokens: None takes `config.reply_tokens`, else
-    MAX_NEW_TOKENS. device "auto" is cuda where there is one, else cpu; dtype "auto" is bfloat16 on cuda, else float32.
+    MAX_NEW_TOKENS. `max_turns` is what `config.max_turns` says, else None. device "auto" is cuda where there is one,
+    else cpu; dtype "auto" is bfloat16 on cuda, else float32.
     temperature 0 is greedy; otherwise what is drawn depends on `seed` and the batch alone, not on earlier calls.
     batch_size: conversations per forward pass. min_pixels, max_pixels: bounds of the area that an image is resized to,
     for models with a free image size (Qwen). name: how `load_policy` was asked for it.
@@ -116,6 +118,7 @@ class MllmPolicy:
         default = DIALECTS[self.dialect]
         self.history: History = history or getattr(config, "history", None) or default.history
         self.max_new_tokens = max_new_tokens or int(getattr(config, "reply_tokens", MAX_NEW_TOKENS))
+        self.max_turns: int | None = getattr(config, "max_turns", None)
         self.style: OverlayStyle = style or getattr(config, "mask_style", None) or default.style
 
     def respond(self, observations: Sequence[Observation]) -> list[Completion]:
@@ -204,7 +207,9 @@ class MllmPolicy:
                 processor_kwargs={"padding": True, "padding_side": "left", **self._image_options},
             )
         except (ValueError, TypeError) as error:
-            raise PolicyError(f"{self.name}: its processor cannot read the conversation: {_one_line(error)}") from error
+            raise PolicyError(
+                f"{self.name}: its processor cannot read the conversation: {one_line(error, 400)}"
+            ) from error
 
     def _adapt(self, message: Message) -> Message:
         """A copy of `message` with pictures in the mode that the model reads (alpha is a mask only to our own)."""
@@ -235,10 +240,6 @@ def _check_sampling(max_new_tokens: int | None, temperature: float) -> None:
         raise ConfigError(f"max_new_tokens {max_new_tokens}: give 1 or more")
     if not 0 <= temperature <= 100:
         raise ConfigError(f"temperature {temperature}: give 0 (greedy) to 100")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 def _resolve_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
@@ -283,7 +284,7 @@ def _resolve_folder(source: str) -> Path:
         include = f"--include '{prefix}*' " if subfolder else ""
         download = f"hf download {owner}/{name} {include}--local-dir weights"
         raise PolicyError(
-            f"{source} is no folder here and cannot be downloaded ({_one_line(error)[:120]}): run `{download}` on a "
+            f"{source} is no folder here and cannot be downloaded ({one_line(error)}): run `{download}` on a "
             f"machine with internet, copy the folder, and give mllm:weights/{subfolder}"
         ) from error
     folder = Path(snapshot) / subfolder
@@ -300,7 +301,9 @@ def _load_remedy(what: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if isinstance(error, PolicyError):
             raise
-        raise PolicyError(f"{what} cannot be loaded ({_one_line(error)}): download or copy the folder again") from error
+        raise PolicyError(
+            f"{what} cannot be loaded ({one_line(error, 400)}): download or copy the folder again"
+        ) from error
 
 
 @contextmanager
@@ -313,8 +316,8 @@ def _memory_remedy(name: str) -> Iterator[None]:
             raise
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             remedy = "lower the batch size or max_pixels, use dtype bfloat16, or a larger device"
-            raise PolicyError(f"{name}: out of memory ({_one_line(error)[:120]}): {remedy}") from error
-        raise PolicyError(f"{name}: generation failed: {_one_line(error)}") from error
+            raise PolicyError(f"{name}: out of memory ({one_line(error)}): {remedy}") from error
+        raise PolicyError(f"{name}: generation failed: {one_line(error, 400)}") from error
 
 
 def _load_processor(folder: Path, name: str) -> Any:
@@ -391,7 +394,7 @@ def _merge_adapter(model: Any, adapter: Path) -> Any:
         try:
             return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
         except UserWarning as error:
-            raise PolicyError(f"adapter {adapter} was made for another model: {_one_line(error)[:120]}") from error
+            raise PolicyError(f"adapter {adapter} was made for another model: {one_line(error)}") from error
 
 
 def _plain_generation(model: Any, tokenizer: Any) -> Any:

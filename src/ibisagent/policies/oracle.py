@@ -23,7 +23,7 @@ from ibisagent.domain import (
     Stop,
     Turn,
     Undo,
-    kept_prompts,
+    standing,
 )
 from ibisagent.errors import ConfigError, PolicyError
 from ibisagent.masks import iou
@@ -155,7 +155,7 @@ class OraclePolicy:
 
     def _next_prompt(self, observation: Observation, name: str, truth: Mask, current: Mask) -> Prompt | None:
         case_id, index = observation.case_id, len(observation.turns)
-        kept = [prompt for prompt in kept_prompts(observation.turns) if prompt.target == name]
+        kept = [prompt for prompt in standing(observation.turns) if prompt.target == name]
         clicks = [prompt for prompt in kept if isinstance(prompt, Click)]
         right = next_click(truth, current, name, clicks)
         if right is None:

@@ -16,10 +16,11 @@ import numpy as np
 
 from ibisagent.domain import Box, Image, Mask, Prompt
 from ibisagent.errors import ConfigError, SegmenterError
+from ibisagent.files import one_line
 from ibisagent.segmenters import Prediction, Request, check_prior, check_prompts
 from ibisagent.segmenters.frame import Window, letterbox, letterbox_scale, letterbox_size, prompt_maps, unletterbox
 from ibisagent.segmenters.glance import FEATURES, GRID, STRIDE, GlanceEncoder, Glances, places_seen
-from ibisagent.segmenters.runtime import Network, choose_device, choose_runtime, first_line, load_network
+from ibisagent.segmenters.runtime import Network, choose_device, choose_runtime, load_network
 from ibisagent.segmenters.tidy import fill_small_holes, keep_prompted
 
 if TYPE_CHECKING:
@@ -253,7 +254,9 @@ class _Weights:
             config = ClickNetworkConfig(int(shape["side"]), tuple(shape["widths"]), tuple(shape["depth"]))
             return cls(path, path.read_bytes(), config, (float(slope), float(shift)))
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise SegmenterError(f"{description}: does not describe a click network ({first_line(error)})") from error
+            raise SegmenterError(
+                f"{description}: does not describe a click network ({one_line(error, 300)})"
+            ) from error
 
     def network(self) -> ClickNetwork:
         """The network with its weights, in float32."""
@@ -266,7 +269,7 @@ class _Weights:
         try:
             network.load_state_dict(load(self.content))
         except (SafetensorError, RuntimeError) as error:
-            reason = first_line(error)
+            reason = one_line(error, 300)
             raise SegmenterError(
                 f"{self.path}: not the weights of this network ({reason}): train them again"
             ) from error

@@ -8,13 +8,13 @@ import weakref
 from collections.abc import Sequence
 from http import HTTPStatus
 
-import cv2
 import httpx
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from ibisagent.domain import Image, Prompt
 from ibisagent.errors import ConfigError, DataError, SegmenterError
+from ibisagent.files import png_bytes
 from ibisagent.segmenters import Prediction, check_prior, check_prompts
 from ibisagent.segmenters.wire import ErrorReply, PredictReply, decode_prediction, encode_request
 
@@ -98,8 +98,7 @@ class RemoteSession:
         """Send the pixels unless the server has them."""
         path = f"/v1/images/{self._image.sha256}"
         if self._segmenter._ask("GET", path, accept=[HTTPStatus.NOT_FOUND]).status_code == HTTPStatus.NOT_FOUND:
-            _, png = cv2.imencode(".png", cv2.cvtColor(self._image.pixels, cv2.COLOR_RGB2BGR))
-            self._segmenter._ask("PUT", path, body=png.tobytes())
+            self._segmenter._ask("PUT", path, body=png_bytes(self._image.pixels))
 
     def predict(self, prompts: Sequence[Prompt], prior: np.ndarray | None = None) -> Prediction:
         """See `SegmenterSession`."""

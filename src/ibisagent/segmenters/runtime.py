@@ -24,6 +24,7 @@ import numpy as np
 import platformdirs
 
 from ibisagent.errors import ConfigError, SegmenterError
+from ibisagent.files import one_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -122,7 +123,9 @@ class TorchNetwork:
         try:
             self._module = module.eval().requires_grad_(False).to(torch.device(device))
         except (RuntimeError, AssertionError) as error:
-            raise SegmenterError(f"device '{device}' cannot be used: {first_line(error)}; give device cpu") from error
+            raise SegmenterError(
+                f"device '{device}' cannot be used: {one_line(error, 300)}; give device cpu"
+            ) from error
         self._device = device
         self.runtime = f"torch {torch.__version__} {device}"
 
@@ -136,7 +139,7 @@ class TorchNetwork:
                 outputs = outputs if isinstance(outputs, tuple) else (outputs,)
                 return tuple(output.float().cpu().numpy() for output in outputs)
         except RuntimeError as error:
-            raise SegmenterError(f"torch failed on '{self._device}': {first_line(error)}") from error
+            raise SegmenterError(f"torch failed on '{self._device}': {one_line(error, 300)}") from error
 
 
 class _OpenVinoNetwork:
@@ -171,7 +174,7 @@ class _OpenVinoNetwork:
         try:
             self._compiled = core.compile_model(core.read_model(folder / "network.xml"), "CPU", settings)
         except RuntimeError as error:
-            raise SegmenterError(f"{folder}: OpenVINO cannot read it ({first_line(error)}): delete it") from error
+            raise SegmenterError(f"{folder}: OpenVINO cannot read it ({one_line(error, 300)}): delete it") from error
         finally:
             if folder.parent != conversion_folder():
                 shutil.rmtree(folder, ignore_errors=True)
@@ -190,7 +193,7 @@ class _OpenVinoNetwork:
             try:
                 outputs = self._request.infer(list(arrays))
             except RuntimeError as error:
-                raise SegmenterError(f"OpenVINO failed: {first_line(error)}") from error
+                raise SegmenterError(f"OpenVINO failed: {one_line(error, 300)}") from error
             return tuple(np.array(output, dtype=np.float32) for output in outputs.values())
 
 
@@ -219,7 +222,7 @@ def _convert(build: Callable[[], nn.Module], example: Sequence[np.ndarray], fold
         openvino.save_model(model, fresh / "network.xml", compress_to_fp16=True)
     except RuntimeError as error:
         shutil.rmtree(fresh, ignore_errors=True)
-        raise SegmenterError(f"{fresh}: cannot store the converted network ({first_line(error)})") from error
+        raise SegmenterError(f"{fresh}: cannot store the converted network ({one_line(error, 300)})") from error
     if folder.parent != conversion_folder():
         return fresh
     try:
@@ -229,9 +232,3 @@ def _convert(build: Callable[[], nn.Module], example: Sequence[np.ndarray], fold
             raise
         shutil.rmtree(fresh, ignore_errors=True)  # another process was faster; both are the same
     return folder
-
-
-def first_line(error: BaseException) -> str:
-    """The first non-empty line of an error's text, for messages of one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__

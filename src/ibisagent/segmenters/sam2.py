@@ -20,9 +20,10 @@ import numpy as np
 
 from ibisagent.domain import Box, Click, Image, Masks, Prompt
 from ibisagent.errors import ConfigError, SegmenterError
+from ibisagent.files import one_line
 from ibisagent.segmenters import Prediction, check_prior, check_prompts
 from ibisagent.segmenters.cache import EmbeddingCache
-from ibisagent.segmenters.runtime import choose_device, first_line
+from ibisagent.segmenters.runtime import choose_device
 from ibisagent.segmenters.tidy import split_prompts
 
 if TYPE_CHECKING:
@@ -124,7 +125,9 @@ class Sam2:
         try:
             self._model = model.eval().requires_grad_(False).to(torch.device(self._device))
         except (RuntimeError, AssertionError) as error:
-            raise SegmenterError(f"device '{device}' cannot be used: {first_line(error)}; give device cpu") from error
+            raise SegmenterError(
+                f"device '{device}' cannot be used: {one_line(error, 300)}; give device cpu"
+            ) from error
 
     def open(self, image: Image) -> Sam2Session:
         """A session on `image`; its embedding comes from the cache where it is there, and stays on the device."""
@@ -134,7 +137,9 @@ class Sam2:
                 inputs = self._processor(images=image.pixels, return_tensors="pt").to(self._device)
                 return tuple(self._model.get_image_embeddings(inputs["pixel_values"]))
             except RuntimeError as error:
-                raise SegmenterError(f"{self.name}: embedding failed on {self._device}: {first_line(error)}") from error
+                raise SegmenterError(
+                    f"{self.name}: embedding failed on {self._device}: {one_line(error, 300)}"
+                ) from error
 
         features = self.cache.fetch(f"{self.name} {self._device}", image.sha256, embed)
         return Sam2Session(image.size, features, self._model, self._processor)
@@ -221,7 +226,7 @@ class Sam2Session:
             scores = output.iou_scores[0, 0].float().cpu().numpy()
             masks = output.pred_masks[0, 0].float().cpu().numpy()
         except RuntimeError as error:
-            raise SegmenterError(f"sam2 failed: {first_line(error)}") from error
+            raise SegmenterError(f"sam2 failed: {one_line(error, 300)}") from error
         best = int(scores.argmax())
         logits = np.clip(masks[best], -MAX_LOGIT, MAX_LOGIT)
         mask = cv2.resize(logits, self._size[::-1], interpolation=cv2.INTER_LINEAR) > 0
@@ -287,7 +292,7 @@ class Sam2Memory:
             with torch.inference_mode():
                 output = self._model(self._session, frame_idx=self._next, frame=pixels.to(self._device))
         except RuntimeError as error:
-            raise SegmenterError(f"sam2: its memory failed: {first_line(error)}") from error
+            raise SegmenterError(f"sam2: its memory failed: {one_line(error, 300)}") from error
         self._next += 1
         self._forget()
         there = output.object_score_logits.float().sigmoid().flatten()
@@ -359,7 +364,7 @@ def _fetch(repository: str, patterns: list[str]) -> Path:
         return Path(snapshot_download(repository, allow_patterns=patterns))
     except (OSError, ValueError, HfHubHTTPError) as error:
         remedy = f"run `hf download {repository} --local-dir weights` on a machine with internet, and give its path"
-        reason = first_line(error)[:120]
+        reason = one_line(error)
         raise ConfigError(f"sam2: {repository} is not here and cannot be downloaded ({reason}): {remedy}") from error
 
 
@@ -388,7 +393,7 @@ def _from_transformers(source: str) -> tuple[Sam2Model, Sam2Processor, Path]:
         )
     except (OSError, ValueError, RuntimeError) as error:
         remedy = "give a hub id, a folder or a .pt file of SAM 2 or MedSAM2"
-        raise ConfigError(f"sam2: {source} cannot be loaded ({first_line(error)}): {remedy}") from error
+        raise ConfigError(f"sam2: {source} cannot be loaded ({one_line(error, 300)}): {remedy}") from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise SegmenterError(f"sam2: {source} lacks {len(missing)} weights, such as {missing[0]}: give a SAM 2 model")
@@ -404,7 +409,7 @@ def _read_original(path: Path) -> Mapping[str, torch.Tensor]:
     except pickle.UnpicklingError as error:
         raise SegmenterError(f"{path}: damaged, or holds more than tensors: {_REMEDY}") from error
     except (OSError, EOFError, RuntimeError) as error:
-        raise SegmenterError(f"{path}: cannot be read ({first_line(error)}): {_REMEDY}") from error
+        raise SegmenterError(f"{path}: cannot be read ({one_line(error, 300)}): {_REMEDY}") from error
     state = loaded.get("model", loaded) if isinstance(loaded, dict) else {}
     if "image_encoder.trunk.patch_embed.proj.weight" not in state:
         raise SegmenterError(f"{path}: not a SAM 2 checkpoint, it has no image_encoder.trunk: {_REMEDY}")
@@ -418,7 +423,7 @@ def _load(model: Any, state: Mapping[str, torch.Tensor], path: Path) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise SegmenterError(f"{path}: its weights do not fit SAM 2 ({first_line(error)}): {_REMEDY}") from error
+        raise SegmenterError(f"{path}: its weights do not fit SAM 2 ({one_line(error, 300)}): {_REMEDY}") from error
 
 
 def _from_original(path: Path, side: int | None) -> tuple[Sam2Model, Sam2Processor]:
@@ -478,7 +483,7 @@ def _video_from_transformers(folder: Path) -> Any:
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"sam2: {folder} cannot be loaded with its memory ({first_line(error)})") from error
+        raise ConfigError(f"sam2: {folder} cannot be loaded with its memory ({one_line(error, 300)})") from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise SegmenterError(f"sam2: {folder} lacks {len(missing)} weights of the memory, such as {missing[0]}")
@@ -494,7 +499,9 @@ def _config(path: Path, state: Mapping[str, torch.Tensor], side: int | None) -> 
         try:
             return Sam2Config.from_dict(json.loads(beside.read_text()))
         except (OSError, ValueError) as error:
-            raise SegmenterError(f"{beside}: not a Sam2Config ({first_line(error)}): correct or remove it") from error
+            raise SegmenterError(
+                f"{beside}: not a Sam2Config ({one_line(error, 300)}): correct or remove it"
+            ) from error
     channels = int(state["vision_encoder.backbone.patch_embed.projection.weight"].shape[0])
     blocks = {name.split(".")[3] for name in state if name.startswith("vision_encoder.backbone.blocks.")}
     encoder = _ENCODERS.get((channels, len(blocks)))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import io
 import json
 import os
 import tempfile
@@ -20,8 +19,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 from urllib.parse import quote
 
-import numpy as np
-import PIL.Image
 from fastapi import APIRouter, Depends, FastAPI, File, Form, HTTPException, Query, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -33,13 +30,14 @@ from starlette.concurrency import run_in_threadpool
 from ibisagent.domain import MAX_QUERY_CHARS, Mask, Turn
 from ibisagent.environment import package_version
 from ibisagent.errors import IbisError, PolicyError, SegmenterError, TooLargeError
+from ibisagent.files import file_names, png_bytes
 from ibisagent.masks import encode_rle
 from ibisagent.protocol import MAX_NAME_CHARS, overlay
 from ibisagent.server.access import Gate, Keys, token_for, visitor_of
 from ibisagent.server.docs import docs_page
 from ibisagent.server.listening import listen
 from ibisagent.server.service import FullError, Job, MissingError, Service, export_zip, training_zip
-from ibisagent.session import DEFAULT_TURNS, BusyError, RunEnd, Session, Step, file_names
+from ibisagent.session import BusyError, RunEnd, Session, Step
 from ibisagent.store import plain_turn, record_json
 
 Returned = TypeVar("Returned")
@@ -68,9 +66,9 @@ class AskRequest(_Strict):
 
 
 class RunRequest(AskRequest):
-    """Turns of the agent until it stops, at most `max_turns`."""
+    """Turns of the agent until it stops, at most `max_turns`, by default the policy's own limit."""
 
-    max_turns: Annotated[int, Field(ge=1, le=1000)] = DEFAULT_TURNS
+    max_turns: Annotated[int, Field(ge=1, le=1000)] | None = None
 
 
 class ClickRequest(_Strict):
@@ -231,15 +229,6 @@ def job_view(job: Job) -> JobView:
     return JobView(
         id=job.id, query=job.query, state=job.state, images=len(job.names), done=job.done, failures=dict(job.failures)
     )
-
-
-def png(picture: PIL.Image.Image | Mask | np.ndarray) -> bytes:
-    """A picture, or a mask as 0 and 255, as a PNG file."""
-    if isinstance(picture, np.ndarray):
-        picture = PIL.Image.fromarray(picture.astype(np.uint8) * 255 if picture.dtype == np.bool_ else picture)
-    encoded = io.BytesIO()
-    picture.save(encoded, format="PNG", compress_level=1)
-    return encoded.getvalue()
 
 
 class AgentThreads:
@@ -464,7 +453,7 @@ def _add_segment(app: FastAPI, service: Service, threads: AgentThreads) -> None:
     async def segment(
         image: Annotated[UploadFile, File(description="PNG, JPEG, TIFF or BMP")],
         query: Annotated[str, Form(min_length=1, max_length=MAX_QUERY_CHARS)],
-        max_turns: Annotated[int, Form(ge=1, le=1000)] = DEFAULT_TURNS,
+        max_turns: Annotated[int | None, Form(ge=1, le=1000)] = None,
         start_mask: Annotated[UploadFile | None, File(description="a mask to refine, 0 outside")] = None,
     ) -> SegmentView:
         """One run on one image; nothing is kept."""
@@ -528,7 +517,8 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
             if on_step is not None:
                 on_step(step)
 
-        return session.run(asked.query, max_turns=min(asked.max_turns, service.limits.turns), on_step=count)
+        turns = None if asked.max_turns is None else min(asked.max_turns, service.limits.turns)
+        return session.run(asked.query, max_turns=turns, on_step=count)
 
     @router.post("/ask")
     async def ask(id: str, asked: AskRequest) -> StepView:  # noqa: A002
@@ -613,18 +603,18 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
         masks = session.masks
         if target not in masks:
             raise MissingError(f"no target '{target}' in this session")
-        return _download(session, png(masks[target]), f"mask_{target}.png", "image/png")
+        return _download(session, png_bytes(masks[target]), f"mask_{target}.png", "image/png")
 
     @router.get("/image", response_class=Response, responses=_file("image/png"))
     def image(id: str) -> Response:  # noqa: A002
         """The image as the agent sees it."""
-        return Response(png(service.session(id).image.pixels), media_type="image/png")
+        return Response(png_bytes(service.session(id).image.pixels), media_type="image/png")
 
     @router.get("/overlay", response_class=Response, responses=_file("image/png"))
     def picture(id: str) -> Response:  # noqa: A002
         """The image with its masks."""
         session = service.session(id)
-        return Response(png(overlay(session.image, session.masks)), media_type="image/png")
+        return Response(png_bytes(overlay(session.image, session.masks)), media_type="image/png")
 
     @router.get("/report", response_class=Response, responses=_file("text/html"))
     def report(id: str) -> Response:  # noqa: A002
@@ -709,7 +699,7 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
     async def submit(
         images: Annotated[list[UploadFile], File(description="PNG, JPEG, TIFF or BMP, any number")],
         query: Annotated[str, Form(min_length=1, max_length=MAX_QUERY_CHARS)],
-        max_turns: Annotated[int, Form(ge=1, le=1000)] = DEFAULT_TURNS,
+        max_turns: Annotated[int | None, Form(ge=1, le=1000)] = None,
     ) -> JobView:
         """Segment many images with one query, in the background."""
         uploads = [(image.filename or f"image-{number}", await image.read()) for number, image in enumerate(images, 1)]

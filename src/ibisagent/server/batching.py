@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from ibisagent.domain import Completion, Observation
+from ibisagent.environment import turn_limit
 from ibisagent.errors import PolicyError
 from ibisagent.policies.base import Policy
 
@@ -26,11 +27,18 @@ class SharedPolicy:
     """
 
     def __init__(
-        self, policy: Policy, *, max_batch: int = MAX_BATCH, on_batch: Callable[[int], None] | None = None
+        self,
+        policy: Policy,
+        *,
+        max_batch: int = MAX_BATCH,
+        max_turns: int | None = None,
+        on_batch: Callable[[int], None] | None = None,
     ) -> None:
-        """on_batch: called with the size of every batch."""
+        """max_turns: bounds the policy's own limit of turns. on_batch: called with the size of
+        every batch."""
         self.inner = policy
         self.name, self.dialect = policy.name, policy.dialect
+        self.max_turns = min(turn_limit(policy), max_turns or turn_limit(policy))
         self._max_batch, self._on_batch = max_batch, on_batch
         self._waiting: deque[tuple[Observation, Future[Completion]]] = deque()
         self._arrived = threading.Condition()

@@ -17,11 +17,12 @@ from starlette.applications import Starlette
 
 from ibisagent.environment import package_version
 from ibisagent.errors import DataError, IbisError
+from ibisagent.files import png_bytes
 from ibisagent.masks import encode_rle
 from ibisagent.protocol import overlay
-from ibisagent.server.app import AgentThreads, png, session_view
+from ibisagent.server.app import AgentThreads, session_view
 from ibisagent.server.service import Service, export_zip
-from ibisagent.session import DEFAULT_TURNS, Session
+from ibisagent.session import Session
 
 Picture = Annotated[str, Field(description="the picture file (PNG, JPEG, TIFF, BMP) in base64")]
 Query = Annotated[str, Field(description='what to segment, such as "Segment the optic disc."')]
@@ -79,7 +80,7 @@ def _add_tools(server: MCPServer[Any], service: Service, threads: AgentThreads) 
         def work() -> dict[str, Any]:
             session = opened(picture, query)
             try:
-                session.run(max_turns=DEFAULT_TURNS)
+                session.run()
                 return {"masks": {name: encode_rle(mask) for name, mask in session.masks.items()}}
             finally:
                 service.close_session(session.id)
@@ -142,7 +143,7 @@ def _add_tools(server: MCPServer[Any], service: Service, threads: AgentThreads) 
 
         def work() -> McpImage:
             found = shared(session)
-            return McpImage(data=png(overlay(found.image, found.masks)), format="png")
+            return McpImage(data=png_bytes(overlay(found.image, found.masks)), format="png")
 
         return await answered(work)
 

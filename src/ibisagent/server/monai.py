@@ -25,8 +25,9 @@ from starlette.concurrency import run_in_threadpool
 from ibisagent.domain import MAX_QUERY_CHARS, Image, Masks
 from ibisagent.environment import package_version
 from ibisagent.errors import ConfigError, DataError
+from ibisagent.files import png_bytes
 from ibisagent.protocol import target_of
-from ibisagent.server.app import AgentThreads, png
+from ibisagent.server.app import AgentThreads
 from ibisagent.server.service import VOLUME_SUFFIXES, FullError, MissingError, Service, VolumeLike, plain_name
 from ibisagent.session import Session
 
@@ -220,7 +221,7 @@ def _label_png(session: Session) -> bytes:
     labels = np.zeros(session.image.size, dtype=np.uint8)
     for number, mask in enumerate(session.masks.values(), 1):
         labels[mask] = number
-    return png(labels)
+    return png_bytes(labels)
 
 
 def _parameters(text: str) -> InferParameters:

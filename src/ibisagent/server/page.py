@@ -25,7 +25,7 @@ import PIL.Image
 from fastapi import FastAPI
 from starlette.routing import Mount
 
-from ibisagent.domain import Box, Click, Image, Masks, kept_prompts
+from ibisagent.domain import Box, Click, Image, Masks, standing
 from ibisagent.errors import ConfigError, IbisError
 from ibisagent.protocol import COLOURS, OPACITY, overlay
 from ibisagent.server.app import AgentThreads
@@ -311,7 +311,7 @@ class Page:
         zoom = _zoom(session.image)
         tinted = _enlarged(tinted, zoom)
         if marks:
-            prompts = session.prompts if count == len(steps) else kept_prompts([step.turn for step in steps[:count]])
+            prompts = session.prompts if count == len(steps) else standing([step.turn for step in steps[:count]])
             _draw_marks(tinted, prompts, desk.corner, zoom)
         return _inline(tinted), self._legend(session, masks, colours), pair
 

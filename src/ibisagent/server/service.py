@@ -23,16 +23,16 @@ from typing import Any, Literal, Protocol
 
 from ibisagent import limits
 from ibisagent.domain import Case, Image, Mask, Masks, check_query
-from ibisagent.environment import package_version
+from ibisagent.environment import MAX_TURNS, package_version
 from ibisagent.errors import ConfigError, DataError, IbisError, TooLargeError
-from ibisagent.images import read_image, read_masks, write_whole
+from ibisagent.files import file_names, make_folder, write_whole
+from ibisagent.images import read_image, read_masks
 from ibisagent.inventory import Model, models
 from ibisagent.policies.base import Policy
 from ibisagent.protocol import target_of
 from ibisagent.segmenters import Segmenter
 from ibisagent.server.batching import SharedPolicy
-from ibisagent.session import DEFAULT_TURNS, SESSION_FILE, Session, file_names
-from ibisagent.store import make_folder
+from ibisagent.session import SESSION_FILE, Session
 
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".dcm", ".mha", ".mhd", ".nrrd")
 _ID = re.compile(r"[0-9a-f]{32}")
@@ -57,7 +57,7 @@ class Limits:
     pixels: int = 2**24
     voxels: int = 2**27
     idle_seconds: float = 3600.0
-    turns: int = 20
+    turns: int = MAX_TURNS
     jobs: int = 20
     job_images: int = 200
 
@@ -136,7 +136,7 @@ class Service:
         self.limits = limits or Limits()
         self.segmenter, self.volumes = segmenter, volumes
         self.batches: list[int] = [0, 0]  # how many, and turns in them
-        self.policy = SharedPolicy(policy, on_batch=self._note_batch)
+        self.policy = SharedPolicy(policy, max_turns=self.limits.turns, on_batch=self._note_batch)
         self.folder = Path(folder)
         if not self.folder.exists():
             make_folder(self.folder)
@@ -313,8 +313,8 @@ class Service:
                     path.rmdir() if path.is_dir() else path.unlink()
         return len(idle) + len(old)
 
-    def segment(self, image: Image, query: str, max_turns: int = DEFAULT_TURNS, start: Mask | None = None) -> Session:
-        """One run on one image, kept by nobody."""
+    def segment(self, image: Image, query: str, max_turns: int | None = None, start: Mask | None = None) -> Session:
+        """One run on one image, kept by nobody. max_turns: default the policy's own limit."""
         max_turns = self._turns(max_turns)
         session = self.open_unkept(image, query, start)
         session.run(max_turns=max_turns)
@@ -325,7 +325,9 @@ class Service:
         query = check_query(query)
         return self._new(uuid.uuid4().hex, image, query, {} if start is None else {target_of(query): start}, None)
 
-    def _turns(self, asked: int) -> int:
+    def _turns(self, asked: int | None) -> int:
+        if asked is None:
+            return self.policy.max_turns
         if not 1 <= asked <= self.limits.turns:
             raise ConfigError(f"max_turns is {asked}: give 1 to {self.limits.turns}")
         return asked
@@ -363,7 +365,7 @@ class Service:
 
     # Jobs.
 
-    def submit(self, images: Sequence[tuple[str, bytes]], query: str, max_turns: int = DEFAULT_TURNS) -> Job:
+    def submit(self, images: Sequence[tuple[str, bytes]], query: str, max_turns: int | None = None) -> Job:
         """Segment many uploads (name, content) with one query, in the background. FullError, TooLargeError as above."""
         query, max_turns = check_query(query), self._turns(max_turns)
         if not 1 <= len(images) <= self.limits.job_images:

@@ -23,10 +23,9 @@ import openai
 
 from ibisagent.domain import Box, Click, Undo
 from ibisagent.errors import ConfigError, DataError, PolicyError
-from ibisagent.images import write_whole
+from ibisagent.files import make_folder, one_line, write_whole
 from ibisagent.policies.endpoint import png_data_url
 from ibisagent.protocol import overlay
-from ibisagent.store import make_folder
 from ibisagent.teacher.base import Refusal, Thought
 from ibisagent.teacher.scenes import Scene, Sight
 
@@ -170,17 +169,17 @@ class EndpointTeacher:
                 self._count("asked")
                 answer = self._client.chat.completions.create(**request)
             except (openai.RateLimitError, openai.InternalServerError, openai.APIConnectionError) as error:
-                refusal = Refusal(_reason(error), _line(error))
+                refusal = Refusal(_reason(error), one_line(error, 200))
                 continue
             except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
                 raise PolicyError(
-                    f"{settings.url}: cannot be used ({_line(error)}); check key, model and URL"
+                    f"{settings.url}: cannot be used ({one_line(error, 200)}); check key, model and URL"
                 ) from error
             except openai.APIStatusError as error:  # refused pictures, content filters: asking again does not help
-                refusal = Refusal("refused", _line(error))
+                refusal = Refusal("refused", one_line(error, 200))
                 break
             except (openai.OpenAIError, ValueError) as error:
-                refusal = Refusal("malformed reply", _line(error))
+                refusal = Refusal("malformed reply", one_line(error, 200))
                 continue
             finally:
                 self._release(reserved)
@@ -290,10 +289,6 @@ def _reason(error: openai.APIError) -> str:
     if isinstance(error, openai.APITimeoutError):
         return "timeout"
     return "no connection" if isinstance(error, openai.APIConnectionError) else "server error"
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _action_words(scene: Scene) -> list[str]:

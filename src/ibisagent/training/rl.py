@@ -14,29 +14,29 @@ from dataclasses import fields
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from pydantic import Field, model_validator
 from torch.nn import functional as F
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from ibisagent.datasets import read_cases
 from ibisagent.domain import Case, Completion, Episode, Observation
-from ibisagent.environment import SegmentationEnv
+from ibisagent.environment import SegmentationEnv, turn_limit
 from ibisagent.errors import ConfigError, PolicyError, SegmenterError
 from ibisagent.factory.exports import read_grpo
+from ibisagent.files import one_line
 from ibisagent.masks import decode_rle, iou
 from ibisagent.protocol import render, target_of
-from ibisagent.rewards import PAPER, RewardWeights, Score, match_names, score
+from ibisagent.rewards import RewardWeights, Score, match_names, score
 from ibisagent.segmenters import Segmenter, load_segmenter
 from ibisagent.store import EpisodeStore
+from ibisagent.training.recipes import RlRecipe
 from ibisagent.training.stage import (
     Report,
-    StageRecipe,
     Student,
     Told,
     find_image,
@@ -53,53 +53,6 @@ _CASES_KEPT = 16  # decoded, for the paths of one case
 _PROBED_CASES = 8  # to see how many tokens a turn shows
 _SPARE_TOKENS = 64  # a turn may show more than on the probed cases: longer queries, a line about an unreadable reply
 _OVER = [{"type": "text", "text": "(the episode is over)"}]  # shown to nobody
-
-
-class RlRecipe(StageRecipe):
-    """How to train a policy by playing.
-
-    data: a folder of `ibisagent build-data` (its questions), or image-mask pairs as `ibisagent evaluate` reads them.
-    batch: paths a process learns from at once; batch * accumulate * processes paths make an update.
-    """
-
-    split: str = "train"
-    licence_class: str = ""
-    """Use only rows of this licence class; empty for all."""
-    segmenter: str = "ibis-click"
-    paths: int = Field(4, ge=2)
-    """Of each case: what a path earns is compared with the other paths of its case."""
-    max_turns: int = Field(8, ge=1)
-    reply_tokens: int = Field(128, ge=8)
-    """Longest reply; a longer one is cut, and most likely unreadable."""
-    path_tokens: int = Field(0, ge=0)
-    """Longest path, without the first picture; 0 leaves room for `max_turns`. A longer one ends as max_turns does."""
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    clip: float = Field(0.2, gt=0)
-    """How far the ratio of new to old probabilities counts: 1 - clip to 1 + clip."""
-    clip_high: float | None = Field(None, gt=0)
-    """The upper side, where it differs."""
-    loss: Literal["grpo", "bnpo", "dapo", "dr_grpo"] = "grpo"
-    """How tokens are averaged; grpo, as in the paper: within each path, then over paths."""
-    iterations: int = Field(1, ge=1)
-    """Updates from the same paths."""
-    resample: int = Field(0, ge=0)
-    """Dynamic sampling: so often, cases whose paths all earned the same are replaced by other cases."""
-    rewards: RewardWeights = PAPER
-    vllm: str = ""
-    """Address of a vLLM server that then writes the replies (docs/training.md); empty: the trainer does."""
-    episodes_every: int = Field(0, ge=0)
-    """Write the episodes of every so manieth update to OUT/episodes, as `ibisagent doctor rewards` reads them."""
-
-    @model_validator(mode="after")
-    def _no_dead_term(self) -> Self:
-        """S_len is 1 for every path that is no longer than T_opt: it must be possible to be longer."""
-        if self.rewards.length and self.max_turns <= self.rewards.optimal_turns:
-            raise ValueError(
-                f"max_turns {self.max_turns} leaves the reward of length the same for every path, as optimal_turns is"
-                f" {self.rewards.optimal_turns}: lower rewards.optimal_turns, or set rewards.length = 0"
-            )
-        return self
 
 
 # --------------------------------------------------------------------------------------------------------- cases
@@ -247,9 +200,11 @@ def _figures(case: Case, episode: Episode, result: Score) -> Iterator[tuple[str,
     yield "path/clicks", float(episode.clicks)
     yield "path/stopped", float(episode.stop == "stopped")
     truths = {name: truth for name, truth in (case.targets or {}).items() if truth.any()}
-    meant = {truth: said for said, truth in match_names(episode.masks, case.targets or {}).items()}
+    masks = episode.answer_masks
+    shown = [name for name, mask in masks.items() if mask.any()]
+    meant = {truth: said for said, truth in match_names(shown, case.targets or {}).items()}
     for name, truth in truths.items():
-        yield "path/iou", iou(episode.masks[meant[name]], truth) if name in meant else 0.0
+        yield "path/iou", iou(masks[meant[name]], truth) if name in meant else 0.0
 
 
 # ------------------------------------------------------------------------------------------------------ training
@@ -348,13 +303,15 @@ def make_trainer(recipe: RlRecipe, report: Report = lambda step, steps, logs: No
     """TRL's trainer for `recipe`, ready to train, and the model in it."""
     arguments = _grpo_config(recipe)  # first: it sets up distributed loading
     student = load_student(recipe, "full")
+    max_turns = recipe.max_turns or turn_limit(student)
+    recipe.check_turns(max_turns)
     cases = read_training_cases(recipe)
     read = lru_cache(maxsize=_CASES_KEPT)(lambda index: cases[index])
     segmenter = load_segmenter(recipe.segmenter, device=recipe.device)
     tokenizer = student.processor.tokenizer
     tokenizer.padding_side = "left"
     tokenizer.response_template = _everything_is_an_action(student.reply_start)
-    arguments.max_completion_length = recipe.path_tokens or recipe.max_turns * (
+    arguments.max_completion_length = recipe.path_tokens or max_turns * (
         recipe.reply_tokens + _shown_tokens(student, cases)
     )
     arguments.generation_kwargs = _writing(recipe, student)
@@ -373,7 +330,7 @@ def make_trainer(recipe: RlRecipe, report: Report = lambda step, steps, logs: No
         processing_class=student.processor,
         peft_config=lora_config(student, recipe),
         callbacks=[Told(report)],
-        environment_factory=lambda: SegmentationTool(read, segmenter, student, recipe.max_turns),
+        environment_factory=lambda: SegmentationTool(read, segmenter, student, max_turns),
     )
     score_by_own_logits(student, recipe.temperature)
     return trainer, student
@@ -407,7 +364,7 @@ def _grpo_config(recipe: RlRecipe) -> GRPOConfig:
     except ValueError as error:
         raise ConfigError(
             f"batch {recipe.batch} * accumulate {recipe.accumulate} * processes does not hold whole groups of"
-            f" {recipe.paths} paths: {' '.join(str(error).split())[:200]}"
+            f" {recipe.paths} paths: {one_line(error, 200)}"
         ) from error
 
 

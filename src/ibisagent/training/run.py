@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ibisagent.errors import ConfigError
+from ibisagent.files import same_run
 
 Report = Callable[[int, Mapping[str, float], Mapping[str, float] | None], None]
 """Called after each step with the examples so far, the running losses, and the figures of a look if there was one."""
@@ -50,8 +50,5 @@ def load_checkpoint(path: Path, recipe: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-    before, now = json.loads(state["recipe"]), json.loads(recipe)
-    changed = sorted(name for name in now if before.get(name) != now[name])
-    if changed:
-        raise ConfigError(f"{path}: made with another recipe ({', '.join(changed)}): give another out, or delete it")
+    same_run(json.loads(state["recipe"]), json.loads(recipe), path)
     return state

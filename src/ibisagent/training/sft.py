@@ -33,9 +33,9 @@ from ibisagent.policies.nano import LOCATIONS
 from ibisagent.protocol import History, Message, render
 from ibisagent.store import EpisodeStore, StoredEpisodes
 from ibisagent.training.lessons import plainly
+from ibisagent.training.recipes import StageRecipe
 from ibisagent.training.stage import (
     Report,
-    StageRecipe,
     Student,
     Told,
     find_image,
@@ -46,7 +46,6 @@ from ibisagent.training.stage import (
     trainer_settings,
     without_library_warnings,
 )
-from ibisagent.trajectories import undone_turns
 
 UNLEARNT = -100  # label of a token without loss
 _PICTURES_KEPT = 64  # decoded, for the episodes of one picture
@@ -189,7 +188,7 @@ def _from_episodes(
 
 def _learnt(episode: Episode) -> list[int]:
     """Turns that carry loss: read without a problem, and not taken back later."""
-    undone = undone_turns(episode)
+    undone = episode.undone_turns
     return [k for k, turn in enumerate(episode.turns) if k not in undone and turn.reply.problem is None]
 
 

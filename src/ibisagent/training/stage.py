@@ -9,7 +9,6 @@ TRL's settings, going on after a stop, and the folder that comes out.
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -20,27 +19,26 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from types import MethodType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.nn import functional as F
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.generic import ModelOutput
 
+from ibisagent import files
 from ibisagent.domain import Image
 from ibisagent.environment import package_version
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.factory.exports import TRAINING_TEMPLATE
-from ibisagent.images import read_image, write_whole
+from ibisagent.images import read_image
 from ibisagent.policies import load_policy
 from ibisagent.policies.mllm import MllmPolicy
 from ibisagent.protocol import History, Message, OverlayStyle
-from ibisagent.recipe import Recipe
-from ibisagent.store import make_folder
+from ibisagent.training.recipes import StageRecipe
 
 RECIPE_NAME = "recipe.json"
 FREE_TO_CHANGE = {"out", "device", "workers", "log_every", "save_every", "keep_checkpoints", "report_to", "run_name"}
@@ -48,66 +46,6 @@ FREE_TO_CHANGE = {"out", "device", "workers", "log_every", "save_every", "keep_c
 
 Report = Callable[[int, int, Mapping[str, float]], None]
 """Called with the steps done, the steps in all, and what there is to log."""
-
-
-class LoraSettings(BaseModel):
-    """Size of the low-rank adapters that train = "lora" learns, in every linear layer but the output's."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    rank: int = Field(default=8, ge=1)
-    alpha: int = Field(default=16, ge=1)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-
-
-class StageRecipe(Recipe):
-    """What a recipe of either stage may say; rates and sizes are those of one process."""
-
-    data: Path
-    out: Path
-    """Folder for everything that comes of the run (see the module)."""
-    policy: str = "ibis-nano"
-    """What to start from: ibis-nano, a folder that `save_pretrained` wrote, or a hub id."""
-    adapter: Path | None = None
-    """A PEFT folder that is merged into the start."""
-    dialect: str | None = None
-    """Language of the turns; none takes what the policy speaks."""
-    max_pixels: int | None = Field(None, ge=1)
-    """Area that pictures are shrunk to, for models that take any size."""
-    chat_template: Path | None = None
-    """Jinja file for models whose own template does not mark replies ({% generation %}) and show role "tool"."""
-
-    train: Literal["full", "lora"] = "full"
-    lora: LoraSettings = LoraSettings()
-    freeze_vision: bool = True
-    epochs: float = Field(1.0, gt=0)
-    steps: int = Field(0, ge=0)
-    """Updates; 0 makes as many as `epochs` gives."""
-    batch: int = Field(8, ge=1)
-    accumulate: int = Field(1, ge=1)
-    """Batches an update."""
-    rate: float = Field(1e-5, gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warm_up: int = Field(0, ge=0)
-    """Updates until the rate is reached."""
-    weight_decay: float = Field(0.0, ge=0)
-    clip_norm: float = Field(1.0, gt=0)
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the weights; auto is bfloat16 on a GPU, else float32."""
-    autocast: Literal["", "bfloat16"] = ""
-    """Numbers that are computed with; empty: as the weights."""
-    checkpointing: bool = False
-    """Compute activations twice instead of keeping them."""
-    workers: int = Field(0, ge=0)
-    """Processes that prepare batches."""
-    device: Literal["auto", "cpu"] = "auto"
-    seed: int = 0
-
-    log_every: int = Field(1, ge=1)
-    save_every: int = Field(100, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
-    report_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ("tensorboard",)
-    run_name: str = ""
 
 
 # ------------------------------------------------------------------------------------------- models and their words
@@ -153,6 +91,11 @@ class Student:
     style: OverlayStyle
     describe: Callable[[], Mapping[str, str]]
     """What it was made from, for the record; reads all weights."""
+
+    @property
+    def max_turns(self) -> int | None:
+        """The limit of turns that the model states; see `environment.turn_limit`."""
+        return getattr(self.model.config, "max_turns", None)
 
     @cached_property
     def reply_start(self) -> str:
@@ -390,28 +333,13 @@ def run(trainer: Trainer, student: Student, recipe: StageRecipe, stage: str) -> 
 
 def claim(student: Student, recipe: StageRecipe, stage: str, *, write: bool) -> None:
     """Write OUT/recipe.json, or check that the one there says the same."""
-    plain = recipe.model_dump(mode="json")
-    path = recipe.out / RECIPE_NAME
-    if path.exists():
-        try:
-            before = json.loads(path.read_bytes())
-            old = {"stage": before["stage"], **before["recipe"]}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: is damaged ({error}): give another out, or delete it") from error
-        new = {"stage": stage, **plain}
-        changed = [name for name in new if name not in FREE_TO_CHANGE and old.get(name) != new[name]]
-        if changed:
-            raise ConfigError(f"{path}: is of another run ({', '.join(changed)}): give another out, or delete it")
-    if write:
-        packages = ("trl", "transformers", "torch", "peft", "accelerate")
-        facts = {
-            "stage": stage,
-            "recipe": plain,
-            "started_from": dict(student.describe()),
-            "versions": {"ibisagent": package_version(), **{name: version(name) for name in packages}},
-        }
-        make_folder(recipe.out)
-        write_whole((json.dumps(facts, indent=1, sort_keys=True) + "\n").encode(), path)
+    packages = ("trl", "transformers", "torch", "peft", "accelerate")
+    made_with = {
+        "started_from": dict(student.describe()) if write else {},
+        "versions": {"ibisagent": package_version(), **{name: version(name) for name in packages}},
+    }
+    facts = {"stage": stage, "recipe": recipe.model_dump(mode="json")}
+    files.claim(recipe.out / RECIPE_NAME, facts, free=FREE_TO_CHANGE, notes=made_with, write=write)
 
 
 def save_result(trainer: Trainer, student: Student, recipe: StageRecipe) -> Path:

@@ -22,7 +22,7 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetr
 from verl.utils.tokenizer import get_processor_token_id
 
 from ibisagent.domain import Completion, Image, Masks
-from ibisagent.environment import SegmentationEnv
+from ibisagent.environment import MAX_TURNS, SegmentationEnv
 from ibisagent.errors import ConfigError, PolicyError
 from ibisagent.factory.exports import prompt_case
 from ibisagent.protocol import Message, OverlayStyle, overlay, render
@@ -47,16 +47,16 @@ class SegmentationLoop(AgentLoopBase):  # type: ignore[misc]  # verl is not type
         segmenter: str = "ibis-click",
         device: str = "cpu",
         dialect: str = "ibis",
-        max_turns: int = 8,
+        max_turns: int = MAX_TURNS,
         max_turn_tokens: int = 256,
         max_pixels: int = 512 * 512,
         folder: str = "",
-        reward: Mapping[str, Any] | None = None,
+        rewards: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         """segmenter, device: as for `load_segmenter`; "remote:URL" shares one machine's. dialect, max_turns: of the
         environment. max_turn_tokens: of one reply. max_pixels: larger pictures are shown to the policy shrunk to this
-        area. folder: where relative paths of pictures begin. reward: the fields of `RewardWeights`.
+        area. folder: where relative paths of pictures begin. rewards: the fields of `RewardWeights`.
         """
         super().__init__(*args, **kwargs)
         if self.processor is None:
@@ -69,7 +69,7 @@ class SegmentationLoop(AgentLoopBase):  # type: ignore[misc]  # verl is not type
         self._segmenter: Segmenter = _load_segmenter(segmenter, device=device)
         self._dialect, self._max_turns, self._max_turn_tokens = dialect, max_turns, max_turn_tokens
         self._max_pixels, self._folder = max_pixels, Path(folder)
-        plain = OmegaConf.to_container(reward, resolve=True) if OmegaConf.is_config(reward) else reward or {}
+        plain = OmegaConf.to_container(rewards, resolve=True) if OmegaConf.is_config(rewards) else rewards or {}
         self._weights = weights_of(plain, "agent loop ibisagent")
 
     async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> AgentLoopOutput:

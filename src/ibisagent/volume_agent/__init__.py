@@ -22,8 +22,20 @@ import cv2
 import numpy as np
 
 from ibisagent.clicks import bounding_box, distance_outside, interior_depth
-from ibisagent.domain import MAX_TARGETS, Box, Case, Episode, Image, Mask, Masks, Prompt, check_query
-from ibisagent.environment import SegmentationEnv, rollout
+from ibisagent.domain import (
+    MASK_SELECTION,
+    MAX_TARGETS,
+    Box,
+    Case,
+    Episode,
+    Image,
+    Mask,
+    Masks,
+    MaskSelection,
+    Prompt,
+    check_query,
+)
+from ibisagent.environment import SegmentationEnv, rollout, turn_limit
 from ibisagent.errors import ConfigError, DataError, SegmenterError
 from ibisagent.masks import iou
 from ibisagent.policies.base import Policy
@@ -108,7 +120,8 @@ def segment_volume(
     *,
     keys: Sequence[int] | None = None,
     recheck: int = RECHECK,
-    max_turns: int = 5,
+    max_turns: int | None = None,
+    mask_selection: MaskSelection = MASK_SELECTION,
     start: Mapping[str, np.ndarray] | None = None,
     made_by: Mapping[str, str] | None = None,
     on_episode: Callable[[int, Why, Episode, Image], None] | None = None,
@@ -117,7 +130,9 @@ def segment_volume(
     """Segment what `query` names in the volume of `view`.
 
     keys: slices that the agent is asked about; None searches, or takes some of those that `start` shows. recheck: how
-    many slices the segmenter goes on alone; 0 never asks again. start: masks (I, J, K) to refine on key slices.
+    many slices the segmenter goes on alone; 0 never asks again. max_turns: of one slice, default the policy's own
+    limit. mask_selection: which masks of a slice's episode are its answer (`Episode.answer_masks`). start: masks
+    (I, J, K) to refine on key slices.
     on_episode: called with each finished episode and its picture; on_slice: with each slice that was carried.
     Raises ConfigError for an empty query or slices that are not there, PolicyError and SegmenterError when their
     machinery fails.
@@ -128,8 +143,9 @@ def segment_volume(
     wrong = [key for key in keys or () if not 0 <= key < view.count]
     if wrong or (keys is not None and not keys):
         raise ConfigError(f"{view.volume.name}: has slices 0 to {view.count - 1}, not {wrong[0] if wrong else 'none'}")
+    turns = turn_limit(policy) if max_turns is None else max_turns
     agent = _VolumeAgent(
-        view, query, policy, _Counted(segmenter), max_turns, recheck, made_by or {}, on_episode, on_slice
+        view, query, policy, _Counted(segmenter), turns, mask_selection, recheck, made_by or {}, on_episode, on_slice
     )
     if keys is None and start:
         keys = _spread_keys(view, start, recheck or RECHECK)
@@ -212,13 +228,15 @@ class _VolumeAgent:
         policy: Policy,
         segmenter: _Counted,
         max_turns: int,
+        mask_selection: MaskSelection,
         recheck: int,
         made_by: Mapping[str, str],
         on_episode: Callable[[int, Why, Episode, Image], None] | None,
         on_slice: Callable[[int], None] | None,
     ) -> None:
         self._view, self._query, self._policy, self._segmenter = view, query, policy, segmenter
-        self._max_turns, self._recheck, self._made_by = max_turns, recheck, made_by
+        self._max_turns, self._mask_selection = max_turns, mask_selection
+        self._recheck, self._made_by = recheck, made_by
         self._on_episode, self._on_slice = on_episode, on_slice
         self._masks: dict[str, np.ndarray] = {}
         self._asked: list[Asked] = []
@@ -242,11 +260,16 @@ class _VolumeAgent:
 
     def ask(self, index: int, why: Why, start: Masks) -> dict[str, Mask]:
         """One episode on slice `index`: its masks by target, where not empty. They are kept in the volume; targets of
-        `start` that are not found any more are emptied there, others stay."""
+        `start` that are not found any more, or are called absent, are emptied there, others stay."""
         image = self._view.image(index)
         case = Case(slice_id(self._view, index), image, self._query, start=start)
         env = SegmentationEnv(
-            case, self._segmenter, dialect=self._policy.dialect, max_turns=self._max_turns, made_by=self._made_by
+            case,
+            self._segmenter,
+            dialect=self._policy.dialect,
+            max_turns=self._max_turns,
+            mask_selection=self._mask_selection,
+            made_by=self._made_by,
         )
         [episode] = rollout(self._policy, [env])
         self._policy_calls += len(episode.turns)
@@ -255,7 +278,7 @@ class _VolumeAgent:
         absent = {_plain(name) for name in episode.answer.absent}
         known = {_plain(target): target for target in self._masks}
         found: dict[str, Mask] = {}
-        for name, mask in episode.masks.items():
+        for name, mask in episode.answer_masks.items():
             if not mask.any() or _plain(name) in absent:
                 continue
             target = known.setdefault(_plain(name), name)

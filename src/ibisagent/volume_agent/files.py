@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +21,8 @@ import PIL.Image
 from ibisagent.domain import Episode, Image
 from ibisagent.environment import package_version
 from ibisagent.errors import ConfigError, DataError
-from ibisagent.images import write_png, write_whole
+from ibisagent.files import safe_name, write_whole
+from ibisagent.images import write_png
 from ibisagent.protocol import overlay
 from ibisagent.store import write_record
 from ibisagent.volume_agent import VolumeSegmentation, Why
@@ -102,7 +102,9 @@ class VolumeWriter:
         facts = {"ibisagent": package_version(), **made_by}
         measured = {target: measure(view, mask) for target, mask in found.masks.items()}
         masks: dict[str, dict[str, Path]] = {target: {} for target in found.masks}
-        for target, plain in zip(found.masks, _plain(found.masks), strict=True):
+        taken: set[str] = set()
+        for target in found.masks:
+            plain = safe_name(target, taken)
             files: Mapping[str, tuple[str, Callable[..., None]]] = {
                 "nifti": (f"{self._name}_mask_{plain}.nii.gz", write_nifti),
                 "png": (f"{self._name}_mask_{plain}", write_png_stack),
@@ -206,19 +208,6 @@ def mask_sha256(mask: np.ndarray) -> str:
     for plane in mask:
         digest.update(np.packbits(plane).tobytes())
     return digest.hexdigest()
-
-
-def _plain(targets: Mapping[str, object]) -> list[str]:
-    """A distinct part of a file name per target; names that differ only in case count as equal."""
-    names: list[str] = []
-    for target in targets:
-        base = re.sub(r"[^\w.+-]+", "_", target).strip("._")[:60] or "object"
-        number, name = 1, base
-        while name.casefold() in {other.casefold() for other in names}:
-            number += 1
-            name = f"{base}-{number}"
-        names.append(name)
-    return names
 
 
 def _overview(found: VolumeSegmentation, view: SliceView) -> PIL.Image.Image:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ibisagent.domain import Completion, Episode, Observation
+from ibisagent.domain import MASK_SELECTION, Completion, Episode, Observation
 from ibisagent.environment import cannot_be_rebuilt, load_recorded_segmenter
 from ibisagent.errors import DataError
 from ibisagent.store import read_record
@@ -82,6 +82,7 @@ def replay_volume(
             keys=keys or None,
             recheck=record["recheck"],
             max_turns=record["max_turns"],
+            mask_selection=policy.mask_selection,
             start=_starts(view, episodes, keys),
             made_by={key: value for key, value in made_by.items() if key not in ("policy", "ibisagent")},
             on_episode=files.episode if files else None,
@@ -150,6 +151,10 @@ class _Recorded:
         if len(dialects) > 1:
             raise DataError(f"{where}: its slices are in several dialects ({', '.join(sorted(dialects))})")
         self.dialect = dialects.pop() if dialects else "ibis"
+        selections = {episode.mask_selection for several in episodes.values() for episode in several}
+        if len(selections) > 1:
+            raise DataError(f"{where}: its slices select their masks in several ways ({', '.join(sorted(selections))})")
+        self.mask_selection = selections.pop() if selections else MASK_SELECTION
         self._waiting = {slice_id(view, index): list(several) for index, several in episodes.items()}
 
     def respond(self, observations: Sequence[Observation]) -> list[Completion]:

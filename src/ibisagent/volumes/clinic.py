@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ibisagent.errors import ConfigError, DataError
-from ibisagent.images import write_whole
+from ibisagent.files import one_line, write_whole
 from ibisagent.volumes.dicom import quiet, read_header
 from ibisagent.volumes.grid import DicomOrigin, Volume
 from ibisagent.volumes.measures import Measures
@@ -254,7 +254,7 @@ class _refusals:  # noqa: N801 - reads as what it is where it is used
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, AttributeError | ValueError | TypeError | KeyError) and not isinstance(error, DataError):
-            reason = " ".join(str(error).split())[:160]
+            reason = one_line(error, 160)
             raise DataError(
                 f"{self._path.name}: DICOM {self._kind} cannot be made of this source ({reason})"
             ) from error

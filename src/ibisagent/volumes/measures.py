@@ -12,7 +12,7 @@ import numpy as np
 
 from ibisagent.csv_tables import csv_text
 from ibisagent.domain import Mask
-from ibisagent.images import write_whole
+from ibisagent.files import write_whole
 from ibisagent.volumes.views import SliceView
 
 

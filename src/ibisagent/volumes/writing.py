@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from ibisagent.errors import DataError
-from ibisagent.images import read_masks, write_mask_png, write_whole
+from ibisagent.files import write_whole
+from ibisagent.images import read_masks, write_mask_png
 from ibisagent.masks import decode_rle, encode_rle
 from ibisagent.volumes.grid import NiftiOrigin, Volume, scratch
 

@@ -1,0 +1,153 @@
+"""What the package leaves on a disk and says: whole files, folders of one run, safe names, PNG, text in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import uuid
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import PIL.Image
+
+from ibisagent.errors import ConfigError, DataError
+
+MAX_NAME_BYTES = 80
+"""Longest part of a file name that is taken from an image's or an object's name; file systems allow 255 in all."""
+
+
+def write_whole(content: bytes, path: str | os.PathLike[str]) -> None:
+    """Write a file under a temporary name beside `path`, then rename it: readers see the old file or the whole new one.
+
+    Raises DataError when the folder does not exist or cannot be written, or the disk is full; nothing is left behind.
+    """
+    path = Path(path)
+    part = path.parent / f".{uuid.uuid4().hex}.part"
+    try:
+        try:
+            with part.open("xb") as file:
+                file.write(content)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DataError(f"{path}: cannot be written ({reason}); free space or choose another folder") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and those above it where they are not there yet; DataError if that cannot be done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be used as a folder ({error.strerror}); choose another one") from error
+
+
+def claim(
+    path: Path,
+    facts: Mapping[str, Any],
+    *,
+    free: Collection[str] = (),
+    notes: Mapping[str, Any] | None = None,
+    leftovers: Iterable[Path] = (),
+    write: bool = True,
+) -> None:
+    """Claim the folder of `path` for one run: write its `facts` to this JSON file, or check that it holds the same.
+
+    free: names that may differ between two starts of a run, wherever they stand in the facts. notes: what is written
+    beside the facts and never compared. leftovers: what only a run leaves; where one is there and `path` is not, the
+    folder is another's. write: False only checks. ConfigError where the folder holds another run, DataError where the
+    file is damaged or cannot be written.
+    """
+    content = (json.dumps({**facts, **(notes or {})}, indent=1, sort_keys=True) + "\n").encode()
+    if path.exists():
+        try:
+            before = path.read_bytes()
+            earlier = json.loads(before)
+        except (OSError, ValueError, RecursionError) as error:
+            raise DataError(f"{path}: is damaged ({one_line(error)}); choose another folder, or delete it") from error
+        if not isinstance(earlier, dict):
+            raise DataError(f"{path}: is damaged; choose another folder, or delete it")
+        same_run({name: value for name, value in earlier.items() if name not in (notes or {})}, facts, path, free=free)
+        write = write and content != before
+    elif left := next((one for one in leftovers if one.exists()), None):
+        raise ConfigError(f"{path.parent}: holds {left.name}, but no {path.name}; choose another folder")
+    if write:
+        make_folder(path.parent)
+        write_whole(content, path)
+
+
+def same_run(earlier: Mapping[str, Any], now: Mapping[str, Any], where: object, *, free: Collection[str] = ()) -> None:
+    """ConfigError naming the first fact in which the run that `where` holds differs from the one `now`.
+
+    free: names that may differ. Facts are plain values, lists and objects, as in JSON.
+    """
+    plain = json.loads(json.dumps(dict(now)))
+    for name, old, new in _differences(dict(earlier), plain, free):
+        raise ConfigError(
+            f"{where}: is of another run ({name} was {one_line(old, 80)}, now it is {one_line(new, 80)});"
+            " choose another folder or the old value"
+        )
+
+
+def _differences(old: Any, new: Any, free: Collection[str], name: str = "") -> Iterable[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}.difference(free)):
+            yield from _differences(old.get(key), new.get(key), free, key)
+    elif old != new:
+        yield name, old, new
+
+
+def safe_name(name: str, taken: set[str]) -> str:
+    """`name` made fit to be a part of a file name, numbered if `taken` holds it already; it is added to `taken`.
+
+    Names that differ only in case count as equal, since many file systems cannot keep both.
+    """
+    plain = re.sub(r"[^\w.+-]+", "_", name).strip("._") or "image"
+    plain = plain.encode()[:MAX_NAME_BYTES].decode(errors="ignore")
+    number, chosen = 1, plain
+    while chosen.casefold() in taken:
+        number += 1
+        chosen = f"{plain}-{number}"
+    taken.add(chosen.casefold())
+    return chosen
+
+
+def file_names(paths: Iterable[str | Path]) -> list[str]:
+    """One distinct safe name per path to begin its output files with: its stem, numbered where a batch has it twice."""
+    taken: set[str] = set()
+    return [safe_name(Path(path).stem, taken) for path in paths]
+
+
+def png_bytes(picture: PIL.Image.Image | np.ndarray) -> bytes:
+    """A picture as a PNG file, compressed for speed.
+
+    picture: a PIL image, an array (H, W), (H, W, 3) or (H, W, 4) uint8, RGB or RGBA, or a mask (H, W) bool, which
+    becomes 0 and 255.
+    """
+    if isinstance(picture, PIL.Image.Image):
+        picture = np.asarray(picture if picture.mode in ("L", "RGB", "RGBA") else picture.convert("RGB"))
+    if picture.dtype == np.bool_:
+        picture = picture.astype(np.uint8) * 255
+    if picture.ndim == 3:  # OpenCV's order is BGR and BGRA
+        picture = picture[..., [2, 1, 0, 3][: picture.shape[2]]]
+    done, encoded = cv2.imencode(".png", picture, [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    if not done:
+        raise DataError(f"a picture {picture.shape} {picture.dtype} cannot be written as PNG")
+    return bytes(encoded.tobytes())
+
+
+def one_line(text: object, length: int = 120) -> str:
+    """Text of a model, a user or a library in one printable line of at most `length` characters.
+
+    It must not steer a terminal, nor flood a message. An error without a text is called by its kind.
+    """
+    start = str(text)[: 4 * length]
+    line = " ".join("".join(letter if letter.isprintable() else " " for letter in start).split())
+    if not line and isinstance(text, BaseException):
+        line = type(text).__name__
+    return line if len(line) <= length else f"{line[: length - 1]}…"
