@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import OrderedDict
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, cast
@@ -47,10 +48,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.masking_utils import create_causal_mask
 from transformers.utils.generic import ModelOutput
 
-from ibisagent.segmenters.glance import FEATURES, GlanceEncoder, glance_input
+from ibisagent.segmenters.backbone import GRID, SIDE, WIDTH, Backbone, Residual
 
-SIDE = 256  # pixels of the square that pictures are squashed to
-GRID = 32  # fine features, made of the glance's and of the planes
 TOKENS_PER_IMAGE = 64  # 8 x 8
 LOCATIONS = 64  # places per axis
 NEAR = 2.0  # cells: how far from the right place a place is still worth something
@@ -178,42 +177,28 @@ class IbisNanoOutput(ModelOutput):
     region_logits: torch.Tensor | None = None
 
 
-class _FrozenFeatures:
-    """Glances at colour planes, kept by content."""
+class _FeatureCache:
+    """Backbone features of colour planes, kept by content."""
 
-    def __init__(self, capacity: int = 512) -> None:
-        self._encoder: GlanceEncoder | None = None
-        self._cache: OrderedDict[bytes, np.ndarray] = OrderedDict()
+    def __init__(self, capacity: int = 64) -> None:
+        self._cache: OrderedDict[bytes, torch.Tensor] = OrderedDict()
         self._capacity = capacity
 
-    def __call__(self, colour: torch.Tensor) -> torch.Tensor:
-        """colour (N, 3, SIDE, SIDE) in [0, 1] -> features (N, FEATURES, ...), on the same device, in the same dtype."""
-        planes = colour.detach().float().cpu().numpy()
-        return torch.from_numpy(np.stack([self._one(picture) for picture in planes])).to(colour)
-
-    def _one(self, picture: np.ndarray) -> np.ndarray:
-        pixels = np.round(picture * 255).astype(np.uint8).transpose(1, 2, 0)
-        key = hashlib.blake2b(pixels.tobytes(), digest_size=16).digest()
-        if key not in self._cache:
-            if self._encoder is None:
-                self._encoder = GlanceEncoder()
-            self._cache[key] = self._encoder.embed(glance_input(pixels)[None])[0]
-            if len(self._cache) > self._capacity:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(key)
-        return self._cache[key]
-
-
-class _Residual(nn.Module):
-    """Pre-activation 3x3 convolution with a skip."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.GroupNorm(8, width)
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.conv(F.gelu(self.norm(x)))
+    def fetch(self, colour: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Features (N, WIDTH, GRID, GRID) of colour (N, 3, SIDE, SIDE) in [0, 1]; `compute` makes those not kept."""
+        pixels = (colour.detach().float() * 255).round().to("cpu", torch.uint8).numpy()
+        keys = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in pixels]
+        missing = {key: number for number, key in enumerate(keys) if key not in self._cache}
+        found = {key: self._cache[key] for key in keys if key in self._cache}
+        if missing:
+            made = compute(colour[list(missing.values())])
+            found |= dict(zip(missing, made, strict=True))
+        for key in keys:
+            self._cache[key] = found[key]
+            self._cache.move_to_end(key)
+        while len(self._cache) > self._capacity:
+            self._cache.popitem(last=False)
+        return torch.stack([found[key] for key in keys])
 
 
 class _Comparison(nn.Module):
@@ -253,16 +238,16 @@ class _Comparison(nn.Module):
 
 
 class _VisionStem(nn.Module):
-    """The glance and the four planes -> fine features (N, W, 32, 32) and picture tokens (N, 64, hidden)."""
+    """Backbone features and the four planes -> fine features (N, W, 32, 32) and image tokens (N, 64, hidden)."""
 
     def __init__(self, width: int, hidden: int, looks_twice: bool) -> None:
         super().__init__()
-        self.frozen = nn.Conv2d(FEATURES, width, 1)
+        self.known = nn.Conv2d(WIDTH, width, 1)
         self.planes = nn.Sequential(
             nn.Conv2d(4, 32, 4, stride=4), nn.GELU(), nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.GELU()
         )
         self.planes_out = nn.Conv2d(64, width, 1)
-        self.fine = _Residual(width)
+        self.fine = Residual(width)
         self.down = nn.Sequential(
             nn.GroupNorm(8, width),
             nn.Conv2d(width, 192, 3, stride=2, padding=1),
@@ -275,9 +260,7 @@ class _VisionStem(nn.Module):
     def forward(
         self, features: torch.Tensor, planes: torch.Tensor, compared: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        features = F.layer_norm(features.movedim(1, -1), (FEATURES,)).movedim(-1, 1)
-        known = F.interpolate(self.frozen(features), size=(GRID, GRID), mode="bilinear", align_corners=False)
-        seen = known + self.planes_out(self.planes(planes * 2 - 1))
+        seen = self.known(features) + self.planes_out(self.planes(planes * 2 - 1))
         if self.comparison is not None and compared is not None:
             seen = seen + self.comparison(compared)
         fine = self.fine(seen)
@@ -286,28 +269,75 @@ class _VisionStem(nn.Module):
 
 
 class _Pointer(nn.Module):
-    """Picture tokens' hidden states and fine features -> a key for each location, and a map of the asked-for object."""
+    """Image tokens' hidden states and features -> a key for each location, and a map of the asked-for object.
+
+    The map is a product of what is asked, read from the hidden states, with the backbone's features, in which objects
+    are linear (as in MaskFormer, Cheng et al. 2021), plus what hidden states and mask add to it.
+    """
 
     def __init__(self, width: int, hidden: int, pointer: int) -> None:
         super().__init__()
         self.reduce = nn.Conv2d(hidden, width, 1)
-        self.blend = _Residual(width)
+        self.asked = nn.Linear(hidden, 4 * (WIDTH + 1))
+        self.shown = nn.Conv2d(4, width, 1)
+        self.blend = Residual(width)
         self.region = nn.Conv2d(width, 4, 1)
         self.key = nn.Conv2d(width, 4 * pointer, 1)
         self.row = nn.Parameter(torch.randn(LOCATIONS, pointer) * 0.02)
         self.column = nn.Parameter(torch.randn(LOCATIONS, pointer) * 0.02)
-        self.query = nn.Linear(hidden, pointer + 1)
+        self.query = nn.Linear(hidden, pointer + 1 + CORNERS)
+        self.evidence = nn.Linear(3, hidden)
 
-    def keys(self, hidden: torch.Tensor, fine: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden (N, 64, hidden) -> keys (N, LOCATIONS ** 2, pointer + 1), region logits (N, LOCATIONS, LOCATIONS)."""
+    def keys(
+        self, hidden: torch.Tensor, fine: torch.Tensor, features: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden (N, 64, hidden) -> keys (N, LOCATIONS ** 2, K), region logits (N, LOCATIONS, LOCATIONS)."""
+        asked = self.asked(hidden.mean(dim=1)).unflatten(1, (4, WIDTH + 1))
+        direct = torch.einsum("nkw,nwhv->nkhv", asked[..., :-1], features.to(asked)) * WIDTH**-0.5
+        direct = direct + asked[..., -1][..., None, None]
         coarse = self.reduce(hidden.transpose(1, 2).unflatten(2, (8, 8)))
-        grid = self.blend(fine + F.interpolate(coarse, size=(GRID, GRID), mode="bilinear", align_corners=False))
-        region = F.pixel_shuffle(self.region(F.gelu(grid)), 2)
-        keys = F.pixel_shuffle(self.key(F.gelu(grid)), 2)
+        coarse = F.interpolate(coarse, size=(GRID, GRID), mode="bilinear", align_corners=False)
+        grid = F.gelu(self.blend(fine + coarse + self.shown(direct.clamp(-8, 8))))
+        region = F.pixel_shuffle(self.region(grid) + direct, 2)
+        keys = F.pixel_shuffle(self.key(grid), 2)
         place = self.row[:, None] + self.column[None]
         keys = keys.movedim(1, -1) + place
-        keys = torch.cat([keys, region.movedim(1, -1).clamp(-8, 8)], dim=-1)
+        corners = corner_densities(region[:, 0].float()).to(keys)
+        keys = torch.cat([keys, region.movedim(1, -1).clamp(-8, 8), corners], dim=-1)
         return keys.flatten(1, 2), region[:, 0]
+
+    def seen(self, keys: torch.Tensor) -> torch.Tensor:
+        """What the maps in keys (N, LOCATIONS ** 2, K) say of whether the objects are there at all, (N, hidden)."""
+        region = keys[..., -1 - CORNERS].float()
+        highest = region.topk(16, dim=1).values
+        share = region.sigmoid().mean(dim=1)
+        evidence = torch.stack([highest[:, 0] / 8, highest.mean(dim=1) / 8, (share + 1e-4).log() / 8], dim=1)
+        added: torch.Tensor = self.evidence(evidence.to(keys))
+        return added
+
+
+CORNERS = 4
+"""Channels of `corner_densities`."""
+
+
+def corner_densities(region: torch.Tensor) -> torch.Tensor:
+    """How likely the box of a map begins and ends at each cell: logs, scaled to about [-1, 0], of the shares of columns
+    where it begins, of columns where it ends, of rows where it begins, and where it ends.
+
+    region: logits (N, L, L) -> (N, L, L, CORNERS). The object has begun at a column with the probability that any cell
+    up to it belongs to the object, taken as the largest of them; it begins where that probability rises.
+    """
+    inside = region.sigmoid()
+    parts = []
+    for across in (1, 2):
+        profile = inside.amax(dim=across)
+        for turned in (False, True):
+            begun = (profile.flip(1) if turned else profile).cummax(dim=1).values
+            rise = begun - F.pad(begun, (1, 0))[:, :-1]
+            log = (rise.clamp(min=0) + 1e-4).log() / 9.3
+            log = log.flip(1) if turned else log
+            parts.append((log[:, None, :] if across == 1 else log[:, :, None]).expand_as(region))
+    return torch.stack(parts, dim=-1)
 
 
 def _picture_ends(is_image: torch.Tensor) -> torch.Tensor:
@@ -320,6 +350,31 @@ def _pictures_before(is_image: torch.Tensor) -> torch.Tensor:
     ends = _picture_ends(is_image)
     seen, of_rows = ends.cumsum(dim=1), ends.sum(dim=1)
     return torch.where(seen > 0, seen + (of_rows.cumsum(dim=0) - of_rows)[:, None], 0) - 1
+
+
+class OrderedCorners(LogitsProcessor):
+    """The second corner of a box lies right of and below the first: no box has its corners exchanged.
+
+    In every dialect that has boxes, a place right after another one, with a single token between, is a second corner.
+    """
+
+    def __init__(self, word_count: int) -> None:
+        """word_count: how many ids of the vocabulary come before the places."""
+        self.word_count = word_count
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """scores (B, V) logits -> the same, without the cells left of or above a first corner, or level with it."""
+        first = input_ids[:, -2] - self.word_count
+        is_second = (first >= 0) & (input_ids[:, -1] < self.word_count)
+        if not is_second.any():
+            return scores
+        cells = torch.arange(LOCATIONS, device=scores.device)
+        right = cells > (first % LOCATIONS).clamp(max=LOCATIONS - 2)[:, None]
+        below = cells > (first // LOCATIONS).clamp(max=LOCATIONS - 2)[:, None]
+        allowed = (below[:, :, None] & right[:, None, :]).flatten(1) | ~is_second[:, None]
+        blank = torch.finfo(scores.dtype).min
+        words, places = scores[:, : self.word_count], scores[:, self.word_count :]
+        return cast("torch.FloatTensor", torch.cat([words, places.masked_fill(~allowed, blank)], dim=1))
 
 
 class LikelyPlaces(LogitsProcessor):
@@ -365,10 +420,13 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.pointer = _Pointer(config.vision_width, text.hidden_size, config.pointer_width)
         self.word_count = text.vocab_size - LOCATIONS**2
         self.lm_head = nn.Linear(text.hidden_size, self.word_count, bias=False)
-        self._frozen_features = _FrozenFeatures()
+        self.backbone = Backbone().requires_grad_(False)
+        self._features = _FeatureCache()
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
+        if any(module is part for part in self.backbone.modules()):
+            return  # pretrained: `training.nano` loads it
         super()._init_weights(module)
         comparison = self.vision.comparison
         if comparison is None or not isinstance(module, nn.Conv2d | nn.Linear):
@@ -419,7 +477,7 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 )
             pixel_values = pixel_values.to(embeds.dtype)
             if image_features is None:
-                image_features = self._frozen_features(pixel_values[:, :3])
+                image_features = self.image_features(pixel_values)
             image_features = image_features.to(embeds.dtype)
             compared, comparison = None, self.vision.comparison
             if comparison is not None and pixel_values[:, 3].any():
@@ -440,19 +498,21 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         hidden = outputs.last_hidden_state
         kept = hidden[scored] if scored is not None else hidden[:, -logits_to_keep:]
-        words = self.lm_head(kept)
         if pixel_values is not None:
             picture_hidden = hidden[is_image].view(len(pixel_values), TOKENS_PER_IMAGE, -1)
-            keys, region = self.pointer.keys(picture_hidden, fine)
+            keys, region = self.pointer.keys(picture_hidden, fine, cast("torch.Tensor", image_features))
             before = _pictures_before(is_image)
             location_keys = keys[before[:, -1]] * (before[:, -1, None, None] >= 0)
             before = before[scored] if scored is not None else before[:, -logits_to_keep:]
+            kept = kept + self.pointer.seen(keys)[before] * (before >= 0)[..., None]
             places = self._places_after_pictures(kept.flatten(0, -2), keys, before.flatten())
             places = places.view(*kept.shape[:-1], -1)
         elif location_keys is not None:
+            kept = kept + self.pointer.seen(location_keys)[:, None]
             places = self._score(kept, location_keys)
         else:
-            places = words.new_full((*words.shape[:2], LOCATIONS**2), torch.finfo(words.dtype).min)
+            places = kept.new_full((*kept.shape[:-1], LOCATIONS**2), torch.finfo(kept.dtype).min)
+        words = self.lm_head(kept)
         logits = torch.cat([words, places.to(words.dtype)], dim=-1)
         loss = None
         if labels is not None:
@@ -465,6 +525,18 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             location_keys=location_keys,
             region_logits=region,
         )
+
+    def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Backbone features (N, WIDTH, GRID, GRID) of pixel_values (N, 4, SIDE, SIDE), kept for the next turn."""
+        return self._features.fetch(pixel_values[:, :3], self._compute_features)
+
+    @torch.no_grad()
+    def _compute_features(self, colour: torch.Tensor) -> torch.Tensor:
+        """In one dtype throughout: depthwise convolutions are slow in mixed precision."""
+        weights = self.backbone.position
+        with torch.autocast(colour.device.type, enabled=False):
+            seen: torch.Tensor = self.backbone(colour.to(weights.dtype))
+        return seen
 
     @torch.no_grad()
     def _look_without_masks(
@@ -557,6 +629,7 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         processors: Any = super()._get_logits_processor(generation_config, *args, **kwargs)
+        processors.append(OrderedCorners(self.word_count))
         if generation_config.get_generation_mode() == GenerationMode.GREEDY_SEARCH:
             processors.append(LikelyPlaces(self.word_count))
         return processors

@@ -276,6 +276,35 @@ DESCRIPTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "subarachnoid hemorrhage": ("blood in the space around the brain that holds its fluid",),
         "intraparenchymal hemorrhage": ("blood within the tissue of the brain",),
         "intraventricular hemorrhage": ("blood in the fluid-filled chambers of the brain",),
+        "abdominal aorta and iliac artery": ("the large artery of the abdomen with the two that it divides into",),
+        "axon": ("the long fibre of a nerve cell that carries its signals away",),
+        "bone fracture": ("a break in a bone", "where the bone is broken"),
+        "brainstem": ("the part of the brain that joins the spinal cord",),
+        "cell membrane": ("the thin border of the cells", "what encloses the cells"),
+        "endotracheal tube": ("the tube through which the patient is ventilated",),
+        "esophagus": ("the tube through which food passes to the stomach",),
+        "fetal head": ("the head of the unborn child",),
+        "fibroglandular breast tissue": ("the dense, milk-producing tissue of the breast",),
+        "glial cell": ("a supporting cell of the nervous system",),
+        "glottal space": ("the opening between the vocal folds",),
+        "hard exudate": ("the bright yellow deposits of fat in the retina",),
+        "hippocampus": ("the brain structure that forms memories",),
+        "kidney stone": ("a hard deposit in the organ that makes urine",),
+        "larynx": ("the voice box",),
+        "liver tumor": ("an abnormal growth in the organ that makes bile",),
+        "mandible": ("the lower jaw bone",),
+        "microaneurysm": ("the smallest red dots in the retina, bulges of its capillaries",),
+        "mitochondrion": ("the organelle that supplies the cell with energy",),
+        "myelin sheath": ("the insulating layer around a nerve fibre",),
+        "nasopharyngeal tumor": ("an abnormal growth in the space behind the nose",),
+        "pectoral muscle": ("the muscle of the chest wall behind the breast",),
+        "prostate": ("the gland below the bladder of men",),
+        "pubic symphysis": ("the joint between the two pubic bones",),
+        "soft exudate": ("the pale, fluffy spots in the retina",),
+        "spinal cord": ("the cord of nerves within the spine",),
+        "synapse": ("the contact at which a nerve cell passes its signal on",),
+        "teeth": ("what the patient chews with", "all teeth of the jaws"),
+        "vocal fold": ("the fold of the larynx that vibrates when we speak",),
     }
 )
 """What objects are or do, for questions that do not name them. Only where one sentence settles which one is meant."""
@@ -306,14 +335,30 @@ def is_abnormal(name: str) -> bool:
     return any(word in name.lower() for word in _ABNORMAL)
 
 
-def body_part(modality: str, site: str) -> str:
-    """A coarse region such that objects of one never show in pictures of another; '' where that is not certain."""
-    if modality in ("pathology", "microscopy"):
-        return "cells"
-    torso = {"chest", "heart", "lung", "abdomen", "liver", "lumbar spine", "prostate", "neck"}
-    known = {"retinal": "eye", "brain": "brain", "knee": "leg", "limb": "", "skin": "", "colon": "gut"}
-    known |= {"gastrointestinal tract": "gut", "breast": ""}
-    return "torso" if site in torso else known.get(site, "")
+_REGIONS: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        **dict.fromkeys(
+            ("chest", "heart", "lung", "abdomen", "liver", "lumbar spine", "prostate"), frozenset({"torso"})
+        ),
+        **dict.fromkeys(("neck", "head and neck"), frozenset({"torso", "head"})),
+        **dict.fromkeys(("shoulder", "hip"), frozenset({"torso", "limb"})),
+        **dict.fromkeys(("transperineal", "fetal head"), frozenset({"torso", "head"})),
+        **dict.fromkeys(("knee", "leg", "hand"), frozenset({"limb"})),
+        **dict.fromkeys(("colon", "gastrointestinal tract"), frozenset({"gut"})),
+        "larynx": frozenset({"larynx"}),
+        "brain": frozenset({"head"}),
+        "dental": frozenset({"head"}),
+        "retinal": frozenset({"eye"}),
+    }
+)
+"""Parts of the body that images of a site may show; sites that are not here may show anything."""
+
+
+def body_parts(modality: str, site: str) -> frozenset[str]:
+    """Coarse regions such that objects of one never show in images of others; none where that is not certain."""
+    if modality in ("pathology", "microscopy", "electron microscopy"):
+        return frozenset({"cells"})
+    return _REGIONS.get(site, frozenset())
 
 
 class Absences:
@@ -325,15 +370,15 @@ class Absences:
 
     def __init__(self, rows: Sequence[CaseRow]) -> None:
         self._of_data_set: dict[str, set[str]] = {}
-        parts: dict[str, set[str]] = {}
+        parts: dict[str, list[frozenset[str]]] = {}
         for row in rows:
             if row.object:
                 self._of_data_set.setdefault(row.dataset, set()).add(row.object)
-                parts.setdefault(row.object, set()).add(body_part(row.modality, row.site))
+                parts.setdefault(row.object, []).append(body_parts(row.modality, row.site))
         self._parts = {
-            name: where
+            name: frozenset().union(*where)
             for name, where in parts.items()
-            if "" not in where and not any(word in name for word in _DOUBTFUL)
+            if all(where) and not any(word in name for word in _DOUBTFUL)
         }
 
     def near(self, row: CaseRow, present: Sequence[str]) -> list[str]:
@@ -343,13 +388,13 @@ class Absences:
 
     def far(self, row: CaseRow, present: Sequence[str]) -> list[str]:
         """Names that only occur in other parts of the body, in order."""
-        part = body_part(row.modality, row.site)
-        if not part:
+        parts = body_parts(row.modality, row.site)
+        if not parts:
             return []
         return sorted(
             name
             for name, where in self._parts.items()
-            if part not in where and not any(_related(name, other) for other in present)
+            if not parts & where and not any(_related(name, other) for other in present)
         )
 
 

@@ -6,9 +6,10 @@ spoilt truths. Questions are those of the data factory (`teacher.phrasings`), wi
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,24 +18,27 @@ from torch.nn import functional as F
 
 from ibisagent.clicks import bounding_box, interior_depth, next_click
 from ibisagent.datasets import CaseRow
-from ibisagent.domain import Action, Box, Case, Click, Episode, Mask, Masks, Reply, Stop
+from ibisagent.domain import Action, Box, Click, Episode, Mask, Masks, Reply, Stop
 from ibisagent.masks import iou
 from ibisagent.policies.nano import LOCATIONS
 from ibisagent.protocol import START_LINE, write
+from ibisagent.segmenters.backbone import SIDE, WIDTH
 from ibisagent.segmenters.click_network import ClickNetwork
 from ibisagent.segmenters.frame import prompt_maps
 from ibisagent.segmenters.glance import places_seen
 from ibisagent.teacher.phrasings import DESCRIPTIONS, SHARES, Absences, is_abnormal, phrasings, with_article
 from ibisagent.training.click_states import jittered_box, spoilt
-from ibisagent.training.views import SIDE, Bank, random_turn
+from ibisagent.training.images import TrainingImages, balanced_weights, closer, random_turn, recolored
 
 VIEW = (SIDE, SIDE)
 CELL = SIDE // LOCATIONS
 GOOD_ENOUGH = 0.8  # IoU at which the right reply is to stop
 LOOK_SIDE = 192  # pixels a side of the segmenter's looks
 
-WORDS, ABSENT, FIRST = 0.06, 0.18, 0.38
+WORDS, ABSENT, FIRST = 0.05, 0.17, 0.53
 """Shares of the examples that ask for words, for an absent object, for a first turn; the rest are later turns."""
+QUESTIONS = 3  # asked of each view
+CLOSER = 0.25  # share of the views that are enlarged around the object
 
 ANYTHING = ("object", "structure", "target", "lesion", "region of interest", "abnormality", "finding", "area")
 SYLLABLES = (
@@ -66,13 +70,13 @@ KINDS = (
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """One mask of one picture of the bank.
+    """One mask of one training image.
 
-    picture: its number there. mask (SIDE, SIDE) bool, squashed. present: names of all objects of the picture.
+    number: of the pair, image: of its image, in the `TrainingImages`. present: names of all objects of the image.
     """
 
-    picture: int
-    mask: Mask
+    number: int
+    image: int
     row: CaseRow
     present: tuple[str, ...]
 
@@ -82,15 +86,12 @@ class Pair:
         return self.row.object
 
 
-def pairs_from(cases: Iterable[Case], rows: Sequence[CaseRow], bank: Bank) -> list[Pair]:
-    """The pairs of `cases`, which `rows` describe one for one."""
-    present: dict[str, list[str]] = {}
-    for row in rows:
-        present.setdefault(str(row.image), []).append(row.object)
+def pairs_of(images: TrainingImages) -> list[Pair]:
+    """All pairs, in order."""
+    names = {image: tuple(images.rows[pair].object for pair in pairs) for image, pairs in images.present.items()}
     return [
-        Pair(bank.place[case.image.sha256], squash(case.targets[row.object]), row, tuple(present[str(row.image)]))
-        for case, row in zip(cases, rows, strict=True)
-        if case.targets and case.targets[row.object].any()
+        Pair(number, int(image), row, names[int(image)])
+        for number, (image, row) in enumerate(zip(images.image, images.rows, strict=True))
     ]
 
 
@@ -98,11 +99,12 @@ def pairs_from(cases: Iterable[Case], rows: Sequence[CaseRow], bank: Bank) -> li
 class Example:
     """One turn to learn. places: for each location token of the reply, its (LOCATIONS, LOCATIONS) distribution.
 
-    turn: (2, 3) affine map of SIDE x SIDE pixels that `features` still need; pixels and truth have had it. truth is
-    None where the question is not about a region.
+    image: the number of the training image. turn: the (2, 3) affine map of SIDE x SIDE pixels that pixels and truth
+    have had. truth is None where the question is not about a region. kept (WIDTH,) float32: factors of the backbone's
+    features.
     """
 
-    features: np.ndarray
+    image: int
     pixels: np.ndarray
     truth: Mask | None
     turn: np.ndarray = field(default_factory=lambda: np.eye(2, 3, dtype=np.float32))
@@ -110,6 +112,7 @@ class Example:
     reply: str = ""
     current: Mask = field(default_factory=lambda: np.zeros(VIEW, bool))
     places: list[np.ndarray] = field(default_factory=list)
+    kept: np.ndarray = field(default_factory=lambda: np.ones(WIDTH, np.float32))
 
     def answer(self, thought: str, *actions: Action) -> None:
         """Set the reply."""
@@ -149,11 +152,6 @@ def _plain_reply(reply: Reply, before: Masks, names: str) -> Reply:
     return Reply(thought.format(first.target), tuple(actions) if len(targets) == 1 else reply.actions)
 
 
-def squash(plane: np.ndarray) -> Mask:
-    """A mask (H, W) on the SIDE x SIDE grid."""
-    return cv2.resize(plane.astype(np.uint8), VIEW, interpolation=cv2.INTER_NEAREST) > 0
-
-
 def depth_distribution(region: Mask, power: float = 1.0) -> np.ndarray:
     """(LOCATIONS, LOCATIONS) float32 that sums to 1: places in `region`, deep ones more."""
     depth = interior_depth(region) ** power
@@ -173,63 +171,67 @@ def _square(turn: np.ndarray) -> np.ndarray:
     return np.vstack([turn, [0, 0, 1]])
 
 
-def turned_features(examples: Sequence[Example]) -> torch.Tensor:
-    """Features of a batch (B, C, GRID, GRID) after each example's `turn`: augmentation without the encoder's cost."""
-    to_unit = np.array([[2 / SIDE, 0, 1 / SIDE - 1], [0, 2 / SIDE, 1 / SIDE - 1], [0, 0, 1]])
-    from_unit = np.linalg.inv(to_unit)
-    maps = [(to_unit @ np.linalg.inv(_square(example.turn)) @ from_unit)[:2] for example in examples]
-    features = torch.from_numpy(np.stack([example.features for example in examples]).astype(np.float32))
-    grid = F.affine_grid(torch.from_numpy(np.stack(maps)).float(), list(features.shape), align_corners=False)
-    return F.grid_sample(features, grid, align_corners=False)
-
-
 class Lessons:
     """Draws examples: a view of a pair, a question, a state, and the right reply to it."""
 
-    def __init__(self, pairs: Sequence[Pair], bank: Bank, segmenter: ClickNetwork | None, seed: int) -> None:
-        """segmenter: makes the masks of later turns; None leaves them out."""
-        self._pairs, self._bank, self._segmenter = pairs, bank, segmenter
+    def __init__(
+        self,
+        images: TrainingImages,
+        pairs: Sequence[Pair],
+        segmenter: ClickNetwork | None,
+        context: np.ndarray,
+        seed: int,
+    ) -> None:
+        """pairs: those to draw from. segmenter: makes the masks of later turns; None leaves them out. context: what it
+        knows of the images (`images.context_features`)."""
+        self._images, self._pairs, self._segmenter, self._context = images, pairs, segmenter, context
         self._random = np.random.default_rng(seed)
-        groups = [(pair.row.dataset, pair.name) for pair in pairs]
-        counts = Counter(groups)
-        weights = np.array([counts[group] ** -0.5 for group in groups])
-        self._weights = weights / weights.sum()
+        self._weights = balanced_weights([pair.row for pair in pairs])
+        self._of_image: dict[int, list[int]] = {}
+        for index, pair in enumerate(pairs):
+            self._of_image.setdefault(pair.image, []).append(index)
         self._absences = Absences([pair.row for pair in pairs])
+        self._asked_for: dict[str, float] = defaultdict(float)
+        for pair, weight in zip(pairs, self._weights, strict=True):
+            self._asked_for[pair.name] += float(weight)
         self._offered = {kind: [text for _, text in phrasings(kind, held_out=False)] for kind in KINDS}
 
     def draw(self, count: int) -> list[Example]:
-        """`count` fresh examples."""
-        examples, unseen = [], []
-        for index in self._random.choice(len(self._pairs), count, p=self._weights):
-            pair = self._pairs[index]
-            example = self._view(pair)
-            examples.append(example)
-            kind = self._random.random()
-            if example.truth is None or not example.truth.any() or kind < WORDS:
-                self._ask_for_words(example, pair)
-            elif kind < WORDS + ABSENT and (absent := self._absent(pair)):
-                self._ask_for_absent(example, absent)
-            elif kind < WORDS + ABSENT + FIRST or self._segmenter is None:
-                self._first_turn(example, pair)
-            else:
-                unseen.append((example, pair))
+        """`count` fresh examples, QUESTIONS of each view, about other objects of it where there are any."""
+        examples: list[Example] = []
+        unseen: list[tuple[Example, Pair]] = []
+        for index in self._random.choice(len(self._pairs), -(-count // QUESTIONS), p=self._weights):
+            pixels, turn = self._view(self._pairs[index])
+            others = [other for other in self._of_image[self._pairs[index].image] if other != index]
+            for number in range(min(QUESTIONS, count - len(examples))):
+                pair = self._pairs[self._pick(others) if number and others else index]
+                mask = self._images.mask(pair.number).astype(np.uint8)
+                truth = cv2.warpAffine(mask, turn, VIEW, flags=cv2.INTER_NEAREST) > 0
+                example = Example(pair.image, pixels, truth, turn)
+                examples.append(example)
+                kind = self._random.random()
+                if not truth.any() or kind < WORDS:
+                    self._ask_for_words(example, pair)
+                elif kind < WORDS + ABSENT and (absent := self._absent(pair)):
+                    self._ask_for_absent(example, absent)
+                elif kind < WORDS + ABSENT + FIRST or self._segmenter is None:
+                    self._first_turn(example, pair)
+                else:
+                    unseen.append((example, pair))
         if unseen:
             self._later_turns(unseen)
         return examples
 
-    def _pick(self, choices: Sequence[str]) -> str:
+    def _pick(self, choices: Sequence[Any]) -> Any:
         return choices[int(self._random.integers(len(choices)))]
 
-    def _view(self, pair: Pair) -> Example:
-        round_ = self._bank.draw(pair.picture, self._random)
-        turn, pixels = self._bank.turns[round_, pair.picture], self._bank.pixels[round_, pair.picture]
-        further = np.eye(2, 3, dtype=np.float32)
-        if self._random.random() < 0.75:
-            further = random_turn(pair.row.modality, self._random)
-            pixels = cv2.warpAffine(pixels, further, VIEW, flags=cv2.INTER_LINEAR)
-        both = (_square(further) @ _square(turn))[:2]
-        truth = cv2.warpAffine(pair.mask.astype(np.uint8), both, VIEW, flags=cv2.INTER_NEAREST) > 0
-        return Example(self._bank.features[round_, pair.picture], pixels, truth, further)
+    def _view(self, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+        """A view of the pair's image, and the affine map that made it."""
+        turn = random_turn(pair.row.modality, self._random)
+        if self._random.random() < CLOSER:
+            turn = closer(turn, self._images.mask(pair.number), self._random)
+        pixels = cv2.warpAffine(self._images.pixels[pair.image], turn, VIEW, flags=cv2.INTER_LINEAR)
+        return recolored(pixels, self._random), turn
 
     def _phrase(self, kind: str, name: str, **words: str) -> str:
         return self._pick(self._offered[kind]).format(name=name, a_name=with_article(name), **words)
@@ -271,7 +273,11 @@ class Lessons:
         """The name of an object that the pair's picture does not show; "" where none is known."""
         near, far = self._absences.near(pair.row, pair.present), self._absences.far(pair.row, pair.present)
         choice = near if near and self._random.random() < 0.5 else far or near
-        return self._pick(choice) if choice else ""
+        if not choice:
+            return ""
+        # As often as they are asked for where they are there: else rare objects would mostly be denied.
+        weights = np.array([self._asked_for[name] for name in choice])
+        return choice[int(self._random.choice(len(choice), p=weights / weights.sum()))]
 
     def _ask_for_absent(self, example: Example, name: str) -> None:
         kind = self._pick(("existence", "referring"))
@@ -347,9 +353,10 @@ class Lessons:
     def _masks(self, unseen: Sequence[tuple[Example, Pair]], prompts: Sequence[list[Click | Box]]) -> list[Mask]:
         """Masks that the segmenter gives for `prompts`, some after one more click, right or wrong; or spoilt truths."""
         examples = [example for example, _ in unseen]
-        planes, features = self._looks(examples), turned_features(examples)
+        planes, features = self._looks(examples), self._contexts(examples)
         masks = self._predict(planes, features, prompts)
-        for (example, _), given, mask in zip(unseen, prompts, masks, strict=True):
+        further = []
+        for number, (example, given, mask) in enumerate(zip(examples, prompts, masks, strict=True)):
             assert example.truth is not None
             click = next_click(example.truth, mask, "") if given and self._random.random() < 0.5 else None
             if click is not None and self._random.random() < 0.3:
@@ -357,11 +364,23 @@ class Lessons:
                 click = Click(x, y, not mask[y, x], "")
             if click is not None:
                 given.append(click)
-        masks = self._predict(planes, features, prompts)
-        return [
-            mask if given or example.truth is None else spoilt(example.truth, self._random)
-            for (example, _), given, mask in zip(unseen, prompts, masks, strict=True)
-        ]
+                further.append(number)
+            elif not given:
+                masks[number] = spoilt(example.truth, self._random)
+        if further:
+            corrected = self._predict(planes[further], features[further], [prompts[number] for number in further])
+            for number, mask in zip(further, corrected, strict=True):
+                masks[number] = mask
+        return masks
+
+    def _contexts(self, examples: Sequence[Example]) -> torch.Tensor:
+        """The segmenter's context features (B, C, GRID, GRID) of the views: those of the images, turned likewise."""
+        to_unit = np.array([[2 / SIDE, 0, 1 / SIDE - 1], [0, 2 / SIDE, 1 / SIDE - 1], [0, 0, 1]])
+        from_unit = np.linalg.inv(to_unit)
+        maps = [(to_unit @ np.linalg.inv(_square(example.turn)) @ from_unit)[:2] for example in examples]
+        features = torch.from_numpy(self._context[[example.image for example in examples]].astype(np.float32))
+        grid = F.affine_grid(torch.from_numpy(np.stack(maps)).float(), list(features.shape), align_corners=False)
+        return F.grid_sample(features, grid, align_corners=False)
 
     @staticmethod
     def _looks(examples: Sequence[Example]) -> np.ndarray:

@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 import torch
 from pydantic import Field, model_validator
+from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -40,12 +41,12 @@ from ibisagent.segmenters.ibis_click import PACKAGED_WEIGHTS, read_click_network
 from ibisagent.teacher.phrasings import DESCRIPTIONS, SHARES, phrasings
 from ibisagent.training import lessons
 from ibisagent.training.click_states import is_development
-from ibisagent.training.lessons import CELL, VIEW, Example, Lessons, Pair, pairs_from, turned_features
+from ibisagent.training.images import TrainingImages, context_features, read_training_cases
+from ibisagent.training.lessons import CELL, VIEW, Example, Lessons, Pair, pairs_of
 from ibisagent.training.own_turns import OwnTurns
 from ibisagent.training.run import Report, load_checkpoint, rate_factor, save_checkpoint, unheard, update_average
-from ibisagent.training.views import Bank
 
-FORGOTTEN = 0.1  # of the glance's channels in each example, against learning pictures by heart
+FEATURE_DROPOUT = 0.2  # of the backbone's channels in each example, against learning images by heart
 AVERAGE_DECAY = 0.998
 DECISION = 5  # first tokens of a reply: they decide whether it clicks, corrects, stops or refuses
 DECISION_WEIGHT = 4.0  # of their loss, of which there are few among the many that follow from them
@@ -106,8 +107,8 @@ def build_model(processor: IbisNanoProcessor) -> IbisNanoForConditionalGeneratio
     text = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=6,
+        intermediate_size=576,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=4096,
@@ -141,9 +142,16 @@ def collate(examples: Sequence[Example], processor: IbisNanoProcessor) -> tuple[
         labels[row, :-length] = -100
     pixels = np.stack([np.concatenate([e.pixels, e.current[..., None] * np.uint8(255)], axis=2) for e in examples])
     batch["pixel_values"] = torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32) / 255)
-    batch["image_features"] = turned_features(examples)
     batch["labels"] = labels
     return dict(batch), max(lengths) + 1
+
+
+def seen_features(
+    model: IbisNanoForConditionalGeneration, batch: dict[str, torch.Tensor], examples: Sequence[Example]
+) -> torch.Tensor:
+    """The backbone's features of a batch, less what the examples hide of them."""
+    kept = torch.from_numpy(np.stack([example.kept for example in examples]))
+    return model.image_features(batch["pixel_values"]) * kept[:, :, None, None]
 
 
 def losses(
@@ -152,7 +160,7 @@ def losses(
     """The total loss of a batch, and its parts for the log."""
     batch, kept = collate(examples, processor)
     labels = batch.pop("labels")[:, -kept + 1 :]
-    batch["image_features"] = F.dropout2d(batch["image_features"], FORGOTTEN)
+    batch["image_features"] = F.dropout2d(seen_features(model, batch, examples), FEATURE_DROPOUT)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(**batch, logits_to_keep=kept, use_cache=False)
     assert output.logits is not None
@@ -187,7 +195,10 @@ def losses(
 
 @torch.no_grad()
 def look(
-    model: IbisNanoForConditionalGeneration, processor: IbisNanoProcessor, pairs: Sequence[Pair], bank: Bank
+    model: IbisNanoForConditionalGeneration,
+    processor: IbisNanoProcessor,
+    pairs: Sequence[Pair],
+    images: TrainingImages,
 ) -> dict[str, float]:
     """First-click hit rate and first-box IoU on untouched pictures, places decoded greedily after the right words."""
     hits, overlaps = [], []
@@ -195,13 +206,15 @@ def look(
     for start in range(0, len(pairs), 32):
         chunk = pairs[start : start + 32]
         examples = []
-        for pair in chunk:
-            example = Example(bank.features[0, pair.picture], bank.pixels[0, pair.picture], pair.mask)
+        masks = [images.mask(pair.number) for pair in chunk]
+        for pair, mask in zip(chunk, masks, strict=True):
+            example = Example(pair.image, images.pixels[pair.image], mask)
             example.query = f"Segment the {pair.name}."
             example.answer(lessons.LOOK.format(pair.name), Click(0, 0, True, ""), Box(0, 0, 1, 1, ""))
             examples.append(example)
         batch, _ = collate(examples, processor)
         labels = batch.pop("labels")
+        batch["image_features"] = model.image_features(batch["pixel_values"])
         chosen = np.zeros((len(chunk), 3), int)
         for place in range(3):
             with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -211,13 +224,13 @@ def look(
                 cell = int(logits[row, position - 1, -cells:].argmax())
                 chosen[row, place] = cell
                 batch["input_ids"][row, position] = model.word_count + cell
-        for pair, (click, first, last) in zip(chunk, chosen, strict=True):
+        for mask, (click, first, last) in zip(masks, chosen, strict=True):
             row, column = divmod(int(click), LOCATIONS)
-            hits.append(bool(pair.mask[row * CELL + CELL // 2, column * CELL + CELL // 2]))
+            hits.append(bool(mask[row * CELL + CELL // 2, column * CELL + CELL // 2]))
             (y0, x0), (y1, x1) = divmod(int(first), LOCATIONS), divmod(int(last), LOCATIONS)
             guess, truth = np.zeros(VIEW, bool), np.zeros(VIEW, bool)
             guess[y0 * CELL + 2 : y1 * CELL + 2, x0 * CELL + 2 : x1 * CELL + 2] = True
-            box = bounding_box(pair.mask, "")
+            box = bounding_box(mask, "")
             assert box is not None
             truth[box.y0 : box.y1, box.x0 : box.x1] = True
             overlaps.append(iou(guess, truth))
@@ -232,18 +245,19 @@ def look(
 class NanoRecipe(Recipe):
     """How to train the nano policy."""
 
-    data: Path
-    """Folder in BiomedParse's layout, or a manifest; pictures are kept in memory."""
+    data: list[Path]
+    """Folders in BiomedParse's layout, or manifests; images are kept in memory (0.2 MB each)."""
     out: Path
     """Folder for the checkpoint and the model, `ibis-nano`; a run that was stopped goes on from there."""
     licence_class: str = ""
     """Use only rows of this licence class; empty for all."""
     start: Path | None = None
     """Folder of an ibis-nano to start from, such as the packaged one; none starts from scratch."""
-    bank: Path | None = None
-    """Folder for the glances at the training pictures (0.4 MB a view), to share it between runs; none means `out`."""
-    rounds: int = Field(5, ge=1)
-    """Views of each picture that are glanced at: the plain one and augmented ones."""
+    backbone: Path | None = None
+    """Weights of the backbone (`training.backbone`), where there is no `start` to take it from."""
+    cache: Path | None = None
+    """Folder for the segmenter's context features of the training images (0.4 MB each), to share it between runs; none
+    means `out`."""
     segmenter: Path = PACKAGED_WEIGHTS
     """Weights of the `ibis-click` that makes the masks of later turns."""
     examples: int = Field(60_000, ge=1)
@@ -262,6 +276,10 @@ class NanoRecipe(Recipe):
     def _own_turns_need_a_start(self) -> Self:
         if self.own_turns and self.start is None:
             raise ValueError("own_turns: set start to the trained ibis-nano whose turns they are")
+        if (self.start is None) == (self.backbone is None):
+            raise ValueError(
+                "set start to an ibis-nano to go on from, or backbone to weights to start from scratch with"
+            )
         return self
 
 
@@ -271,30 +289,29 @@ def train(recipe: NanoRecipe, report: Report = unheard) -> Path:
     A run that was interrupted sees other random examples than one that was not: its weights differ slightly.
     Raises ConfigError for a checkpoint of another recipe, DataError where there is nothing to train on.
     """
-    from ibisagent.datasets import read_cases
-
-    licences = {recipe.licence_class} if recipe.licence_class else None
-    source = read_cases(recipe.data, split="train", licence_classes=licences)
-    cases = list(source)
+    images = TrainingImages.of(read_training_cases(recipe.data, recipe.licence_class))
     recipe.out.mkdir(parents=True, exist_ok=True)
-    bank = Bank.of(cases, recipe.bank or recipe.out, recipe.rounds, recipe.seed)
-    pairs = pairs_from(cases, source.rows, bank)
+    pairs = pairs_of(images)
     learned = [pair for pair in pairs if not is_development(pair.row.patient)]
     held_out = [pair for pair in pairs if is_development(pair.row.patient)]
     if not learned:
-        raise DataError(f"{recipe.data}: no training pair is left after licence_class and held-out patients")
-    return _Run(recipe, learned, held_out, bank).go(report)
+        raise DataError(f"{recipe.data[0]}: no training pair is left after licence_class and held-out patients")
+    return _Run(recipe, images, learned, held_out).go(report)
 
 
 class _Run:
     """One training run: model, average and optimizer."""
 
-    def __init__(self, recipe: NanoRecipe, pairs: Sequence[Pair], held_out: Sequence[Pair], bank: Bank) -> None:
-        self.recipe, self.held_out, self.bank = recipe, held_out, bank
+    def __init__(
+        self, recipe: NanoRecipe, images: TrainingImages, pairs: Sequence[Pair], held_out: Sequence[Pair]
+    ) -> None:
+        self.recipe, self.images, self.held_out = recipe, images, held_out
         torch.manual_seed(recipe.seed)
         if recipe.start is None:
             self.processor = build_processor(sorted({pair.name for pair in pairs}))
             self.model = build_model(self.processor)
+            assert recipe.backbone is not None
+            self.model.backbone.load_state_dict(load_file(recipe.backbone))
         else:
             self.processor, self.model = load(recipe.start, **OWN_TURNS if recipe.own_turns else {})
         self.average = deepcopy(self.model).eval()
@@ -305,18 +322,19 @@ class _Run:
         self.step = 0
         self._resume()
         segmenter = read_click_network(recipe.segmenter).eval()
+        context = context_features(images, recipe.cache or recipe.out)
         seed = recipe.seed + self.step
         if recipe.own_turns:
-            self.lessons: Lessons = OwnTurns(pairs, bank, segmenter, seed, believe=self._believe)
+            self.lessons: Lessons = OwnTurns(images, pairs, segmenter, context, seed, believe=self._believe)
         else:
-            self.lessons = Lessons(pairs, bank, segmenter, seed)
+            self.lessons = Lessons(images, pairs, segmenter, context, seed)
 
     def _grouped_by_rate(self) -> list[dict[str, Any]]:
         """The parameters: those that are trained already, and those that a second stage adds."""
         comparison = self.model.vision.comparison
         added = [] if comparison is None else list(comparison.parameters())
         known = {id(parameter) for parameter in added}
-        trained = [parameter for parameter in self.model.parameters() if id(parameter) not in known]
+        trained = [one for one in self.model.parameters() if one.requires_grad and id(one) not in known]
         return [{"params": trained, "factor": 1.0}, {"params": added, "factor": ADDED_RATE}]
 
     def go(self, report: Report) -> Path:
@@ -328,7 +346,9 @@ class _Run:
             examples = self.step * recipe.batch
             looks = examples // recipe.look_every > (examples - recipe.batch) // recipe.look_every
             means = {name: round(total / shown["steps"], 3) for name, total in shown.items() if name != "steps"}
-            figures = look(self.average, self.processor, self.held_out, self.bank) if looks and self.held_out else None
+            figures = (
+                look(self.average, self.processor, self.held_out, self.images) if looks and self.held_out else None
+            )
             report(examples, means, figures)
             if looks:
                 shown.clear()
@@ -339,6 +359,7 @@ class _Run:
     def _believe(self, examples: Sequence[Example]) -> np.ndarray:
         batch, _ = collate(examples, self.processor)
         del batch["labels"]
+        batch["image_features"] = seen_features(self.average, batch, examples)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             region = self.average(**batch, logits_to_keep=1, use_cache=False).region_logits
         return region.float().sigmoid().numpy()
@@ -363,7 +384,7 @@ class _Run:
 
     def _described(self) -> str:
         """The recipe without what names this machine."""
-        return self.recipe.model_dump_json(exclude={"data", "out", "start", "bank", "segmenter"})
+        return self.recipe.model_dump_json(exclude={"data", "out", "start", "backbone", "cache", "segmenter"})
 
     def _save(self) -> Path:
         states = {name: getattr(self, name).state_dict() for name in ("model", "average", "optimizer")}
@@ -396,7 +417,11 @@ def load(folder: Path, **config: Any) -> tuple[IbisNanoProcessor, IbisNanoForCon
 
 
 def save(model: IbisNanoForConditionalGeneration, processor: IbisNanoProcessor, folder: Path) -> None:
-    """save_pretrained of a bfloat16 copy of the model, and of the processor."""
+    """save_pretrained of a bfloat16 copy of the model, and of the processor; the backbone in float16, whose batch
+    normalisation wants the digits."""
     copy: Any = deepcopy(model)
-    copy.to(torch.bfloat16).save_pretrained(folder)
+    copy.to(torch.bfloat16)
+    copy.backbone.load_state_dict(model.backbone.state_dict())
+    copy.backbone.to(torch.float16)
+    copy.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -23,8 +23,8 @@ from ibisagent.masks import iou
 from ibisagent.protocol import Size, recap, target_of
 from ibisagent.segmenters.click_network import ClickNetwork
 from ibisagent.training.click_states import spoilt
-from ibisagent.training.lessons import CELL, LOOK_SIDE, TAKEN_BACK, VIEW, Example, Lessons, Pair, turned_features
-from ibisagent.training.views import Bank
+from ibisagent.training.images import TrainingImages
+from ibisagent.training.lessons import CELL, LOOK_SIDE, TAKEN_BACK, VIEW, Example, Lessons, Pair
 
 BLIND = 0.8  # most of the glance's channels that are hidden
 SURE = 0.85  # share that a map must give a pixel, or leave it, to speak for a correction there
@@ -69,16 +69,23 @@ class OwnTurns(Lessons):
     """Draws examples whose later turns go on from the policy's own."""
 
     def __init__(
-        self, pairs: Sequence[Pair], bank: Bank, segmenter: ClickNetwork, seed: int, *, believe: Believe
+        self,
+        images: TrainingImages,
+        pairs: Sequence[Pair],
+        segmenter: ClickNetwork,
+        context: np.ndarray,
+        seed: int,
+        *,
+        believe: Believe,
     ) -> None:
         """believe: where the policy takes the objects to be, (N, LOCATIONS, LOCATIONS) in [0, 1]."""
-        super().__init__(pairs, bank, segmenter, seed)
+        super().__init__(images, pairs, segmenter, context, seed)
         self._believe = believe
 
     def _veil(self, example: Example) -> None:
         """Hide a part of the glance's channels."""
-        hidden = self._random.random(len(example.features)) < self._random.uniform(0, BLIND)
-        example.features = np.where(hidden[:, None, None], 0, example.features)
+        hidden = self._random.random(len(example.kept)) < self._random.uniform(0, BLIND)
+        example.kept = np.where(hidden, 0, example.kept).astype(np.float32)
 
     def _first_turn(self, example: Example, pair: Pair) -> None:
         self._veil(example)
@@ -86,7 +93,7 @@ class OwnTurns(Lessons):
 
     def _later_turns(self, unseen: Sequence[tuple[Example, Pair]]) -> None:
         examples = [example for example, _ in unseen]
-        planes, features = self._looks(examples), turned_features(examples)
+        planes, features = self._looks(examples), self._contexts(examples)
         asked = []
         for example, pair in unseen:
             self._veil(example)

