@@ -15,5 +15,5 @@ ibisagent train-nano "$recipes/ibis-nano.toml" --set "data=$data" --set "out=$ou
     --set "licence_class=$licence" --set "seed=$seed"
 # Whether to correct, what to take back, when to stop.
 ibisagent train-nano "$recipes/ibis-nano-own-turns.toml" --set "data=$data" --set "out=$out/own-turns" \
-    --set "start=$out/pretrained/ibis-nano" --set "bank=$out/pretrained" --set "licence_class=$licence" --set "seed=$seed"
+    --set "start=$out/pretrained/ibis-nano" --set "cache=$out/pretrained" --set "licence_class=$licence" --set "seed=$seed"
 ibisagent evaluate "$data" --split val --policy "mllm:$out/own-turns/ibis-nano" -o "$out/val"

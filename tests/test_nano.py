@@ -64,7 +64,7 @@ def test_the_auto_classes_load_what_was_saved(folder):
 def test_the_mask_and_the_query_change_the_reply_and_the_batch_does_not(folder):
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     processor = AutoProcessor.from_pretrained(folder)
-    features = torch.randn(1, 256, 28, 28, generator=torch.Generator().manual_seed(1))
+    features = torch.randn(1, 128, 32, 32, generator=torch.Generator().manual_seed(1))
 
     def logits(texts, pictures):
         batch = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
@@ -92,7 +92,7 @@ def test_the_second_look_sees_the_map_of_a_first_one_without_the_mask(folder):
     batch = AutoProcessor.from_pretrained(folder)(
         text=[text] * 2, images=[picture(0), picture(0, alpha=255)], return_tensors="pt"
     )
-    features = torch.randn(1, 256, 28, 28, generator=torch.Generator().manual_seed(1)).expand(2, -1, -1, -1)
+    features = torch.randn(1, 128, 32, 32, generator=torch.Generator().manual_seed(1)).expand(2, -1, -1, -1)
     seen = []
     model.vision.comparison.register_forward_hook(lambda _, given, __: seen.append(given[0]))
     with torch.inference_mode():
@@ -122,7 +122,7 @@ def test_a_reply_begins_with_what_the_comparison_says_of_the_last_place(folder):
         padding=True,
         return_tensors="pt",
     )
-    features = torch.zeros(4, 256, 28, 28)
+    features = torch.zeros(4, 128, 32, 32)
     with torch.inference_mode():
         first, second = (one(**batch, image_features=features).logits for one in (once, model))
     torch.testing.assert_close(second[:, -2], first[:, -2])  # not before the reply
@@ -134,7 +134,7 @@ def test_a_reply_begins_with_what_the_comparison_says_of_the_last_place(folder):
 
 def test_weights_that_are_to_learn_a_second_look_act_as_before(folder):
     batch = AutoProcessor.from_pretrained(folder)(text="disc<image>", images=picture(1, alpha=255), return_tensors="pt")
-    features = torch.zeros(1, 256, 28, 28)
+    features = torch.zeros(1, 128, 32, 32)
     with torch.inference_mode():
         before, after = (
             AutoModelForImageTextToText.from_pretrained(folder, looks_twice=twice)(**batch, image_features=features)
@@ -148,7 +148,7 @@ def test_decoding_with_a_cache_equals_a_full_pass(folder, load):
     model = load(folder).eval()
     processor = AutoProcessor.from_pretrained(folder)
     batch = processor(text="<|user|>disc<image><|assistant|>", images=picture(2, alpha=255), return_tensors="pt")
-    features = torch.randn(1, 256, 28, 28, generator=torch.Generator().manual_seed(2))
+    features = torch.randn(1, 128, 32, 32, generator=torch.Generator().manual_seed(2))
     steps = 6
     cached = model.generate(**batch, image_features=features, max_new_tokens=steps, min_new_tokens=steps)
     ids = batch["input_ids"]
@@ -185,7 +185,7 @@ def test_only_greedy_replies_choose_places_so(folder, monkeypatch, sampled):
     batch = AutoProcessor.from_pretrained(folder)(text="disc<image>", images=picture(5), return_tensors="pt")
     calls = []
     monkeypatch.setattr(LikelyPlaces, "__call__", lambda self, ids, scores: calls.append(1) or scores)
-    model.generate(**batch, image_features=torch.zeros(1, 256, 28, 28), max_new_tokens=2, do_sample=sampled)
+    model.generate(**batch, image_features=torch.zeros(1, 128, 32, 32), max_new_tokens=2, do_sample=sampled)
     assert bool(calls) is not sampled
 
 
@@ -193,7 +193,7 @@ def test_two_pictures_in_one_conversation_give_each_place_its_own_picture(folder
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     processor = AutoProcessor.from_pretrained(folder)
     text = "<|user|>disc<image><|assistant|>click<|end|><|user|>disc<image><|assistant|>"
-    features = torch.randn(2, 256, 28, 28, generator=torch.Generator().manual_seed(3))
+    features = torch.randn(2, 128, 32, 32, generator=torch.Generator().manual_seed(3))
     both = processor(text=text, images=[[picture(3), picture(4)]], return_tensors="pt")
     first = processor(text=text.partition("<|assistant|>")[0], images=[picture(3)], return_tensors="pt")
     with torch.inference_mode():
@@ -217,7 +217,7 @@ def test_as_a_policy_it_embeds_a_picture_once_and_speaks_alpha(folder):
     replies = policy.respond([bare, masked])
     assert len(replies) == 2
     assert all(reply.tokens for reply in replies)
-    assert len(policy._model._frozen_features._cache) == 1
+    assert len(policy._model._features._cache) == 1
 
 
 def test_a_policy_keeps_its_tables_of_added_tokens_and_reads_the_same(folder):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ibisagent.cli import app
 from ibisagent.clicks import next_click
-from ibisagent.datasets import CaseRow, read_cases
+from ibisagent.datasets import read_cases
 from ibisagent.domain import Box, Case, Click, Completion, Image, Observation, Reply, Stop, Undo
 from ibisagent.environment import SegmentationEnv
 from ibisagent.errors import ConfigError, DataError
@@ -24,18 +24,17 @@ from ibisagent.protocol import START_LINE, parse, render, write
 from ibisagent.segmenters import load_segmenter
 from ibisagent.segmenters.click_network import ClickNetwork
 from ibisagent.segmenters.frame import letterbox, letterbox_scale, prompt_maps
-from ibisagent.segmenters.glance import FEATURES, GRID
 from ibisagent.segmenters.ibis_click import PACKAGED_WEIGHTS, read_click_network
 from ibisagent.training import click as click_recipe
 from ibisagent.training import nano as nano_recipe
 from ibisagent.training import own_turns
 from ibisagent.training.click_states import Pair, new_state
 from ibisagent.training.click_states import pairs_from as click_pairs
-from ibisagent.training.lessons import Example, Lessons, turned_features
-from ibisagent.training.lessons import pairs_from as nano_pairs
+from ibisagent.training.images import TrainingImages, context_features, random_turn
+from ibisagent.training.lessons import Example, Lessons, pairs_of
 from ibisagent.training.own_turns import OwnTurns, own_first_turn, sure_part, told
 from ibisagent.training.recipes import RlRecipe
-from ibisagent.training.views import SIDE, Bank, random_turn
+from ibisagent.training.views import SIDE, Bank
 
 
 def disc_case(index, shape=(97, 131)):
@@ -57,12 +56,6 @@ def cases():
 @pytest.fixture(scope="module")
 def bank(cases, tmp_path_factory):
     return Bank.of(cases, tmp_path_factory.mktemp("bank"), 2, 0)
-
-
-def row_of(case):
-    """The row that a disc would have been read from."""
-    rest = {"image": Path(case.id), "mask": None, "object": "disc", "query": case.query, "patient": case.patient}
-    return CaseRow(id=case.id, **rest, dataset="discs", modality="CT", site="brain")
 
 
 @pytest.fixture(scope="module")
@@ -264,8 +257,18 @@ def test_patients_are_held_out_by_name_alone():
 
 
 @pytest.fixture(scope="module")
-def lessons(cases, bank):
-    return Lessons(nano_pairs(cases, [row_of(case) for case in cases], bank), bank, ClickNetwork().eval(), seed=0)
+def images(recipe):
+    return TrainingImages.of(read_cases(recipe.parent, split="train"))
+
+
+@pytest.fixture(scope="module")
+def context(images, tmp_path_factory):
+    return context_features(images, tmp_path_factory.mktemp("context"))
+
+
+@pytest.fixture(scope="module")
+def lessons(images, context):
+    return Lessons(images, pairs_of(images), ClickNetwork().eval(), context, seed=0)
 
 
 def test_examples_are_replies_that_the_protocol_reads_and_places_that_are_right(lessons):
@@ -283,10 +286,10 @@ def test_examples_are_replies_that_the_protocol_reads_and_places_that_are_right(
     assert {("Click", "Box"), ("Click",), ("Stop",)} <= kinds
 
 
-def own_turns_of(cases, bank, believe):
-    pairs = nano_pairs(cases, [row_of(case) for case in cases], bank)
+@pytest.fixture(scope="module")
+def own_turns_of(images, context):
     segmenter = read_click_network(PACKAGED_WEIGHTS).eval()
-    return OwnTurns(pairs, bank, segmenter, 0, believe=believe)
+    return lambda believe: OwnTurns(images, pairs_of(images), segmenter, context, 0, believe=believe)
 
 
 def doubts(examples):
@@ -320,20 +323,20 @@ def test_a_policy_begins_where_its_map_is_brightest_and_around_what_it_marks():
     assert (box.x0, box.y0, box.x1, box.y1) == (120, 40, 200, 80)
 
 
-def test_a_policy_that_sees_nothing_sure_is_taught_to_stop_and_sees_its_replies(cases, bank):
-    drawn = own_turns_of(cases, bank, doubts).draw(80)
+def test_a_policy_that_sees_nothing_sure_is_taught_to_stop_and_sees_its_replies(own_turns_of):
+    drawn = own_turns_of(doubts).draw(80)
     later = [example for example in drawn if example.current.any()]
     assert later
     assert all("stop" in example.reply for example in later)
-    assert any((example.features == 0).all(axis=(1, 2)).any() for example in later)  # through a veil
+    assert any((example.kept == 0).any() for example in later)  # through a veil
     recalling = [example for example in later if "Your replies so far:\n- click +" in example.query]
     assert recalling
     assert all(example in recalling or START_LINE in example.query for example in later)
 
 
-def test_a_policy_that_knows_better_corrects_and_takes_back_what_did_harm(cases, bank):
-    lessons = own_turns_of(cases, bank, knows)
-    later = [example for _ in range(4) for example in lessons.draw(100) if example.current.any()]
+def test_a_policy_that_knows_better_corrects_and_takes_back_what_did_harm(own_turns_of):
+    lessons = own_turns_of(knows)
+    later = [example for _ in range(8) for example in lessons.draw(100) if example.current.any()]
     replies = [parse(example.reply, (SIDE, SIDE), dialect="ibis", default_target="disc") for example in later]
     assert all(reply.problem is None for reply in replies)
     kinds = Counter(type(reply.actions[0]).__name__ for reply in replies)
@@ -355,7 +358,7 @@ def test_the_last_click_is_wrong_if_it_lies_wrong_and_looks_so():
     truth, before, worse = np.zeros((3, SIDE, SIDE), bool)
     truth[64:128, 64:128] = before[64:128, 64:120] = True
     worse[64:128, 64:192] = True
-    sees, blind = knows([Example(truth, truth, truth)])[0], np.full((LOCATIONS, LOCATIONS), 0.5, np.float32)
+    sees, blind = knows([Example(0, truth, truth)])[0], np.full((LOCATIONS, LOCATIONS), 0.5, np.float32)
 
     def wrong(prompt, mask, belief, before=before):
         return own_turns._State([[prompt]], [prompt], mask, mask, before).last_was_wrong(truth, belief)
@@ -370,8 +373,8 @@ def test_the_last_click_is_wrong_if_it_lies_wrong_and_looks_so():
     assert not wrong(off, worse, sees, before=None)
 
 
-def test_a_correction_that_gains_nothing_is_not_taught(cases, bank, monkeypatch):
-    lessons = own_turns_of(cases, bank, knows)
+def test_a_correction_that_gains_nothing_is_not_taught(own_turns_of, monkeypatch):
+    lessons = own_turns_of(knows)
     monkeypatch.setattr(own_turns, "GAIN", 2.0)  # more than any click can
     later = [example for example in lessons.draw(100) if example.current.any()]
     assert later
@@ -389,25 +392,26 @@ def test_the_replies_so_far_are_told_as_to_the_policy(cases, bank):
     assert text == f"{case.query}\n{told(case.query, said, case.image.size)}"
 
 
-def test_features_turn_with_their_picture():
+def test_context_features_turn_with_their_view(images):
+    lessons = Lessons(images, pairs_of(images), None, np.empty(0), seed=0)
     random = np.random.default_rng(3)
     picture = cv2.GaussianBlur(random.random((SIDE, SIDE)).astype(np.float32), (0, 0), 24)
     picture = (picture - picture.min()) / np.ptp(picture)
     turn = random_turn("CT", random)
     small = cv2.resize(picture, (28, 28), interpolation=cv2.INTER_AREA)
-    example = Example(np.repeat(small[None], 2, axis=0), np.empty(0), None, turn)
-    turned = turned_features([example])[0, 0].numpy()
+    lessons._context = np.repeat(small[None, None], 2, axis=1)
+    turned = lessons._contexts([Example(0, np.empty(0), None, turn)])[0, 0].numpy()
     wanted = cv2.resize(cv2.warpAffine(picture, turn, (SIDE, SIDE)), (28, 28), interpolation=cv2.INTER_AREA)
     assert np.abs(turned - wanted)[6:-6, 6:-6].max() < 0.05
 
 
-def test_training_the_policy_learns_and_saves_a_loadable_model(cases, bank, tmp_path):
+def test_training_the_policy_learns_and_saves_a_loadable_model(images, tmp_path):
     torch.manual_seed(0)
-    pairs = nano_pairs(cases, [row_of(case) for case in cases], bank)
+    pairs = pairs_of(images)
     processor = nano_recipe.build_processor(["disc"])
     model = nano_recipe.build_model(processor)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    examples = Lessons(pairs, bank, None, seed=1).draw(4)
+    examples = Lessons(images, pairs, None, np.empty(0), seed=1).draw(4)
     totals = []
     for _ in range(5):
         loss, parts = nano_recipe.losses(model, examples, processor)
@@ -417,17 +421,16 @@ def test_training_the_policy_learns_and_saves_a_loadable_model(cases, bank, tmp_
         loss.backward()
         optimizer.step()
     assert totals[-1] < 0.9 * totals[0]
-    found = nano_recipe.look(model, processor, pairs[:3], bank)
+    found = nano_recipe.look(model, processor, pairs[:3], images)
     assert 0 <= found["hit"] <= 1
     nano_recipe.save(model, processor, tmp_path / "ibis-nano")
-    assert sum(file.stat().st_size for file in (tmp_path / "ibis-nano").glob("*.safetensors")) < 17_000_000
+    assert sum(file.stat().st_size for file in (tmp_path / "ibis-nano").glob("*.safetensors")) < 18_500_000
 
 
 def test_a_batch_in_which_no_place_is_named_is_learnt_from():
     processor = nano_recipe.build_processor(["disc"])
     model = nano_recipe.build_model(processor)
-    pictures = np.zeros((FEATURES, GRID, GRID), np.float32), np.zeros((SIDE, SIDE, 3), np.uint8)
-    example = Example(*pictures, np.zeros((SIDE, SIDE), bool), query="Segment the disc.")
+    example = Example(0, np.zeros((SIDE, SIDE, 3), np.uint8), np.zeros((SIDE, SIDE), bool), query="Segment the disc.")
     example.answer("I see no disc here.", Stop("There is no disc here.", ("disc",)))
     loss, parts = nano_recipe.losses(model, [example], processor)
     loss.backward()
@@ -437,8 +440,10 @@ def test_a_batch_in_which_no_place_is_named_is_learnt_from():
 
 def test_the_nano_recipe_runs_goes_on_and_refuses_another(recipe, tmp_path, capsys):
     plan = tmp_path / "nano.toml"
-    lines = [f'data = "{recipe.parent}"', f'out = "{tmp_path / "run"}"', f'bank = "{recipe.parent / "run"}"']
-    plan.write_text("\n".join([*lines, "rounds = 1", "batch = 2", "examples = 4", "look_every = 2", "seed = 3"]))
+    lines = [f'data = "{recipe.parent}"', f'out = "{tmp_path / "run"}"', f'cache = "{recipe.parent / "run"}"']
+    plan.write_text(
+        "\n".join([*lines, "backbone_examples = 16", "batch = 2", "examples = 4", "look_every = 2", "seed = 3"])
+    )
     assert app(["train-nano", str(plan), "--json"], standalone_mode=False) is None
     model = json.loads(capsys.readouterr().out)["model"]
     [reply] = load_policy(model, device="cpu", max_new_tokens=3).respond(

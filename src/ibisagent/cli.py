@@ -863,7 +863,7 @@ def train_nano(
         from ibisagent.training.nano import NanoRecipe, train
 
         plan = NanoRecipe.read(recipe, changes or ())
-    with _training(plan.examples, "examples", quiet=as_json) as report:
+    with _training(plan.total_examples, "examples", quiet=as_json) as report:
         model = train(plan, report)
     if as_json:
         _print_json({"model": str(model), "examples": plan.examples})

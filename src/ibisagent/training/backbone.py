@@ -15,10 +15,12 @@ import cv2
 import numpy as np
 import torch
 from pydantic import Field
+from safetensors.torch import save as save_to_bytes
 from torch import nn
 from torch.nn import functional as F
 
 from ibisagent.errors import DataError
+from ibisagent.files import write_whole
 from ibisagent.recipe import Recipe
 from ibisagent.segmenters.backbone import GRID, SIDE, WIDTH, Backbone
 from ibisagent.teacher.phrasings import Absences
@@ -28,7 +30,6 @@ from ibisagent.training.images import (
     balanced_weights,
     closer,
     random_turn,
-    read_training_cases,
     recolored,
 )
 from ibisagent.training.run import Report, load_checkpoint, rate_factor, save_checkpoint, unheard, update_average
@@ -43,12 +44,10 @@ FROZEN_STAGES = 2  # edges and textures, which ImageNet has taught; they cost mo
 class BackboneRecipe(Recipe):
     """How to fine-tune the backbone."""
 
-    data: list[Path]
-    """Folders in BiomedParse's layout, or manifests; images are kept in memory (0.2 MB each)."""
     out: Path
     """Folder for the checkpoint and the weights, `backbone.safetensors`; a run that was stopped resumes from there."""
     licence_class: str = ""
-    """Use only rows of this licence class; empty for all."""
+    """Of the rows that the images came from; empty for all."""
     examples: int = Field(60_000, ge=1)
     """Views to learn from: the length of the run."""
     batch_size: int = Field(16, ge=1)
@@ -116,12 +115,12 @@ def _start_from_imagenet(backbone: Backbone) -> None:
         raise DataError(f"ImageNet weights do not fit ({[*left, *unknown][0]}): timm has changed its names")
 
 
-def train(recipe: BackboneRecipe, report: Report = unheard) -> Path:
-    """Fine-tune as `recipe` says, resuming from its checkpoint if there is one; returns the weights' path.
+def train(recipe: BackboneRecipe, images: TrainingImages, report: Report = unheard) -> Path:
+    """Fine-tune on `images` as `recipe` says, resuming from its checkpoint if there is one; returns the weights' path,
+    which is written at the end.
 
-    Raises ConfigError for a checkpoint of another recipe, DataError where there is nothing to learn from.
+    Raises ConfigError for a checkpoint of another recipe.
     """
-    images = TrainingImages.of(read_training_cases(recipe.data, recipe.licence_class))
     recipe.out.mkdir(parents=True, exist_ok=True)
     return _Run(recipe, images).go(report)
 
@@ -185,7 +184,11 @@ class _Run:
             if due:
                 shown.clear()
                 self._save()
-        return self._save()
+        self._save()
+        path = recipe.out / "backbone.safetensors"
+        state = {name: value.contiguous() for name, value in self.average.backbone.state_dict().items()}
+        write_whole(save_to_bytes(state), path)
+        return path
 
     def _batch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """images (B, 3, SIDE, SIDE) in [0, 1], maps (B, names, MAP, MAP) in [0, 1], known (B, names)."""
@@ -264,17 +267,11 @@ class _Run:
 
     def _described(self) -> str:
         """The recipe without what names this machine."""
-        return self.recipe.model_dump_json(exclude={"data", "out"})
+        return self.recipe.model_dump_json(exclude={"out"})
 
-    def _save(self) -> Path:
-        from safetensors.torch import save_file
-
+    def _save(self) -> None:
         states = {name: getattr(self, name).state_dict() for name in ("network", "average", "optimizer")}
         save_checkpoint(self._checkpoint, {**states, "step": self.step, "recipe": self._described()})
-        path = self.recipe.out / "backbone.safetensors"
-        state = {name: value.contiguous() for name, value in self.average.backbone.state_dict().items()}
-        save_file(state, path)
-        return path
 
     def _resume(self) -> None:
         saved = load_checkpoint(self._checkpoint, self._described())

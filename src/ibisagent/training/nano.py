@@ -11,12 +11,12 @@ from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import cv2
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
@@ -40,6 +40,8 @@ from ibisagent.recipe import Recipe
 from ibisagent.segmenters.ibis_click import PACKAGED_WEIGHTS, read_click_network
 from ibisagent.teacher.phrasings import DESCRIPTIONS, SHARES, phrasings
 from ibisagent.training import lessons
+from ibisagent.training.backbone import BackboneRecipe
+from ibisagent.training.backbone import train as train_backbone
 from ibisagent.training.click_states import is_development
 from ibisagent.training.images import TrainingImages, context_features, read_training_cases
 from ibisagent.training.lessons import CELL, VIEW, Example, Lessons, Pair, pairs_of
@@ -245,8 +247,8 @@ def look(
 class NanoRecipe(Recipe):
     """How to train the nano policy."""
 
-    data: list[Path]
-    """Folders in BiomedParse's layout, or manifests; images are kept in memory (0.2 MB each)."""
+    data: Annotated[tuple[Path, ...], BeforeValidator(lambda data: [data] if isinstance(data, str | Path) else data)]
+    """Folder or folders in BiomedParse's layout, or manifests; images are kept in memory (0.2 MB each)."""
     out: Path
     """Folder for the checkpoint and the model, `ibis-nano`; a run that was stopped goes on from there."""
     licence_class: str = ""
@@ -254,7 +256,9 @@ class NanoRecipe(Recipe):
     start: Path | None = None
     """Folder of an ibis-nano to start from, such as the packaged one; none starts from scratch."""
     backbone: Path | None = None
-    """Weights of the backbone (`training.backbone`), where there is no `start` to take it from."""
+    """Weights of a backbone that is trained already (`training.backbone`), to share it between runs."""
+    backbone_examples: int = Field(64_000, ge=1)
+    """Views that the backbone learns from first, where neither `start` nor `backbone` brings one."""
     cache: Path | None = None
     """Folder for the segmenter's context features of the training images (0.4 MB each), to share it between runs; none
     means `out`."""
@@ -276,11 +280,14 @@ class NanoRecipe(Recipe):
     def _own_turns_need_a_start(self) -> Self:
         if self.own_turns and self.start is None:
             raise ValueError("own_turns: set start to the trained ibis-nano whose turns they are")
-        if (self.start is None) == (self.backbone is None):
-            raise ValueError(
-                "set start to an ibis-nano to go on from, or backbone to weights to start from scratch with"
-            )
+        if self.start is not None and self.backbone is not None:
+            raise ValueError("set either start, which has a backbone, or backbone")
         return self
+
+    @property
+    def total_examples(self) -> int:
+        """Of the whole run, the backbone's included."""
+        return self.examples + (self.backbone_examples if self.start is None and self.backbone is None else 0)
 
 
 def train(recipe: NanoRecipe, report: Report = unheard) -> Path:
@@ -296,7 +303,27 @@ def train(recipe: NanoRecipe, report: Report = unheard) -> Path:
     held_out = [pair for pair in pairs if is_development(pair.row.patient)]
     if not learned:
         raise DataError(f"{recipe.data[0]}: no training pair is left after licence_class and held-out patients")
-    return _Run(recipe, images, learned, held_out).go(report)
+    before = recipe.total_examples - recipe.examples
+    if before:
+        recipe = recipe.model_copy(update={"backbone": _train_backbone(recipe, images, report)})
+    return _Run(recipe, images, learned, held_out).go(lambda done, *rest: report(before + done, *rest))
+
+
+def _train_backbone(recipe: NanoRecipe, images: TrainingImages, report: Report) -> Path:
+    folder = recipe.out / "backbone"
+    finished = folder / "backbone.safetensors"
+    if not finished.exists():
+        plan = BackboneRecipe.model_validate(
+            {
+                "out": folder,
+                "licence_class": recipe.licence_class,
+                "examples": recipe.backbone_examples,
+                "eval_every": 2 * recipe.look_every,
+                "seed": recipe.seed,
+            }
+        )
+        train_backbone(plan, images, report)
+    return finished
 
 
 class _Run:
