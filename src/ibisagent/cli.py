@@ -93,6 +93,10 @@ AdapterOption = Annotated[Path | None, typer.Option(help="Folder of a PEFT adapt
 PixelsOption = Annotated[
     int | None, typer.Option(help="Shrink images to this area for the policy, if it takes any size.", min=1)
 ]
+CandidatesOption = Annotated[
+    int | None,
+    typer.Option(help="First turns that the policy proposes; the best by segmenter and consensus is kept.", min=1),
+]
 TemperatureOption = Annotated[float, typer.Option(help="0 takes the likeliest text; above, it is drawn.", min=0)]
 SeedOption = Annotated[int, typer.Option(help="Seed of whatever is drawn.")]
 ChangesOption = Annotated[
@@ -115,6 +119,7 @@ class PolicyChoice:
     dtype: DtypeOption = "auto"
     adapter: AdapterOption = None
     max_pixels: PixelsOption = None
+    candidates: CandidatesOption = None
 
     def load(self, **more: Any) -> Policy:
         """The policy. more: arguments of `load_policy` beyond these."""

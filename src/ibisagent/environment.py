@@ -34,7 +34,8 @@ from ibisagent.domain import (
     stand_after,
 )
 from ibisagent.errors import ConfigError, DataError, PolicyError, SegmenterError
-from ibisagent.policies.base import Policy
+from ibisagent.masks import iou
+from ibisagent.policies.base import Policy, Proposer
 from ibisagent.segmenters import Prediction, Segmenter, SegmenterSession, load_segmenter
 from ibisagent.segmenters.runtime import RUNTIMES
 
@@ -102,6 +103,11 @@ class Board:
         assert latest is not None  # noqa: S101 - the latest states are kept
         return latest
 
+    def open(self) -> None:
+        """Let the segmenter see the image now, once for all copies."""
+        if self._session is None:
+            self._session = self._segmenter.open(self._image)
+
     def copy(self) -> Board:
         """A board that goes its own way from here; what both have in common is shared."""
         twin = copy(self)
@@ -145,8 +151,8 @@ class Board:
         return fresh
 
     def _predict(self, state: _Objects, batch: tuple[Prompt, ...]) -> _Objects:
-        if self._session is None:  # the costly part: an episode without any prompt never embeds its image
-            self._session = self._segmenter.open(self._image)
+        self.open()  # the costly part: an episode without any prompt never embeds its image
+        assert self._session is not None  # noqa: S101 - open
         objects = dict(state)
         for target in dict.fromkeys(prompt.target for prompt in batch):
             old = state.get(target)
@@ -262,6 +268,38 @@ class SegmentationEnv:
         self._stop = stop_reason(self._turns, fresh) or ("max_turns" if len(self._turns) >= self.max_turns else None)
         return turn
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the first turn may be any: nothing has been done yet, and no mask is there to be refined."""
+        return not self._turns and not any(mask.any() for mask in self._start.values())
+
+    def step_best(self, completions: Sequence[Completion]) -> Turn:
+        """Take the best of several completions for one turn, and record that turn alone.
+
+        Each that prompts the segmenter is tried. A turn's worth is the segmenter's own score plus its agreement with
+        the others, the mean IoU of its masks with theirs: what several prompts lead to is more likely right. The first
+        one is taken where it does not prompt (it stops, or cannot be read), or where no other one does.
+
+        Raises as `step`.
+        """
+        size = self._image.size
+        read = [read_reply(completion, size, self.dialect, self._default_target) for completion in completions]
+        tried = [completion for completion, reply in read if reply.prompts]
+        if not read[0][1].prompts or len(tried) < 2:
+            return self.step(completions[0])
+        self._board.open()
+        masks, scores = [], []
+        for completion in tried:
+            board = self._board.copy()
+            turn, _ = board.take(*read_reply(completion, size, self.dialect, self._default_target))
+            masks.append(turn.after)
+            scores.append(turn.segmenter_score or 0.0)
+        worth = [
+            score + float(np.mean([_agreement(own, other) for other in masks if other is not own]))
+            for score, own in zip(scores, masks, strict=True)
+        ]
+        return self.step(tried[int(np.argmax(worth))])
+
     def cut(self) -> None:
         """End the episode here, as "max_turns": for callers with another limit, such as a trainer's context length.
 
@@ -293,13 +331,16 @@ def rollout(
 ) -> list[Episode]:
     """Run all `envs` to their end and return their episodes in order; `made_by` names the policy.
 
-    All live environments are answered in one `policy.respond` batch per turn. on_turn: called with the environment's
+    All live environments are answered in one `policy.respond` batch per turn; a `Proposer` has its candidates for the
+    first turn tried (`SegmentationEnv.step_best`). on_turn: called with the environment's
     index and its new turn. Raises PolicyError and SegmenterError when machinery fails, ConfigError when an environment
     reads another dialect than the policy writes.
     """
     for env in envs:
         if env.dialect != policy.dialect:
             raise ConfigError(f"policy {policy.name} writes dialect {policy.dialect}, its environment {env.dialect}")
+    if isinstance(policy, Proposer) and policy.candidates > 1:
+        _propose(policy, envs, on_turn)
     while live := [index for index, env in enumerate(envs) if not env.done]:
         completions = policy.respond([envs[index].observation for index in live])
         if len(completions) != len(live):
@@ -310,6 +351,21 @@ def rollout(
                 on_turn(index, turn)
     episodes = [env.episode() for env in envs]
     return [replace(episode, made_by={"policy": policy.name, **episode.made_by}) for episode in episodes]
+
+
+def _propose(policy: Proposer, envs: Sequence[SegmentationEnv], on_turn: Callable[[int, Turn], None] | None) -> None:
+    """The best of several first turns, for those of `envs` where it may be any."""
+    fresh = [index for index, env in enumerate(envs) if env.is_open and not env.done]
+    for index, completions in zip(fresh, policy.propose([envs[index].observation for index in fresh]), strict=True):
+        turn = envs[index].step_best(completions)
+        if on_turn is not None:
+            on_turn(index, turn)
+
+
+def _agreement(masks: Masks, others: Masks) -> float:
+    """The mean IoU of masks with others of the same targets; a target that only one of them has agrees in nothing."""
+    names = {*masks, *others}
+    return float(np.mean([iou(masks[name], others[name]) if name in masks and name in others else 0 for name in names]))
 
 
 def replay(episode: Episode, image: Image, segmenter: Segmenter) -> Masks:

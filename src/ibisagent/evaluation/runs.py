@@ -64,6 +64,7 @@ class Setup:
     dtype: str = "auto"
     adapter: Path | None = None
     max_pixels: int | None = None
+    candidates: int | None = None
     temperature: float = 0.0
     seed: int = 0
 
@@ -83,6 +84,7 @@ class Setup:
                 dtype=self.dtype,
                 adapter=self.adapter,
                 max_pixels=self.max_pixels,
+                candidates=self.candidates,
                 temperature=self.temperature,
                 seed=self.seed,
                 batch_size=self.batch_size,

@@ -61,6 +61,7 @@ def load_policy(
     seed: int = 0,
     batch_size: int = 16,
     max_pixels: int | None = None,
+    candidates: int | None = None,
     cases: Mapping[str, Case] | Iterable[Case] | None = None,
 ) -> Policy:
     """The policy that `spec` names (see `POLICIES`).
@@ -69,7 +70,8 @@ def load_policy(
     "auto", "float32", "bfloat16", "float16". adapter: a PEFT folder, for mllm. max_new_tokens: None takes what the
     model's configuration says as `reply_tokens`, else 512. temperature: 0 is greedy. batch_size: observations answered
     together (mllm), or requests under way at once (endpoint). max_pixels: the size that images are shrunk to, for
-    models that take any size (mllm). cases: the truth, for the oracles alone.
+    models that take any size (mllm). candidates: first turns to try, of which the best is kept (mllm); None takes what
+    the model's configuration says, else 1. cases: the truth, for the oracles alone.
     Raises ConfigError for a spec or option that does not exist and PolicyError where weights or a server are missing.
     """
     kind, _, rest = spec.partition(":")
@@ -108,6 +110,7 @@ def load_policy(
                 adapter=adapter,
                 batch_size=batch_size,
                 max_pixels=max_pixels,
+                candidates=candidates,
                 cases=cases,
                 **sampling,
             )
@@ -135,6 +138,7 @@ def load_policy(
         dtype=dtype,
         batch_size=batch_size,
         max_pixels=max_pixels,
+        candidates=candidates,
         **sampling,
     )
 

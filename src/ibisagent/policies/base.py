@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ibisagent.domain import Completion, Observation
 
@@ -14,8 +14,9 @@ MAX_NEW_TOKENS = 512
 class Policy(Protocol):
     """Anything that answers observations with text in a dialect of `protocol`.
 
-    It may have an attribute `max_turns`, the most turns that an episode of it needs (see `environment.turn_limit`), and
-    a method `describe`, facts such as hashes and seeds for the record of what it makes.
+    It may have an attribute `max_turns`, the most turns that an episode of it needs (see `environment.turn_limit`),
+    and a method `describe`, facts such as hashes and seeds for the record of what it makes. One that is also a
+    `Proposer` has several first turns tried.
     """
 
     @property
@@ -30,4 +31,18 @@ class Policy(Protocol):
 
     def respond(self, observations: Sequence[Observation]) -> list[Completion]:
         """One completion per observation, in order. Raises PolicyError when the machinery (not the text) fails."""
+        ...
+
+
+@runtime_checkable
+class Proposer(Protocol):
+    """A policy that can offer several replies to one observation; `environment.rollout` keeps the best first turn."""
+
+    @property
+    def candidates(self) -> int:
+        """How many replies `propose` gives for each observation; 1: there is nothing to choose from."""
+        ...
+
+    def propose(self, observations: Sequence[Observation]) -> list[list[Completion]]:
+        """`candidates` completions per observation, in order, that of `respond` first. Raises as `respond` does."""
         ...

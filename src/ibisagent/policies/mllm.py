@@ -36,6 +36,8 @@ from ibisagent.protocol import DIALECTS, History, Message, OverlayStyle, render
 PUBLIC_WEIGHTS = ("manglu3935/IBIS", "qwen2_5vl-7b-RL")
 """Repository and subfolder of the paper authors' own weights; they speak the dialect "released"."""
 
+PROPOSAL_TEMPERATURE = 0.5
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 # A vision token that is *written* stands for an image that is not there: Qwen's position index then raises, or drops
@@ -68,7 +70,8 @@ class MllmPolicy:
     else cpu; dtype "auto" is bfloat16 on cuda, else float32.
     temperature 0 is greedy; otherwise what is drawn depends on `seed` and the batch alone, not on earlier calls.
     batch_size: conversations per forward pass. min_pixels, max_pixels: bounds of the area that an image is resized to,
-    for models with a free image size (Qwen). name: how `load_policy` was asked for it.
+    for models with a free image size (Qwen). candidates: replies that `propose` gives; None takes `config.candidates`,
+    else 1. name: how `load_policy` was asked for it.
 
     Safe to call from several threads; calls queue. Raises ConfigError for options that do not exist or fit and
     PolicyError for missing or damaged weights and for lack of memory.
@@ -91,9 +94,12 @@ class MllmPolicy:
         batch_size: int = 16,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        candidates: int | None = None,
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch size {batch_size}: give 1 or more")
+        if candidates is not None and candidates < 1:
+            raise ConfigError(f"candidates {candidates}: give 1 or more")
         _check_sampling(max_new_tokens, temperature)
         self.name = name or f"mllm:{source}"
         self.temperature, self.seed = temperature, seed
@@ -119,6 +125,7 @@ class MllmPolicy:
         self.history: History = history or getattr(config, "history", None) or default.history
         self.max_new_tokens = max_new_tokens or int(getattr(config, "reply_tokens", MAX_NEW_TOKENS))
         self.max_turns: int | None = getattr(config, "max_turns", None)
+        self.candidates: int = candidates or int(getattr(config, "candidates", 1))
         self.style: OverlayStyle = style or getattr(config, "mask_style", None) or default.style
 
     def respond(self, observations: Sequence[Observation]) -> list[Completion]:
@@ -135,6 +142,27 @@ class MllmPolicy:
             completions += [Completion(written.text, written.tokens, seconds) for written in generations]
         return completions
 
+    def propose(self, observations: Sequence[Observation]) -> list[list[Completion]]:
+        """`candidates` completions per observation, in order: what `respond` gives, then drawn ones.
+
+        They are drawn at PROPOSAL_TEMPERATURE: at 1, a small model explores far worse replies than its likeliest.
+        """
+        conversations = [
+            render(observation, dialect=self.dialect, history=self.history, style=self.style)
+            for observation in observations
+        ]
+        proposals: list[list[Completion]] = []
+        draws = self.candidates - 1
+        for batch in _batches(conversations, max(1, self._batch_size // self.candidates)):
+            started = time.perf_counter()
+            likeliest = self.generate(batch, temperature=0.0)
+            drawn = self.generate(batch, temperature=PROPOSAL_TEMPERATURE, draws=draws) if draws else []
+            seconds = (time.perf_counter() - started) / len(batch) / self.candidates
+            for number, first in enumerate(likeliest):
+                written = [first, *drawn[number * draws : (number + 1) * draws]]
+                proposals.append([Completion(one.text, one.tokens, seconds) for one in written])
+        return proposals
+
     def generate(
         self,
         conversations: Sequence[Sequence[Message]],
@@ -142,8 +170,10 @@ class MllmPolicy:
         max_new_tokens: int | None = None,
         temperature: float | None = None,
         seed: int | None = None,
+        draws: int = 1,
     ) -> list[Generation]:
-        """What the model writes after each of `conversations` (messages as `protocol.render` makes them), in order.
+        """What the model writes after each of `conversations` (messages as `protocol.render` makes them), in order;
+        `draws` times after each, where the temperature is above 0. A model may have processors for its proposals.
 
         None takes the policy's own setting. A control token in the text of a message ("<|im_end|>") is read as plain
         text. Raises PolicyError when the model fails, ConfigError for impossible settings.
@@ -156,11 +186,16 @@ class MllmPolicy:
             for batch in _batches(conversations, self._batch_size):
                 inputs = self._tokenize(batch)
                 with _seeded(self.seed if seed is None else seed, inputs, self._device):
-                    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+                    sampling: dict[str, Any] = {}
+                    if temperature:
+                        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
+                        sampling["num_return_sequences"] = draws
+                        if draws > 1 and hasattr(self._model, "proposal_processors"):
+                            sampling["logits_processor"] = self._model.proposal_processors()
                     sequences = self._model.generate(
                         **inputs.to(self._device, dtype=self._dtype), max_new_tokens=max_new_tokens, **sampling
                     )
-                prompts = inputs["attention_mask"].sum(dim=1).tolist()
+                prompts = inputs["attention_mask"].sum(dim=1).repeat_interleave(len(sequences) // len(batch)).tolist()
                 starts = inputs["input_ids"].shape[1]
                 rows = zip(sequences, prompts, strict=True)
                 written += [self._read(row[starts:].tolist(), prompt) for row, prompt in rows]
@@ -183,6 +218,7 @@ class MllmPolicy:
             "max_new_tokens": str(self.max_new_tokens),
             "temperature": str(self.temperature),
             "seed": str(self.seed),
+            "candidates": str(self.candidates),
             "transformers": version("transformers"),
             "torch": version("torch"),
         }

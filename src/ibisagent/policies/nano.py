@@ -38,6 +38,7 @@ from transformers import (
     GenerationMixin,
     LlamaConfig,
     LogitsProcessor,
+    LogitsProcessorList,
     PretrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
@@ -76,6 +77,7 @@ class IbisNanoConfig(PretrainedConfig):
 
     looks_twice: look at a picture that has a mask without the mask first, and then at both and the map of that look.
     reply_tokens: longest reply. It writes 20 to 30; a sampled one that never ends must not hold up its whole batch.
+    max_turns: most turns of an episode; more do not help it. candidates: first turns to try.
     Location tokens are the last LOCATIONS ** 2 ids of the vocabulary, row by row.
     """
 
@@ -93,6 +95,8 @@ class IbisNanoConfig(PretrainedConfig):
         history: str = "none",
         mask_style: str = "alpha",
         reply_tokens: int = 192,
+        max_turns: int = 5,
+        candidates: int = 1,
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
@@ -103,7 +107,7 @@ class IbisNanoConfig(PretrainedConfig):
         self.image_token_id = image_token_id
         self.looks_twice = looks_twice
         self.dialect, self.history, self.mask_style = dialect, history, mask_style
-        self.reply_tokens = reply_tokens
+        self.reply_tokens, self.max_turns, self.candidates = reply_tokens, max_turns, candidates
         super().__init__(**kwargs)
 
 
@@ -633,6 +637,10 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if generation_config.get_generation_mode() == GenerationMode.GREEDY_SEARCH:
             processors.append(LikelyPlaces(self.word_count))
         return processors
+
+    def proposal_processors(self) -> LogitsProcessorList:
+        """What makes drawn replies good proposals: places from the smoothed map, not from its speckles."""
+        return LogitsProcessorList([LikelyPlaces(self.word_count)])
 
     def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], *a: Any, **k: Any) -> Any:
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *a, **k)
