@@ -267,6 +267,10 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: dicom(UID("1.2.840.10008.1.2.4.50"), encapsulate([resized_jpeg()])),
         "claims 4225000000 pixels",
     ),
+    "scans.dcm": (
+        lambda: dicom(UID("1.2.840.10008.1.2.4.50"), encapsulate([jpeg_of_many_scans()]), size=1000),
+        "over its image 9.. times",
+    ),
     "jpeg-ls.dcm": (
         lambda: dicom(
             UID("1.2.840.10008.1.2.4.80"),
