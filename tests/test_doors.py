@@ -27,6 +27,7 @@ import PIL.Image
 import pytest
 from starlette.routing import Mount
 
+from ibisagent.domain import Image
 from ibisagent.errors import ConfigError
 from ibisagent.policies.scripted import ScriptedPolicy
 from ibisagent.segmenters.region import RegionSegmenter
@@ -36,6 +37,11 @@ from ibisagent.server.app import create_app, standard_mounts
 from ibisagent.server.service import Limits, Service
 
 pytest.importorskip("gradio", reason="the page needs gradio")
+import gradio
+
+from ibisagent.server.page import MAX_VOLUMES, Desk, Page
+from ibisagent.server.visitors import Uploads
+
 pytestmark = [  # Gradio and its libraries, not ours:
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -261,7 +267,7 @@ class Visitor:
 def serving(folder: Path, token: str | None = None, **limits: Any) -> Iterator[tuple[str, Service, Any]]:
     service = Service(ScriptedPolicy([CLICK]), RegionSegmenter(), folder, limits=Limits(**limits))
     app = create_app(service, token=token, mounts=standard_mounts(page=True))
-    with loopback.serving(app, **listening.OPTIONS) as url:
+    with loopback.serving(app, **listening.options()) as url:
         yield url, service, app
     close_clients(url)
     gc.collect()  # event loops that Gradio leaves open, while the marks above hold
@@ -540,6 +546,47 @@ def test_a_session_of_the_page_is_its_visitors_alone(token: str | None, tmp_path
             assert shared in web.get("/v1/sessions").json()
 
 
+class Slices:
+    """A volume, one grey slice."""
+
+    shape = (1, 1, 1)
+
+    def slice(self, axis: int, index: int, window: str) -> Image:
+        return Image(np.zeros((4, 4, 3), np.uint8))
+
+
+class Formats:
+    windows = ("auto",)
+
+    def read(self, path: Path) -> Slices:
+        return Slices()
+
+    def segment(self, volume: Any, query: str, policy: Any, segmenter: Any) -> dict[str, Any]:
+        return {}
+
+    def write_masks(self, masks: Any, volume: Any, path: Path) -> None:
+        raise NotImplementedError
+
+
+def test_a_volume_that_went_does_not_become_that_of_another_visitor(tmp_path: Path) -> None:
+    """Only a few are kept; the memory of those that went is used again."""
+    service = Service(ScriptedPolicy([CLICK]), RegionSegmenter(), tmp_path / "data", volumes=Formats())
+    uploads = Uploads(service.private_folder("uploads/page"))
+    page = Page(service, uploads)
+
+    def opened(visitor: str) -> str:
+        file = uploads.new(visitor, "scan.nii.gz")
+        file.write_bytes(b"a volume")
+        request = gradio.Request(session_hash=f"{visitor}.tab")
+        desk = page._open_file(Desk(), uploads.handle(file), "box", request)[0]
+        assert desk.visitor == visitor
+        return str(desk.volume)
+
+    names = [opened(f"{number:032x}") for number in range(5 * MAX_VOLUMES)]
+    assert len(set(names)) == len(names)
+    service.close()
+
+
 def test_uploads_are_bounded(tmp_path: Path) -> None:
     with serving(tmp_path / "data", upload_bytes=5000, idle_seconds=1000) as (url, service, _):
         visitor = Visitor(url)
@@ -596,8 +643,6 @@ def test_a_cookie_is_not_the_token(locked: str) -> None:
     assert TOKEN not in cookie
     assert {"HttpOnly", "SameSite=strict", "Path=/"} <= set(cookie.split("; "))
     assert "Secure" not in cookie
-    behind = httpx.post(f"{locked}/login", data={"token": TOKEN}, headers={"x-forwarded-proto": "https"})
-    assert "Secure" in behind.headers["set-cookie"]
     assert browser.get("/").status_code == browser.get("/v1/models").status_code == 200
     value = browser.cookies[COOKIE]
     secret, _, signature = value.partition(".")
@@ -643,7 +688,7 @@ def test_without_a_token_names_are_this_machines(host: str, status: int, house: 
 
 
 def test_origins(house: House) -> None:
-    for origin in ("http://evil.example", "null", "http://localhost:1", "http://127.0.0.1", "file://"):
+    for origin in ("http://evil.example", "null", "http://localhost:1", "http://127.0.0.1", "file://", "http://["):
         answer = httpx.post(f"{house.url}/v1/segment", headers={"origin": origin})
         assert answer.status_code == 403, origin
     named = {"host": "[::1]:8002", "origin": "http://[::1]:8002"}
@@ -706,7 +751,23 @@ def test_whoever_tries_tokens_is_slowed_down(monkeypatch: pytest.MonkeyPatch, tm
         elsewhere = {"authorization": "Bearer wrong", "x-forwarded-for": "203.0.113.9"}
         began = time.perf_counter()
         assert httpx.get(f"{url}/v1/models", headers=elsewhere).status_code == 401
-        assert time.perf_counter() - began < 0.45, "behind a proxy each client is one of its own"
+        assert time.perf_counter() - began >= 0.45, "nobody names another client to be taken for"
+
+
+def test_what_a_proxy_says_counts_where_the_proxy_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    https = {"x-forwarded-proto": "https", "x-forwarded-for": "203.0.113.9"}
+    with serving(tmp_path / "alone", TOKEN) as (url, _, _):
+        answer = httpx.post(f"{url}/login", data={"token": TOKEN}, headers=https)
+        assert "Secure" not in answer.headers["set-cookie"]
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "127.0.0.1")
+    with serving(tmp_path / "behind", TOKEN) as (url, _, _):
+        answer = httpx.post(f"{url}/login", data={"token": TOKEN}, headers=https)
+        assert "Secure" in answer.headers["set-cookie"]
+        for number in range(access.FREE_ATTEMPTS + 4):
+            sent = {"authorization": "Bearer wrong", "x-forwarded-for": f"203.0.113.{number}"}
+            began = time.perf_counter()
+            assert httpx.get(f"{url}/v1/models", headers=sent).status_code == 401
+            assert time.perf_counter() - began < 0.15, "each client of the proxy is one of its own"
 
 
 # --------------------------------------------------------------------------------------------- lengths and slowness
@@ -806,6 +867,17 @@ def test_bytes_are_counted_as_they_come() -> None:
     assert len(read) == 5
 
 
+@pytest.mark.parametrize("path", ["/v1/sessions/0/click", "/mcp"])
+@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=b", "text/plain"])
+def test_json_of_very_many_values_is_refused(path: str, kind: str, house: House) -> None:
+    """Twenty megabytes of it took half a gigabyte, and four seconds in which nobody else was answered."""
+    accepted = {"content-type": kind, "accept": "application/json, text/event-stream"}
+    for part in (b"[],", b'{"a":1},', b"1,"):
+        answer = httpx.post(f"{house.url}{path}", content=b" [" + part * 200_000 + b"0]", headers=accepted)
+        assert answer.status_code == 413, part
+    house.check()
+
+
 def test_slow_clients_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(listening, "IDLE_SECONDS", 0.5)
     monkeypatch.setattr(access, "BODY_GRACE_SECONDS", 0.5)
@@ -860,7 +932,7 @@ def test_answers_that_are_not_taken_end(monkeypatch: pytest.MonkeyPatch) -> None
         return got
 
     monkeypatch.setattr(listening, "STALL_SECONDS", 0.5)
-    with loopback.serving(give, lifespan="off", **listening.OPTIONS) as url:
+    with loopback.serving(give, lifespan="off", **listening.options()) as url:
         assert taken(url, 0.1) >= size
         assert taken(url, 2.0) < size
 

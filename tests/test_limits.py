@@ -247,6 +247,11 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "channels.mha": (lambda: meta_image("4 4 4", "ElementNumberOfChannels = 1000000000"), "unpacks to"),
     "elsewhere.mha": (lambda: meta_image("4 4 1", data="/etc/hostname"), "outside its folder"),
     "list.mha": (lambda: meta_image("4 4 1", data="LIST\n../../secret"), "outside its folder"),
+    "format.mha": (lambda: meta_image("4 4 1", data="%s%s%s%s%s%s%n 1 9 1"), "no name of numbered files"),
+    "format.nrrd": (
+        lambda: nrrd(4, 4, more="encoding: raw\ndata file: %d%s%s%s%s%n 1 9 1"),
+        "no name of numbered files",
+    ),
     "deflated.dcm": (
         lambda: dicom(DeflatedExplicitVRLittleEndian, bytes(4096), private=bytes(2**27)),
         "deflated, and unpacks to",
@@ -261,6 +266,10 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "jpeg.dcm": (
         lambda: dicom(UID("1.2.840.10008.1.2.4.50"), encapsulate([resized_jpeg()])),
         "claims 4225000000 pixels",
+    ),
+    "scans.dcm": (
+        lambda: dicom(UID("1.2.840.10008.1.2.4.50"), encapsulate([jpeg_of_many_scans()]), size=1000),
+        "over its image 9.. times",
     ),
     "jpeg-ls.dcm": (
         lambda: dicom(
@@ -288,6 +297,68 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, fl
     )
     lines = [line.split("|", 2) for line in done.stdout.splitlines()]
     return {name: (int(line[0]), float(line[1]), line[2]) for name, line in zip(BOMBS, lines, strict=False)}
+
+
+def nrrd_of_another_file(lines: str) -> bytes:
+    return f"NRRD0004\ntype: uchar\ndimension: 3\nsizes: 5 5 5\nencoding: raw\n{lines}\n\n".encode()
+
+
+def meta_image_of_another_file(lines: str, first: str = "ObjectType = Image") -> bytes:
+    return f"{first}\nNDims = 3\nBinaryData = True\nDimSize = 5 5 5\nElementType = MET_UCHAR\n{lines}\n".encode()
+
+
+FAR = "./" * 60 + "../" * 40  # longer than an error message, and up to the root from any folder
+ANOTHER_FILE: dict[str, Callable[[str], bytes]] = {  # headers that ITK reads in other ways than somebody who searches
+    "absolute.mha": lambda there: meta_image_of_another_file(f"ElementDataFile = {there}"),
+    "colon.mha": lambda there: meta_image_of_another_file(f"ElementDataFile : {there}"),
+    "colon.mhd": lambda there: meta_image_of_another_file(f"ElementDataFile:{there}"),
+    "other-word.mha": lambda there: meta_image_of_another_file(f"data file: LOCAL\nElementDataFile = {there}"),
+    "empty-value.mha": lambda there: meta_image_of_another_file(
+        f"Comment =\nElementDataFile = LOCAL\nElementDataFile = {there}"
+    ),
+    "twice.mha": lambda there: meta_image_of_another_file(f"ElementDataFile = LOCAL\nElementDataFile = {there}"),
+    "other-magic.mha": lambda there: meta_image_of_another_file(f"ElementDataFile = {there}", "NRRD = 1\n"),
+    "other-magic.nrrd": lambda there: meta_image_of_another_file(f"ElementDataFile = {there}"),
+    "far.mha": lambda there: meta_image_of_another_file(f"ElementDataFile = {FAR}{there}"),
+    "far-list.mha": lambda there: meta_image_of_another_file("ElementDataFile = LIST\n" + f"{FAR}{there}\n" * 5),
+    "absolute.nrrd": lambda there: nrrd_of_another_file(f"data file: {there}"),
+    "one-word.nrrd": lambda there: nrrd_of_another_file(f"DataFile: {there}"),
+    "key.nrrd": lambda there: nrrd_of_another_file(f"ElementDataFile = LOCAL:=x\ndata file: {there}"),
+    "same-key.nrrd": lambda there: nrrd_of_another_file(f"data file:=LOCAL\ndata file: {there}"),
+    "carriage-return.nrrd": lambda there: nrrd_of_another_file(f"content: a\rdata file: {there}"),
+    "list.nrrd": lambda there: nrrd_of_another_file("data file: LIST\n" + "\n".join([there] * 5)),
+    "other-magic.nrrd.mha": lambda there: nrrd_of_another_file(f"data file: {there}"),
+}
+
+
+@pytest.mark.parametrize("name", ANOTHER_FILE)
+def test_a_volume_has_no_voxels_of_another_file(name: str, tmp_path: Path) -> None:
+    secret, folder = tmp_path / "secret", tmp_path / "uploads"
+    secret.write_bytes(b"CANARY--" * 20)
+    folder.mkdir()
+    (folder / name).write_bytes(ANOTHER_FILE[name](str(secret)))
+    with pytest.raises(DataError, match=r"outside its folder|cannot be trusted"):
+        read_volume(folder / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [
+        ("one.mhd", meta_image_of_another_file("Comment = a: b = c\r\n0008|0060 = CT\nElementDataFile = 1.raw")),
+        ("list.mhd", meta_image_of_another_file("ElementDataFile = LIST 2\n" + "1.raw\n" * 5)),
+        ("numbered.mhd", meta_image_of_another_file("ElementDataFile = %d.raw 1 5 1")),
+        ("one.nhdr", nrrd_of_another_file("# a: b\r\ncontent: c\nkey := d\ndata file: 1.raw")),
+        ("numbered.nhdr", nrrd_of_another_file("data file: %d.raw 1 5 1")),
+    ],
+)
+def test_voxels_beside_their_header_are_read(name: str, header: bytes, tmp_path: Path) -> None:
+    voxels = bytes(range(125))
+    for number in range(1, 6):
+        plane = voxels[25 * number - 25 : 25 * number] if name.startswith("numbered") else voxels[:25]
+        (tmp_path / f"{number}.raw").write_bytes(voxels if name.startswith("one") else plane)
+    (tmp_path / name).write_bytes(header)
+    expected = np.frombuffer(voxels[:25] * 5 if name.startswith("list") else voxels, np.uint8).reshape(5, 5, 5)
+    np.testing.assert_array_equal(read_volume(tmp_path / name).voxels, expected.swapaxes(0, 2))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")

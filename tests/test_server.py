@@ -15,6 +15,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from ibisagent.policies.scripted import ScriptedPolicy
 from ibisagent.segmenters.region import RegionSegmenter
 from ibisagent.server.app import create_app
 from ibisagent.server.batching import SharedPolicy
-from ibisagent.server.service import Limits, Service, plain_name
+from ibisagent.server.service import LARGE_RUNS, Limits, Service, plain_name
 
 SIZE = (61, 83)
 CLICK = "<think>The bright one.</think><action>click + (0.3133, 0.3197) bright box</action>"
@@ -91,6 +92,26 @@ def client(url: str) -> Iterator[Client]:
 def test_one_shot(client: Client) -> None:
     masks = client.segment(png(), "Segment the bright box.")
     assert iou(masks["bright box"], truth()) > 0.8
+
+
+def test_large_images_take_turns(tmp_path: Path) -> None:
+    """Thirty that came as 50 KB each took four gigabytes while they were worked on together."""
+
+    def most_together(pixels: int) -> int:
+        policy = SlowPolicy(seconds=0.2)
+        with serving(tmp_path / str(pixels), policy, pixels=pixels) as url:
+
+            def ask() -> int:
+                sent = {"data": {"query": "bright box"}, "files": {"image": ("a.png", png())}}
+                return httpx.post(f"{url}/v1/segment", timeout=60, **sent).status_code
+
+            with ThreadPoolExecutor(12) as threads:
+                answers = [threads.submit(ask) for _ in range(12)]
+                assert {answer.result() for answer in answers} == {200}
+        return max(policy.batches)
+
+    assert most_together(SIZE[0] * SIZE[1]) <= LARGE_RUNS
+    assert most_together(100 * SIZE[0] * SIZE[1]) > LARGE_RUNS
 
 
 def test_a_session_from_end_to_end(client: Client, tmp_path: Path) -> None:

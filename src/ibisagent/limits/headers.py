@@ -78,13 +78,16 @@ def _check_jpeg(content: bytes, path: Path) -> None:
 
 
 def check_codestream(content: bytes, pixels: int, samples: int, where: str) -> None:
-    """TooLargeError where a JPEG, JPEG-LS or JPEG 2000 stream says that it has more than `pixels` pixels or `samples`.
+    """TooLargeError where a JPEG, JPEG-LS or JPEG 2000 stream claims more pixels or samples, or goes over them often.
 
     Those of other kinds, and damaged ones, are left for the decoder.
     """
     if content[:3] == _JPEG:
         height, width, _ = _jpeg_head(content, where)
         claimed = height * width
+        scans = content.count(b"\xff\xda")  # more than one at all are rare, and there are many frames
+        if scans > MAX_SCANS and claimed <= pixels:
+            raise TooLargeError(f"{where}: goes over its image {scans} times; export it again")
     else:
         at = content.find(b"\xff\x4f\xff\x51", 0, _SPARE_BYTES)
         if at < 0 or len(content) < at + 42:

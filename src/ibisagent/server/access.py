@@ -32,6 +32,7 @@ MIN_TOKEN_CHARS = 8
 LOGIN_BYTES = 8192
 BODY_GRACE_SECONDS = 20.0  # how long a body may be silent or slow at first ...
 BODY_BYTES_PER_SECOND = 16 * 1024  # ... and the pace that it has to keep from then on
+MAX_VALUES = 2**17  # in JSON: twenty times its bytes are needed to hold as many small ones as it has room for
 FREE_ATTEMPTS = 5  # wrong tokens before a client is slowed down
 LONGEST_DELAY = 2.0  # seconds that the answer to a wrong token is held back at most
 FORGET_SECONDS = 10.0  # after which one wrong token is forgotten
@@ -187,7 +188,8 @@ class Gate:
       machine by a loopback name, so that no web page reaches the server through a name of its own.
     - No request that another web page makes a browser send (its Origin is not this server).
     - One reading of where a request ends: exactly one Host, at most one Content-Length, no Transfer-Encoding.
-    - At most `max_body` bytes, counted as they come, at a pace that does not hold the server up.
+    - At most `max_body` bytes, counted as they come, at a pace that does not hold the server up; of JSON also at most
+      MAX_VALUES values.
 
     The visitor that a request's cookie names is in its scope as "visitor" (see `Keys`), None where there is none.
     """
@@ -266,7 +268,7 @@ class Gate:
         if not self._keys.needed and not is_loopback(bare_host(name)):
             return self._refuse(400, "without a token only requests to this machine by a loopback name are answered")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and _netloc(origin) != host.lower():
             return self._refuse(403, "requests from other web pages are not answered")
         return None
 
@@ -330,11 +332,14 @@ class Gate:
 
         What to answer then; None where the application answered.
         """
-        began, received, whole, answering = time.monotonic(), 0, False, False
+        began, received, values, whole, answering = time.monotonic(), 0, 0, False, False
+        counting: bool | None = (
+            None  # its values: unless it is a form of several parts or a PNG, whatever it says it is
+        )
         failed: Response | None = None
 
         async def receiving() -> Message:
-            nonlocal received, whole, failed
+            nonlocal received, values, whole, failed, counting
             if whole:
                 return await receive()
             patience = BODY_GRACE_SECONDS + received / BODY_BYTES_PER_SECOND - (time.monotonic() - began)
@@ -343,10 +348,17 @@ class Gate:
             except TimeoutError:
                 failed = self._close(408, "the request came too slowly")
                 return {"type": "http.disconnect"}
-            received += len(message.get("body", b""))
+            part = message.get("body", b"")
+            if counting is None and part:
+                counting = part[:1] not in (b"-", b"\x89")
+            received += len(part)
+            values += part.count(b",") if counting else 0
             whole = not message.get("more_body", False)
             if received > limit:
                 failed = self._close(413, f"the request is larger than {limit} bytes")
+                return {"type": "http.disconnect"}
+            if values > MAX_VALUES:
+                failed = self._close(413, f"the request holds more than {MAX_VALUES} values")
                 return {"type": "http.disconnect"}
             return message
 
@@ -385,6 +397,14 @@ def set_cookie(answer: Response, scope: Scope, cookie: str) -> None:
 def again() -> Response:
     """A page that asks for itself again, now from here: the browser then sends the cookie that it has."""
     return HTMLResponse('<!doctype html><meta http-equiv="refresh" content="0"><title>ibisagent</title>')
+
+
+def _netloc(origin: str) -> str | None:
+    """Host and port of an Origin; None where it has none."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:  # half a bracket
+        return None
 
 
 def _client(scope: Scope) -> str:

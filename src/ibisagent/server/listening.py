@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from contextlib import suppress
 from typing import Any, cast
 
@@ -93,18 +94,23 @@ class PatientProtocol(H11Protocol):
             self._stall = self.loop.call_later(STALL_SECONDS, self._stalled, left)
 
 
-OPTIONS: dict[str, Any] = {  # what our servers ask of uvicorn
-    "http": PatientProtocol,
-    "ws": "none",  # nothing here speaks over web sockets
-    "server_header": False,
-    "timeout_graceful_shutdown": GRACEFUL_SECONDS,
-}
+def options() -> dict[str, Any]:
+    """What our servers ask of uvicorn."""
+    return {
+        "http": PatientProtocol,
+        "ws": "none",  # nothing here speaks over web sockets
+        "server_header": False,
+        # Only where somebody said who may send them: whoever tries tokens from this machine would name a new client
+        # each time.
+        "proxy_headers": "FORWARDED_ALLOW_IPS" in os.environ,
+        "timeout_graceful_shutdown": GRACEFUL_SECONDS,
+    }
 
 
 def listen(app: ASGIApp, host: str, port: int) -> None:
     """Serve `app` until interrupted. host: an address or name, IPv6 also in brackets."""
     _raise_file_limit()
-    uvicorn.run(cast(Any, app), host=bare_host(host), port=port, log_level="warning", **OPTIONS)
+    uvicorn.run(cast(Any, app), host=bare_host(host), port=port, log_level="warning", **options())
 
 
 def _raise_file_limit() -> None:

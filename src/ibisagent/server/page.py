@@ -11,6 +11,7 @@ import io
 import os
 import queue
 import threading
+import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -393,7 +394,7 @@ class Page:
 
     def _open_volume(self, content: bytes, name: str, query: str, visitor: str | None) -> list[Any]:
         volume, formats = self._service.read_volume(content, name), self._service.volumes
-        key = f"{id(volume):x}"
+        key = uuid.uuid4().hex  # an address in memory would come back, as the volume of somebody else
         self._volumes[key] = volume
         while len(self._volumes) > MAX_VOLUMES:
             self._volumes.popitem(last=False)

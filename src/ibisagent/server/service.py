@@ -13,9 +13,9 @@ import threading
 import time
 import uuid
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -37,6 +37,10 @@ from ibisagent.session import SESSION_FILE, Session
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".dcm", ".mha", ".mhd", ".nrrd")
 _ID = re.compile(r"[0-9a-f]{32}")
 OWNER_FILE = "owner"  # in the folder of a session that a visitor of the page opened: which
+READERS = 2  # uploads that are decoded at once: each may take some hundred megabytes for a moment
+LARGE_RUNS = (
+    4  # one-shot runs on images as large as the limit at once; of smaller ones as many more as they are smaller
+)
 JOB_LANES = 4  # images of one job under way at once: enough to fill batches, few enough not to crowd people out
 
 
@@ -117,6 +121,28 @@ class Job:
     touched: float = field(default_factory=time.time)
 
 
+class _Room:
+    """Room for so many pixels; who finds none waits."""
+
+    def __init__(self, pixels: int) -> None:
+        self._free = self._all = pixels
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def of(self, pixels: int) -> Iterator[None]:
+        """Take room for the block; for more than there is at all, all of it."""
+        taken = min(pixels, self._all)
+        with self._changed:
+            self._changed.wait_for(lambda: taken <= self._free)
+            self._free -= taken
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += taken
+                self._changed.notify_all()
+
+
 class Service:
     """The sessions and jobs of one server. Safe to use from several threads."""
 
@@ -161,6 +187,8 @@ class Service:
                 _remove(kept)  # killed while it was opened
         self._jobs: dict[str, Job] = {}
         self._lock = threading.Lock()
+        self._readers = threading.BoundedSemaphore(READERS)
+        self._room = _Room(LARGE_RUNS * self.limits.pixels)
         self._job_threads = ThreadPoolExecutor(1, thread_name_prefix="job")
 
     def close(self) -> None:
@@ -221,7 +249,7 @@ class Service:
         path = self.scratch(next((ending for ending in VOLUME_SUFFIXES if shown.lower().endswith(ending)), ""))
         write_whole(content, path)
         try:
-            with limits.at_most(pixels=self.limits.pixels, voxels=self.limits.voxels):
+            with self._readers, limits.at_most(pixels=self.limits.pixels, voxels=self.limits.voxels):
                 return read(path)
         except DataError as error:
             raise type(error)(str(error).replace(str(path), shown)) from error
@@ -314,10 +342,14 @@ class Service:
         return len(idle) + len(old)
 
     def segment(self, image: Image, query: str, max_turns: int | None = None, start: Mask | None = None) -> Session:
-        """One run on one image, kept by nobody. max_turns: default the policy's own limit."""
+        """One run on one image, kept by nobody; it may have to wait until others leave room for it.
+
+        max_turns: default the policy's own limit.
+        """
         max_turns = self._turns(max_turns)
-        session = self.open_unkept(image, query, start)
-        session.run(max_turns=max_turns)
+        with self._room.of(image.size[0] * image.size[1]):
+            session = self.open_unkept(image, query, start)
+            session.run(max_turns=max_turns)
         return session
 
     def open_unkept(self, image: Image, query: str, start: Mask | None = None) -> Session:

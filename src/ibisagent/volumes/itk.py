@@ -12,11 +12,15 @@ from ibisagent import limits
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.volumes.grid import LPS, Volume, choose_channel
 
-_SIDES = re.compile(rb"^\s*(?:NDims\s*=|dimension:)\s*(\S*)", re.MULTILINE | re.IGNORECASE)
-_COMPRESSED = re.compile(rb"^\s*CompressedDataSize\s*=\s*(\S*)", re.MULTILINE | re.IGNORECASE)
-_ELSEWHERE = re.compile(rb"^\s*(?:ElementDataFile\s*=|data ?file:)[ \t]*([^\r\n]*)", re.MULTILINE | re.IGNORECASE)
 _MOST_SIDES = 5
 _MOST_FILES = 2**14
+_HEADER_BYTES = 2**20
+# A line as MetaIO and teem read it, too: no second separator, no bare "\r" and no length at which one of them stops.
+_META_LINE = re.compile(rb"(\w[\w|.-]*)[ \t]*=[ \t]*([^\s\0][^\r\n\0]{0,400})(?:\r?\n|\Z)", re.ASCII)
+_NRRD_LINE = re.compile(rb"(?:#[^\r\n\0]*|([^\r\n\0:#]+):=?[ \t]*([^\r\n\0]*))(?:\r?\n|\Z)")
+_NRRD_MAGIC = re.compile(rb"NRRD\d{4}\r?\n")
+_ELSEWHERE = re.compile(rb"ElementDataFile|data\s*file\s*:", re.IGNORECASE)
+_NUMBERED = re.compile(r"[^%]*%0?[0-9]{0,2}d[^%]*(\s+-?[0-9]+){3,4}")
 
 
 def read_itk(path: Path, channel: int | None) -> Volume:
@@ -25,16 +29,17 @@ def read_itk(path: Path, channel: int | None) -> Volume:
         import SimpleITK as sitk  # noqa: N813 - its own documents write it so
     except ImportError as error:
         raise ConfigError(f"{path}: needs SimpleITK: pip install 'ibisagent[medical]'") from error
-    _check_header(path)
+    reader = _check_header(path)
     try:
         header = sitk.ImageFileReader()
+        header.SetImageIO(reader)  # not any of the twenty others that may like the content
         header.SetFileName(str(path))
         header.ReadImageInformation()
         kind, parts = header.GetPixelID(), header.GetNumberOfComponents()
         vector = "vector" in sitk.GetPixelIDValueAsString(kind)
         one = sitk.GetArrayViewFromImage(sitk.Image([1, 1], kind, 1 if vector else 0))
         limits.check_voxels(header.GetSize(), path, bytes_each=one.dtype.itemsize * parts)
-        image = sitk.ReadImage(str(path))
+        image = sitk.ReadImage(str(path), imageIO=reader)
         stored = sitk.GetArrayFromImage(image)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1][-160:]
@@ -61,28 +66,73 @@ def read_itk(path: Path, channel: int | None) -> Volume:
     return Volume(voxels, LPS @ affine, path.stem, oriented=sides > 2)
 
 
-def _check_header(path: Path) -> None:
-    """DataError for what ITK trusts: the number of sides, the size of compressed data, files that lie anywhere."""
+def _check_header(path: Path) -> str:
+    """The name of ITK's reader for the file. DataError for a header that makes ITK open other files, or crash.
+
+    ITK trusts the number of sides, the size of compressed data, and the names of files with voxels, which may lie
+    anywhere and are formats of printf. So nothing is let through that it could read in another way than we do.
+    """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        end = content.find(b"\n\n") if content[:4] == b"NRRD" else -1
-        found = _ELSEWHERE.search(content, 0, end if end > 0 else len(content))
-        end = end if end > 0 else found.end() if found else len(content)
-        for said in _SIDES.findall(content, 0, end):
+        nrrd = content[:4] == b"NRRD"
+        fields, end = _nrrd_fields(content, path) if nrrd else _meta_fields(content, path)
+        for said in fields.get(b"dimension" if nrrd else b"ndims", ()):
             if not (said.isdigit() and 0 < int(said[:9]) <= _MOST_SIDES):
                 raise DataError(f"{path}: has {_text(said)} sides, 2 to 4 are read; save a volume of real numbers")
-        for said in _COMPRESSED.findall(content, 0, end):
+        for said in fields.get(b"compresseddatasize", ()):
             if not (said.isdigit() and int(said[:20]) <= len(content)):
                 raise DataError(f"{path}: says that its voxels are {_text(said)} bytes of the file; copy it again")
-        named = found[1].strip() if found else b"LOCAL"
-        if named == b"LOCAL":
-            return
-        names = [named]
-        if named.upper().startswith(b"LIST"):
-            names = content[end:].split(b"\n", _MOST_FILES)[:_MOST_FILES]
-        for name in names:
-            place = Path(_text(name))
-            if place.is_absolute() or ".." in place.parts:
-                raise DataError(f"{path}: its voxels are in '{place}', outside its folder; put both in one folder")
+        named = fields.get(b"datafile" if nrrd else b"elementdatafile", [])
+        if len(_ELSEWHERE.findall(content, 0, _HEADER_BYTES)) != len(named):
+            raise _misformed(path, "it names files with voxels twice")
+        listed = [name for name in named if name.upper().startswith(b"LIST")]
+        if listed:
+            named = content[end:].split(b"\n", _MOST_FILES + 1)
+            if len(named) > _MOST_FILES:
+                raise DataError(f"{path}: lists more than {_MOST_FILES} files; save the volume in one")
+        for name in named:
+            place = name.decode("latin-1").strip().replace("\\", "/")
+            if place.startswith("/") or ".." in place.split("/"):
+                raise DataError(
+                    f"{path}: its voxels are in '{place[-80:]}', outside its folder; put both in one folder"
+                )
+            if "%" in place and not _NUMBERED.fullmatch(place):
+                raise _misformed(path, f"'{place[:80]}' is no name of numbered files")
+    return "NrrdImageIO" if nrrd else "MetaImageIO"
+
+
+def _meta_fields(content: mmap.mmap, path: Path) -> tuple[dict[bytes, list[bytes]], int]:
+    """The values of each field of a MetaImage header, names in small letters, and where the header ends."""
+    fields: dict[bytes, list[bytes]] = {}
+    at = 0
+    while b"elementdatafile" not in fields:
+        line = _META_LINE.match(content, at, _HEADER_BYTES)
+        if line is None:
+            raise _misformed(path, f"byte {at} is not the begin of a line 'name = value'")
+        fields.setdefault(line[1].lower(), []).append(line[2].strip())
+        at = line.end()
+    return fields, at
+
+
+def _nrrd_fields(content: mmap.mmap, path: Path) -> tuple[dict[bytes, list[bytes]], int]:
+    """As `_meta_fields`, of an NRRD header: names without spaces, keys as if they were fields."""
+    fields: dict[bytes, list[bytes]] = {}
+    magic = _NRRD_MAGIC.match(content)
+    at = magic.end() if magic else 0
+    while at < len(content) and content[at : at + 2].strip(b"\r")[:1] != b"\n":
+        line = _NRRD_LINE.match(content, at, _HEADER_BYTES)
+        if line is None:
+            raise _misformed(path, f"byte {at} is not the begin of a line 'field: value'")
+        at = line.end()
+        if line[1] is not None:
+            name, value = b"".join(line[1].lower().split()), line[2].strip()
+            fields.setdefault(name, []).append(value)
+            if name == b"datafile" and value.upper().startswith(b"LIST"):  # to the end of the file
+                break
+    return fields, at
+
+
+def _misformed(path: Path, reason: str) -> DataError:
+    return DataError(f"{path}: its header cannot be trusted ({reason}); save it again")
 
 
 def _text(said: bytes) -> str:
