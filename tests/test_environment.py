@@ -512,3 +512,56 @@ def test_replay_of_the_region_segmenter_is_exact() -> None:
     (episode,) = rollout(oracle, [environment])
     assert len(episode.turns) > 2
     assert same(replay(episode, image, region), episode.masks)
+
+
+@dataclass
+class Proposing:
+    """Proposes the same first turns every time, and stops at the second."""
+
+    proposals: tuple[str, ...]
+    name: str = "proposing"
+    dialect: str = "ibis"
+    asked: int = 0
+
+    @property
+    def candidates(self) -> int:
+        return len(self.proposals)
+
+    def respond(self, observations: Sequence[Observation]) -> list[Completion]:
+        self.asked += 1
+        return [
+            Completion(f"<think>x</think><action>stop</action><answer>{len(o.turns)}</answer>") for o in observations
+        ]
+
+    def propose(self, observations: Sequence[Observation]) -> list[list[Completion]]:
+        return [[Completion(text) for text in self.proposals] for _ in observations]
+
+
+def box(x0: float, x1: float) -> str:
+    return f"<think>x</think><action>box ({x0}, 0.2) ({x1}, 0.8)</action>"
+
+
+def test_of_several_first_turns_the_one_that_agrees_with_the_others_is_taken() -> None:
+    policy, segmenter = Proposing((box(0.1, 0.3), box(0.6, 0.9), box(0.62, 0.9))), NotebookSegmenter()
+    [episode] = rollout(policy, [env(segmenter)])
+    assert episode.turns[0].completion.text == policy.proposals[1]
+    assert len(episode.turns) == 2  # the others leave no trace
+    assert segmenter.opened == 1
+    assert {name: mask.sum() for name, mask in replay(episode, IMAGE, NotebookSegmenter()).items()} == {
+        name: mask.sum() for name, mask in episode.answer_masks.items()
+    }
+
+
+def test_a_policy_whose_likeliest_reply_stops_or_cannot_be_read_is_taken_at_its_word() -> None:
+    for first in ("<think>x</think><action>stop</action><answer>no</answer>", "mumble"):
+        policy = Proposing((first, box(0.6, 0.9), box(0.62, 0.9)))
+        [episode] = rollout(policy, [env()])
+        assert episode.turns[0].completion.text == first
+
+
+def test_a_mask_that_was_brought_is_refined_and_not_proposed_anew() -> None:
+    start = np.zeros(SIZE, bool)
+    start[3:9, 3:9] = True
+    [episode] = rollout(Proposing((box(0.1, 0.3), box(0.6, 0.9))), [env(start={"spleen": start})])
+    assert episode.stop == "stopped"
+    assert len(episode.turns) == 1

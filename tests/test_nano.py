@@ -9,7 +9,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import ibisagent.policies
 from ibisagent.domain import Click, Image, Observation
 from ibisagent.policies import load_policy
-from ibisagent.policies.nano import LOCATIONS, TOKENS_PER_IMAGE, LikelyPlaces, location_text, snap_locations
+from ibisagent.policies.nano import (
+    LOCATIONS,
+    TOKENS_PER_IMAGE,
+    LikelyPlaces,
+    OrderedCorners,
+    corner_densities,
+    location_text,
+    snap_locations,
+)
 from ibisagent.protocol import parse
 from ibisagent.training.nano import build_model, build_processor
 
@@ -177,6 +185,41 @@ def test_a_place_is_chosen_by_how_near_it_is_likely_to_be():
     chosen = LikelyPlaces(words)(None, shares.clamp(min=1e-9).log()).argmax(dim=1)
     middle = words + 42 * LOCATIONS + 22
     assert chosen.tolist() == [middle, middle, 2]
+
+
+def test_the_second_corner_of_a_box_lies_beyond_the_first():
+    words, first = 7, 20 * LOCATIONS + 30
+    ids = torch.tensor([[1, words + first, 3], [1, 2, 3], [words + first, 2, 3]])
+    scores = OrderedCorners(words)(ids, torch.zeros(3, words + LOCATIONS**2))
+    allowed = (scores > -1).view(3, -1)
+    assert allowed[:, :words].all()
+    assert allowed[1:].all()  # no place there, or one that is two tokens away: a click before a box
+    cells = allowed[0, words:].view(LOCATIONS, LOCATIONS)
+    assert cells[21:, 31:].all()
+    assert cells.sum() == (LOCATIONS - 21) * (LOCATIONS - 31)
+
+
+def test_a_box_is_read_from_a_map():
+    region = torch.full((1, LOCATIONS, LOCATIONS), -9.0)
+    region[0, 10:21, 30:46] = 9
+    left, right, top, bottom = corner_densities(region)[0].unbind(dim=-1)
+    assert left[0].argmax() == 30
+    assert right[0].argmax() == 45
+    assert top[:, 0].argmax() == 10
+    assert bottom[:, 0].argmax() == 20
+
+
+def test_proposals_begin_with_the_likeliest_reply_and_are_drawn_again_alike(folder):
+    policy = load_policy(str(folder), device="cpu", max_new_tokens=4, candidates=3)
+    images = [Image(np.asarray(picture(seed).convert("RGB"))) for seed in (1, 2)]
+    observations = [Observation(str(number), image, "disc") for number, image in enumerate(images)]
+    proposed = policy.propose(observations)
+    assert [len(one) for one in proposed] == [3, 3]
+    assert [one[0].text for one in proposed] == [one.text for one in policy.respond(observations)]
+    assert [[c.text for c in one] for one in policy.propose(observations)] == [
+        [c.text for c in one] for one in proposed
+    ]
+    assert policy.describe()["candidates"] == "3"
 
 
 @pytest.mark.parametrize("sampled", [False, True])
