@@ -1,19 +1,22 @@
 #!/usr/bin/env bash
-# ibis-nano from image-mask pairs to its figures, in one command: recipes/nano.sh DATA OUT
-# DATA as in README, "Own data", with splits "train" and "val". A run that was stopped goes on where it stopped.
-# Use the result as --policy mllm:OUT/own-turns/ibis-nano. LICENCE= (empty) takes rows of every licence class,
-# SEED=1 draws otherwise.
+# ibis-nano from image-mask pairs to its figures, in one command: recipes/nano.sh OUT DATA...
+# DATA as in README, "Own data", with splits "train" and "val"; several are learned from together and judged apart. A run
+# that was stopped resumes. Use the result as --policy mllm:OUT/own-turns/ibis-nano. LICENCE= (empty) takes rows of every
+# licence class, SEED=1 draws otherwise.
 set -euo pipefail
-data=${1:?usage: recipes/nano.sh DATA OUT}
-out=${2:?usage: recipes/nano.sh DATA OUT}
-licence=${LICENCE-ok}
+usage="usage: recipes/nano.sh OUT DATA..."
+out=${1:?$usage}
+: "${2:?$usage}"
+shift
 recipes=$(dirname "$0")
-seed=${SEED:-0}
+data=$(printf "'%s'," "$@")
+shared=(--set "data=[$data]" --set "licence_class=${LICENCE-ok}" --set "seed=${SEED:-0}")
 
 # What needs no segmenter's turns: names, places, sizes, what is absent, one correction at a time.
-ibisagent train-nano "$recipes/ibis-nano.toml" --set "data=$data" --set "out=$out/pretrained" \
-    --set "licence_class=$licence" --set "seed=$seed"
+ibisagent train-nano "$recipes/ibis-nano.toml" --set "out=$out/pretrained" "${shared[@]}"
 # Whether to correct, what to take back, when to stop.
-ibisagent train-nano "$recipes/ibis-nano-own-turns.toml" --set "data=$data" --set "out=$out/own-turns" \
-    --set "start=$out/pretrained/ibis-nano" --set "cache=$out/pretrained" --set "licence_class=$licence" --set "seed=$seed"
-ibisagent evaluate "$data" --split val --policy "mllm:$out/own-turns/ibis-nano" -o "$out/val"
+ibisagent train-nano "$recipes/ibis-nano-own-turns.toml" --set "out=$out/own-turns" \
+    --set "start=$out/pretrained/ibis-nano" --set "cache=$out/pretrained" "${shared[@]}"
+for one in "$@"; do
+    ibisagent evaluate "$one" --split val --policy "mllm:$out/own-turns/ibis-nano" -o "$out/val-$(basename "$one")"
+done

@@ -535,8 +535,8 @@ def test_from_pairs_to_figures_in_one_command(tmp_path):
     write_discs(pictures, 1, "val")
     shutil.copytree(RECIPES, recipes)
     small = {
-        "ibis-nano.toml": {"examples": 4, "rounds": 1},
-        "ibis-nano-own-turns.toml": {"examples": 4, "rounds": 1},
+        "ibis-nano.toml": {"examples": 4, "backbone_examples": 16},
+        "ibis-nano-own-turns.toml": {"examples": 4},
     }
     for name, settings in small.items():
         text = (recipes / name).read_text()
@@ -545,10 +545,10 @@ def test_from_pairs_to_figures_in_one_command(tmp_path):
             assert found == 1, f"{name} does not say {setting}"
         (recipes / name).write_text(text)
     places = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "LICENCE": "", "SEED": "5"}
-    command = ["bash", str(recipes / "nano.sh"), str(pictures), str(out)]
+    command = ["bash", str(recipes / "nano.sh"), str(out), str(pictures)]
     for _ in range(2):  # the second time all is there
         ran = subprocess.run(command, env={**os.environ, **places}, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr[-2000:]
-    judged = json.loads((out / "val/evaluation.json").read_bytes())
+    judged = json.loads((out / "val-discs/evaluation.json").read_bytes())
     assert judged["made_by"]["policy"] == f"mllm:{out}/own-turns/ibis-nano"
     assert judged["summaries"]["all"]["cases"] == 1

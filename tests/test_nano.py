@@ -8,6 +8,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import ibisagent.policies
 from ibisagent.domain import Click, Image, Observation
+from ibisagent.errors import ConfigError
 from ibisagent.policies import load_policy
 from ibisagent.policies.nano import (
     LOCATIONS,
@@ -220,6 +221,12 @@ def test_proposals_begin_with_the_likeliest_reply_and_are_drawn_again_alike(fold
         [c.text for c in one] for one in proposed
     ]
     assert policy.describe()["candidates"] == "3"
+
+
+@pytest.mark.parametrize("spec", ["centre-click", "oracle", "one-shot:ibis-nano", "endpoint:http://127.0.0.1:9/v1"])
+def test_who_proposes_nothing_refuses_candidates(spec):
+    with pytest.raises(ConfigError, match="leave candidates out"):
+        load_policy(spec, candidates=2)
 
 
 @pytest.mark.parametrize("sampled", [False, True])

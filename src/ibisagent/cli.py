@@ -119,7 +119,6 @@ class PolicyChoice:
     dtype: DtypeOption = "auto"
     adapter: AdapterOption = None
     max_pixels: PixelsOption = None
-    candidates: CandidatesOption = None
 
     def load(self, **more: Any) -> Policy:
         """The policy. more: arguments of `load_policy` beyond these."""
@@ -135,6 +134,7 @@ class Drawing:
 
     temperature: TemperatureOption = 0.0
     seed: SeedOption = 0
+    candidates: CandidatesOption = None
 
 
 def _spread(command: Callable[..., None]) -> Callable[..., None]:

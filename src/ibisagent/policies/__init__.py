@@ -45,6 +45,7 @@ POLICIES: Mapping[str, str] = MappingProxyType(
 """What `load_policy` understands: spec -> description, for people."""
 
 NANO_FOLDER = Path(__file__).parent.parent / "weights" / "ibis-nano"
+_WITHOUT_PROPOSALS = ("centre-click", "random-clicks", "oracle", "oracle-box", "location-prior")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w-][\w.-]*)*")
 
 
@@ -82,6 +83,8 @@ def load_policy(
         "temperature": temperature,
         "seed": seed,
     }
+    if (candidates or 1) > 1 and (kind in ("endpoint", "scripted", "one-shot") or spec in _WITHOUT_PROPOSALS):
+        raise ConfigError(f"policy '{spec}' proposes no first turns to choose from: leave candidates out")
     if kind == "endpoint":
         from ibisagent.policies.endpoint import EndpointPolicy
 

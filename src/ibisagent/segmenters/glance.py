@@ -1,7 +1,7 @@
 """What a frozen, pretrained network sees in a picture at a glance: LiteMedSAM's features of the picture at 112 pixels.
 
-`ibis-click` and `ibis-nano` are too small to learn what objects look like from a few thousand pictures; these features
-are what they know about medicine. At 112 pixels they cost a seventh of the full encoder and are worth nearly as much
+`ibis-click` is too small to learn what objects look like from a few thousand pictures; these features are what it knows
+about medicine. At 112 pixels they cost a seventh of the full encoder and are worth nearly as much
 (docs/log.md): its 28 x 28 tokens fill its attention windows of 7 and 14 without padding, those of 128 pixels would not.
 """
 

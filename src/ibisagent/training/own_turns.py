@@ -1,6 +1,6 @@
 """Lessons in going on from what the policy itself would have done, for a second, shorter training of `ibis-nano`.
 
-Its first turns are its own, seen through a part of the glance's channels, as it knows its training pictures by heart
+Its first turns are its own, seen through a part of the backbone's channels, as it knows its training pictures by heart
 but not those that it will be asked about. It sees its replies so far. What is right to do next is judged by its own map
 of the object, of a look without the mask, as a map made in sight of a mask follows it: a correction is taught where
 that map speaks for it and it gains something, an undo after a click that was wrong and looks so. Everywhere else it is
@@ -26,7 +26,7 @@ from ibisagent.training.click_states import spoilt
 from ibisagent.training.images import TrainingImages
 from ibisagent.training.lessons import CELL, LOOK_SIDE, TAKEN_BACK, VIEW, Example, Lessons, Pair
 
-BLIND = 0.8  # most of the glance's channels that are hidden
+BLIND = 0.8  # most of the backbone's channels that are hidden
 SURE = 0.85  # share that a map must give a pixel, or leave it, to speak for a correction there
 GAIN = 0.02  # IoU that a correction must gain to be taught
 BROUGHT, OWN = 0.2, 0.6
@@ -83,7 +83,7 @@ class OwnTurns(Lessons):
         self._believe = believe
 
     def _veil(self, example: Example) -> None:
-        """Hide a part of the glance's channels."""
+        """Hide a part of the backbone's channels."""
         hidden = self._random.random(len(example.kept)) < self._random.uniform(0, BLIND)
         example.kept = np.where(hidden, 0, example.kept).astype(np.float32)
 
