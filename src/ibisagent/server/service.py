@@ -519,7 +519,7 @@ def _models() -> list[Model]:
 
 
 def plain_name(name: str) -> str:
-    """A client's file name, fit to be shown and recorded: its last part, one line of at most its last 100 characters."""
+    """A client's file name, fit to be shown and recorded: its last part, one line of its last 100 characters."""
     last = name.replace("\\", "/").rpartition("/")[2]
     return "".join(letter if letter.isprintable() else "_" for letter in last)[-100:].strip() or "image"
 
