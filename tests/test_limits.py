@@ -30,7 +30,7 @@ from ibisagent import limits
 from ibisagent.datasets import read_cases
 from ibisagent.datasets.members import npz_array, npz_shapes, read_target
 from ibisagent.errors import ConfigError, DataError, TooLargeError
-from ibisagent.images import read_image, read_masks
+from ibisagent.images import decode_picture, read_image, read_masks
 from ibisagent.masks import decode_rle, decode_runs
 from ibisagent.store import read_plain_record
 from ibisagent.volumes import read_volume
@@ -363,10 +363,51 @@ def test_limits_are_raised_and_lowered_on_purpose(tmp_path: Path, monkeypatch: p
         read_image(file)
 
 
+def test_what_comes_over_a_network_is_held_against_the_same_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert decode_picture(png(), "it", ("PNG",)).size == (9, 9)
+    with (
+        raised(monkeypatch, "IBIS_MAX_PIXELS", 80),
+        pytest.raises(TooLargeError, match=r"^it: 9 x 9 pixels, at most 80"),
+    ):
+        decode_picture(png(), "it", ("PNG",))
+    many = chunk(b"prIv", b"") * 70_000
+    with pytest.raises(TooLargeError, match=r"^it: has more than 65536 chunks"):
+        decode_picture(png(more=many), "it", ("PNG",))
+    for content in (jpeg(), b"nothing", b""):
+        with pytest.raises(DataError, match=r"^it: not a readable PNG picture"):
+            decode_picture(content, "it", ("PNG",))
+    with pytest.raises(DataError, match=r"^it: damaged"):
+        decode_picture(png(60), "it", ("PNG",))
+
+
+def test_raising_the_limit_raises_that_of_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 40)
+    with raised(monkeypatch, "IBIS_MAX_PIXELS", 81):
+        assert decode_picture(png(), "it", ("PNG",)).size == (9, 9)
+
+
 @pytest.mark.parametrize("value", ["", "-1", "0", "1e9", "many", "9" * 30])
 def test_a_limit_that_is_no_number_is_told(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     with raised(monkeypatch, "IBIS_MAX_VOXELS", value), pytest.raises(ConfigError, match="IBIS_MAX_VOXELS is '"):
         limits.current()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.png", png()),
+        ("a.jpg", jpeg()),
+        ("a.nii", nifti(4, 4, 4) + bytes(128)),
+        ("a.dcm", dicom(ExplicitVRLittleEndian, bytes(4096 * 3), frames=3)),
+    ],
+)
+def test_such_a_limit_is_not_taken_for_damage_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    read = read_image if name.endswith(("png", "jpg")) else read_volume
+    with raised(monkeypatch, "IBIS_MAX_PIXELS", "many"), pytest.raises(ConfigError, match="IBIS_MAX_PIXELS is 'many'"):
+        read(tmp_path / name)
 
 
 def test_a_photograph_of_900_megapixels_and_a_scan_of_2000_slices_are_possible(

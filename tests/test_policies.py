@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from transformers import (
 
 from ibisagent.domain import Case, Click, Completion, Image, Observation, Reply, Turn
 from ibisagent.errors import ConfigError, PolicyError
+from ibisagent.files import png_bytes
 from ibisagent.policies import Policy, load_policy
 from ibisagent.policies.baselines import LocationPriorPolicy
 from ibisagent.policies.endpoint import EndpointPolicy
@@ -574,6 +576,16 @@ def test_chat_server_requests(chat_url: str, status: int, body: dict[str, Any]) 
         assert answer.json()["usage"]["completion_tokens"] in (1, 2)
     else:
         assert answer.json()["error"]["message"]
+
+
+def test_chat_server_keeps_to_the_limit_of_pixels(chat_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded = base64.b64encode(png_bytes(np.zeros((3, 5, 3), dtype=np.uint8))).decode()
+    body = _user(TEXT, {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}})
+    assert httpx.post(f"{chat_url}/chat/completions", json=body).status_code == 200
+    monkeypatch.setenv("IBIS_MAX_PIXELS", "14")
+    answer = httpx.post(f"{chat_url}/chat/completions", json=body)
+    assert answer.status_code == 400
+    assert "5 x 3 pixels, at most 14 are read" in answer.json()["error"]["message"]
 
 
 def test_chat_server_is_for_loopback_names_and_small_bodies(chat_url: str) -> None:

@@ -1172,6 +1172,19 @@ class TestRemote:
             assert client.post("/v1/predict", content=b"{").status_code == 400
             assert client.get("/v1/segmenter", headers={"Host": "evil.example"}).status_code == 400
 
+    def test_the_limit_of_pixels_counts_for_what_clients_send(
+        self, server: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        image, mask = phantom(seed=7)
+        height, width = image.size
+        remote = RemoteSegmenter(server)
+        monkeypatch.setenv("IBIS_MAX_PIXELS", str(height * width - 1))
+        with pytest.raises(ConfigError, match=rf"^http[^\n]*{width} x {height} pixels, at most"):
+            remote.open(image)
+        monkeypatch.setenv("IBIS_MAX_PIXELS", str(height * width))
+        assert remote.open(image).predict([box_of(mask)]).mask.any()
+        remote.close()
+
     def test_only_with_a_token_beyond_this_machine(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from ibisagent.server.access import token_for
 

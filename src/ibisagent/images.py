@@ -11,8 +11,10 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import cv2
 import numpy as np
@@ -24,8 +26,8 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from ibisagent import limits
 from ibisagent.domain import Image, Mask
-from ibisagent.errors import ConfigError, DataError, TooLargeError
-from ibisagent.files import write_whole
+from ibisagent.errors import ConfigError, DataError, IbisError, TooLargeError
+from ibisagent.files import one_line, write_whole
 from ibisagent.limits.headers import check_image_file
 
 WINDOW_PERCENTILES = (0.5, 99.5)
@@ -55,6 +57,21 @@ def read_image(path: str | os.PathLike[str]) -> Image:
     values, _ = _decode(path, as_labels=False)
     shown = _to_uint8(values[..., : 3 if values.shape[2] >= 3 else 1], path)
     return Image(np.ascontiguousarray(shown.repeat(3 // shown.shape[2], axis=2)), source=str(path))
+
+
+def decode_picture(content: bytes, where: str, formats: tuple[str, ...]) -> PIL.Image.Image:
+    """A picture that came over a network, as Pillow decodes it: not turned, windowed or converted.
+
+    where: what the picture is called in errors. formats: names that Pillow has for those that are taken, such as "PNG".
+    What the headers claim is held against `limits` before anything is decoded. Raises DataError.
+    """
+    with _told(where):
+        try:
+            picture = _open(io.BytesIO(content), where, formats)
+        except PIL.UnidentifiedImageError as error:
+            raise DataError(f"{where}: not a readable {' or '.join(formats)} picture; send another") from error
+        picture.load()
+    return picture
 
 
 def read_masks(path: str | os.PathLike[str], labels: Mapping[int | str, str] | None = None) -> dict[str, Mask]:
@@ -114,33 +131,19 @@ def _decode(path: Path, *, as_labels: bool) -> tuple[np.ndarray, bool]:
     as_labels: palettes stay indices and 1-bit files are 0/1; otherwise palettes become RGBA and 1-bit files 0/255.
     """
     _check_readable(path)
-    lossy = False
-    try:
-        check_image_file(path)
-        with _open(path) as picture:
-            _check_size(path, picture.height, picture.width, len(picture.getbands()), 1)
-            lossy = picture.format in ("JPEG", "MPO")
-            values = _decode_open(picture, path, as_labels=as_labels)
-    except DataError:
-        raise
-    except PIL.UnidentifiedImageError as error:
-        with path.open("rb") as file:
-            known = file.read(4) in _TIFF_MAGIC
-        if not known:
-            raise DataError(f"{path}: not a readable PNG, JPEG, TIFF or BMP picture; export it again as PNG") from error
-        values = _decode_tiff(path)
-    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
-        # no TooLargeError: Pillow takes it for an attack, and servers answer as they do to damage
-        claimed = re.search(r"[0-9]+", str(error))
-        most = limits.current().pixels
-        raise DataError(
-            f"{path}: {claimed[0] if claimed else 'too many'} pixels, at most {most} are read; crop or shrink it"
-            f"{limits.or_raise('pixels')}"
-        ) from error
-    except Exception as error:  # a damaged file can fail anywhere inside the decoders
-        if "MAX_TEXT" in str(error):  # Pillow's limits, of 1 MB for one text or profile and 64 MB for all
-            raise TooLargeError(f"{path}: a text or profile in it unpacks to too much; save it without") from error
-        raise _damaged(path, error) from error
+    with _told(path):
+        try:
+            with path.open("rb") as file, _open(file, path, _FORMATS) as picture:
+                lossy = picture.format in ("JPEG", "MPO")
+                values = _decode_open(picture, path, as_labels=as_labels)
+        except PIL.UnidentifiedImageError as error:
+            with path.open("rb") as file:
+                known = file.read(4) in _TIFF_MAGIC
+            if not known:
+                raise DataError(
+                    f"{path}: not a readable PNG, JPEG, TIFF or BMP picture; export it again as PNG"
+                ) from error
+            lossy, values = False, _decode_tiff(path)
     return (values if values.ndim == 3 else values[..., None]), lossy
 
 
@@ -161,27 +164,56 @@ def _check_readable(path: Path) -> None:
         raise DataError(f"{str(path)[:200]!r}: cannot be read ({error}); check name and rights") from error
 
 
-def _open(path: Path) -> ImageFile:
-    """Header only. Pillow warns about large pictures before their size can be asked for, so the warning is an error."""
+@contextmanager
+def _told(where: object) -> Iterator[None]:
+    """Whatever a decoder raises, as a DataError in one line."""
+    try:
+        yield
+    except IbisError:
+        raise
+    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
+        # no TooLargeError: Pillow takes it for an attack, and servers answer as they do to damage
+        claimed = re.search(r"[0-9]+", str(error))
+        most = limits.current().pixels
+        raise DataError(
+            f"{where}: {claimed[0] if claimed else 'too many'} pixels, at most {most} are read; crop or shrink it"
+            f"{limits.or_raise('pixels')}"
+        ) from error
+    except Exception as error:  # a damaged file can fail anywhere inside the decoders
+        if "MAX_TEXT" in str(error):  # Pillow's limits, of 1 MB for one text or profile and 64 MB for all
+            raise TooLargeError(f"{where}: a text or profile in it unpacks to too much; save it without") from error
+        raise _damaged(where, error) from error
+
+
+def _open(file: IO[bytes], where: object, formats: tuple[str, ...]) -> ImageFile:
+    """Headers only, held against the limits.
+
+    Pillow warns about large pictures before their size can be asked for, so the warning is an error.
+    """
+    check_image_file(file, where)
+    file.seek(0)
     if PIL.Image.MAX_IMAGE_PIXELS is not None:  # who raises our limit means Pillow's as well
         PIL.Image.MAX_IMAGE_PIXELS = max(PIL.Image.MAX_IMAGE_PIXELS, limits.current().pixels)
     with _warning_filters, warnings.catch_warnings():  # the filters belong to the whole process
         warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
-        return PIL.Image.open(path, formats=_FORMATS)
+        picture = PIL.Image.open(file, formats=formats)
+    _check_size(where, picture.height, picture.width, len(picture.getbands()), 1)
+    return picture
 
 
-def _check_size(path: Path, height: int, width: int, channels: int, bytes_each: int) -> None:
+def _check_size(where: object, height: int, width: int, channels: int, bytes_each: int) -> None:
     """bytes_each: of one value of one channel."""
     if height < 1 or width < 1 or channels < 1:
-        raise DataError(f"{path}: has no pixels ({width} x {height}); export it again")
+        raise DataError(f"{where}: has no pixels ({width} x {height}); export it again")
     if channels > MAX_CHANNELS:
-        raise DataError(f"{path}: has {channels} channels, at most {MAX_CHANNELS} are read; save those that are needed")
-    limits.check_pixels(height, width, path, bytes_each=channels * bytes_each)
+        raise DataError(
+            f"{where}: has {channels} channels, at most {MAX_CHANNELS} are read; save those that are needed"
+        )
+    limits.check_pixels(height, width, where, bytes_each=channels * bytes_each)
 
 
-def _damaged(path: Path, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())[:120] or type(error).__name__
-    return DataError(f"{path}: damaged, cut off or of an unknown kind ({reason}); export or copy it again")
+def _damaged(where: object, error: Exception) -> DataError:
+    return DataError(f"{where}: damaged, cut off or of an unknown kind ({one_line(error)}); export or copy it again")
 
 
 def _is_series(picture: ImageFile) -> bool:
@@ -242,7 +274,7 @@ def _decode_tiff(path: Path) -> np.ndarray:
             _check_size(path, height, width, channels, series.dtype.itemsize)
             orientation = int(file.pages.first.tags.valueof(_ORIENTATION_TAG, default=1))
             values = tifffile.transpose_axes(series.asarray(), series.axes, asaxes=f"ZYX{channel_axis}")
-    except DataError:
+    except IbisError:
         raise
     except Exception as error:  # a damaged file can fail anywhere inside the decoder
         raise _damaged(path, error) from error

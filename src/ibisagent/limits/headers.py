@@ -12,7 +12,6 @@ import math
 import os
 import struct
 from collections.abc import Mapping
-from pathlib import Path
 from typing import IO
 
 from ibisagent import limits
@@ -38,43 +37,43 @@ _STRIPS, _TILES = 273, 324
 _SUB_DIRECTORIES = (330, 34665, 34853, 40965)  # smaller images; EXIF, GPS and interoperability data
 
 
-def check_image_file(path: Path) -> None:
-    """TooLargeError where the headers of a TIFF, PNG or JPEG ask for more than an image needs. OSError as `open`.
+def check_image_file(file: IO[bytes], where: object) -> None:
+    """TooLargeError where the headers of a TIFF, PNG or JPEG ask for more than an image needs.
 
-    DataError where a TIFF is a stack, or its pages go round in a circle. Other damage is left for the decoder to tell.
+    file: at its beginning; it is left anywhere. where: what it is called in errors. DataError where a TIFF is a stack,
+    or its pages go round in a circle. Other damage is left for the decoder to tell.
     """
-    with path.open("rb") as file:
-        magic = file.read(8)
-        if magic[:4] in _TIFF:
-            _check_tiff(file, path)
-        elif magic == _PNG:
-            _check_png(file, path)
-        elif magic[:3] == _JPEG:
-            _check_jpeg(magic + file.read(), path)
+    magic = file.read(8)
+    if magic[:4] in _TIFF:
+        _check_tiff(file, where)
+    elif magic == _PNG:
+        _check_png(file, where)
+    elif magic[:3] == _JPEG:
+        _check_jpeg(magic + file.read(), where)
 
 
-def _check_png(file: IO[bytes], path: Path) -> None:
+def _check_png(file: IO[bytes], where: object) -> None:
     for count in itertools.count(1):
         head = file.read(8)
         if len(head) < 8:
             return
         if count > MAX_CHUNKS:
-            raise TooLargeError(f"{path}: has more than {MAX_CHUNKS} chunks; save it again")
+            raise TooLargeError(f"{where}: has more than {MAX_CHUNKS} chunks; save it again")
         length, kind = struct.unpack(">I4s", head)
         if kind == b"eXIf":
-            _check_exif(file.read(length), path)
+            _check_exif(file.read(length), where)
             file.seek(4, os.SEEK_CUR)
         else:
             file.seek(length + 4, os.SEEK_CUR)
 
 
-def _check_jpeg(content: bytes, path: Path) -> None:
-    height, width, exif = _jpeg_head(content, path)
-    _check_exif(exif, path)
-    limits.check_pixels(height, width, path)
+def _check_jpeg(content: bytes, where: object) -> None:
+    height, width, exif = _jpeg_head(content, where)
+    _check_exif(exif, where)
+    limits.check_pixels(height, width, where)
     scans = content.count(b"\xff\xda")  # within a scan every 0xff is followed by zero
     if scans * height * width > MAX_SCANS * limits.current().pixels:
-        raise TooLargeError(f"{path}: goes over its image {scans} times; save it as a baseline JPEG or PNG")
+        raise TooLargeError(f"{where}: goes over its image {scans} times; save it as a baseline JPEG or PNG")
 
 
 def check_codestream(content: bytes, pixels: int, samples: int, where: str) -> None:
@@ -120,12 +119,12 @@ def _jpeg_head(content: bytes, where: object) -> tuple[int, int, bytes]:
     return *largest, exif
 
 
-def _check_exif(exif: bytes, path: Path) -> None:
+def _check_exif(exif: bytes, where: object) -> None:
     if exif[:4] in _TIFF:
-        _check_tiff(io.BytesIO(exif), path)
+        _check_tiff(io.BytesIO(exif), where)
 
 
-def _check_tiff(file: IO[bytes], path: Path) -> None:
+def _check_tiff(file: IO[bytes], where: object) -> None:
     """Walk all directories once, count what their tags refer to, and look at the tiles or strips of each."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -143,11 +142,11 @@ def _check_tiff(file: IO[bytes], path: Path) -> None:
         if not 0 < at < size:
             continue
         if at in seen:
-            raise DataError(f"{path}: its pages go round in a circle; save the image to read as a file of its own")
+            raise DataError(f"{where}: its pages go round in a circle; save the image to read as a file of its own")
         seen.add(at)
         if len(seen) > MAX_PAGES:
             raise DataError(
-                f"{path}: is a stack of more than {MAX_PAGES} pages; save the image to read as a file of its own"
+                f"{where}: is a stack of more than {MAX_PAGES} pages; save the image to read as a file of its own"
             )
         file.seek(at)
         counted = file.read(struct.calcsize(count_code))
@@ -155,7 +154,7 @@ def _check_tiff(file: IO[bytes], path: Path) -> None:
             continue
         count = struct.unpack(order + count_code, counted)[0]
         if count > MAX_TAGS:
-            raise TooLargeError(f"{path}: a page has {count} tags, at most {MAX_TAGS} are read; save it again")
+            raise TooLargeError(f"{where}: a page has {count} tags, at most {MAX_TAGS} are read; save it again")
         entries = file.read(count * entry_bytes + inline)
         first: dict[int, int] = {}
         held: dict[int, int] = {}
@@ -174,8 +173,8 @@ def _check_tiff(file: IO[bytes], path: Path) -> None:
                 if tag in _SUB_DIRECTORIES:
                     waiting += numbers
         if named > 2 * size + _SPARE_BYTES:
-            raise TooLargeError(f"{path}: its tags name more bytes than it has; save it again")
-        _check_parts(first, held, path)
+            raise TooLargeError(f"{where}: its tags name more bytes than it has; save it again")
+        _check_parts(first, held, where)
         if len(entries) == count * entry_bytes + inline:
             waiting.append(struct.unpack_from(order + offset_code, entries, count * entry_bytes)[0])
 
@@ -188,7 +187,7 @@ def _whole_numbers(content: bytes, kind: int, order: str) -> list[int]:
     return list(struct.unpack_from(f"{order}{number}{code}", content))
 
 
-def _check_parts(first: Mapping[int, int], held: Mapping[int, int], path: Path) -> None:
+def _check_parts(first: Mapping[int, int], held: Mapping[int, int], where: object) -> None:
     """TooLargeError for tiles above the limit, and for more tiles or strips than a decoder can go through.
 
     first: the first value of each tag that holds whole numbers; held: how many values each tag has.
@@ -197,9 +196,9 @@ def _check_parts(first: Mapping[int, int], held: Mapping[int, int], path: Path) 
     height, width = first.get(_HEIGHT, 0), first.get(_WIDTH, 0)
     if _TILES in held:
         tile = max(first.get(_TILE_HEIGHT, height), 1), max(first.get(_TILE_WIDTH, width), 1)
-        limits.check_pixels(*tile, f"{path}, a tile")
+        limits.check_pixels(*tile, f"{where}, a tile")
     else:
         tile = max(first.get(_STRIP_ROWS, height), 1), max(width, 1)
     parts = max(held.get(_TILES, 0), held.get(_STRIPS, 0), -(-height // tile[0]) * -(-width // tile[1]))
     if parts > most:
-        raise TooLargeError(f"{path}: is cut into {parts} tiles or strips, at most {most} are read; save it again")
+        raise TooLargeError(f"{where}: is cut into {parts} tiles or strips, at most {most} are read; save it again")

@@ -8,24 +8,25 @@ many users put a large model behind vLLM instead. Errors have OpenAI's shape, {"
 from __future__ import annotations
 
 import base64
-import io
 import re
 import time
 import uuid
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import PIL.Image
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 
-from ibisagent.domain import MAX_PIXELS
 from ibisagent.errors import ConfigError, DataError, PolicyError
+from ibisagent.files import one_line
+from ibisagent.images import decode_picture
 from ibisagent.server.access import Gate, Keys, token_for
 from ibisagent.server.listening import listen
 
 if TYPE_CHECKING:
+    import PIL.Image
+
     from ibisagent.policies.mllm import MllmPolicy
     from ibisagent.protocol import Message
 
@@ -188,12 +189,7 @@ def _picture(url: str) -> PIL.Image.Image:
     if not re.fullmatch(r"data:image/(png|jpeg|webp);base64", head):
         raise DataError("image_url: send the picture itself, as data:image/png;base64,... (also jpeg, webp)")
     try:
-        picture = PIL.Image.open(io.BytesIO(base64.b64decode(payload, validate=True)), formats=("PNG", "JPEG", "WEBP"))
-        if picture.width * picture.height > MAX_PIXELS:
-            raise DataError(f"image_url: {picture.width} x {picture.height} is more than {MAX_PIXELS} pixels")
-        picture.load()
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"image_url: the picture cannot be read ({error})") from error
-    return picture
+        content = base64.b64decode(payload, validate=True)
+    except ValueError as error:
+        raise DataError(f"image_url: is not base64 ({one_line(error)}); encode it again") from error
+    return decode_picture(content, "image_url", ("PNG", "JPEG", "WEBP"))

@@ -7,19 +7,18 @@ ibisagent segment image.png "optic disc" --segmenter remote:http://127.0.0.1:800
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from collections.abc import Sequence
 
 import numpy as np
-import PIL.Image
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
-from ibisagent.domain import MAX_PIXELS, Image
+from ibisagent.domain import Image
 from ibisagent.errors import ConfigError, DataError, IbisError, SegmenterError
+from ibisagent.images import decode_picture
 from ibisagent.segmenters import Segmenter, load_segmenter
 from ibisagent.segmenters.cache import EmbeddingCache
 from ibisagent.segmenters.wire import ErrorReply, PredictReply, PredictRequest, decode_request, encode_prediction
@@ -84,7 +83,8 @@ def serve(segmenter: Segmenter, *, host: str = "127.0.0.1", port: int = 8001) ->
 
 def _open(segmenter: Segmenter, opened: EmbeddingCache, sha256: str, png: bytes) -> None:
     """Decode, check against the name, embed (the segmenter caches that by content) and keep the pixels."""
-    image = Image(_decode_png(png), source="the client's picture")
+    where = "the client's picture"
+    image = Image(np.array(decode_picture(png, where, ("PNG",)).convert("RGB")), source=where)
     if image.sha256 != sha256:
         raise DataError(f"the picture sent is not image {sha256[:16]}: it was altered on the way")
     segmenter.open(image)
@@ -102,18 +102,6 @@ def _parse(body: bytes) -> PredictRequest:
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(f"{'.'.join(str(part) for part in first['loc']) or 'body'}: {first['msg']}") from error
-
-
-def _decode_png(body: bytes) -> np.ndarray:
-    try:
-        picture = PIL.Image.open(io.BytesIO(body), formats=("PNG",))
-        if picture.width * picture.height > MAX_PIXELS:
-            raise DataError(f"a picture of {picture.width} x {picture.height} is more than {MAX_PIXELS} pixels")
-        return np.array(picture.convert("RGB"))
-    except DataError:
-        raise
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise DataError(f"the picture cannot be read as PNG ({error})") from error
 
 
 def _error(status: int, message: str) -> JSONResponse:

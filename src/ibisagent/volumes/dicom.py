@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from ibisagent import limits
-from ibisagent.errors import DataError, TooLargeError
+from ibisagent.errors import DataError, IbisError, TooLargeError
+from ibisagent.files import one_line
 from ibisagent.limits.headers import check_codestream
 from ibisagent.volumes.grid import LPS, DicomOrigin, Volume, choose_channel, scratch
 from ibisagent.volumes.windows import Window, level_width, sigmoid
@@ -104,7 +105,7 @@ def read_header(path: Path) -> Any:
                 if "SOPClassUID" not in header and "Rows" not in header:
                     raise
                 return header
-    except DataError:
+    except IbisError:
         raise
     except InvalidDicomError as error:
         raise DataError(f"{path}: is not DICOM; export or copy it again") from error
@@ -203,8 +204,9 @@ def frame_count(header: Any, where: object) -> int:
     try:
         count = int(header.get("NumberOfFrames", 1) or 1)
     except (TypeError, ValueError, OverflowError) as error:
-        said = " ".join(str(error).split())[:160]
-        raise DataError(f"{where}: does not say how many frames it has ({said}); correct NumberOfFrames") from error
+        raise DataError(
+            f"{where}: does not say how many frames it has ({one_line(error)}); correct NumberOfFrames"
+        ) from error
     if count < 1:
         raise DataError(f"{where}: says that it has {count} frames; correct NumberOfFrames")
     return count
@@ -507,14 +509,14 @@ def turning_damage_into_one_line(where: str) -> Iterator[None]:
     """Whatever the block raises that is no error on purpose becomes a DataError about `where`."""
     try:
         yield
-    except DataError:
+    except IbisError:
         raise
     except Exception as error:  # a damaged file can fail anywhere inside the decoders
         raise _damaged(where, error) from error
 
 
 def _damaged(where: str, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())[:160] or type(error).__name__
+    reason = one_line(error, 160)
     if "'JPEG Extended'" in reason:  # its one decoder is GPL-3.0, so it does not come with this package
         return DataError(f"{where}: is 12-bit lossy JPEG; pip install pylibjpeg pylibjpeg-libjpeg reads it")
     return DataError(f"{where}: damaged, cut off or of an unknown kind ({reason}); export or copy it again")

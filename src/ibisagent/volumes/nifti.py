@@ -11,7 +11,8 @@ from typing import IO, Any, cast
 import numpy as np
 
 from ibisagent import limits
-from ibisagent.errors import DataError, TooLargeError
+from ibisagent.errors import DataError, IbisError, TooLargeError
+from ibisagent.files import one_line
 from ibisagent.volumes.grid import NiftiOrigin, Volume, choose_channel, scratch
 
 _MM_PER_UNIT = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
@@ -30,7 +31,7 @@ def read_nifti(path: Path, channel: int | None) -> Volume:
             raise DataError(f"{path}: is {type(image).__name__}, not NIfTI; convert it to NIfTI")
         header, affine = image.header, np.asarray(image.affine, dtype=np.float64)
         slope, intercept = float(image.dataobj.slope), float(image.dataobj.inter)
-    except DataError:
+    except IbisError:
         raise
     except Exception as error:  # a damaged header can fail anywhere inside the reader
         raise _damaged(path, error) from error
@@ -109,5 +110,5 @@ def _fill(file: IO[bytes], target: memoryview) -> None:
 
 
 def _damaged(path: Path, error: Exception) -> DataError:
-    reason = " ".join(str(error).replace(str(path), "it").split())[:160] or type(error).__name__
+    reason = one_line(str(error).replace(str(path), "it") or type(error).__name__, 160)
     return DataError(f"{path}: damaged, cut off or not NIfTI ({reason}); export or copy it again")
