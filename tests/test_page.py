@@ -108,6 +108,11 @@ def wait_for_turns(page: Any, count: int) -> None:
     page.wait_for_function(f"document.querySelectorAll('#turns li').length >= {count}")
 
 
+def wait_for_frames(page: Any) -> None:
+    """Until the browser has drawn two more frames."""
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
 def click_picture(page: Any, x: float, y: float) -> None:
     """Click on a place of the picture, given as fractions of its width and height."""
     page.wait_for_function("(document.querySelector('#picture img') || {}).naturalWidth > 0")  # while it is replaced
@@ -248,9 +253,12 @@ def test_own_file_boxes_and_keyboard(page: Any, served: tuple[str, Service], tmp
     assert mask.any()
     page.get_by_label("Positive click").check()
     page.get_by_text("Without a mouse").click()
+    page.wait_for_selector("#place")
+    wait_for_frames(page)  # in the next one Gradio gives what has just been shown its first values once more
     for box, value in (("#x input", "5"), ("#y input", "7")):
         page.fill(box, value)
         page.press(box, "Tab")
+    assert [page.input_value(f"#{axis} input") for axis in "xy"] == ["5", "7"]
     page.focus("#place")
     page.keyboard.press("Enter")
     wait_for_turns(page, 2)
