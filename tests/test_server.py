@@ -413,6 +413,7 @@ def test_other_pages_and_names_are_not_answered(url: str) -> None:
 def test_plain_names() -> None:
     assert plain_name("a/b\\c.png") == "c.png"
     assert plain_name("") == plain_name("..//") == "image"
+    assert plain_name("a" * 300 + ".nii.gz") == "a" * 93 + ".nii.gz"  # the ending says how to read it
     assert plain_name("a\nb\x1b[31m.png") == "a_b_[31m.png"
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ibisagent.environment import MAX_TURNS
 from ibisagent.errors import DataError
-from ibisagent.files import make_folder, write_whole
+from ibisagent.files import make_folder, one_line, write_whole
 from ibisagent.protocol import DIALECTS
 from ibisagent.recipe import Recipe
 
@@ -165,7 +165,7 @@ def read_table(path: Path) -> pa.Table:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             return file.read()
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read ({str(error)[:120]}); delete it and run its stage again") from error
+        raise DataError(f"{path}: cannot be read ({one_line(error)}); delete it and run its stage again") from error
 
 
 def read_notes(path: Path) -> dict[str, Any]:
@@ -173,5 +173,5 @@ def read_notes(path: Path) -> dict[str, Any]:
     try:
         loaded: dict[str, Any] = json.loads((pq.read_schema(path).metadata or {})[NOTES_KEY])
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({str(error)[:120]}); delete it and run its stage again") from error
+        raise DataError(f"{path}: cannot be read ({one_line(error)}); delete it and run its stage again") from error
     return loaded

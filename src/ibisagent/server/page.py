@@ -27,6 +27,7 @@ from starlette.routing import Mount
 
 from ibisagent.domain import Box, Click, Image, Masks, standing
 from ibisagent.errors import ConfigError, IbisError
+from ibisagent.files import one_line
 from ibisagent.protocol import COLOURS, OPACITY, overlay
 from ibisagent.server.app import AgentThreads
 from ibisagent.server.service import VOLUME_SUFFIXES, Service, VolumeLike
@@ -549,8 +550,7 @@ def _colours(desk: Desk, session: Session, masks: Masks) -> dict[str, str]:
 
 def _problem(error: Exception) -> str:
     """An error in plain words, for the status line."""
-    text = " ".join(str(error).split())
-    return f"**That did not work:** {html.escape(text[:400])}"
+    return f"**That did not work:** {html.escape(one_line(error, 400))}"
 
 
 def _inline(pixels: np.ndarray) -> dict[str, Any]:

@@ -487,9 +487,9 @@ def _models() -> list[Model]:
 
 
 def plain_name(name: str) -> str:
-    """A client's file name, fit to be shown and recorded: its last part, in one line, at most 100 characters."""
+    """A client's file name, fit to be shown and recorded: its last part, in one line, at most the last 100 letters."""
     last = name.replace("\\", "/").rpartition("/")[2]
-    return "".join(letter if letter.isprintable() else "_" for letter in last)[:100].strip() or "image"
+    return "".join(letter if letter.isprintable() else "_" for letter in last)[-100:].strip() or "image"
 
 
 def zipped(folder: Path) -> bytes:

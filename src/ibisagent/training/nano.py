@@ -24,6 +24,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from ibisagent.clicks import bounding_box
 from ibisagent.domain import Box, Click
 from ibisagent.errors import ConfigError, DataError
+from ibisagent.files import one_line
 from ibisagent.masks import iou
 from ibisagent.policies.nano import (
     LOCATIONS,
@@ -389,7 +390,7 @@ def load(folder: Path, **config: Any) -> tuple[IbisNanoProcessor, IbisNanoForCon
             folder, attn_implementation="eager", dtype=torch.float32, local_files_only=True, **config
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder}: no ibis-nano to start from ({str(error).splitlines()[0]})") from error
+        raise ConfigError(f"{folder}: no ibis-nano to start from ({one_line(error)})") from error
     for found in ("is_local", "local_files_only"):  # of the loading, not of the tokenizer
         processor.tokenizer.init_kwargs.pop(found, None)
     return processor, model
