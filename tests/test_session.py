@@ -11,20 +11,24 @@ import textwrap
 import threading
 import time
 import tracemalloc
+import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from ibisagent.datasets import read_cases
-from ibisagent.domain import Case, Completion, Image, Masks, Observation, Stop, Undo
-from ibisagent.environment import replay
+from ibisagent.domain import Action, Case, Click, Completion, Image, Masks, Observation, Prompt, Reply, Stop, Undo
+from ibisagent.environment import Board, replay
 from ibisagent.errors import ConfigError, DataError, SegmenterError
 from ibisagent.policies.scripted import ScriptedPolicy
+from ibisagent.protocol import parse, write
 from ibisagent.segmenters import Prediction
 from ibisagent.segmenters.region import RegionSegmenter
-from ibisagent.session import Session, replay_record
+from ibisagent.session import Session, describe_actions, replay_record
 from ibisagent.store import EpisodeStore, read_record
 
 SIZE = (61, 83)
@@ -449,6 +453,121 @@ def test_corrections_become_training_data(tmp_path: Path) -> None:
     assert [list(case.targets or {}) for case in cases] == [["spleen"], ["bright box"]]
     assert session([said(20, 15)]).export_training(tmp_path / "none") == 0
     assert not (tmp_path / "none").exists()
+
+
+class Fickle:
+    """Another mask and another score for every sequence of prompts, and for every mask to go on from."""
+
+    name = "fickle"
+
+    def open(self, image: Image) -> Fickle:
+        return self
+
+    def describe(self) -> dict[str, str]:
+        return {"segmenter": self.name}
+
+    def predict(self, prompts: Sequence[Prompt], prior: np.ndarray | None = None) -> Prediction:
+        seed = zlib.crc32(repr(prompts).encode() + (b"" if prior is None else prior.tobytes()))
+        draw = np.random.default_rng(seed)
+        mask = np.zeros(SIZE, dtype=bool)
+        mask[:, : int(draw.integers(1, SIZE[1]))] = True
+        return Prediction(mask, float(draw.random()), draw.random(3))
+
+
+def any_action(draw: np.random.Generator) -> Action:
+    """Few places, so that some stand already, and undos of more than there is."""
+    if draw.random() < 0.25:
+        return Undo(int(draw.integers(1, 4)))
+    return Click(int(draw.integers(0, 12)), 3, True, ("bright box", "disc")[int(draw.integers(2))])
+
+
+def any_session(draw: np.random.Generator) -> Session:
+    """Turns of an agent with one or two actions each, stops among them, and of a user in between."""
+    replies = []
+    for _ in range(30):
+        actions = [any_action(draw) for _ in range(int(draw.integers(1, 3)))]
+        stop = [Stop("Done.", ("spleen",))] if draw.random() < 0.15 else []
+        replies.append(
+            "nonsense" if draw.random() < 0.1 else write(Reply("I look.", (*actions, *stop)), SIZE, dialect="ibis")
+        )
+    start = {"disc": np.ones(SIZE, dtype=bool)} if draw.random() < 0.3 else {}
+    case = Case("s1", picture(), "Segment the bright box.", start=start)
+    it = Session(case, Fickle(), ScriptedPolicy(replies))
+    for number in range(int(draw.integers(2, 12))):
+        kind = draw.random()
+        if kind < 0.7:
+            it.ask()
+        elif kind < 0.8 and it.can_undo:
+            it.undo()
+        else:
+            it.click(20 + number, 3, target=("bright box", "disc")[int(draw.integers(2))])
+    if draw.random() < 0.5:
+        it.accept()
+    return it
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_corrections_end_with_what_the_user_saw(tmp_path: Path, seed: int) -> None:
+    it = any_session(np.random.default_rng(seed))
+    for lesson in it.corrections():
+        masks = {name: mask for name, mask in it.masks.items() if name in it.observation.masks}
+        assert same(lesson.masks, masks)
+        assert same({name: mask for name, mask in lesson.answer_masks.items() if name in masks}, masks)
+        assert lesson.turns[-1].reply.stop is not None
+        board = Board(it.image, Fickle(), lesson.start)
+        for turn in lesson.turns:  # every mask is what its actions give
+            assert same(turn.before, board.masks)
+            assert parse(turn.completion.text, SIZE, dialect="ibis", default_target="") == turn.reply
+            board.apply(turn.reply.actions)
+            assert same(turn.after, board.masks)
+        assert all(lesson.turns[number].reply.thought == "" for number in lesson.human_turns)
+
+
+def test_random_sessions_have_what_corrections_leave_out() -> None:
+    """Or the test above could not fail."""
+    sessions = [any_session(np.random.default_rng(seed)) for seed in range(100)]
+    assert sum(not same(it.masks, it.observation.masks) for it in sessions if it.corrections()) > 10
+    assert sum(len(one.turns) < len(it.steps) for it in sessions for one in it.corrections()) > 10
+
+
+def test_a_worse_click_of_the_agent_is_no_correction(tmp_path: Path) -> None:
+    class Doubting(RegionSegmenter):
+        """Sure of one click, less of more."""
+
+        def open(self, image: Image) -> Any:
+            return _Doubting(super().open(image))
+
+    class _Doubting:
+        def __init__(self, session: Any) -> None:
+            self._session = session
+
+        def predict(self, prompts: Sequence[Prompt], prior: np.ndarray | None = None) -> Prediction:
+            return replace(self._session.predict(prompts, prior), score=1 / (1 + len(prompts)))
+
+    replies = [said(20, 15), said(60, 45), "<think>More.</think><action>click + (0.1, 0.1) bright box; stop</action>"]
+    it = Session(Case("s1", picture(), "Segment the bright box."), Doubting(), ScriptedPolicy(replies))
+    it.run()
+    assert not same(it.masks, it.observation.masks)
+    it.accept()
+    assert it.export_training(tmp_path) == 1
+    [lesson] = EpisodeStore(tmp_path / "episodes").read()
+    assert [describe_actions(turn.reply.actions) for turn in lesson.turns] == ["click + (20, 15) bright box", "stop"]
+    [case] = read_cases(tmp_path / "manifest.csv")
+    assert np.array_equal((case.targets or {})["bright box"], lesson.masks["bright box"])
+    assert np.array_equal(lesson.masks["bright box"], it.masks["bright box"])
+
+
+def test_a_click_that_came_with_a_stop_is_kept(tmp_path: Path) -> None:
+    it = session([STOP.replace("stop<", f"click + ({20.5 / SIZE[1]:.4f}, {15.5 / SIZE[0]:.4f}) bright box; stop<")])
+    it.ask()
+    it.click(25, 17)
+    [lesson] = it.corrections()
+    assert [describe_actions(turn.reply.actions) for turn in lesson.turns] == [
+        "click + (20, 15) bright box",
+        "click + (25, 17) bright box",
+        "stop",
+    ]
+    assert same(replay(lesson, it.image, RegionSegmenter()), it.masks)
 
 
 def test_a_target_that_looks_like_a_formula_stays_itself_in_the_manifest(tmp_path: Path) -> None:

@@ -260,18 +260,19 @@ class Episode:
         """
         empty = np.zeros(self.size, dtype=bool)
         final = self.masks
-        made = self._answer_turns() if self.mask_selection == "best" else dict.fromkeys(final)
+        made = self.answer_turns if self.mask_selection == "best" else dict.fromkeys(final)
         masks = {name: final[name] if turn is None else self.turns[turn].after[name] for name, turn in made.items()}
         return {**dict.fromkeys(self.answer.absent, empty), **masks}
 
     @property
     def answer_score(self) -> float | None:
         """The segmenter's own estimate of the IoU of `answer_masks`, in [0, 1], mean over the targets that have one."""
-        turns = [turn for turn in self._answer_turns().values() if turn is not None]
+        turns = [turn for turn in self.answer_turns.values() if turn is not None]
         scores = [score for turn in turns if (score := self.turns[turn].segmenter_score) is not None]
         return float(np.mean(scores)) if scores else None
 
-    def _answer_turns(self) -> dict[str, int | None]:
+    @property
+    def answer_turns(self) -> dict[str, int | None]:
         """Of each target with a mask at the end, the turn (from 0) that made the answer; None: no prompt stands."""
         made: dict[str, int | None] = dict.fromkeys(self.masks)
         at_end = standing_by_turn(self.turns)

@@ -37,11 +37,13 @@ from ibisagent.domain import (
     MaskSelection,
     Observation,
     Reply,
+    Standing,
     Stop,
     StopReason,
     Turn,
     Undo,
     check_query,
+    stand_after,
     standing,
     standing_by_turn,
 )
@@ -556,8 +558,9 @@ class Session:
     def corrections(self) -> list[Episode]:
         """The rounds that a person had a hand in, as episodes to learn from, all in the dialect "ibis".
 
-        What was wrong and taken back stays, with the Undo (training masks it, see `Episode.undone_turns`); turns
-        that could not be read and stops that a person did not leave it at are left out; the last turn is a stop.
+        They end with a stop at the masks that the session shows (`Episode.answer_masks`). What was wrong and taken back
+        stays, with the Undo (training masks it, see `Episode.undone_turns`). Left out are turns that could not be read
+        or changed nothing, stops that a user did not leave it at, and what the agent did to an object after its answer.
         """
         return [
             _to_learn_from(episode, one.steps)
@@ -723,23 +726,59 @@ def _read_round(plain: Mapping[str, Any], size: tuple[int, int], where: str) -> 
 
 
 def _to_learn_from(episode: Episode, steps: Sequence[Step]) -> Episode:
-    kept = [
-        step
-        for step in steps
-        if step.turn.reply.problem is None and (step.turn.reply.stop is None or step is steps[-1])
-    ]
-    turns = []
-    for step in kept:
-        text = write(step.turn.reply, episode.size, dialect="ibis")
-        turns.append(replace(step.turn, completion=replace(step.turn.completion, text=text)))
-    people = [number for number, step in enumerate(kept, 1) if step.by == "person"]
+    """The turns that led to the answer, and a stop. Its last masks are the answer: what the user saw and left it at.
+
+    Of each target, what was given after its answer was made has no part in it and goes, and so do the steps of an Undo
+    that took that back. A target's mask is made of its own prompts alone, so the masks of all others stay as they were.
+    """
+    made = {name: number for name, number in episode.answer_turns.items() if number is not None}
+    answer = {one["name"]: one for name, at in made.items() for one in steps[at].plain["masks"] if one["name"] == name}
+    stand: Standing = ()
+    turns: list[Turn] = []
+    users: list[int] = []
+    for number, step in enumerate(steps):
+        reply, before = step.turn.reply, stand
+        stand = stand_after(before, number, reply.actions)
+        actions = [] if stand is before else _that_count(reply.actions, number, before, made)
+        if reply.stop is not None and step is steps[-1]:
+            actions.append(reply.stop)
+        if actions:
+            reply = replace(reply, actions=tuple(actions))
+            masks = [
+                answer[one["name"]] if number > made.get(one["name"], number) else one for one in step.plain["masks"]
+            ]
+            completion = replace(step.turn.completion, text=write(reply, episode.size, dialect="ibis"))
+            left = turns[-1].after if turns else episode.start
+            turns.append(replace(step.turn, completion=completion, reply=reply, before=left, after=_CodedMasks(masks)))
+            if step.by == "person":
+                users.append(len(turns))
     if not turns or turns[-1].reply.stop is None:
         stop = Reply("", (Stop(),))
-        text = write(stop, episode.size, dialect="ibis")
-        turns.append(Turn(Completion(text), stop, episode.masks, episode.masks))
-        people.append(len(turns))
-    facts = {**episode.made_by, "dialect": "ibis", "people_turns": " ".join(map(str, people))}
-    return replace(episode, turns=tuple(turns), stop="stopped", made_by=facts)
+        left = turns[-1].after if turns else episode.start
+        turns.append(Turn(Completion(write(stop, episode.size, dialect="ibis")), stop, left, left))
+        users.append(len(turns))
+    facts = {**episode.made_by, "dialect": "ibis", "people_turns": " ".join(map(str, users))}
+    return replace(episode, turns=tuple(turns), stop="stopped", made_by=facts, mask_selection="last")
+
+
+def _that_count(actions: Sequence[Action], number: int, stand: Standing, made: Mapping[str, int]) -> list[Action]:
+    """The actions of turn `number`, up to a Stop, without prompts after the turns that `made` names for their targets.
+
+    stand: what stood before. An Undo takes back as many fewer as there are such prompts among those that it took.
+    """
+    counted: list[Action] = []
+    for action in actions:
+        if isinstance(action, Stop):
+            break
+        if isinstance(action, Undo):
+            taken = stand[max(0, len(stand) - action.steps) :]
+            steps = sum(given <= made.get(prompt.target, given) for given, prompt in taken)
+            if steps:
+                counted.append(action if steps == len(taken) else Undo(steps))
+        elif number <= made.get(action.target, number):
+            counted.append(action)
+        stand = stand_after(stand, number, (action,))
+    return counted
 
 
 def _add_rows(manifest: Path, rows: Sequence[tuple[str, ...]]) -> None:
