@@ -127,7 +127,7 @@ def score(
         "policy": f"masks of {made}",
         "segmenter": "none",
         "data": str(data),
-        "split": split or "",
+        "split": ", ".join(sorted({row.split for row in cases.rows} - {""})),
         "cases": str(len(cases)),
         "resize_targets": str(resize_targets),
     }
