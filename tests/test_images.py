@@ -119,15 +119,85 @@ def test_cmyk_becomes_rgb(tmp_path):
     assert max(green, blue) < 15
 
 
-@pytest.mark.parametrize("channels", [2, 3, 4, 5, 7])
+@pytest.mark.parametrize("channels", [2, 3, 4])
 @pytest.mark.parametrize("planar", ["contig", "separate"])
 def test_tiff_with_any_number_of_channels(tmp_path, channels, planar):
     values = np.random.default_rng(0).integers(0, 256, (*SIZE, channels), dtype=np.uint8)
     stored = values if planar == "contig" else np.moveaxis(values, 2, 0)
     kind = "rgb" if channels in (3, 4) else "minisblack"
     tifffile.imwrite(tmp_path / "image.tif", stored, photometric=kind, planarconfig=planar)
-    expected = values[..., :3] if channels > 2 else np.dstack([values[..., 0]] * 3)
+    shown = {2: [0, 1], 3: [0, 1, 2], 4: [0, 1, 2]}[channels]  # two stains: red and green
+    expected = np.dstack([values[..., shown], np.zeros((*SIZE, 3 - len(shown)), np.uint8)])
     assert np.array_equal(read_image(tmp_path / "image.tif").pixels, expected)
+
+
+@pytest.mark.parametrize(("channels", "kind"), [(4, "minisblack"), (7, "minisblack"), (5, "rgb")])
+def test_channels_that_would_not_be_shown_are_refused(tmp_path, channels, kind):
+    values = np.zeros((*SIZE, channels), np.uint8)
+    tifffile.imwrite(
+        tmp_path / "a.tif",
+        values,
+        photometric=kind,
+        planarconfig="contig",
+        extrasamples=[0] * (channels - (3 if kind == "rgb" else 1)),
+    )
+    with pytest.raises(DataError, match=f"has {channels} channels") as error:
+        read_image(tmp_path / "a.tif")
+    one_line(error)
+
+
+def test_the_tag_of_a_tiff_says_what_is_alpha(tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (*SIZE, 2), dtype=np.uint8)
+    tifffile.imwrite(
+        tmp_path / "a.tif", values, photometric="minisblack", planarconfig="contig", extrasamples=["unassalpha"]
+    )
+    assert np.array_equal(read_image(tmp_path / "a.tif").pixels, np.dstack([values[..., 0]] * 3))
+    tifffile.imwrite(
+        tmp_path / "b.ome.tif", np.moveaxis(values, 2, 0), metadata={"axes": "CYX"}, photometric="minisblack"
+    )
+    assert np.array_equal(read_image(tmp_path / "b.ome.tif").pixels[..., :2], values)
+
+
+@pytest.mark.parametrize("compression", [None, "lzw", "zlib", "packbits"])
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.float32, np.float64])
+def test_tifffile_grey_is_read_as_written_in_every_mode(tmp_path, dtype, photometric, byteorder, compression):
+    low = -100 if np.dtype(dtype).kind != "u" else 0
+    values = ramp(low, 127 if dtype == np.int8 else 200, dtype)
+    if dtype == np.uint32:
+        values = values * np.uint32(2**24)  # beyond what 32 bits with a sign hold
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric=photometric, byteorder=byteorder, compression=compression)
+    shown = read_image(tmp_path / "a.tif").pixels[..., 0].astype(float)
+    written = values.astype(float) * (-1 if photometric == "miniswhite" else 1)
+    assert np.corrcoef(shown.ravel(), written.ravel())[0, 1] > 0.999
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("channels", [1, 4])
+def test_uncompressed_tiff_is_upright(tmp_path, orientation, dtype, channels):
+    values = (ramp(0, 255, np.uint8) // 2 if channels == 1 else np.dstack([colours(), colours()[..., :1]])).astype(
+        dtype
+    )
+    kind = "minisblack" if channels == 1 else "rgb"
+    tifffile.imwrite(tmp_path / "plain.tif", values, photometric=kind)
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric=kind, extratags=[(ORIENTATION, 3, 1, orientation, True)])
+    expected = oriented(read_image(tmp_path / "plain.tif").pixels, orientation)
+    assert np.array_equal(read_image(tmp_path / "a.tif").pixels, expected)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_opencv_is_read_as_written(tmp_path, dtype, channels, suffix):
+    values = np.random.default_rng(0).integers(0, 256, (*SIZE, channels), dtype=np.uint8).astype(dtype)
+    values = values * dtype(257 if dtype == np.uint16 else 1)
+    assert cv2.imwrite(str(tmp_path / f"a.{suffix}"), values)  # blue first
+    shown = read_image(tmp_path / f"a.{suffix}").pixels[..., ::-1]
+    for channel in range(3):
+        pair = shown[..., channel].ravel(), values[..., min(channel, channels - 1)].ravel()
+        assert np.corrcoef(*(one.astype(float) for one in pair))[0, 1] > 0.999
 
 
 def test_channels_as_pages_are_channels_but_other_pages_are_a_stack(tmp_path):
@@ -380,6 +450,61 @@ def test_binary_masks_of_any_kind(tmp_path):
     palette.save(tmp_path / "palette.png")
     for path in tmp_path.iterdir():
         assert np.array_equal(read_masks(path)["mask"], truth), path.name
+
+
+@pytest.mark.parametrize("compression", [None, "lzw", "packbits"])
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int8, np.uint16, np.int32, np.float32])
+def test_masks_that_tifffile_wrote(tmp_path, dtype, compression):
+    tifffile.imwrite(tmp_path / "m.tif", disc(1, dtype), compression=compression if dtype is not bool else None)
+    assert np.array_equal(read_masks(tmp_path / "m.tif")["mask"], disc().astype(bool))
+    assert np.array_equal(read_masks(tmp_path / "m.tif", {1: "a"})["a"], disc().astype(bool))
+
+
+def test_masks_with_white_at_zero(tmp_path):
+    for name, values in {"8": 255 - disc(255), "16": 65535 - disc(65535, np.uint16)}.items():
+        tifffile.imwrite(tmp_path / f"{name}.tif", values, photometric="miniswhite")
+    PIL.Image.fromarray(disc().astype(bool)).save(tmp_path / "fax.tif", compression="group4")
+    for path in tmp_path.iterdir():
+        assert np.array_equal(read_masks(path)["mask"], disc().astype(bool)), path.name
+
+
+@pytest.mark.parametrize("colour", [(255, 255, 255), (255, 0, 0), (0, 0, 0)])
+def test_masks_in_alpha(tmp_path, colour):
+    full = np.full((*SIZE, 3), colour, np.uint8)
+    PIL.Image.fromarray(np.dstack([full, disc(255)])).save(tmp_path / "rgba.png")
+    PIL.Image.fromarray(np.dstack([full[..., 0], disc(255)]), "LA").save(tmp_path / "la.png")
+    palette = PIL.Image.fromarray(disc(1))
+    palette.putpalette([*colour, *colour])
+    palette.save(tmp_path / "palette.png", transparency=0)
+    for path in tmp_path.iterdir():
+        assert np.array_equal(read_masks(path)["mask"], disc().astype(bool)), path.name
+
+
+def test_masks_whose_alpha_says_something_else_are_refused(tmp_path):
+    PIL.Image.fromarray(np.dstack([disc(255)] * 3 + [label_map() * 50 + 5])).save(tmp_path / "both.png")
+    soft = ramp(0, 255, np.uint8)
+    PIL.Image.fromarray(np.dstack([disc(0)] * 3 + [soft])).save(tmp_path / "soft.png")
+    for name in ("both.png", "soft.png"):
+        with pytest.raises(DataError, match=f"{name}: (both|is not binary)") as error:
+            read_masks(tmp_path / name)
+        one_line(error)
+
+
+@pytest.mark.parametrize("quality", [30, 75, 95])
+@pytest.mark.parametrize("colour", [(255, 255, 255), (100, 100, 100), (255, 0, 0), (0, 0, 200)])
+def test_jpeg_masks_of_any_colour(tmp_path, colour, quality):
+    PIL.Image.fromarray(disc()[..., None] * np.uint8(colour)).save(tmp_path / "m.jpg", quality=quality)
+    mask = read_masks(tmp_path / "m.jpg")["mask"]
+    assert (mask & (disc() > 0)).sum() / (mask | (disc() > 0)).sum() > 0.85
+
+
+def test_jpegs_that_hold_no_mask_are_refused(tmp_path):
+    PIL.Image.fromarray(disc(1)).save(tmp_path / "ones.jpg", quality=95)
+    PIL.Image.fromarray(ramp(0, 255, np.uint8)).save(tmp_path / "soft.jpg")
+    for name, message in {"ones.jpg": "largest value is 1", "soft.jpg": "one colour"}.items():
+        with pytest.raises(DataError, match=message) as error:
+            read_masks(tmp_path / name)
+        one_line(error)
 
 
 def test_a_black_file_is_an_empty_mask(tmp_path):

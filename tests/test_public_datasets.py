@@ -14,7 +14,7 @@ from pycocotools import mask as coco
 from typer.testing import CliRunner
 
 from ibisagent.cli import app
-from ibisagent.datasets import layout_of, read_cases
+from ibisagent.datasets import cases_to_judge, layout_of, read_cases
 from ibisagent.datasets.catalogue import BENCHMARKS, check_copy
 from ibisagent.datasets.leaks import find_leaks, fingerprint, near_duplicates
 from ibisagent.domain import Mask
@@ -198,6 +198,67 @@ def test_coco_instances_of_a_category_are_one_mask(tmp_path: Path) -> None:
     square = truth(file, 1)
     assert square[6:14, 11:19].all()
     assert 80 <= square.sum() <= 121
+
+
+def test_coco_masks_that_are_all_crowds_are_read_and_mixed_pairs_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = instances(tmp_path / "data")
+    read_cases(file)
+    assert "1 pairs left out" in caplog.text
+    assert "iscrowd" in caplog.text
+    content = json.loads(file.read_text())
+    del content["annotations"][3]  # the polygon beside the run lengths, which CVAT marks so
+    file.write_text(json.dumps(content))
+    caplog.clear()
+    assert [row.id for row in read_cases(file).rows][-1] == "b.png#red cell"
+    assert np.array_equal(truth(file, 2), LIVER)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("shape", [[], [[]], [[float("nan"), 1, 9, 1, 9, 9]], [[1e9, 1, 9, 1, 9, 9]], [5, 5, 9, 9]])
+def test_coco_shapes_that_cannot_be_drawn_are_refused(tmp_path: Path, shape: Any) -> None:
+    file = instances(tmp_path / "data")
+    content = json.loads(file.read_text())
+    content["annotations"] = [{"id": 1, "image_id": 4, "category_id": 1, "segmentation": shape}]
+    file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="cannot be drawn") as error:
+        truth(file, 0)
+    assert "\n" not in str(error.value)
+
+
+def test_coco_without_its_image_says_so(tmp_path: Path) -> None:
+    file = instances(tmp_path / "data")
+    (tmp_path / "data" / "images" / "a.png").unlink()
+    with pytest.raises(DataError, match=r"image 'a\.png' is not in"):
+        read_cases(file)
+
+
+@pytest.mark.parametrize(
+    ("splits", "judged"),
+    [
+        (("train", "val", "test"), "val"),
+        (("Train", "valid", "test"), "valid"),
+        (("training", "Validation"), "Validation"),
+        (("train", "test"), "test"),
+        (("train", "fold 3"), "fold 3"),
+    ],
+)
+def test_training_rows_are_not_judged_unless_asked_for(
+    tmp_path: Path, splits: tuple[str, ...], judged: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_png(picture(LIVER, SPLEEN), tmp_path / "a.png")
+    write_mask_png(LIVER, tmp_path / "m.png")
+    lines = ["image,mask,object,split", *(f"a.png,m.png,liver {split},{split}" for split in splits)]
+    (tmp_path / "m.csv").write_text("\n".join(lines) + "\n")
+    everything, cases = cases_to_judge(tmp_path / "m.csv")
+    assert len(everything) == len(splits)
+    assert [row.split for row in cases.rows] == [judged]
+    assert f"split {judged}: 1 of {len(splits)} rows" in caplog.text
+    assert [row.split for row in cases_to_judge(tmp_path / "m.csv", splits[0])[1].rows] == [splits[0]]
+    (tmp_path / "m.csv").write_text("\n".join(lines[:2]) + "\n")
+    with pytest.raises(ConfigError, match=f"--split {splits[0]}"):
+        cases_to_judge(tmp_path / "m.csv")
 
 
 # SA-Med2D-20M and MeCoVQA

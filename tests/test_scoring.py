@@ -83,6 +83,17 @@ def test_every_way_to_name_a_mask(data: Path, made: Path) -> None:
     assert means["hd95_px"] == pytest.approx((0 + 10 + 10 + 0) / 4, abs=0.5)
 
 
+def test_masks_of_all_or_nothing_are_named(data: Path, made: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_mask_png(TRUTH, made / "one_left_lung.png")
+    write_mask_png(TRUTH | True, made / "two_left_lung.png")
+    write_mask_png(TRUTH & False, made / "three_left_lung.png")
+    found = score(made, data)
+    assert len(found.evaluation.results) == 3
+    assert "two_left_lung.png: its mask is all" in caplog.text
+    assert "three_left_lung.png: its mask is empty" in caplog.text
+    assert "one_left_lung.png" not in caplog.text
+
+
 def test_what_does_not_fit_is_named_and_never_averaged(data: Path, made: Path) -> None:
     write_mask_png(box_mask(5, 5, 15, 10, (20, 30)), made / "one_left_lung.png")  # half the size
     (made / "sub").mkdir()

@@ -477,7 +477,9 @@ def evaluate(
     data: Annotated[Path, typer.Argument(help="Data set folder, or a manifest (.csv, .jsonl).")],
     choice: PolicyChoice,
     drawing: Drawing,
-    split: Annotated[str | None, typer.Option(help="Rows to evaluate. Default: val where it exists, else all.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Rows to evaluate. Default: val, else test, else all but train.")
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -566,7 +568,9 @@ def score(
         Path, typer.Argument(metavar="PRED_DIR", help="Folder of masks (PNG, NIfTI, ...), or a .jsonl file.")
     ],
     data: Annotated[Path, typer.Argument(help="Data set folder, a manifest, or a folder of NIfTI masks.")],
-    split: Annotated[str | None, typer.Option(help="Rows to score. Default: val where it exists, else all.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Rows to score. Default: val, else test, else all but train.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for a run that 'compare' and 'report' read.")
     ] = None,
@@ -636,7 +640,9 @@ def report(
 @app.command()
 def ceiling(
     data: Annotated[Path, typer.Argument(help="Data set folder, or a manifest (.csv, .jsonl).")],
-    split: Annotated[str | None, typer.Option(help="Rows to measure. Default: val where it exists, else all.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Rows to measure. Default: val, else test, else all but train.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for ceiling.json, with every case, and ceiling.png.")
     ] = None,

@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -36,16 +37,29 @@ MAX_CHANNELS = 16
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP")  # Pillow knows more, some run other programs: not for files of strangers
 _VOLUME_SUFFIXES = (".nii", ".nii.gz", ".dcm", ".dicom", ".mha", ".mhd", ".nrrd")
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_ORIENTATION_TAG, _BITS_TAG = 274, 258  # TIFF 6.0; EXIF has the first too
+_ORIENTATION_TAG, _BITS_TAG, _PHOTOMETRIC_TAG, _SOFTWARE_TAG = 274, 258, 262, 305
+_SAMPLES_TAG, _SAMPLE_FORMAT_TAG = 277, 339
+"""TIFF 6.0; EXIF has the first too."""
+_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB = 0, 1, 2  # of the tag PhotometricInterpretation
+_ALPHA_KINDS = (2, 1)  # of the tag ExtraSamples: unassociated and associated; 0 says nothing
+_COMPRESSIONS = (1, 5, 8, 32946, 32773, 34925, 50000)
+"""None, LZW, Deflate (two numbers), PackBits, LZMA, Zstandard: no stream in them states a size of its own."""
+_DARKEST_MASK = 32
+"""A mask in a JPEG is at least so bright: noise of strong compression is not."""
+_JPEG_BORDER = 9  # pixels: a block of the transform is 8 wide
+_MOST_BETWEEN = 0.01
 _warning_filters = threading.Lock()
 
 
 def read_image(path: str | os.PathLike[str]) -> Image:
     """The picture in a PNG, JPEG, TIFF or BMP file, upright (EXIF/TIFF orientation applied), as 8-bit RGB.
 
-    - 1 channel: grey, repeated three times. 2: the first is grey, the second is taken as alpha. 3: red, green, blue.
-      4: red, green, blue and alpha; CMYK is converted. 5 to MAX_CHANNELS: the first three.
-    - Alpha is dropped, not blended: the colours below it stay as stored. Palettes are resolved.
+    - 1 channel: grey, repeated three times. 2: shown in red and green, as of two stains. 3: red, green, blue. CMYK is
+      converted. 4 and more are refused: which three to show is for the user to say.
+    - Alpha is dropped, not blended: the colours below it stay as stored. Palettes are resolved. In a TIFF the tag
+      ExtraSamples says which channel is alpha; a fourth one beside red, green and blue of which it says nothing is.
+    - Polarity, sign and byte order are those that the file states. A TIFF of one bit that tifffile wrote is as its
+      array was: it tags all of them "white is zero" and means True is 1.
     - 8-bit values stay as they are. 16-bit, 32-bit and float values are windowed: the 0.5th to the 99.5th percentile
       of all finite values of all channels goes to 0..255 linearly, what lies outside is clipped; if these two are
       equal, minimum to maximum is taken. NaN becomes 0.
@@ -54,8 +68,13 @@ def read_image(path: str | os.PathLike[str]) -> Image:
     Raises DataError naming the file and the remedy.
     """
     path = Path(path)
-    values, _ = _decode(path, as_labels=False)
-    shown = _to_uint8(values[..., : 3 if values.shape[2] >= 3 else 1], path)
+    values = _decode(path, as_labels=False).values
+    channels = values.shape[2]
+    if channels > 3:
+        raise DataError(f"{path}: has {channels} channels, an image to read has 1 to 3; save those to look at")
+    shown = _to_uint8(values, path)
+    if channels == 2:
+        shown = np.dstack([shown, np.zeros_like(shown[..., :1])])
     return Image(np.ascontiguousarray(shown.repeat(3 // shown.shape[2], axis=2)), source=str(path))
 
 
@@ -78,8 +97,9 @@ def read_masks(path: str | os.PathLike[str], labels: Mapping[int | str, str] | N
     """The masks in an image file, each (H, W) bool, upright as `read_image` gives the picture.
 
     labels None: the file is one binary mask, black outside and one other value or colour (1, 255, ...) inside; the
-    result is {"mask": mask}, all False where the file is black. JPEG does not keep values, so there a brightness of 128
-    and above is inside.
+    result is {"mask": mask}, all False where the file is black. Where alpha varies and what is not transparent has one
+    colour, alpha is the mask. JPEG does not keep values, so there half of the largest value divides inside from
+    outside; a file that is almost black, or has values between away from the border of the mask, is refused.
     labels {value: name}: the file is a label map. A value is a whole number, also as text ("3"): the grey value, or the
     index in a palette image; 2- and 4-bit grey is scaled to 0..255, as PNG says. Or every value is a colour "#rrggbb".
     Values of one name are joined, values not named are ignored. A named value that does not occur gives an all-False
@@ -91,10 +111,12 @@ def read_masks(path: str | os.PathLike[str], labels: Mapping[int | str, str] | N
     if labels is None:
         return {"mask": _binary_mask(path)}
     codes_of, coloured = _label_codes(labels)
-    values, lossy = _decode(path, as_labels=not coloured)
-    if lossy:
+    stored = _decode(path, as_labels=not coloured)
+    if stored.lossy:
         raise DataError(f"{path}: JPEG does not keep label values; save the mask as PNG")
-    codes = _colour_codes(values, path) if coloured else _number_codes(values, path)
+    codes = _colour_codes(stored.values, path) if coloured else _number_codes(stored.values, path)
+    if stored.alpha is not None and stored.alpha.any():
+        codes = np.where(stored.alpha == 0, 0, codes)  # what is not seen is no label
     masks = {name: np.isin(codes, wanted) for name, wanted in codes_of.items()}
     if codes.any() and not any(mask.any() for mask in masks.values()):
         given = ", ".join(str(value) for value in labels)[:80]
@@ -125,17 +147,22 @@ def write_png(picture: PIL.Image.Image | np.ndarray, path: str | os.PathLike[str
     write_whole(encoded.getvalue(), path)
 
 
-def _decode(path: Path, *, as_labels: bool) -> tuple[np.ndarray, bool]:
-    """Stored values (H, W, C), upright, and whether the format is lossy (JPEG).
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """What a file holds, upright. values: (H, W, C) without alpha; alpha: (H, W); lossy: whether it is JPEG."""
 
-    as_labels: palettes stay indices and 1-bit files are 0/1; otherwise palettes become RGBA and 1-bit files 0/255.
-    """
+    values: np.ndarray
+    alpha: np.ndarray | None = None
+    lossy: bool = False
+
+
+def _decode(path: Path, *, as_labels: bool) -> _Stored:
+    """as_labels: palettes stay indices and 1-bit files are 0/1; otherwise palettes become colours and 1-bit 0/255."""
     _check_readable(path)
     with _told(path):
         try:
             with path.open("rb") as file, _open(file, path, _FORMATS) as picture:
-                lossy = picture.format in ("JPEG", "MPO")
-                values = _decode_open(picture, path, as_labels=as_labels)
+                stored = _decode_open(picture, path, as_labels=as_labels)
         except PIL.UnidentifiedImageError as error:
             with path.open("rb") as file:
                 known = file.read(4) in _TIFF_MAGIC
@@ -143,8 +170,9 @@ def _decode(path: Path, *, as_labels: bool) -> tuple[np.ndarray, bool]:
                 raise DataError(
                     f"{path}: not a readable PNG, JPEG, TIFF or BMP picture; export it again as PNG"
                 ) from error
-            lossy, values = False, _decode_tiff(path)
-    return (values if values.ndim == 3 else values[..., None]), lossy
+            stored = _decode_tiff(path)
+    values = stored.values.astype(stored.values.dtype.newbyteorder("="), copy=False)
+    return replace(stored, values=values if values.ndim == 3 else values[..., None])
 
 
 def _check_readable(path: Path) -> None:
@@ -188,7 +216,8 @@ def _told(where: object) -> Iterator[None]:
 def _open(file: IO[bytes], where: object, formats: tuple[str, ...]) -> ImageFile:
     """Headers only, held against the limits.
 
-    Pillow warns about large pictures before their size can be asked for, so the warning is an error.
+    Pillow warns about large pictures before their size can be asked for, so the warning is an error. Not by its path:
+    Pillow maps such a file into memory and loses the rows of a TIFF that lies on its side.
     """
     check_image_file(file, where)
     file.seek(0)
@@ -228,9 +257,11 @@ def _is_series(picture: ImageFile) -> bool:
     return first == second
 
 
-def _decode_open(picture: ImageFile, path: Path, *, as_labels: bool) -> np.ndarray:
-    """Values of an opened picture; those that Pillow would cut to 8 bits per channel are decoded elsewhere."""
-    if picture.format == "TIFF" and (_is_deep(picture) or _is_series(picture)):
+def _decode_open(picture: ImageFile, path: Path, *, as_labels: bool) -> _Stored:
+    """Values of an opened picture; those that Pillow would cut, wrap or take for others are decoded elsewhere."""
+    if isinstance(picture, TiffImageFile) and (
+        _is_deep(picture) or _is_misread_by_pillow(picture) or _is_series(picture)
+    ):
         return _decode_tiff(path)
     if _is_deep(picture):
         picture.load()  # OpenCV returns what it has when a file is cut off, Pillow complains
@@ -238,15 +269,29 @@ def _decode_open(picture: ImageFile, path: Path, *, as_labels: bool) -> np.ndarr
         if values is None:
             raise DataError(f"{path}: cannot be decoded; export it again")
         order = [2, 1, 0, 3][: values.shape[2]]  # OpenCV gives blue first
-        return _upright(values[..., order], picture.getexif().get(_ORIENTATION_TAG, 1))
+        return _without_alpha(_upright(values[..., order], picture.getexif().get(_ORIENTATION_TAG, 1)))
+    lossy = picture.format in ("JPEG", "MPO")
+    bits_as_stored = picture.mode == "1" and isinstance(picture, TiffImageFile) and _is_by_tifffile(picture)
     upright = PIL.ImageOps.exif_transpose(picture)
-    if upright.mode == "1":
-        return np.array(upright, dtype=np.uint8) * (1 if as_labels else 255)
     if upright.mode in ("P", "PA") and not as_labels:
         upright = upright.convert("RGBA")  # not RGB: Pillow warns about palettes with transparency
-    elif upright.mode in ("CMYK", "YCbCr", "LAB", "HSV", "RGBa", "La"):
+    elif upright.mode in ("1", "L", "RGB") and "transparency" in upright.info and not as_labels:
+        upright = upright.convert("RGBA" if upright.mode == "RGB" else "LA")
+    elif upright.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
         upright = upright.convert("RGB")
-    return np.array(upright)
+    elif upright.mode in ("RGBa", "La"):
+        upright = upright.convert("RGBA" if upright.mode == "RGBa" else "LA")
+    if upright.mode == "1":
+        return _Stored((np.array(upright) ^ bits_as_stored).astype(np.uint8) * (1 if as_labels else 255))
+    values = np.array(upright)
+    return _Stored(values, lossy=lossy) if values.ndim == 2 else replace(_without_alpha(values), lossy=lossy)
+
+
+def _without_alpha(values: np.ndarray) -> _Stored:
+    """Grey or colours, and the alpha that comes after them where there are two or four channels."""
+    if values.shape[2] in (2, 4):
+        return _Stored(values[..., :-1], values[..., -1])
+    return _Stored(values)
 
 
 def _is_deep(picture: ImageFile) -> bool:
@@ -258,11 +303,31 @@ def _is_deep(picture: ImageFile) -> bool:
     return "16" in str(picture.tile)  # the raw mode, as in "RGB;16B"
 
 
-def _decode_tiff(path: Path) -> np.ndarray:
-    """Values (H, W, C) of a TIFF that Pillow cannot hold: many channels, or more than 8 bits in each of several."""
+def _is_misread_by_pillow(picture: TiffImageFile) -> bool:
+    """Whether it is grey with sign, of 32 bits, or deep with white at zero, or has channels beyond alpha.
+
+    Pillow wraps some of these, swaps bytes of others where they are compressed, and ignores the rest.
+    """
+    tags = picture.tag_v2
+    bits, kind = max(tags.get(_BITS_TAG, (1,))), tags.get(_SAMPLE_FORMAT_TAG, (1,))[0]
+    if tags.get(_SAMPLES_TAG, 1) > 4:
+        return True
+    if tags.get(_PHOTOMETRIC_TAG) not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO):
+        return False
+    return bool(kind != 1 or bits > 16 or (bits > 8 and tags[_PHOTOMETRIC_TAG] == _WHITE_IS_ZERO))
+
+
+def _is_by_tifffile(picture: TiffImageFile) -> bool:
+    """Whether tifffile wrote it with white at zero, as it does with all of one bit."""
+    tags = picture.tag_v2
+    return tags.get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO and str(tags.get(_SOFTWARE_TAG, "")).startswith("tifffile")
+
+
+def _decode_tiff(path: Path) -> _Stored:
+    """What a TIFF holds that Pillow cannot hold: many channels, more than 8 bits in each of several, rare kinds."""
     try:
         with tifffile.TiffFile(path) as file:
-            series = file.series[0]
+            series, page = file.series[0], file.pages.first
             sides = dict(zip(series.axes, series.shape, strict=True))  # letters as tifffile names axes
             height, width = sides.pop("Y"), sides.pop("X")
             channel_axis = "S" if sides.get("S", 1) > 1 else "C"
@@ -272,13 +337,49 @@ def _decode_tiff(path: Path) -> np.ndarray:
                     f"{path}: is a stack (axes {series.axes}); save the picture to read as a file of its own"
                 )
             _check_size(path, height, width, channels, series.dtype.itemsize)
-            orientation = int(file.pages.first.tags.valueof(_ORIENTATION_TAG, default=1))
+            if page.compression not in _COMPRESSIONS:
+                name = getattr(page.compression, "name", page.compression)
+                raise DataError(f"{path}: {name} compression of such values is not read; save it with LZW or without")
+            photometric = int(page.photometric)
+            if photometric not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB):
+                name = getattr(page.photometric, "name", photometric)
+                raise DataError(f"{path}: holds {channels} channels of kind {name}; save it as grey or RGB")
+            orientation = int(page.tags.valueof(_ORIENTATION_TAG, default=1))
             values = tifffile.transpose_axes(series.asarray(), series.axes, asaxes=f"ZYX{channel_axis}")
+            extra = [int(kind) for kind in page.extrasamples] if channel_axis == "S" else []
+            bits = page.bitspersample
     except IbisError:
         raise
     except Exception as error:  # a damaged file can fail anywhere inside the decoder
+        if "imagecodecs" in str(error):
+            raise DataError(
+                f"{path}: its compression needs imagecodecs; install it (pip install imagecodecs)"
+            ) from error
         raise _damaged(path, error) from error
-    return _upright(values.reshape(height, width, channels), orientation)
+    values = _upright(values.reshape(height, width, channels), orientation)
+    if values.dtype == np.bool_:
+        values = values.astype(np.uint8) * 255
+    elif photometric == _WHITE_IS_ZERO:
+        values = _inverted(values, bits)
+    if photometric == _RGB and channels == 4 and channel_axis == "S" and extra in ([], [0]):
+        extra = [_ALPHA_KINDS[0]]
+    alphas = [channels - len(extra) + at for at, kind in enumerate(extra) if kind in _ALPHA_KINDS]
+    if not alphas:
+        return _Stored(values)
+    kept = [channel for channel in range(channels) if channel not in alphas]
+    return _Stored(values[..., kept], values[..., alphas[0]])
+
+
+def _inverted(values: np.ndarray, bits: int) -> np.ndarray:
+    """Values stored with white at zero as if black were: from the largest that `bits` hold, or of those there."""
+    inverted: np.ndarray
+    if values.dtype.kind == "u":
+        inverted = values.dtype.type(2**bits - 1) - values
+    elif values.dtype.kind == "i":
+        inverted = ~values
+    else:
+        inverted = np.nanmax(values) + np.nanmin(values) - values
+    return inverted
 
 
 def _upright(values: np.ndarray, orientation: int) -> np.ndarray:
@@ -334,15 +435,40 @@ def _table_to_uint8(values: np.ndarray) -> np.ndarray:
 
 
 def _binary_mask(path: Path) -> Mask:
-    values, lossy = _decode(path, as_labels=False)
-    if lossy:
-        mask: Mask = values.mean(axis=2) >= 128
-        return mask
-    codes = _number_codes(values, path) if values.shape[2] < 3 else _colour_codes(values, path)
+    stored = _decode(path, as_labels=False)
+    if stored.lossy:
+        return _jpeg_mask(stored.values, path)
+    values, alpha = stored.values, stored.alpha
+    grey = bool((values == values[..., :1]).all())
+    codes = _number_codes(values, path) if grey or values.shape[2] != 3 else _colour_codes(values, path)
+    if alpha is not None and alpha.min() != alpha.max():
+        if len(np.unique(codes[alpha != 0])) > 1:
+            raise DataError(f"{path}: both its colours and its transparency vary; save the mask as PNG without alpha")
+        codes, grey = alpha.astype(np.int64), True
     if len(np.unique(codes[codes != 0])) > 1:
-        held = _listed(codes, coloured=values.shape[2] >= 3)
+        held = _listed(codes, coloured=not grey)
         raise DataError(f"{path}: is not binary, it holds {held}; say which object each value is (labels)")
     return np.asarray(codes != 0)
+
+
+def _jpeg_mask(values: np.ndarray, path: Path) -> Mask:
+    """The mask in a JPEG, (H, W, C) uint8, of any one colour on black; DataError where that cannot be what it shows.
+
+    Compression blurs the border and leaves noise around it. So the largest channel counts, the largest value there is
+    taken as that of the mask, and nothing but a border may lie between a quarter and three quarters of it.
+    """
+    values = values.max(axis=2)
+    top = int(values.max())
+    if 0 < top < _DARKEST_MASK:
+        raise DataError(f"{path}: its largest value is {top}, which JPEG does not keep; save the mask as PNG")
+    mask: Mask = values > top / 2
+    flat = mask.astype(np.uint8)
+    border = np.ones((_JPEG_BORDER, _JPEG_BORDER), np.uint8)
+    away = cv2.dilate(flat, border) == cv2.erode(flat, border)
+    between = (values > top / 4) & (values < 3 * top / 4)
+    if (between & away).mean() > _MOST_BETWEEN:
+        raise DataError(f"{path}: is not black and one colour, so no mask is read from it; save the mask as PNG")
+    return mask
 
 
 def _label_codes(labels: Mapping[int | str, str]) -> tuple[dict[str, list[int]], bool]:
@@ -362,19 +488,18 @@ def _label_codes(labels: Mapping[int | str, str]) -> tuple[dict[str, list[int]],
 
 def _number_codes(values: np.ndarray, path: Path) -> np.ndarray:
     """The label number of each pixel, (H, W) int64, of a grey file, also one saved with equal colour channels."""
-    channels = values[..., :3] if values.shape[2] >= 3 else values[..., :1]
-    if channels.dtype.kind == "f" and not (np.isfinite(channels) & (np.rint(channels) == channels)).all():
+    if values.dtype.kind == "f" and not (np.isfinite(values) & (np.rint(values) == values)).all():
         raise DataError(f"{path}: holds fractions, a mask holds whole numbers; save it as 8- or 16-bit PNG")
-    if values.shape[2] > 4 or (channels != channels[..., :1]).any():
+    if (values != values[..., :1]).any():
         raise DataError(f"{path}: is coloured, not a map of label numbers; name its colours ('#rrggbb') in the labels")
-    return channels[..., 0].astype(np.int64)
+    return values[..., 0].astype(np.int64)
 
 
 def _colour_codes(values: np.ndarray, path: Path) -> np.ndarray:
     """The colour of each pixel as 0xRRGGBB, (H, W) int64; grey counts as that colour."""
-    if values.dtype != np.uint8 or values.shape[2] > 4:
+    if values.dtype != np.uint8 or values.shape[2] not in (1, 3):
         raise DataError(f"{path}: is not an 8-bit colour picture; save the mask as 8-bit PNG")
-    red, green, blue = (values[..., channel if values.shape[2] >= 3 else 0].astype(np.int64) for channel in range(3))
+    red, green, blue = (values[..., channel if values.shape[2] == 3 else 0].astype(np.int64) for channel in range(3))
     return red << 16 | green << 8 | blue
 
 

@@ -15,6 +15,7 @@ Rows are read and checked at once, pixels only when a case is asked for.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from ibisagent.datasets import biomedparse, coco, decathlon, medsegbench, samed2
 from ibisagent.datasets.biomedparse import IMAGE_SUFFIXES
 from ibisagent.datasets.manifests import COLUMNS, read_manifest
 from ibisagent.datasets.members import read_json
-from ibisagent.datasets.rows import CaseRow, CaseSource, refuse_duplicates, split_by_patient
+from ibisagent.datasets.rows import CaseRow, CaseSource, refuse_duplicates, split_by_patient, split_kind
 from ibisagent.errors import ConfigError, DataError
 
 __all__ = [
@@ -37,6 +38,8 @@ __all__ = [
     "read_cases",
     "split_by_patient",
 ]
+
+log = logging.getLogger(__name__)
 
 INDEX_NAME = "index.csv"
 Layout = str
@@ -81,14 +84,23 @@ def read_cases(
 def cases_to_judge(
     path: str | Path, split: str | None = None, limit: int | None = None
 ) -> tuple[CaseSource, CaseSource]:
-    """(all cases under `path`, those of `split`): of "val" if `split` is None and there are any, else all.
+    """(all cases under `path`, those of `split`).
 
-    limit: only so many, spread evenly over them. Errors as for `read_cases`.
+    split None: the rows for validation where there are any, else those for testing, by any of their usual names, else
+    all that are not for training; a warning names what was left out. limit: only so many, spread evenly over them.
+    Errors as for `read_cases`; ConfigError where split is None and all rows are for training.
     """
     everything = read_cases(path)
-    if split is None and any(row.split == "val" for row in everything.rows):
-        split = "val"
-    cases = everything if split is None else read_cases(path, split=split)
+    if split is not None:
+        return everything, read_cases(path, split=split).spread(limit)
+    kinds = {split_kind(row.split) for row in everything.rows}
+    if kinds == {"train"}:
+        raise ConfigError(f"{path}: all rows are for training; give --split {everything.rows[0].split} to take them")
+    kind = next((kind for kind in ("val", "test") if kind in kinds), "")
+    cases = everything.filter(lambda row: split_kind(row.split) == kind)
+    if len(cases) < len(everything):
+        names = ", ".join(sorted({row.split or "none" for row in cases.rows}))
+        log.warning("%s: split %s: %d of %d rows; --split takes another", path, names, len(cases), len(everything))
     return everything, cases.spread(limit)
 
 

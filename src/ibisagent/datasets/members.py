@@ -244,17 +244,18 @@ def _instances(path: Path, file: Path, inside: tuple[str, ...]) -> Mask:
 def _instance(shape: Any, height: int, width: int) -> Mask:
     """One instance: polygons, or run lengths, plain or compressed (COCO API format)."""
     if isinstance(shape, list):
-        for polygon in shape:
-            _check_polygon(polygon, height, width)
-        drawn: Mask = coco.decode(coco.merge(coco.frPyObjects(shape, height, width))).astype(bool)
+        if not shape:
+            raise ValueError("it has no polygon")
+        corners = [_checked_polygon(polygon, height, width) for polygon in shape]
+        drawn: Mask = coco.decode(coco.merge(coco.frPyObjects(corners, height, width))).astype(bool)
         return drawn
     if list(shape["size"]) != [height, width]:
         raise ValueError(f"run-length mask of size {str(shape['size'])[:40]}")
     return decode_runs(shape)
 
 
-def _check_polygon(polygon: Any, height: int, width: int) -> None:
-    """ValueError for what pycocotools trusts: corners that are no numbers or far outside, outlines without end."""
+def _checked_polygon(polygon: Any, height: int, width: int) -> list[float]:
+    """x and y by turns. ValueError for what pycocotools trusts: no numbers, corners far outside, endless outlines."""
     if len(polygon) < 6 or len(polygon) % 2:
         raise ValueError("a polygon has three corners or more, x and y of each")
     corners = np.array(polygon, dtype=np.float64).reshape(-1, 2)
@@ -264,3 +265,5 @@ def _check_polygon(polygon: Any, height: int, width: int) -> None:
     steps = np.abs(np.diff(corners, axis=0, append=corners[:1])).max(axis=1).sum()
     if steps > _MOST_STEPS:
         raise ValueError(f"a polygon has an outline of {steps:.0f} pixels, at most {_MOST_STEPS} are drawn")
+    numbers: list[float] = corners.reshape(-1).tolist()
+    return numbers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,12 @@ import numpy as np
 from ibisagent.datasets.members import read_picture, read_target
 from ibisagent.domain import Case, Image, Mask
 from ibisagent.errors import ConfigError, DataError
+
+_SPLITS = {
+    "val": ("val", "valid", "validation", "validate", "dev"),
+    "test": ("test", "testing"),
+    "train": ("train", "training"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +54,12 @@ class CaseRow:
         """What `Case.meta` holds: object, modality, site, dataset, split and licence_class, where known."""
         names = ("object", "modality", "site", "dataset", "split", "licence_class")
         return {name: value for name in names if (value := getattr(self, name))}
+
+
+def split_kind(name: str) -> str:
+    """ "train", "val" or "test" for a split of any of the usual names ("Training", "valid", "val2017"), else ""."""
+    plain = re.sub(r"[^a-z]", "", name.casefold())
+    return next((kind for kind, names in _SPLITS.items() if plain in names), "")
 
 
 class CaseSource(Sequence[Case]):

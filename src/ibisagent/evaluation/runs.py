@@ -102,7 +102,7 @@ class Setup:
         facts = {
             "ibisagent": package_version(),
             "data": str(self.data),
-            "split": self.split or "",
+            "split": ", ".join(sorted({row.split for row in cases.rows} - {""})),
             "cases": str(len(cases)),
             "cases_sha256": hashlib.sha256("\n".join(row.id for row in cases.rows).encode()).hexdigest(),
             "policy": policy.name,

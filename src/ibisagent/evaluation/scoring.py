@@ -15,6 +15,7 @@ Whatever does not fit is a `Problem` of its file: never resampled, never scored,
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,6 +38,8 @@ from ibisagent.images import read_masks
 from ibisagent.masks import decode_runs, overlap
 from ibisagent.metrics import EMPTY_RULE, EmptyRule, resize_target
 from ibisagent.store import plain_masks
+
+log = logging.getLogger(__name__)
 
 ProblemKind = Literal["missing", "duplicate", "wrong size", "other geometry", "unreadable", "unknown name"]
 PROBLEMS_NAME = "problems.csv"
@@ -106,6 +109,7 @@ def score(
     folder: write a run there that `compare` and `report` read, and problems.csv. split, limit: as for
     `cases_to_judge`. resize_targets: a picture's mask of another size is compared with the truth, resized to it by
     nearest neighbour; otherwise it is a problem. DataError if `made` holds no mask at all, or the data cannot be read.
+    A mask that is all or nothing of an image is scored, and a warning names it.
     """
     cases = _cases(data, split, limit)
     found, problems = _assign(made, cases, data)
@@ -127,7 +131,7 @@ def score(
         "policy": f"masks of {made}",
         "segmenter": "none",
         "data": str(data),
-        "split": split or "",
+        "split": ", ".join(sorted({row.split for row in cases.rows} - {""})),
         "cases": str(len(cases)),
         "resize_targets": str(resize_targets),
     }
@@ -250,6 +254,8 @@ def _judge(row: CaseRow, found: _Found, cases: CaseSource, resize_targets: bool)
     """A plain line of a run: result, masks, truth."""
     truth = _truth(row, cases)
     mask, affine = found.read()
+    if mask.all() or not mask.any():
+        log.warning("%s: its mask is %s; look whether it was meant so", found.file, "all" if mask.any() else "empty")
     if found.volume != (truth.affine is not None):
         wanted = "a NIfTI volume" if truth.affine is not None else "a picture"
         raise _MisfitError("other geometry", f"{found.file}: the truth is {wanted}; save the mask as one")
