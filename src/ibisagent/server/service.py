@@ -454,15 +454,13 @@ class Service:
         return self.folder / "jobs" / job.id
 
     def _run_job(self, job: Job, names: Sequence[str]) -> None:
-        if job.cancelled.is_set():
-            job.state = "cancelled"
-            return
-        job.state = "running"
-        with ThreadPoolExecutor(JOB_LANES, thread_name_prefix="job-image") as lanes:
-            list(lanes.map(lambda number: self._run_image(job, number, names[number]), range(len(names))))
-        job.state = "cancelled" if job.cancelled.is_set() else "done"
-        job.touched = time.time()
+        if not job.cancelled.is_set():
+            job.state = "running"
+            with ThreadPoolExecutor(JOB_LANES, thread_name_prefix="job-image") as lanes:
+                list(lanes.map(lambda number: self._run_image(job, number, names[number]), range(len(names))))
         _remove(self._job_folder(job) / "in")
+        job.touched = time.time()
+        job.state = "cancelled" if job.cancelled.is_set() else "done"
 
     def _run_image(self, job: Job, number: int, name: str) -> None:
         if job.cancelled.is_set():
