@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import io
 import json
 import os
@@ -44,8 +43,6 @@ from ibisagent.server.visitors import Uploads
 
 pytestmark = [  # Gradio and its libraries, not ours:
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
 TOKEN = "a-token-of-the-tests"
@@ -270,7 +267,6 @@ def serving(folder: Path, token: str | None = None, **limits: Any) -> Iterator[t
     with loopback.serving(app, **listening.options()) as url:
         yield url, service, app
     close_clients(url)
-    gc.collect()  # event loops that Gradio leaves open, while the marks above hold
 
 
 class House:
@@ -323,6 +319,8 @@ class House:
         said = said.encode() if isinstance(said, str) else said
         for content in (self.canary.read_bytes(), self.others):
             assert content[50:] not in said
+        while any(job.state in ("waiting", "running") for job in self.service.jobs):
+            time.sleep(0.01)
         found = [
             path
             for path in self.uploads.parent.parent.rglob("*")

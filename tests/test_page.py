@@ -44,8 +44,6 @@ pytestmark = [
     pytest.mark.skipif(BROWSER is None, reason=f"no browser is here: none of {', '.join(BROWSERS)} (or IBIS_BROWSER)"),
     # Gradio and its libraries, not ours:
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
 REPLIES = (

@@ -5,6 +5,7 @@ The page holds no truth of its own: what is seen comes from the `Session` in the
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import html
 import io
@@ -90,22 +91,7 @@ def mount_page(app: FastAPI, service: Service, _threads: AgentThreads) -> None:
     uploads = Uploads(service.private_folder("uploads/page"))
     os.environ["GRADIO_TEMP_DIR"] = str(uploads.folder)  # a file that lies there is used in place, not copied
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    blocks = Page(service, uploads).build()
-    fonts = ["system-ui", "sans-serif"]
-    gr.mount_gradio_app(
-        app,
-        blocks,
-        path="/",
-        ssr_mode=False,
-        footer_links=[],
-        css=CSS,
-        theme=gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"]),  # none from elsewhere
-        max_file_size=service.limits.upload_bytes,
-        show_error=False,  # what is not foreseen is for the log, not for visitors
-        run_history=False,
-        enable_monitoring=False,
-        mcp_server=False,
-    )
+    blocks = _in_event_loop(lambda: _mount_gradio(app, Page(service, uploads), service.limits.upload_bytes))
     # Gradio refuses files that were not uploaded, and takes none of an application's own for public, only in one that
     # it launched itself.
     blocks.has_launched = blocks.is_running = True
@@ -116,6 +102,39 @@ def mount_page(app: FastAPI, service: Service, _threads: AgentThreads) -> None:
         raise RuntimeError("Gradio did not mount the page where its door belongs")
     limit = service.limits.upload_bytes
     mounted.app = PageDoor(mounted.app, uploads, app.state.keys, max_upload=limit, events=frozenset(blocks.fns))
+
+
+def _mount_gradio(app: FastAPI, page: Page, max_upload: int) -> gr.Blocks:
+    blocks = page.build()
+    fonts = ["system-ui", "sans-serif"]
+    gr.mount_gradio_app(
+        app,
+        blocks,
+        path="/",
+        ssr_mode=False,
+        footer_links=[],
+        css=CSS,
+        theme=gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"]),  # none from elsewhere
+        max_file_size=max_upload,
+        show_error=False,  # what is not foreseen is for the log, not for visitors
+        run_history=False,
+        enable_monitoring=False,
+        mcp_server=False,
+    )
+    return blocks
+
+
+def _in_event_loop(make: Callable[[], gr.Blocks]) -> gr.Blocks:
+    """What `make` gives, made while an event loop runs: else Gradio makes one for each of its locks and closes none."""
+
+    async def made() -> gr.Blocks:
+        return make()
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(made())
+    return make()
 
 
 class Page:
