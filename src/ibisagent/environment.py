@@ -260,10 +260,14 @@ class SegmentationEnv:
         Raises SegmenterError when the segmenter fails (the environment is as it was before the step) and ConfigError
         when the episode has already ended. Whatever the completion says never raises.
         """
+        return self._record(*self._board.take(*self._read(completion)))
+
+    def _read(self, completion: Completion) -> tuple[Completion, Reply]:
         if self._stop is not None:
             raise ConfigError(f"case {self._case_id}: the episode has ended ({self._stop}); open a new environment")
-        completion, reply = read_reply(completion, self._image.size, self.dialect, self._default_target)
-        turn, fresh = self._board.take(completion, reply)
+        return read_reply(completion, self._image.size, self.dialect, self._default_target)
+
+    def _record(self, turn: Turn, fresh: bool) -> Turn:
         self._turns.append(turn)
         self._stop = stop_reason(self._turns, fresh) or ("max_turns" if len(self._turns) >= self.max_turns else None)
         return turn
@@ -282,23 +286,22 @@ class SegmentationEnv:
 
         Raises as `step`.
         """
-        size = self._image.size
-        read = [read_reply(completion, size, self.dialect, self._default_target) for completion in completions]
-        tried = [completion for completion, reply in read if reply.prompts]
+        read = [self._read(completion) for completion in completions]
+        tried = [(completion, reply) for completion, reply in read if reply.prompts]
         if not read[0][1].prompts or len(tried) < 2:
             return self.step(completions[0])
         self._board.open()
-        masks, scores = [], []
-        for completion in tried:
-            board = self._board.copy()
-            turn, _ = board.take(*read_reply(completion, size, self.dialect, self._default_target))
-            masks.append(turn.after)
-            scores.append(turn.segmenter_score or 0.0)
+        boards = [self._board.copy() for _ in tried]
+        taken = [board.take(*one) for board, one in zip(boards, tried, strict=True)]
+        turns = [turn for turn, _ in taken]
         worth = [
-            score + float(np.mean([_agreement(own, other) for other in masks if other is not own]))
-            for score, own in zip(scores, masks, strict=True)
+            (turn.segmenter_score or 0.0)
+            + float(np.mean([_agreement(turn.after, other.after) for other in turns if other is not turn]))
+            for turn in turns
         ]
-        return self.step(tried[int(np.argmax(worth))])
+        best = int(np.argmax(worth))
+        self._board = boards[best]
+        return self._record(*taken[best])
 
     def cut(self) -> None:
         """End the episode here, as "max_turns": for callers with another limit, such as a trainer's context length.
