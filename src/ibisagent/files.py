@@ -6,7 +6,8 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,31 @@ MAX_NAME_BYTES = 80
 """Longest part of a file name that is taken from an image's or an object's name; file systems allow 255 in all."""
 
 
-def write_whole(content: bytes, path: str | os.PathLike[str]) -> None:
-    """Write a file under a temporary name beside `path`, then rename it: readers see the old file or the whole new one.
+@contextmanager
+def appearing_whole(path: Path, suffix: str = ".part") -> Iterator[Path]:
+    """A temporary name beside `path` to write a file under; it is renamed when the block ends.
 
-    Raises DataError when the folder does not exist or cannot be written, or the disk is full; nothing is left behind.
+    So readers see the old file or the whole new one. suffix: of the temporary name, for writers that go by it.
+
+    Raises DataError when the folder does not exist or cannot be written, or the disk is full; nothing is left behind,
+    whatever the block raises.
     """
-    path = Path(path)
-    part = path.parent / f".{uuid.uuid4().hex}.part"
+    part = path.parent / f".{uuid.uuid4().hex}{suffix}"
     try:
         try:
-            with part.open("xb") as file:
-                file.write(content)
+            yield part
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:
         reason = error.strerror or str(error)
         raise DataError(f"{path}: cannot be written ({reason}); free space or choose another folder") from error
+
+
+def write_whole(content: bytes, path: str | os.PathLike[str]) -> None:
+    """Write a file as `appearing_whole` says, and raise as it does."""
+    with appearing_whole(Path(path)) as part, part.open("xb") as file:
+        file.write(content)
 
 
 def make_folder(folder: Path) -> None:

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import tempfile
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ibisagent.errors import DataError
-from ibisagent.files import write_whole
+from ibisagent.files import appearing_whole, write_whole
 from ibisagent.images import read_masks, write_mask_png
 from ibisagent.masks import decode_rle, encode_rle
 from ibisagent.volumes.grid import NiftiOrigin, Volume, scratch
@@ -53,16 +52,8 @@ def write_nifti(mask: np.ndarray, volume: Volume, path: Path) -> None:
     if header is None:
         image.header.set_xyzt_units("mm")
     suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
-    part = path.parent / f".{uuid.uuid4().hex}{suffix}"
-    try:
-        try:
-            nib.save(image, part)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise DataError(f"{path}: cannot be written ({reason}); free space or choose another folder") from error
+    with appearing_whole(path, suffix) as part:
+        nib.save(image, part)
 
 
 def write_png_stack(mask: np.ndarray, volume: Volume, folder: Path) -> None:
