@@ -113,7 +113,6 @@ def load_policy(
                 adapter=adapter,
                 batch_size=batch_size,
                 max_pixels=max_pixels,
-                candidates=candidates,
                 cases=cases,
                 **sampling,
             )

@@ -131,13 +131,14 @@ class _Run:
     def __init__(self, recipe: BackboneRecipe, images: TrainingImages) -> None:
         self.recipe, self.images = recipe, images
         torch.manual_seed(recipe.seed)
-        self.names = sorted({row.object for row in images.rows})
+        names = sorted({row.object for row in images.rows})
+        self.place = {name: number for number, name in enumerate(names)}  # of its map
         held_out = [is_development(row.patient) for row in images.rows]
         self.held_out = [number for number, held in enumerate(held_out) if held]
         self.learned = [number for number, held in enumerate(held_out) if not held]
         self.weights = balanced_weights([images.rows[number] for number in self.learned])
         self.known = self._known_names()
-        self.network = _Network(len(self.names))
+        self.network = _Network(len(self.place))
         _start_from_imagenet(self.network.backbone)
         self.network.to(memory_format=torch.channels_last)
         backbone = self.network.backbone
@@ -159,16 +160,15 @@ class _Run:
 
     def _known_names(self) -> np.ndarray:
         """(images, names) int8: 1 shown, 0 known not to be shown, -1 unknown."""
-        place = {name: number for number, name in enumerate(self.names)}
         absences = Absences(self.images.rows)
-        known = np.full((len(self.images.pixels), len(self.names)), -1, np.int8)
+        known = np.full((len(self.images.pixels), len(self.place)), -1, np.int8)
         for number, pairs in self.images.present.items():
             rows = [self.images.rows[pair] for pair in pairs]
             present = [row.object for row in rows]
             for name in [*absences.near(rows[0], present), *absences.far(rows[0], present)]:
-                known[number, place[name]] = 0
+                known[number, self.place[name]] = 0
             for name in present:
-                known[number, place[name]] = 1
+                known[number, self.place[name]] = 1
         return known
 
     def go(self, report: Report) -> Path:
@@ -192,10 +192,9 @@ class _Run:
 
     def _batch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """images (B, 3, SIDE, SIDE) in [0, 1], maps (B, names, MAP, MAP) in [0, 1], known (B, names)."""
-        count, names = self.recipe.batch_size, len(self.names)
+        count, names = self.recipe.batch_size, len(self.place)
         planes = np.empty((count, SIDE, SIDE, 3), np.uint8)
         maps, known = np.zeros((count, names, MAP, MAP), np.float32), np.empty((count, names), np.int8)
-        place = {name: number for number, name in enumerate(self.names)}
         for slot, pair in enumerate(self.random.choice(self.learned, count, p=self.weights)):
             image, row = int(self.images.image[pair]), self.images.rows[pair]
             turn = random_turn(row.modality, self.random)
@@ -208,7 +207,7 @@ class _Run:
                 mask = cv2.warpAffine(
                     self.images.mask(other).astype(np.float32), turn, (SIDE, SIDE), flags=cv2.INTER_LINEAR
                 )
-                number = place[self.images.rows[other].object]
+                number = self.place[self.images.rows[other].object]
                 maps[slot, number] = np.maximum(
                     maps[slot, number], cv2.resize(mask, (MAP, MAP), interpolation=cv2.INTER_AREA)
                 )
@@ -252,7 +251,7 @@ class _Run:
             maps.update(zip(part, self.average(pixels).half().numpy(), strict=True))
         for pair in self.held_out:
             row = self.images.rows[pair]
-            logits = maps[int(self.images.image[pair])][self.names.index(row.object)]
+            logits = maps[int(self.images.image[pair])][self.place[row.object]]
             truth = cv2.resize(self.images.mask(pair).astype(np.float32), (MAP, MAP), interpolation=cv2.INTER_AREA)
             hits[row.modality].append(float(truth.flat[logits.argmax()] > 0))
             guess, mask = logits > 0, truth >= 0.5

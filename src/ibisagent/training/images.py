@@ -125,8 +125,8 @@ def closer(turn: np.ndarray, mask: Mask, random: np.random.Generator) -> np.ndar
         return turn
     scale = math.exp(random.uniform(math.log(1.2), math.log(min(largest, 3.0))))
     side = SIDE / scale
-    left = random.uniform(max(x1 - side, 0), max(min(x0, SIDE - side), max(x1 - side, 0) + 1e-3))
-    top = random.uniform(max(y1 - side, 0), max(min(y0, SIDE - side), max(y1 - side, 0) + 1e-3))
+    left = random.uniform(max(x1 - side, 0), min(x0, SIDE - side))  # in order: the object is smaller than `side`
+    top = random.uniform(max(y1 - side, 0), min(y0, SIDE - side))
     zoom = np.array([[scale, 0, -left * scale], [0, scale, -top * scale], [0, 0, 1]])
     return (zoom @ np.vstack([turn, [0, 0, 1]]))[:2].astype(np.float32)
 
