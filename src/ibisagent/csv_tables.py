@@ -21,9 +21,8 @@ def csv_text(rows: Iterable[Sequence[object]]) -> str:
     lines = []
     for row in rows:
         line = io.StringIO(newline="")
-        csv.writer(line, lineterminator="\r\n").writerow(
-            [_cell(value) for value in row]
-        )  # quotes both, so no "\r" is bare
+        writer = csv.writer(line, lineterminator="\r\n")  # quotes both, so no "\r" is bare
+        writer.writerow([_cell(value) for value in row])
         lines.append(line.getvalue().removesuffix("\r\n") + "\n")
     return "".join(lines)
 

@@ -38,9 +38,7 @@ VOLUME_SUFFIXES = (".nii", ".nii.gz", ".dcm", ".mha", ".mhd", ".nrrd")
 _ID = re.compile(r"[0-9a-f]{32}")
 OWNER_FILE = "owner"  # in the folder of a session that a visitor of the page opened: which
 READERS = 2  # uploads that are decoded at once: each may take some hundred megabytes for a moment
-LARGE_RUNS = (
-    4  # one-shot runs on images as large as the limit at once; of smaller ones as many more as they are smaller
-)
+LARGE_RUNS = 4  # one-shot runs at once on images as large as the limit; of smaller ones, accordingly more
 JOB_LANES = 4  # images of one job under way at once: enough to fill batches, few enough not to crowd people out
 
 
