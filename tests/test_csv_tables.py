@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ibisagent.csv_tables import csv_text, markdown_cell, plain_cell
 from ibisagent.datasets import read_cases
 from ibisagent.evaluation import tables
 from ibisagent.evaluation.results import CaseResult, Evaluation
-from ibisagent.images import write_mask_png, write_png
+from ibisagent.files import csv_text, markdown_cell, plain_cell
+from ibisagent.imaging.images import write_mask_png, write_png
 from ibisagent.volumes.measures import Measures, write_measures
 
 SOURCE = Path(__file__).parent.parent / "src" / "ibisagent"

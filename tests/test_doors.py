@@ -31,8 +31,8 @@ from ibisagent.errors import ConfigError
 from ibisagent.policies.scripted import ScriptedPolicy
 from ibisagent.segmenters.region import RegionSegmenter
 from ibisagent.server import access, listening
-from ibisagent.server.access import COOKIE, Keys, WrongTokens, token_for, url_of
 from ibisagent.server.app import create_app, standard_mounts
+from ibisagent.server.auth import COOKIE, Keys, WrongTokens, token_for, url_of
 from ibisagent.server.service import Limits, Service
 
 pytest.importorskip("gradio", reason="the page needs gradio")

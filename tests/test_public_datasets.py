@@ -19,7 +19,7 @@ from ibisagent.datasets.catalogue import BENCHMARKS, check_copy
 from ibisagent.datasets.leaks import find_leaks, fingerprint, near_duplicates
 from ibisagent.domain import Mask
 from ibisagent.errors import ConfigError, DataError
-from ibisagent.images import write_mask_png, write_png
+from ibisagent.imaging.images import write_mask_png, write_png
 
 SIZE = (61, 83)
 
@@ -447,7 +447,7 @@ def test_nearest_fingerprint_within_reach() -> None:
 
 def test_the_command_lists_checks_and_compares(tmp_path: Path) -> None:
     def run(*arguments: object) -> tuple[int, str]:
-        result = CliRunner().invoke(app, ["datasets", *map(str, arguments)])
+        result = CliRunner().invoke(app, ["data", "check", *map(str, arguments)])
         return result.exit_code, result.output
 
     code, text = run()

@@ -19,14 +19,14 @@ import pytest
 from typer.testing import CliRunner, Result
 from volume_phantoms import GRIDS, blob, hounsfield, slice_files
 
-from ibisagent import pacs
 from ibisagent.cli import app
 from ibisagent.domain import Click, Reply, Stop
 from ibisagent.errors import ConfigError, DataError
-from ibisagent.masks import dice
+from ibisagent.imaging.masks import dice
 from ibisagent.protocol import write
 from ibisagent.store import read_record
 from ibisagent.volumes import SliceView, Volume, read_volume
+from ibisagent.volumes import dicomweb as pacs
 from ibisagent.volumes.writing import masks_on, read_volume_masks, write_nifti
 
 SHAPE = (47, 61, 24)
