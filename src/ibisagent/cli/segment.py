@@ -262,6 +262,9 @@ def _print_result(result: Result) -> None:
 
 def _print_image(result: ImageResult) -> None:
     episode, outputs = result.episode, result.outputs
+    if result.kept:
+        stdout.print(f"  kept:    {outputs.record} (was there already)")
+        return
     count = len(episode.turns)
     answer = f' "{one_line(episode.answer.answer)}"' if episode.answer.answer else ""
     stdout.print(f"  {episode.stop} after {count} turn{'s' * (count != 1)} in {result.seconds:.1f} s{answer}")
