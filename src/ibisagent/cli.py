@@ -499,8 +499,9 @@ def evaluate(
 ) -> None:
     """Measure a policy with a segmenter on labelled DATA, beside the baselines.
 
-    The location prior is learned from the rows of split 'train'. Cases that fail are listed and left out. A run that
-    was killed goes on where it stopped, and ends with the same figures.
+    The location prior is learned from the rows for training. Cases that fail are listed and left out. A run that was
+    killed goes on where it stopped, and ends with the same figures; cases whose files have changed since are judged
+    again.
     """
     with _status("loading", quiet=as_json):
         from ibisagent.evaluation import runs

@@ -6,21 +6,24 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import overload
 
 import numpy as np
 
-from ibisagent.datasets.members import read_picture, read_target
+from ibisagent.datasets.members import content_of, read_picture, read_target
 from ibisagent.domain import Case, Image, Mask
 from ibisagent.errors import ConfigError, DataError
+from ibisagent.files import FileHashes
 
 _SPLITS = {
     "val": ("val", "valid", "validation", "validate", "dev"),
     "test": ("test", "testing"),
     "train": ("train", "training"),
 }
+_NOT_SAID = ("image", "mask", "where", "licence", "area")
+"""Fields of a row from which nothing follows but where its files are, and what can be measured on them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,20 @@ class CaseSource(Sequence[Case]):
     def by_id(self) -> Mapping[str, Case]:
         """The same cases by their id; each look-up decodes."""
         return _CasesById(self)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of what the rows say: which cases in which order, and all their texts. Not of what their files hold."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            said = {field.name: getattr(row, field.name) for field in fields(row) if field.name not in _NOT_SAID}
+            digest.update(repr((said, row.mask is None)).encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+    def contents(self, hashes: FileHashes) -> list[str]:
+        """What the files of each row hold, as one hash a row: it changes with its image and its mask alone."""
+        held = ([content_of(path, hashes) for path in (row.image, row.mask) if path is not None] for row in self.rows)
+        return [hashlib.sha256(" ".join(each).encode()).hexdigest() for each in held]
 
     def truths(self) -> Iterator[tuple[CaseRow, Mask]]:
         """Every row that has a mask, with its mask (H, W); images are not decoded. DataError as for `decode`."""

@@ -35,7 +35,7 @@ import numpy as np
 
 from ibisagent import metrics
 from ibisagent.clicks import bounding_box, ellipse
-from ibisagent.datasets import CaseSource
+from ibisagent.datasets import CaseSource, split_kind
 from ibisagent.domain import MASK_SELECTION, Box, Case, Click, Episode, Mask, Masks, MaskSelection, Stop
 from ibisagent.environment import SegmentationEnv, rollout, turn_limit
 from ibisagent.errors import DataError, IbisError, PolicyError, SegmenterError
@@ -77,6 +77,7 @@ __all__ = [
     "mask_measures",
     "matched",
     "oracle_curves",
+    "prior_cases",
     "size_of",
     "summarise",
 ]
@@ -239,16 +240,22 @@ def judge_cases(
     return results, failures
 
 
-def location_prior(training: CaseSource, cases: CaseSource) -> LocationPriorPolicy | None:
-    """The blind policy that has learned places from the rows of split "train" in `training`; None if there are none.
+def prior_cases(everything: CaseSource) -> CaseSource | None:
+    """The cases that a location prior learns from: those for training that show an object; None if there are none."""
+    rows = [row for row in everything.rows if split_kind(row.split) == "train" and row.mask is not None]
+    return CaseSource(rows, everything.where) if rows else None
 
-    It is told the modality of `cases`. Reads every training mask; raises DataError if one cannot be read.
+
+def location_prior(everything: CaseSource, cases: CaseSource) -> LocationPriorPolicy | None:
+    """The blind policy that has learned places from the `prior_cases` of `everything`; None if there are none.
+
+    It is told the modality of `cases`. Reads every mask it learns from; raises DataError if one cannot be read.
     """
-    if not any(row.split == "train" and row.mask is not None for row in training.rows):
+    learned = prior_cases(everything)
+    if learned is None:
         return None
-    masks = training.filter(lambda row: row.split == "train").truths()
-    learned = ((row.object, row.modality, truth) for row, truth in masks)
-    return LocationPriorPolicy(learned, {row.id: row.modality for row in cases.rows})
+    masks = ((row.object, row.modality, truth) for row, truth in learned.truths())
+    return LocationPriorPolicy(masks, {row.id: row.modality for row in cases.rows})
 
 
 def matched(masks: Masks, case: Case) -> list[tuple[Mask, Mask]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ibisagent.datasets import CaseRow
 from ibisagent.factory.config import FactoryConfig, Question
+from ibisagent.factory.filters import is_trained_on
 from ibisagent.teacher.phrasings import DESCRIPTIONS, SHARES, Absences, is_abnormal, phrasings, with_article
 
 VAGUE_SITES = ("tissue", "cell")
@@ -164,7 +165,7 @@ class _Draw:
     ) -> Question:
         row = self.row
         asked = list(rows) or [row]
-        evaluation = row.split not in ("", "train")
+        evaluation = not is_trained_on(row.split)
         offered = phrasings(kind, held_out=evaluation)
         fresh = [item for item in offered if (kind, item[0]) not in self._used] or offered
         number, template = self.pick(fresh)

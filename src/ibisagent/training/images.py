@@ -26,7 +26,7 @@ MIRRORED = {"fundus", "OCT", "ultrasound"}
 
 
 def read_training_cases(paths: Sequence[Path], licence_class: str) -> CaseSource:
-    """The rows of split "train" of several data sets (`read_cases`), of one licence class where it is given."""
+    """The rows for training of several data sets (`read_cases`), of one licence class where it is given."""
     licences = {licence_class} if licence_class else None
     sources = [read_cases(path, split="train", licence_classes=licences) for path in paths]
     return CaseSource([row for source in sources for row in source.rows], ", ".join(map(str, paths)))

@@ -73,7 +73,7 @@ class _Questions(Sequence[Case]):
     def __getitem__(self, index: Any) -> Any:
         """The case of one question."""
         record = self._records[index]
-        image = find_image(record["image"], self._folder)
+        image = find_image(record["image"], self._folder, record["image_sha256"])
         targets = {entry["name"]: decode_rle(entry) for entry in record["targets"]}
         targets |= {name: np.zeros(image.size, dtype=bool) for name in record["absent"]}
         return Case(
