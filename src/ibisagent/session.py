@@ -59,7 +59,7 @@ from ibisagent.environment import (
     stop_reason,
     turn_limit,
 )
-from ibisagent.errors import ConfigError, DataError, PolicyError
+from ibisagent.errors import ConfigError, DataError, IbisError, PolicyError
 from ibisagent.files import make_folder, png_bytes, safe_name, write_whole
 from ibisagent.images import read_image, read_masks, write_mask_png, write_png
 from ibisagent.masks import decode_rle
@@ -345,6 +345,8 @@ class Session:
             image = replace(read_image(folder / IMAGE_FILE), source=str(plain["source"]))
             rounds = tuple(_read_round(one, image.size, str(path)) for one in plain["rounds"])
             case = Case(str(plain["id"]), image, rounds[0].query)
+        except IbisError:
+            raise
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); give a folder that holds a session") from error
         except (KeyError, TypeError, ValueError, IndexError, RecursionError) as error:

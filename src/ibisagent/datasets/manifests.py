@@ -10,7 +10,7 @@ from pathlib import Path
 from ibisagent.csv_tables import plain_cell
 from ibisagent.datasets.rows import CaseRow, refuse_duplicates
 from ibisagent.domain import check_query
-from ibisagent.errors import DataError
+from ibisagent.errors import ConfigError, DataError
 
 COLUMNS: Mapping[str, str] = {
     "image": "file of the image (required)",
@@ -90,7 +90,7 @@ def _manifest_row(path: Path, number: int, record: Mapping[str, str]) -> CaseRow
     try:
         check_query(query)
         area = float(cells["area"]) if cells["area"] else None
-    except ValueError as error:
+    except (ConfigError, ValueError) as error:
         raise DataError(f"{where}: {error}") from error
     for name in ("image", "mask"):
         if cells[name] and not (path.parent / cells[name]).is_file():

@@ -259,6 +259,8 @@ def _instances(path: Path, file: Path, inside: tuple[str, ...]) -> Mask:
             merged |= _instance(annotation["segmentation"], height, width)
     except TooLargeError:
         raise
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise DataError(f"{path}: cannot be drawn ({error!r}); correct the annotation") from error
     return merged

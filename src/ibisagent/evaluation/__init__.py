@@ -85,7 +85,7 @@ __all__ = [
 ORACLE_CLICKS = (1, 2, 3, 5, 10)
 FIRST_BOX_IOU = 0.5
 MAX_FAILURES = 20
-"""Failures in a row after which an evaluation gives up: then it is the machinery, not the cases."""
+"""Failures of policy or segmenter in a row after which an evaluation gives up: then it is not the cases."""
 
 Outcome = TypeVar("Outcome")
 
@@ -197,9 +197,10 @@ def judge_cases(
 ) -> tuple[list[Outcome], list[Failure]]:
     """(what `judge` says of every case that can be judged, the failures), both in the order of `cases`.
 
-    judge: one judgement per case of a batch, in order; a batch for which it raises PolicyError or SegmenterError is
-    judged again case by case. on_case: called after each case. After MAX_FAILURES failures in a row the last error is
-    raised again; errors of other kinds are raised at once.
+    judge: one judgement per case of a batch, in order; a batch for which it raises DataError, PolicyError or
+    SegmenterError is judged again case by case, errors of other kinds are raised at once. on_case: called after each
+    case. After MAX_FAILURES failures of policy or segmenter in a row the last error is raised again; cases whose files
+    or texts cannot be used do not count, however many they are.
     """
     results: list[Outcome] = []
     failures: list[Failure] = []
@@ -208,7 +209,7 @@ def judge_cases(
     def judged(batch: Sequence[Case]) -> Iterator[Outcome | IbisError]:
         try:
             yield from judge(batch)
-        except (PolicyError, SegmenterError) as error:
+        except (DataError, PolicyError, SegmenterError) as error:
             if len(batch) == 1:
                 yield error
             else:  # find out which of them it was
@@ -228,8 +229,8 @@ def judge_cases(
         for row in rows:
             outcome = outcomes[row.id]
             if isinstance(outcome, IbisError):
-                failures.append(Failure(row.id, str(outcome)))
-                in_a_row += 1
+                failures.append(Failure(row.id, str(outcome), machinery=not isinstance(outcome, DataError)))
+                in_a_row += failures[-1].machinery
                 if in_a_row == MAX_FAILURES:
                     raise type(outcome)(f"{in_a_row} cases in a row failed, the last one: {outcome}") from outcome
             else:

@@ -178,8 +178,9 @@ def run(
     Cases whose files have changed since they were judged are judged again; a warning says how many.
 
     workers: processes; each loads the models. on_start: called with (cases in all, cases that an earlier start judged).
-    on_case: called after each further case. Cases that fail are listed, not scored. After MAX_FAILURES failures in a
-    row an IbisError is raised: then it is the machinery, not the cases. ConfigError if `folder` holds another run.
+    on_case: called after each further case. Cases that fail are listed, not scored. After MAX_FAILURES failures of
+    policy or segmenter in a row an IbisError is raised: then it is not the cases. ConfigError if `folder` holds another
+    run.
     """
     if workers < 1:
         raise ConfigError(f"{workers} workers: give 1 or more")
@@ -208,7 +209,8 @@ def run(
         for lines in judge_blocks(blocks):
             kept.append([{**line, "content": contents[line["index"]]} for line in lines])
             for line in lines:
-                in_a_row = in_a_row + 1 if "failure" in line else 0
+                failed = line.get("failure")
+                in_a_row = 0 if failed is None else in_a_row + failed["machinery"]
                 if in_a_row == MAX_FAILURES:
                     raise IbisError(f"{in_a_row} cases in a row failed, the last one: {line['failure']['error']}")
                 if on_case is not None:

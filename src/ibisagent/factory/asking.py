@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ibisagent.datasets import CaseRow
+from ibisagent.domain import MAX_NAME_CHARS
 from ibisagent.factory.config import FactoryConfig, Question
 from ibisagent.factory.filters import is_trained_on
 from ibisagent.teacher.phrasings import DESCRIPTIONS, SHARES, Absences, is_abnormal, phrasings, with_article
@@ -19,7 +20,7 @@ class Asker:
     def __init__(self, config: FactoryConfig, rows: Sequence[CaseRow]) -> None:
         """rows: of the whole data, for the names of what is absent."""
         self._config = config
-        self._absences = Absences(rows)
+        self._absences = Absences([row for row in rows if len(row.object) <= MAX_NAME_CHARS])
 
     def ask(self, rows: Sequence[CaseRow], facts: Mapping[str, Mapping[str, Any]]) -> list[Question]:
         """All questions about the picture of `rows`; those of self-reflection are asked by `ask_again`."""

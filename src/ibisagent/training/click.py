@@ -93,7 +93,7 @@ def train(recipe: ClickRecipe, report: Report = unheard) -> Path:
 
     licences = {recipe.licence_class} if recipe.licence_class else None
     source = read_cases(recipe.data, split="train", licence_classes=licences)
-    cases = [case for case in source if case.meta.get("dataset") not in recipe.leave_out]
+    cases = [case for _, case in source.readable() if case.meta.get("dataset") not in recipe.leave_out]
     if all(is_development(case.patient) for case in cases):
         raise DataError(f"{recipe.data}: no training pair is left after licence_class, leave_out and held-out patients")
     recipe.out.mkdir(parents=True, exist_ok=True)

@@ -48,13 +48,13 @@ class TrainingImages:
 
     @classmethod
     def of(cls, source: CaseSource) -> TrainingImages:
-        """Decode all cases of `source`; those whose squashed mask is empty are left out."""
+        """Decode all cases of `source` that can be; those whose squashed mask is empty are left out."""
         numbers: dict[str, int] = {}
         pixels: list[np.ndarray] = []
         rows: list[CaseRow] = []
         image, packed = [], []
         present: dict[int, list[int]] = defaultdict(list)
-        for case, row in zip(source, source.rows, strict=True):
+        for row, case in source.readable():
             if not case.targets:
                 continue
             mask = squash(case.targets[row.object])

@@ -135,7 +135,7 @@ def build_model(processor: IbisNanoProcessor) -> IbisNanoForConditionalGeneratio
 
 def collate(examples: Sequence[Example], processor: IbisNanoProcessor) -> tuple[dict[str, torch.Tensor], int]:
     """Model inputs of a batch, left-padded, and how many last positions predict or hold all replies."""
-    prompts = [f"<|user|>{example.query}<image><|assistant|>" for example in examples]
+    prompts = [f"<|user|>{example.prompt}<image><|assistant|>" for example in examples]
     replies = [snap_locations(example.reply) + "<|end|>" for example in examples]
     texts = [prompt + reply for prompt, reply in zip(prompts, replies, strict=True)]
     batch = processor(text=texts, padding=True, return_tensors="pt")
