@@ -363,3 +363,30 @@ def test_other_texts_are_another_run(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text(table.replace("val,p3", "val,p2"))  # two images are of one patient after all
     with pytest.raises(ConfigError, match="cases_sha256"):
         run(setup, folder)
+
+
+def test_one_row_fails_alone_and_many_such_rows_end_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Texts and labels that cannot be used fail their own row, which is named, however many they are in a row."""
+    mask = box_mask(10, 8, 30, 20)
+    write_png(np.where(mask, 220, 20).astype(np.uint8)[..., None].repeat(3, axis=2), tmp_path / "a.png")
+    write_mask_png(mask, tmp_path / "m.png")
+    write_mask_png(np.ones(SIZE, dtype=bool), tmp_path / "all.png")
+    bad = [{"object": f"{number}" + "d" * 250} for number in range(MAX_FAILURES + 5)]
+    bad += [{"object": "half", "query": "Segment the \ud800."}, {"object": "odd", "label": "liver"}]
+    good = [{"object": name} for name in ("box", "a (0, 1)", "</action>", "x; y", 'a "b"', "a\nb")]
+    rows = [{"image": "a.png", "mask": "m.png", **row} for row in (*bad, *good)]
+    rows.append({"image": "a.png", "mask": "all.png", "object": "everything"})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    setup = Setup(tmp_path / "rows.jsonl", policy="centre-click", segmenter="region", batch_size=4)
+    found = run(setup, tmp_path / "run")
+    assert [one.object for one in found.results] == [*(row["object"] for row in good), "everything"]
+    assert len(found.failures) == len(bad)
+    assert all(f"row {number}: " in one.error for number, one in enumerate(found.failures, start=1))
+    assert "an object's name has 251 characters, at most 200 can be said" in found.failures[0].error
+    assert caplog.text.count("all.png: covers the whole image") == 1
+
+
+def test_the_output_folder_is_tried_before_the_work(setup: Setup, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="file"):
+        run(Setup(tmp_path / "none.csv"), tmp_path / "file" / "run")  # the data and the models are not even looked for

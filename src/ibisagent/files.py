@@ -59,6 +59,28 @@ def make_folder(folder: Path) -> None:
         raise DataError(f"{folder}: cannot be used as a folder ({error.strerror}); choose another one") from error
 
 
+def try_folder(folder: Path) -> None:
+    """Make `folder` and see that files can be written into it, before the work whose results go there.
+
+    DataError as `make_folder` and `write_whole` raise it.
+    """
+    make_folder(folder)
+    _try(folder)
+
+
+def try_file(path: Path) -> None:
+    """See that a file can be written at `path`, before the work whose result it is. DataError as `write_whole`."""
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder; name a file")
+    _try(path.parent)
+
+
+def _try(folder: Path) -> None:
+    probe = folder / f".{uuid.uuid4().hex}.probe"
+    write_whole(b"", probe)
+    probe.unlink()
+
+
 def claim(
     path: Path,
     facts: Mapping[str, Any],

@@ -29,7 +29,7 @@ from ibisagent.cli.options import (
 )
 from ibisagent.cli.output import EXIT_ERROR, print_json, progress, status, stderr, stdout
 from ibisagent.domain import MASK_SELECTION, Case, check_mask_selection
-from ibisagent.files import one_line
+from ibisagent.files import one_line, try_file, try_folder
 
 if TYPE_CHECKING:
     from ibisagent.evaluation import Evaluation, GroupBy, Summary
@@ -120,6 +120,8 @@ def compare(
     from ibisagent.evaluation.metrics import check_empty_rule
     from ibisagent.files import write_whole
 
+    if output is not None:
+        try_file(output)
     evaluations = [runs.Run(folder).evaluation for folder in (run_a, run_b)]
     found = compare_runs(*evaluations, empty=check_empty_rule(empty), seed=seed)
     if output is not None:
@@ -242,9 +244,7 @@ def ceiling(
 
         drawable = find_spec("matplotlib") is not None
         if output is not None:
-            from ibisagent.files import make_folder
-
-            make_folder(output)
+            try_folder(output)
             if not drawable:
                 stderr.print("matplotlib is not installed, so no ceiling.png: pip install 'ibisagent[plot]'")
         _, cases = cases_to_judge(data, split, limit)
@@ -436,6 +436,7 @@ def calibrate(
     and told.
     """
     selection = check_mask_selection(mask_selection)
+    try_file(output)
     with status("reading the data and loading the models", quiet=as_json):
         from ibisagent import evaluation
         from ibisagent.datasets import read_cases

@@ -33,7 +33,7 @@ from ibisagent.errors import ConfigError, DataError, IbisError, PolicyError
 from ibisagent.evaluation import MAX_FAILURES, Judge, judge_cases, location_prior, prior_cases
 from ibisagent.evaluation.metrics import EMPTY_RULE, EmptyRule
 from ibisagent.evaluation.results import CaseResult, Evaluation, Failure
-from ibisagent.files import FileHashes, claim, make_folder, write_whole
+from ibisagent.files import FileHashes, claim, try_folder, write_whole
 from ibisagent.inference.image import provenance
 from ibisagent.policies import load_policy
 from ibisagent.policies.base import Policy
@@ -184,11 +184,12 @@ def run(
     """
     if workers < 1:
         raise ConfigError(f"{workers} workers: give 1 or more")
+    if folder is not None:
+        try_folder(folder)
     with _hands(setup, workers) as (facts, contents_of, judge_blocks):
         total, size = int(facts["cases"]), setup.batch_size
         kept, contents = _Log(None if folder is None else folder / CASES_NAME), [""] * total
         if folder is not None:
-            make_folder(folder)
             claim(folder / RUN_NAME, facts)
             contents = contents_of(folder / CONTENTS_NAME)
             kept.open()

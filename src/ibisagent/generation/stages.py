@@ -23,7 +23,7 @@ from ibisagent.datasets.leaks import fingerprint
 from ibisagent.domain import Case, Episode
 from ibisagent.environment import package_version
 from ibisagent.errors import ConfigError, DataError, IbisError
-from ibisagent.files import FileHashes, claim, make_folder, write_whole
+from ibisagent.files import FileHashes, claim, try_folder, write_whole
 from ibisagent.generation import filters
 from ibisagent.generation.config import (
     STAGES,
@@ -282,7 +282,7 @@ def build(
     """
     from ibisagent.generation.card import write_card
 
-    make_folder(plan.out)
+    try_folder(plan.out)
     _claim(plan)
     hashes = FileHashes(plan.out / CONTENTS_NAME)
     contents = zip((row.id for row in plan.cases.rows), plan.cases.contents(hashes), strict=True)

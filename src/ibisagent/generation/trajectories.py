@@ -21,7 +21,7 @@ from ibisagent.datasets import CaseRow, CaseSource
 from ibisagent.domain import Case, Episode
 from ibisagent.environment import SegmentationEnv, package_version, rollout
 from ibisagent.errors import ConfigError, DataError, IbisError
-from ibisagent.files import FileHashes, claim, make_folder, write_whole
+from ibisagent.files import FileHashes, claim, try_folder, write_whole
 from ibisagent.imaging.masks import iou
 from ibisagent.policies.oracle import IOU_THRESHOLD, MAX_CLICKS, OraclePolicy
 from ibisagent.segmenters import Segmenter
@@ -103,7 +103,7 @@ def generate(
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; give 1 or more")
     store = EpisodeStore(out)
-    make_folder(store.folder)
+    try_folder(store.folder)
     for name in ("episodes-*.parquet", RUN_NAME, FAILURES_NAME, SUMMARY_NAME):
         for leftover in store.folder.glob(f".{name}.*.part"):  # of a run that was killed while it wrote
             leftover.unlink()

@@ -27,7 +27,7 @@ from ibisagent.datasets import read_cases
 from ibisagent.domain import Case, Completion, Episode, Observation
 from ibisagent.environment import SegmentationEnv, turn_limit
 from ibisagent.errors import ConfigError, PolicyError, SegmenterError
-from ibisagent.files import one_line
+from ibisagent.files import one_line, try_folder
 from ibisagent.generation.exports import read_grpo
 from ibisagent.imaging.masks import decode_rle, iou
 from ibisagent.protocol import render, target_of
@@ -294,6 +294,7 @@ def train(recipe: RlRecipe, report: Report = lambda step, steps, logs: None) -> 
     Raises ConfigError for settings that do not fit, DataError for missing data, PolicyError for missing weights,
     SegmenterError where the segmenter fails on every path of a batch.
     """
+    try_folder(recipe.out)
     trainer, student = make_trainer(recipe, report)
     return run(trainer, student, recipe, "rl")
 
