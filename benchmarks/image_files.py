@@ -30,7 +30,7 @@ JPEG_IOU = 0.9  # of a mask that went through JPEG
 RIGHT, REFUSED = "right", "refused"
 
 
-class Unwritable(Exception):
+class UnwritableError(Exception):
     """The writer has no such mode."""
 
 
@@ -126,9 +126,11 @@ def by_pillow(random: np.random.Generator, path: Path, mask: np.ndarray | None) 
     alpha = indices = None
     if ending == "jpg":
         if mode not in ("L", "RGB", "CMYK"):
-            raise Unwritable
+            raise UnwritableError
         channels = {"L": (), "RGB": (3,), "CMYK": (4,)}[mode]
-        stored = smooth(random, (*size, *channels)) if mask is None else values_of(random, "u1", (*size, *channels), mask)
+        stored = (
+            smooth(random, (*size, *channels)) if mask is None else values_of(random, "u1", (*size, *channels), mask)
+        )
         picture = PIL.Image.fromarray(stored, mode if mode == "CMYK" else None)
         options = {"quality": 95, "subsampling": 0} if mode != "L" else {"quality": 95}
     elif mode == "P":
@@ -158,9 +160,9 @@ def by_pillow(random: np.random.Generator, path: Path, mask: np.ndarray | None) 
     if mode == "CMYK":
         stored = np.asarray(picture.convert("RGB"))
         if mask is not None:
-            raise Unwritable  # no mask is kept in printing inks
+            raise UnwritableError  # no mask is kept in printing inks
     if ending == "bmp" and alpha is not None:
-        raise Unwritable  # Pillow reads no alpha of BMP
+        raise UnwritableError  # Pillow reads no alpha of BMP
     turn = 1
     if ending in ("tif", "jpg", "png"):
         turn = int(random.integers(1, 9))
@@ -174,7 +176,7 @@ def by_pillow(random: np.random.Generator, path: Path, mask: np.ndarray | None) 
     try:
         picture.save(file, **options)  # type: ignore[arg-type]
     except (OSError, ValueError, KeyError) as error:
-        raise Unwritable from error
+        raise UnwritableError from error
     what = f"{ending} {mode} {options.get('compression', '')} turn {turn}"
     turned = [None if one is None else with_orientation(one, turn) for one in (alpha, indices)]
     return File(file, what, with_orientation(stored, turn), ending == "jpg", *turned)
@@ -185,9 +187,9 @@ def by_tifffile(random: np.random.Generator, path: Path, mask: np.ndarray | None
     dtype = str(random.choice(["?", "u1", "i1", "u2", "i2", "u4", "i4", "f2", "f4", "f8"]))
     channels = int(random.choice([1, 1, 1, 2, 3, 4, 5]))
     if mask is not None and channels not in (1, 3):
-        raise Unwritable
+        raise UnwritableError
     if dtype == "?" and channels > 1:
-        raise Unwritable
+        raise UnwritableError
     size = _size(random, mask)
     stored = values_of(random, dtype, (*size, channels) if channels > 1 else size, mask)
     inks = "rgb" if channels in (3, 4) else str(random.choice(["minisblack", "miniswhite"]))
@@ -215,7 +217,7 @@ def by_tifffile(random: np.random.Generator, path: Path, mask: np.ndarray | None
     try:
         tifffile.imwrite(file, written, **options)  # type: ignore[arg-type]
     except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError) as error:
-        raise Unwritable from error
+        raise UnwritableError from error
     shown = stored[..., :3] if channels == 4 else stored
     if inks == "miniswhite" and dtype != "?":  # tifffile tags all of one bit so, and means True is 1
         if dtype[0] == "u":
@@ -235,7 +237,7 @@ def by_opencv(random: np.random.Generator, path: Path, mask: np.ndarray | None) 
     dtype = str(random.choice(["u1", "u2", "i2", "f4"] if ending == "tif" else ["u1", "u2"]))
     channels = int(random.choice([1, 3, 4]))
     if (ending in ("bmp", "jpg") and dtype != "u1") or (ending in ("bmp", "jpg") and channels == 4):
-        raise Unwritable
+        raise UnwritableError
     size = _size(random, mask, large=ending == "jpg")
     shape = (*size, channels) if channels > 1 else size
     stored = smooth(random, shape) if ending == "jpg" and mask is None else values_of(random, dtype, shape, mask)
@@ -250,9 +252,9 @@ def by_opencv(random: np.random.Generator, path: Path, mask: np.ndarray | None) 
     try:
         done = cv2.imwrite(str(file), np.ascontiguousarray(blue_first), options)
     except cv2.error as error:
-        raise Unwritable from error
+        raise UnwritableError from error
     if not done:
-        raise Unwritable
+        raise UnwritableError
     return File(file, f"{ending} {dtype} x{channels} {options[1:]}", stored, ending == "jpg", alpha)
 
 
@@ -262,9 +264,9 @@ def by_imageio(random: np.random.Generator, path: Path, mask: np.ndarray | None)
     dtype = str(random.choice(["u1", "u2", "?", "i2", "f4"]))
     channels = int(random.choice([1, 3, 4])) if dtype in ("u1", "u2") else 1
     if ending in ("bmp", "jpg") and (dtype != "u1" or channels == 4):
-        raise Unwritable
+        raise UnwritableError
     if ending == "png" and dtype in ("i2", "f4"):
-        raise Unwritable
+        raise UnwritableError
     size = _size(random, mask, large=ending == "jpg")
     shape = (*size, channels) if channels > 1 else size
     stored = smooth(random, shape) if ending == "jpg" and mask is None else values_of(random, dtype, shape, mask)
@@ -276,7 +278,7 @@ def by_imageio(random: np.random.Generator, path: Path, mask: np.ndarray | None)
     try:
         imageio.imwrite(file, stored if alpha is None else np.dstack([stored, alpha]), plugin=plugin)
     except (ValueError, TypeError, OSError, KeyError, RuntimeError) as error:
-        raise Unwritable from error
+        raise UnwritableError from error
     return File(file, f"{ending} {dtype} x{channels} {plugin}", stored, ending == "jpg", alpha)
 
 
@@ -286,7 +288,7 @@ def by_simpleitk(random: np.random.Generator, path: Path, mask: np.ndarray | Non
     dtype = str(random.choice(["u1", "u2", "i2", "f4"] if ending == "tif" else ["u1", "u2"]))
     channels = int(random.choice([1, 1, 3, 4]))
     if ending in ("bmp", "jpg") and (dtype != "u1" or channels == 4):
-        raise Unwritable
+        raise UnwritableError
     size = _size(random, mask, large=ending == "jpg")
     shape = (*size, channels) if channels > 1 else size
     stored = smooth(random, shape) if ending == "jpg" and mask is None else values_of(random, dtype, shape, mask)
@@ -300,7 +302,7 @@ def by_simpleitk(random: np.random.Generator, path: Path, mask: np.ndarray | Non
             SimpleITK.GetImageFromArray(whole, isVector=channels > 1), str(file), bool(random.random() < 0.5), 95
         )
     except RuntimeError as error:
-        raise Unwritable from error
+        raise UnwritableError from error
     return File(file, f"{ending} {dtype} x{channels}", stored, ending == "jpg", alpha)
 
 
@@ -421,7 +423,7 @@ def fuzz(files: int, seed: int, folder: Path) -> Iterator[tuple[str, str, str, s
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the writers
                 file = WRITERS[name](random, folder / f"{number}", blob(random) if as_mask else None)
-        except Unwritable:
+        except UnwritableError:
             continue
         made += 1
         if as_mask:

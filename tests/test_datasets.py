@@ -300,5 +300,5 @@ def test_splits_are_asked_for_by_kind_or_by_name(tmp_path: Path) -> None:
     assert splits("test") == ["Test"]
     assert splits("valid") == ["valid"]
     assert splits("fold 3") == ["fold 3"]
-    with pytest.raises(ConfigError, match="no row has split 'validation'; there are: .*valid"):
+    with pytest.raises(ConfigError, match=r"no row has split .validation.; there are: .*valid"):
         splits("validation")

@@ -36,7 +36,7 @@ MAX_CHANNELS = 16
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP")  # Pillow knows more, some run other programs: not for files of strangers
 _VOLUME_SUFFIXES = (".nii", ".nii.gz", ".dcm", ".dicom", ".mha", ".mhd", ".nrrd")
-_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last: large, big-endian
 _ORIENTATION_TAG, _BITS_TAG, _PHOTOMETRIC_TAG, _SOFTWARE_TAG = 274, 258, 262, 305
 _SAMPLES_TAG, _PLANES_TAG, _EXTRA_TAG, _SAMPLE_FORMAT_TAG = 277, 284, 338, 339
 """TIFF 6.0; EXIF has the first too."""
@@ -222,6 +222,9 @@ def _open(file: IO[bytes], where: object, formats: tuple[str, ...]) -> ImageFile
     Pillow maps such a file into memory and loses the rows of a TIFF that lies on its side.
     """
     check_image_file(file, where)
+    file.seek(0)
+    if file.read(4) == _TIFF_MAGIC[-1]:  # Pillow cannot read it, and warns of damage
+        raise PIL.UnidentifiedImageError
     file.seek(0)
     if PIL.Image.MAX_IMAGE_PIXELS is not None:  # who raises our limit means Pillow's as well
         PIL.Image.MAX_IMAGE_PIXELS = max(PIL.Image.MAX_IMAGE_PIXELS, limits.current().pixels)
