@@ -35,7 +35,8 @@ from ibisagent.factory.stages import Plan, build
 from ibisagent.images import write_mask_png, write_png
 from ibisagent.policies import load_policy
 from ibisagent.policies.nano import IbisNanoForConditionalGeneration, LikelyPlaces
-from ibisagent.protocol import parse, render, target_of
+from ibisagent.protocol import parse, render
+from ibisagent.query import target_of
 from ibisagent.rewards import PAPER, RewardWeights
 from ibisagent.segmenters import load_segmenter
 from ibisagent.store import EpisodeStore

@@ -14,7 +14,7 @@ LAYERS = (
     ("files",),
     ("domain",),
     ("limits",),
-    ("masks", "images", "csv_tables", "clicks", "protocol", "calibration", "recipe", "resampling"),
+    ("masks", "images", "csv_tables", "clicks", "protocol", "query", "calibration", "recipe", "resampling"),
     ("metrics", "segmenters", "policies", "datasets", "store", "volumes", "pacs"),
     ("environment", "rewards"),
     ("teacher",),

@@ -32,9 +32,9 @@ from ibisagent.protocol import (
     overlay,
     parse,
     render,
-    target_of,
     write,
 )
+from ibisagent.query import target_of
 from ibisagent.teacher.phrasings import phrasings
 
 FUZZ = int(os.environ.get("IBIS_FUZZ", "2000"))

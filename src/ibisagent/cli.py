@@ -344,7 +344,7 @@ class _Volumes:
 
     def _segment(self, path: str, volume: Volume, start: Path | None) -> dict[str, Any]:
         from ibisagent import pacs, volume_agent
-        from ibisagent.protocol import target_of
+        from ibisagent.query import target_of
         from ibisagent.volume_agent.files import VolumeWriter
         from ibisagent.volumes import SliceView
         from ibisagent.volumes.writing import masks_on

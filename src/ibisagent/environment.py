@@ -36,6 +36,7 @@ from ibisagent.domain import (
 from ibisagent.errors import ConfigError, DataError, PolicyError, SegmenterError
 from ibisagent.masks import iou
 from ibisagent.policies.base import Policy, Proposer
+from ibisagent.query import target_of
 from ibisagent.segmenters import Prediction, Segmenter, SegmenterSession, load_segmenter
 from ibisagent.segmenters.runtime import RUNTIMES
 
@@ -232,7 +233,7 @@ class SegmentationEnv:
         self.max_turns = max_turns
         self._mask_selection = mask_selection
         self._case_id, self._image, self._query, self._start = case.id, case.image, case.query, dict(case.start)
-        self._default_target = protocol.target_of(case.query)
+        self._default_target = target_of(case.query)
         self._board = Board(case.image, segmenter, self._start)
         self._made_by = {
             "segmenter": segmenter.name,

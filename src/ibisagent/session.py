@@ -64,7 +64,8 @@ from ibisagent.files import make_folder, png_bytes, safe_name, write_whole
 from ibisagent.images import read_image, read_masks, write_mask_png, write_png
 from ibisagent.masks import decode_rle
 from ibisagent.policies.base import Policy
-from ibisagent.protocol import overlay, target_of, write
+from ibisagent.protocol import overlay, write
+from ibisagent.query import target_of
 from ibisagent.segmenters import Segmenter
 from ibisagent.store import (
     EpisodeStore,

@@ -15,7 +15,7 @@ from ibisagent.datasets.members import read_json
 from ibisagent.datasets.rows import CaseRow
 from ibisagent.domain import check_query
 from ibisagent.errors import DataError
-from ibisagent.protocol import target_of
+from ibisagent.query import target_of
 
 PAIRS, CLASSES = "SAMed2D_v1.json", "SAMed2D_v1_class_mapping_id.json"
 _MODALITIES = {

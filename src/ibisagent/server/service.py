@@ -29,7 +29,7 @@ from ibisagent.files import file_names, make_folder, write_whole
 from ibisagent.images import read_image, read_masks
 from ibisagent.inventory import Model, models
 from ibisagent.policies.base import Policy
-from ibisagent.protocol import target_of
+from ibisagent.query import target_of
 from ibisagent.segmenters import Segmenter
 from ibisagent.server.batching import SharedPolicy
 from ibisagent.session import SESSION_FILE, Session

@@ -20,7 +20,8 @@ import torch
 from ibisagent.clicks import next_click
 from ibisagent.domain import Action, Box, Click, Mask, Reply, Undo
 from ibisagent.masks import iou
-from ibisagent.protocol import Size, recap, target_of
+from ibisagent.protocol import Size, recap
+from ibisagent.query import target_of
 from ibisagent.segmenters.click_network import ClickNetwork
 from ibisagent.training.click_states import spoilt
 from ibisagent.training.images import TrainingImages

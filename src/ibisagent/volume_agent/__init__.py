@@ -39,7 +39,7 @@ from ibisagent.environment import SegmentationEnv, rollout, turn_limit
 from ibisagent.errors import ConfigError, DataError, SegmenterError
 from ibisagent.masks import iou
 from ibisagent.policies.base import Policy
-from ibisagent.protocol import target_of
+from ibisagent.query import target_of
 from ibisagent.segmenters import Memory, Prediction, Segmenter, SegmenterSession
 from ibisagent.volumes import SliceView
 from ibisagent.volumes.grid import scratch
