@@ -1,12 +1,12 @@
 """Which objects a user's sentence asks for, and what a policy that knows certain names makes of them.
 
-    "OPTIC DISC"                         -> optic disc, known
-    "the optic disc and the optic cup"   -> two requests
-    "lien"                               -> spleen, by the table of synonyms (`synonyms.toml`)
-    "Lt lung"                            -> left lung, by rule
-    "optc disc"                          -> not known; asked for as the nearest name, and never called by it
-    "gallbladder"                        -> not known
-    "breast and ovarian cancer"          -> refused: it cannot be known whether that is one object or two
+"OPTIC DISC"                         -> optic disc, known
+"the optic disc and the optic cup"   -> two requests
+"lien"                               -> spleen, by the table of synonyms (`synonyms.toml`)
+"Lt lung"                            -> left lung, by rule
+"optc disc"                          -> not known; asked for as the nearest name, and never called by it
+"gallbladder"                        -> not known
+"breast and ovarian cancer"          -> refused: it cannot be known whether that is one object or two
 """
 
 from __future__ import annotations
@@ -145,9 +145,7 @@ def requests(
     return tuple(found.values())
 
 
-def _phrases(
-    query: str, names: Collection[str], everything: Callable[[], Sequence[str]] | None
-) -> Iterator[str]:
+def _phrases(query: str, names: Collection[str], everything: Callable[[], Sequence[str]] | None) -> Iterator[str]:
     """The names of objects in a query, as they are written."""
     text = re.sub(r"\s*[;\n]\s*", ", ", query[:MAX_QUERY_CHARS].strip(" ;\n"))
     if _WORDS_WANTED.search(text):
@@ -202,7 +200,7 @@ def _divided(phrase: str, names: Collection[str]) -> list[str]:
 
 
 def _shared(parts: list[str], names: Collection[str]) -> list[str]:
-    """"left", "right lung" -> "left lung", "right lung": names that share their last words, where all are known or only
+    """ "left", "right lung" -> "left lung", "right lung": names that share their last words, where all are known or only
     a side is left out."""
     words = parts[-1].split()
     for count in range(len(words) - 1, 0, -1):
