@@ -130,10 +130,12 @@ def check_mask_selection(word: str) -> MaskSelection:
 
 
 def check_query(query: str) -> str:
-    """The query without surrounding blanks; ConfigError if nothing is left or it is longer than MAX_QUERY_CHARS."""
+    """The query without surrounding blanks; ConfigError if it has no letter or is longer than MAX_QUERY_CHARS."""
     query = query.strip()
     if not query:
         raise ConfigError("the query is empty: say what to segment, for example 'optic disc'")
+    if not any(letter.isalpha() for letter in query):
+        raise ConfigError(f"the query '{query[:40]}' has no letters: say what to segment, for example 'optic disc'")
     if len(query) > MAX_QUERY_CHARS:
         raise ConfigError(f"the query has {len(query)} characters, at most {MAX_QUERY_CHARS} are read: shorten it")
     return query

@@ -2,7 +2,7 @@
 
 "OPTIC DISC"                         -> optic disc, known
 "the optic disc and the optic cup"   -> two requests
-"lien"                               -> spleen, by the table of synonyms (`synonyms.toml`)
+"lien"                               -> spleen, by the table of synonyms (`policies/synonyms.toml`)
 "Lt lung"                            -> left lung, by rule
 "optc disc"                          -> not known; asked for as the nearest name, and never called by it
 "gallbladder"                        -> not known
@@ -20,7 +20,6 @@ from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
 from itertools import product
-from os.path import commonprefix
 from typing import Any
 
 from ibisagent.domain import MAX_QUERY_CHARS, MAX_TARGETS
@@ -53,8 +52,8 @@ _FILLERS = (
     rf"(?:in|part of) (?:this|the|that) (?:[\w-]+ ){{0,3}}{_PICTURE}|this {_PICTURE}|pixels belong|began|interested in|"
     "(?:my|a) (?:first )?mask of|shows|"
     "a|all|am|an|and|any|are|can|colleague|could|do|does|for|from|here|i|is|it|just|"
-    "(?:mask|contour|outline|location|position|segmentation)s? of|me|my|need|of|on|out|see|some|somewhere|that|the|there|this|to|us|"
-    "visible|want|we|what|where|which|will find|would|you"
+    "(?:mask|contour|outline|location|position|segmentation)s? of|me|my|need|of|on|out|see|some|somewhere|that|the|"
+    "there|this|to|us|visible|want|we|what|where|which|will find|would|you"
 )
 _COMMAND = re.compile(rf"(?:{_VERBS})\b", re.IGNORECASE)
 _LEADING = re.compile(rf"(?:(?:{_VERBS}|{_FILLERS})(?:[\s,]+|$))+", re.IGNORECASE)
@@ -67,7 +66,8 @@ _PLACE = re.compile(
 _TRAILING = re.compile(
     rf"(?:^|,? )(?:please|for me|(?:only )?if|but|and (?:{_VERBS})|(?:is|are) (?:marked|not|there|visible)|"
     r"each (?:in|with)|one mask|separately|individually|as separate masks|respectively|"
-    r"be (?:found|seen)|marked|which lies|that you see|(?:is )?(?:on|in|at) the (?:left|right|top|bottom|upper|lower)|(?:is|are)$)\b.*",
+    r"be (?:found|seen)|marked|which lies|that you see|"
+    r"(?:is )?(?:on|in|at) the (?:left|right|top|bottom|upper|lower)|(?:is|are)$)\b.*",
     re.IGNORECASE,
 )
 _HOLLOW = re.compile(
@@ -117,7 +117,8 @@ _OPEN = re.compile(
 _DESCRIPTION = re.compile(r"\b(?:that|which|where|who|whose|what)\b", re.IGNORECASE)
 _EVERYTHING = re.compile(
     r"everything(?: (?:here|visible|you (?:can see|know)))?|all|(?:all|every)(?: of)?(?: the)?(?: visible)? "
-    r"(?:objects?|organs?|structures?|things?|targets?|anatomy|tissues?)|(?:the )?(?:whole|entire|full) (?:image|picture|scan|slice)",
+    r"(?:objects?|organs?|structures?|things?|targets?|anatomy|tissues?)|"
+    r"(?:the )?(?:whole|entire|full) (?:image|picture|scan|slice)",
     re.IGNORECASE,
 )
 _AND = re.compile(r"\s*(?:,\s*(?:and\s+|&\s*)?|\s(?:and|as well as|plus|und|et|y)\s|\s[&+]\s)\s*", re.IGNORECASE)
@@ -183,8 +184,7 @@ def _divided(phrase: str, names: Collection[str]) -> list[str]:
     parts = [_bare(part) for part in _AND.split(phrase) if _bare(part)]
     if len(parts) < 2 or _lookup(phrase, names):
         return [phrase]
-    first, *others = _AND.split(phrase)
-    as_list = len(parts) > 2 or "," in phrase or any(_ARTICLE.match(part) for part in others)
+    as_list = len(parts) > 2 or "," in phrase or any(_ARTICLE.match(part) for part in _AND.split(phrase)[1:])
     if as_list and not _shared(parts, names):
         return parts
     shared = _shared(parts, names)
@@ -200,8 +200,8 @@ def _divided(phrase: str, names: Collection[str]) -> list[str]:
 
 
 def _shared(parts: list[str], names: Collection[str]) -> list[str]:
-    """ "left", "right lung" -> "left lung", "right lung": names that share their last words, where all are known or only
-    a side is left out."""
+    """The parts with the last words that they share, where all are known then, or the others are mere sides: of "left"
+    and "right lung", "left lung" and "right lung"."""
     words = parts[-1].split()
     for count in range(len(words) - 1, 0, -1):
         head = " ".join(words[-count:])
@@ -286,7 +286,7 @@ def _spelling(text: str) -> str:
 
 
 def _singular(name: str) -> str:
-    """Without the plural of the last word; words that end so in the singular lose it everywhere, so they still match."""
+    """Without the plural of the last word. Singulars that end so lose it as well, everywhere: they still match."""
     for plural, singular in (("ies", "y"), ("sses", "ss"), ("ices", "ix"), ("vertebrae", "vertebra"), ("s", "")):
         if name.endswith(plural) and len(name) > len(plural) + 2 and not name.endswith(("ss", "us", "is")):
             return name.removesuffix(plural) + singular
@@ -296,7 +296,7 @@ def _singular(name: str) -> str:
 @cache
 def _table() -> Mapping[str, Any]:
     """`synonyms.toml`, with all that is looked up in plain form."""
-    read = tomllib.loads(files("ibisagent").joinpath("synonyms.toml").read_text(encoding="utf-8"))
+    read = tomllib.loads(files("ibisagent").joinpath("policies", "synonyms.toml").read_text(encoding="utf-8"))
     sides = {_plain(word): side for side, words in read["sides"].items() for word in (side, *words)}
     around = frozenset(_plain(word) for word in read["words"]["around"])
     return {"names": read["names"], "abbreviations": read["abbreviations"], "sides": sides, "around": around}
@@ -335,10 +335,10 @@ def _same_word(written: str, known: str) -> bool:
 
 def _one_slip(a: str, b: str) -> bool:
     """Whether one letter more, less or other, or two exchanged, make `a` of `b`."""
-    start = len(commonprefix([a, b]))
-    a, b = a[start:], b[start:]
-    end = len(commonprefix([a[::-1], b[::-1]]))
-    a, b = a[: len(a) - end], b[: len(b) - end]
+    while a and b and a[0] == b[0]:
+        a, b = a[1:], b[1:]
+    while a and b and a[-1] == b[-1]:
+        a, b = a[:-1], b[:-1]
     return max(len(a), len(b)) <= 1 or (len(a) == 2 and a == b[::-1])
 
 
