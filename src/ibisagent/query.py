@@ -253,9 +253,9 @@ def _surfaces(phrase: str, table: Mapping[str, Any]) -> Iterator[str]:
     yield _bare(phrase)
     around = table["around"]
     words = re.split(r"[\s'’]+", phrase)
-    while words and _plain(words[0]) in around:
+    while words and around.issuperset(_plain(words[0].strip("?!.,")).split()):
         words = words[1:]
-    while words and _plain(words[-1].strip("?!.,")) in around:
+    while words and around.issuperset(_plain(words[-1].strip("?!.,")).split()):
         words = words[:-1]
     if words:
         yield " ".join(words).strip(" .,;:!?¿¡")
