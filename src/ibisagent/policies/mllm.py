@@ -167,7 +167,7 @@ class MllmPolicy:
         if vocabulary is None:
             return ()
         requests = understood(image, query, vocabulary, self._look)
-        return tuple(vocabulary.asked(one, self._look(image, sentence_for(query, one, requests))) for one in requests)
+        return tuple(vocabulary.asked(one, self._look(image, sentence_for(one))) for one in requests)
 
     def see(self, image: Image, query: str) -> tuple[np.ndarray, np.ndarray]:
         """What an ibis-nano sees in an image before any turn: the map of the object that `query` asks for, as logits

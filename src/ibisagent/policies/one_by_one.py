@@ -8,7 +8,7 @@ that was not asked for. All of this follows from the observation alone, so it ho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import replace
 
 import cv2
@@ -31,7 +31,6 @@ SEGMENTED = "The {} is segmented."
 ABSENT_HERE = "There is no {} here."
 
 _NOTHING = np.zeros((1, 1), dtype=bool)
-LONGEST_QUERY = 300  # characters: longer ones are put in a few words
 
 Answering = Generator[Observation, Completion, Completion]
 """Yields what to ask the model, is sent what it wrote, returns the completion for the observation."""
@@ -112,7 +111,7 @@ def _about(
 ) -> tuple[Observation, str]:
     """What the model is to see for one object, and the target that it is: the masks and turns about it, and a query
     with the name that the model learned."""
-    query, masks = sentence_for(observation.query, request, asked), observation.masks
+    query, masks = sentence_for(request), observation.masks
     names = (request.name, target_of(observation.query))  # the second is what a brought mask is called
     target = next((name for name in names if name in masks), request.name)
     turns = observation.turns
@@ -123,13 +122,9 @@ def _about(
     return replace(observation, query=query, masks=own, turns=turns), target
 
 
-def sentence_for(query: str, request: Request, asked: Sequence[Request]) -> str:
-    """What the model is asked for one object: the user's sentence where it can read that, with the learned name."""
-    plain = len(asked) == 1 and len(query) <= LONGEST_QUERY and target_of(query) == request.name
-    if plain and request.name == request.asked:
-        return query
-    if plain and not query.isupper() and query.count(request.name) == 1:
-        return query.replace(request.name, request.asked)
+def sentence_for(request: Request) -> str:
+    """What the model is asked for one object: in the words that it was taught most, so that a bare name, a question and
+    another language ask for the same."""
     return f"Segment the {request.asked}."
 
 
