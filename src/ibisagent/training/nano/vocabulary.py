@@ -63,8 +63,10 @@ def write_vocabulary(folder: Path, cases: CaseSource) -> Path:
     possible = {name: [number for number, kind in enumerate(kinds) if can_show(taught, kind)]
                 for name, taught in objects.items()}  # fmt: skip
     peaks, there = _peaks(cases.rows, list(_spread(held_out or learned, HELD_OUT_PER_DATA_SET)), objects, see)
-    slope, shift = fit_presence(peaks, there)
-    present = 1 / (1 + np.exp(-(slope * peaks[there] + shift)))
+    slope, shift, absent_below = 0.0, 0.0, 0.0  # where the data shows all that was ever asked for, nothing is learned
+    if there.any() and not there.all():
+        slope, shift = fit_presence(peaks, there)
+        absent_below = float(np.quantile(1 / (1 + np.exp(-(slope * peaks[there] + shift))), REFUSED))
     said = {
         "kinds": kinds,
         "objects": {
@@ -74,7 +76,7 @@ def write_vocabulary(folder: Path, cases: CaseSource) -> Path:
         "presence": {
             "slope": round(slope, 4),
             "shift": round(shift, 4),
-            "absent_below": round(float(np.quantile(present, REFUSED)), 4),
+            "absent_below": round(absent_below, 4),
         },
         "weights": [[float(f"{value:.4g}") for value in row] for row in weights.tolist()],
         "biases": [float(f"{value:.4g}") for value in biases.tolist()],
