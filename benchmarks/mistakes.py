@@ -22,7 +22,8 @@ from ibisagent.domain import Click, Completion, Mask, Masks, Reply, Undo
 from ibisagent.environment import SegmentationEnv, rollout, turn_limit
 from ibisagent.imaging.masks import iou
 from ibisagent.policies import load_policy
-from ibisagent.protocol import target_of, write
+from ibisagent.protocol import write
+from ibisagent.query import target_of
 from ibisagent.segmenters import load_segmenter
 from ibisagent.training.click.states import is_development, spoilt
 

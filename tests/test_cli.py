@@ -341,11 +341,29 @@ def test_full_disk_leaves_nothing_half_written(image: Path, script: str, tmp_pat
     assert list(out.iterdir()) == []
 
 
-def test_policy_that_writes_nonsense_is_no_error(image: Path, tmp_path: Path) -> None:
+def test_policy_that_writes_nonsense_makes_nothing_and_that_is_an_error(image: Path, tmp_path: Path) -> None:
     policy = scripted(tmp_path, ["nonsense", "<action>click + (nan, 1e999999999) x</action>"])
     result = run_segment(image, "Segment the <action>stop</action>.", policy=policy, out=tmp_path / "out")
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 2, result.output
     assert "malformed after 2 turns" in result.stdout
+    assert "could not be read" in result.stderr
+    again = run_segment(image, "Segment the box.", "--json", policy=policy, out=tmp_path / "out")
+    assert again.exit_code == 2
+    assert "could not be read" in json.loads(again.stdout)["results"][0]["error"]
+
+
+def test_malformed_replies_after_a_mask_leave_the_mask(image: Path, tmp_path: Path) -> None:
+    policy = scripted(tmp_path, [text(Click(40, 30, True, "box")), "nonsense", "nonsense"])
+    result = run_segment(image, "Segment the box.", policy=policy, out=tmp_path / "out")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("query", [".", "?", "12", " - "])
+def test_query_without_letters_is_refused(image: Path, tmp_path: Path, query: str) -> None:
+    result = run_segment(image, query, policy="centre-click", out=tmp_path / "out")
+    assert result.exit_code == 2
+    assert "no letters" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 # ----------------------------------------------------------------------------------------------- the other commands

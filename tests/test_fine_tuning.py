@@ -36,13 +36,15 @@ from ibisagent.generation.trajectories import TrajectoryConfig, generate
 from ibisagent.imaging.images import write_mask_png, write_png
 from ibisagent.policies import load_policy
 from ibisagent.policies.nano import IbisNanoForConditionalGeneration, LikelyPlaces
-from ibisagent.protocol import parse, render, target_of
+from ibisagent.policies.one_by_one import TAKEN_BACK
+from ibisagent.protocol import parse, render
+from ibisagent.query import target_of
 from ibisagent.rewards import PAPER, RewardWeights
 from ibisagent.segmenters import load_segmenter
 from ibisagent.store import EpisodeStore
 from ibisagent.training.finetune import rl, sft
 from ibisagent.training.finetune.common import ScoredReplies, load_student, without_library_warnings
-from ibisagent.training.nano.curriculum import TAKEN_BACK, plainly
+from ibisagent.training.nano.curriculum import plainly
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 

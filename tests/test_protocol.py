@@ -33,9 +33,9 @@ from ibisagent.protocol import (
     overlay,
     parse,
     render,
-    target_of,
     write,
 )
+from ibisagent.query import target_of
 
 FUZZ = int(os.environ.get("IBIS_FUZZ", "2000"))
 SIZE = (61, 83)

@@ -133,7 +133,7 @@ def check_mask_selection(word: str) -> MaskSelection:
 def check_query(query: str) -> str:
     """The query without surrounding blanks.
 
-    ConfigError if nothing is left, it is longer than MAX_QUERY_CHARS or it is no Unicode text.
+    ConfigError if it has no letter, it is longer than MAX_QUERY_CHARS or it is no Unicode text.
     """
     query = query.strip()
     try:
@@ -142,6 +142,8 @@ def check_query(query: str) -> str:
         raise ConfigError(f"the query holds half a character, at place {error.start}: write it in Unicode") from error
     if not query:
         raise ConfigError("the query is empty: say what to segment, for example 'optic disc'")
+    if not any(letter.isalpha() for letter in query):
+        raise ConfigError(f"the query '{query[:40]}' has no letters: say what to segment, for example 'optic disc'")
     if len(query) > MAX_QUERY_CHARS:
         raise ConfigError(f"the query has {len(query)} characters, at most {MAX_QUERY_CHARS} are read: shorten it")
     return query

@@ -18,6 +18,7 @@ from ibisagent.domain import (
     MASK_SELECTION,
     MAX_TARGETS,
     Action,
+    Box,
     Case,
     Completion,
     Episode,
@@ -35,7 +36,8 @@ from ibisagent.domain import (
 )
 from ibisagent.errors import ConfigError, PolicyError, SegmenterError
 from ibisagent.imaging.masks import iou
-from ibisagent.policies.base import Policy, Proposer
+from ibisagent.policies.base import Knowing, Policy, Proposer
+from ibisagent.query import target_of
 from ibisagent.segmenters import Prediction, Segmenter, SegmenterSession
 
 MAX_TURNS = 20
@@ -52,10 +54,16 @@ def package_version() -> str:
         return "source tree"
 
 
-def turn_limit(policy: object) -> int:
-    """Most turns of an episode of `policy` where the caller names none: its own `max_turns`, else MAX_TURNS."""
+def turn_limit(policy: object, query: str = "") -> int:
+    """Most turns of an episode of `policy` where the caller names none: its own `max_turns`, else MAX_TURNS.
+
+    query: what is asked; as often as that, and a turn for the answer, where the policy is asked for each of several
+    objects in turn. ConfigError where it does not settle what is asked for.
+    """
     own: int | None = getattr(policy, "max_turns", None)
-    return MAX_TURNS if own is None else own
+    vocabulary = policy.vocabulary if isinstance(policy, Knowing) else None
+    limit, count = MAX_TURNS if own is None else own, vocabulary.count(query) if vocabulary and query else 1
+    return limit * count + (count > 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,6 +138,30 @@ class Board:
         ]
         return Turn(completion, reply, before, self.masks, float(np.mean(scores)) if scores else None), fresh
 
+    def take_best(self, read: Sequence[tuple[Completion, Reply]]) -> tuple[Turn, bool]:
+        """Take the best of several replies for one turn, each with its completion; returns as `take`.
+
+        Each that prompts the segmenter is tried. A turn's worth is the segmenter's own score plus its agreement with
+        the others, the mean IoU of its masks with theirs: what several prompts lead to is more likely right. The first
+        one is taken where it does not prompt (it stops, or cannot be read), or where no other one does. Raises as
+        `take`.
+        """
+        tried = [(completion, reply) for completion, reply in read if reply.prompts]
+        if not read[0][1].prompts or len(tried) < 2:
+            return self.take(*read[0])
+        self.open()
+        boards = [self.copy() for _ in tried]
+        taken = [board.take(*one) for board, one in zip(boards, tried, strict=True)]
+        turns = [turn for turn, _ in taken]
+        worth = [
+            (turn.segmenter_score or 0.0)
+            + float(np.mean([_agreement(turn.after, other.after) for other in turns if other is not turn]))
+            for turn in turns
+        ]
+        best = int(np.argmax(worth))
+        self._turns, self._standing, self._states = boards[best]._turns, boards[best]._standing, boards[best]._states
+        return taken[best]
+
     def apply(self, actions: Sequence[Action]) -> bool:
         """Apply one reply's actions as `domain.stand_after` says; False if it has prompts, and yet nothing changes.
 
@@ -155,8 +187,12 @@ class Board:
         objects = dict(state)
         for target in dict.fromkeys(prompt.target for prompt in batch):
             old = state.get(target)
-            prompts = (*(old.prompts if old else ()), *(prompt for prompt in batch if prompt.target == target))
-            prediction = self._session.predict(prompts, old.prior if old else None)
+            new = [prompt for prompt in batch if prompt.target == target]
+            prompts = (*(old.prompts if old else ()), *new)
+            prior = old.prior if old else None
+            if old is not None and not old.prompts and any(isinstance(prompt, Box) for prompt in new):
+                prior = None  # a box says where all of the object is: a start mask would only hold it elsewhere
+            prediction = self._session.predict(prompts, prior)
             _check_prediction(prediction, self._image.size, self._segmenter.name)
             objects[target] = _Object(prompts, prediction.mask, prediction.logits, prediction.score)
         return objects
@@ -231,7 +267,7 @@ class SegmentationEnv:
         self.max_turns = max_turns
         self._mask_selection = mask_selection
         self._case_id, self._image, self._query, self._start = case.id, case.image, case.query, dict(case.start)
-        self._default_target = protocol.target_of(case.query)
+        self._default_target = target_of(case.query)
         self._board = Board(case.image, segmenter, self._start)
         self._made_by = {
             "segmenter": segmenter.name,
@@ -274,33 +310,19 @@ class SegmentationEnv:
     @property
     def is_open(self) -> bool:
         """Whether the first turn may be any: nothing has been done yet, and no mask is there to be refined."""
-        return not self._turns and not any(mask.any() for mask in self._start.values())
+        return not self._turns and not self.has_start
+
+    @property
+    def has_start(self) -> bool:
+        """Whether a mask was brought."""
+        return any(mask.any() for mask in self._start.values())
 
     def step_best(self, completions: Sequence[Completion]) -> Turn:
-        """Take the best of several completions for one turn, and record that turn alone.
-
-        Each that prompts the segmenter is tried. A turn's worth is the segmenter's own score plus its agreement with
-        the others, the mean IoU of its masks with theirs: what several prompts lead to is more likely right. The first
-        one is taken where it does not prompt (it stops, or cannot be read), or where no other one does.
+        """Take the best of several completions for one turn (`Board.take_best`), and record that turn alone.
 
         Raises as `step`.
         """
-        read = [self._read(completion) for completion in completions]
-        tried = [(completion, reply) for completion, reply in read if reply.prompts]
-        if not read[0][1].prompts or len(tried) < 2:
-            return self.step(completions[0])
-        self._board.open()
-        boards = [self._board.copy() for _ in tried]
-        taken = [board.take(*one) for board, one in zip(boards, tried, strict=True)]
-        turns = [turn for turn, _ in taken]
-        worth = [
-            (turn.segmenter_score or 0.0)
-            + float(np.mean([_agreement(turn.after, other.after) for other in turns if other is not turn]))
-            for turn in turns
-        ]
-        best = int(np.argmax(worth))
-        self._board = boards[best]
-        return self._record(*taken[best])
+        return self._record(*self._board.take_best([self._read(completion) for completion in completions]))
 
     def cut(self) -> None:
         """End the episode here, as "max_turns": for callers with another limit, such as a trainer's context length.
@@ -329,20 +351,29 @@ class SegmentationEnv:
 
 
 def rollout(
-    policy: Policy, envs: Sequence[SegmentationEnv], *, on_turn: Callable[[int, Turn], None] | None = None
+    policy: Policy,
+    envs: Sequence[SegmentationEnv],
+    *,
+    on_turn: Callable[[int, Turn], None] | None = None,
+    refine: bool = True,
 ) -> list[Episode]:
     """Run all `envs` to their end and return their episodes in order; `made_by` names the policy.
 
     All live environments are answered in one `policy.respond` batch per turn; a `Proposer` has its candidates for the
-    first turn tried (`SegmentationEnv.step_best`). on_turn: called with the environment's
-    index and its new turn. Raises PolicyError and SegmenterError when machinery fails, ConfigError when an environment
-    reads another dialect than the policy writes.
+    first turn tried (`SegmentationEnv.step_best`). on_turn: called with the environment's index and its new turn.
+    refine: whether a `Knowing` policy begins anew from masks that were brought; else it may leave them as they are, as
+    suits masks that are likely right.
+
+    Raises PolicyError and SegmenterError when machinery fails, ConfigError when an environment reads another dialect
+    than the policy writes.
     """
     for env in envs:
         if env.dialect != policy.dialect:
             raise ConfigError(f"policy {policy.name} writes dialect {policy.dialect}, its environment {env.dialect}")
     if isinstance(policy, Proposer) and policy.candidates > 1:
         _propose(policy, envs, on_turn)
+    if refine and isinstance(policy, Knowing):
+        _refine(policy, envs, on_turn)
     while live := [index for index, env in enumerate(envs) if not env.done]:
         completions = policy.respond([envs[index].observation for index in live])
         if len(completions) != len(live):
@@ -362,6 +393,17 @@ def _propose(policy: Proposer, envs: Sequence[SegmentationEnv], on_turn: Callabl
         turn = envs[index].step_best(completions)
         if on_turn is not None:
             on_turn(index, turn)
+
+
+def _refine(policy: Knowing, envs: Sequence[SegmentationEnv], on_turn: Callable[[int, Turn], None] | None) -> None:
+    """The best of several first turns, for those of `envs` that a mask was brought to."""
+    for index, env in enumerate(envs):
+        if env.has_start and not env.done and not env.observation.turns:
+            completions = policy.refine(env.observation)
+            if completions:
+                turn = env.step_best(completions)
+                if on_turn is not None:
+                    on_turn(index, turn)
 
 
 def _agreement(masks: Masks, others: Masks) -> float:

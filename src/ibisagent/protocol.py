@@ -26,7 +26,6 @@ import PIL.Image
 
 from ibisagent.domain import (
     MAX_NAME_CHARS,
-    MAX_QUERY_CHARS,
     MAX_TARGETS,
     Action,
     Box,
@@ -686,60 +685,3 @@ def _dialect(name: str) -> Dialect:
     if name not in DIALECTS:
         raise ConfigError(f"unknown dialect '{_shown(str(name))}'; there are: {', '.join(DIALECTS)}")
     return DIALECTS[name]
-
-
-# ------------------------------------------------------------------------------------------------------- the query
-
-_VERBS = (
-    "annotate|check|continue|contour|correct|delineate|detect|draw|find|fix|give|highlight|identify|improve|label|locate|"
-    "look|make|mark|outline|please|point|refine|return|say|segment|select|show|trace"
-)
-_PICTURE = r"(?:image|picture|scan|slice|photo|photograph|radiograph|x-ray|frame|ct|mri|ultrasound)"
-_FILLERS = (
-    rf"(?:in|part of) (?:this|the|that) (?:[\w-]+ ){{0,3}}{_PICTURE}|this {_PICTURE}|pixels belong|began|interested in|"
-    "(?:my|a) (?:first )?mask of|shows|"
-    "a|all|am|an|and|any|are|can|colleague|could|do|does|for|from|here|i|is|it|just|"
-    "(?:mask|contour|outline|location|position) of|me|my|need|of|on|out|see|some|somewhere|that|the|there|this|to|us|"
-    "visible|want|we|what|where|which|would|you"
-)
-_COMMAND = re.compile(rf"(?:{_VERBS})\b", re.IGNORECASE)
-_LEADING = re.compile(rf"(?:(?:{_VERBS}|{_FILLERS})(?:[\s,]+|$))+", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"[.?!;:](?=\s|$)")
-_PLACE = re.compile(
-    r"\s(?:(?:visible|shown|present|seen) )?(?:in|on|from|of|within) (?:this|the|that) "
-    rf"(?:[\w-]+ ){{0,3}}{_PICTURE}\b.*",
-    re.IGNORECASE,
-)
-_TRAILING = re.compile(
-    rf"(?:^|,? )(?:please|for me|(?:only )?if|but|and (?:{_VERBS})|(?:is|are) (?:marked|not|there|visible)|"
-    r"be (?:found|seen)|marked)\b.*",
-    re.IGNORECASE,
-)
-_HOLLOW = re.compile(
-    r"(?:\b(?:case|fit|if|in|is|it|its|mask|masks|no|part|so|that|them|there|what|wrong|yes|you)\b[\s,]*)*",
-    re.IGNORECASE,
-)
-
-
-def target_of(query: str) -> str:
-    """The short name of the object that a query means: "Segment the optic disc." -> "optic disc". Never empty.
-
-    Takes the first sentence that begins with a verb such as "segment", unless it only says "it", else the first; strips
-    verbs, articles and question words at its beginning, "in this image", "if it is there" and the like at its end.
-    At most 80 characters. A guess, for replies that name no object; queries that are already a name come back
-    unchanged.
-    """
-    sentences = [part.strip() for part in _SENTENCE_END.split(query[:MAX_QUERY_CHARS]) if part.strip()] or ["target"]
-    commands = [sentence for sentence in sentences if _COMMAND.match(sentence)]
-    names = [_name_in(sentence) for sentence in (*commands, *sentences)]
-    name = next((name for name in names if not _HOLLOW.fullmatch(name)), sentences[0])
-    while len(name) > 80 and " " in name:
-        name = name.rpartition(" ")[0]
-    return name[:80] or "target"
-
-
-def _name_in(sentence: str) -> str:
-    """What is left of a sentence without the words around the name."""
-    name = " ".join(sentence.split()).strip(" .,;:!?\"'")
-    name = name[leading.end() :] if (leading := _LEADING.match(name)) else name
-    return _TRAILING.sub("", _PLACE.sub("", name)).strip(" .,;:!?\"'")

@@ -23,13 +23,16 @@ from ibisagent.cli.options import (
 )
 from ibisagent.cli.output import EXIT_ERROR, JsonStream, print_error, print_json, progress, status, stderr, stdout
 from ibisagent.domain import MASK_SELECTION, check_mask_selection
-from ibisagent.errors import ConfigError, IbisError
+from ibisagent.errors import ConfigError, IbisError, PolicyError
 from ibisagent.files import one_line, try_folder
 
 if TYPE_CHECKING:
     from ibisagent.domain import Turn
     from ibisagent.evaluation.reliability import Queue
     from ibisagent.inference.batch import Batch, ImageResult, Listener, Result, VolumeResult
+
+LOW_PRESENCE = 0.5
+"""Below this an object is as likely missing as there."""
 
 
 @spread_options
@@ -278,8 +281,25 @@ def _print_image(result: ImageResult) -> None:
         stdout.print(f"  mask:    {file} ({one_line(target, 60)}, {pixels} pixels)")
     if not outputs.masks:
         stdout.print("  mask:    none was made")
+    for line in _doubts(result):
+        stdout.print(f"  note:    {line}")
     stdout.print(f"  overlay: {outputs.overlay}")
     stdout.print(f"  record:  {outputs.record}")
+    if (problem := result.problem) is not None:
+        print_error(PolicyError(problem))
+
+
+def _doubts(result: ImageResult) -> Iterator[str]:
+    """What a user should know before trusting a mask: names that the policy never learned, objects hardly there."""
+    from ibisagent.inference.image import asked_objects
+
+    for one in asked_objects(result.episode):
+        name, presence = one_line(one["name"], 60), one["presence"]
+        if not one["known"]:
+            nearest = f"; the nearest that it knows: {one['nearest']}" if one["nearest"] else ""
+            yield f"the policy never learned '{name}'{nearest}"
+        if presence < LOW_PRESENCE:
+            yield f"'{name}' is likely not in this image (presence {presence:.2f} of 1)"
 
 
 def _print_volume(result: VolumeResult) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from ibisagent.datasets.members import read_json
 from ibisagent.datasets.rows import CaseRow
 from ibisagent.errors import DataError
-from ibisagent.protocol import target_of
+from ibisagent.query import target_of
 
 PAIRS, CLASSES = "SAMed2D_v1.json", "SAMed2D_v1_class_mapping_id.json"
 _MODALITIES = {

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -16,12 +17,12 @@ import PIL.Image
 from ibisagent.domain import MASK_SELECTION, Case, Episode, Image, Mask, Masks, MaskSelection
 from ibisagent.errors import DataError
 from ibisagent.files import safe_name
-from ibisagent.inference.image import Outputs, export, provenance, read_case, run_case
+from ibisagent.inference.image import Outputs, asked_objects, export, provenance, read_case, run_case
 from ibisagent.inference.volume import RECHECK, VolumeSegmentation, parse_slices, run_volume
 from ibisagent.inference.volume_files import VolumeOutputs, VolumeWriter
 from ibisagent.policies import load_policy
 from ibisagent.policies.base import Policy
-from ibisagent.protocol import target_of
+from ibisagent.query import target_of
 from ibisagent.segmenters import Segmenter, load_segmenter
 from ibisagent.volumes import SliceView, Volume, read_volume
 from ibisagent.volumes.writing import masks_on
@@ -57,6 +58,11 @@ class SegmentedImage:
     def absent(self) -> tuple[str, ...]:
         """Names of what the agent says is not in the image."""
         return self.episode.answer.absent
+
+    @property
+    def objects(self) -> list[dict[str, Any]]:
+        """What the agent knows of each object that was asked for, see `inference.image.asked_objects`."""
+        return asked_objects(self.episode)
 
     def save(self, folder: str | Path, name: str = "") -> Outputs:
         """Write `NAME_mask_TARGET.png`, `NAME_overlay.png` and `NAME_record.json`, which `ibisagent replay` reads.

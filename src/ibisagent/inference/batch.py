@@ -23,11 +23,11 @@ import numpy as np
 from ibisagent.domain import MASK_SELECTION, Case, Episode, Image, MaskSelection, Turn, check_query
 from ibisagent.errors import ConfigError, DataError, IbisError
 from ibisagent.files import make_folder, safe_name, same_run
-from ibisagent.inference.image import Outputs, export, outputs_of, provenance, read_case, run_case
+from ibisagent.inference.image import Outputs, asked_objects, export, outputs_of, provenance, read_case, run_case
 from ibisagent.inference.volume import Cost, Why, parse_slices, run_volume
 from ibisagent.inference.volume_files import VolumeOutputs, VolumeWriter
 from ibisagent.policies.base import Policy
-from ibisagent.protocol import target_of
+from ibisagent.query import target_of
 from ibisagent.segmenters import Segmenter
 from ibisagent.store import read_record
 from ibisagent.volumes import SliceView, Volume, dicomweb, is_volume, read_volume
@@ -70,9 +70,19 @@ class ImageResult:
 
     kept: bool = False
 
+    @property
+    def problem(self) -> str | None:
+        """Why there is nothing that could be an answer; None where there is."""
+        episode = self.episode
+        if episode.stop != "malformed" or any(mask.any() for mask in episode.answer_masks.values()):
+            return None
+        why = episode.turns[-1].reply.problem
+        return f"{self.path}: no mask was made, as the policy's replies could not be read ({why}); ask in other words"
+
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """As plain values. known, nearest, presence: of the only object, as in `objects` (`image.asked_objects`)."""
         answer = self.episode.answer
+        asked = asked_objects(self.episode)
         return {
             "image": self.path,
             "masks": {target: str(file) for target, file in self.outputs.masks.items()},
@@ -83,6 +93,9 @@ class ImageResult:
             "stop": self.episode.stop,
             "turns": len(self.episode.turns),
             "seconds": round(self.seconds, 3),
+            **({"objects": asked} if asked else {}),
+            **({key: asked[0][key] for key in ("known", "nearest", "presence")} if len(asked) == 1 else {}),
+            **({} if (problem := self.problem) is None else {"error": problem}),
             **({} if self.score is None else {"score": round(self.score, 4)}),
             **({"kept": True} if self.kept else {}),
         }

@@ -41,10 +41,11 @@ from ibisagent.errors import ConfigError, DataError, IbisError, PolicyError
 from ibisagent.files import csv_text, make_folder, plain_cell, png_bytes, safe_name, write_whole
 from ibisagent.imaging.images import read_image, write_mask_png
 from ibisagent.imaging.masks import decode_rle
-from ibisagent.inference.image import Outputs, export, provenance
+from ibisagent.inference.image import Outputs, asked_facts, export, provenance
 from ibisagent.inference.session_report import session_report
-from ibisagent.policies.base import Policy
-from ibisagent.protocol import target_of, write
+from ibisagent.policies.base import Knowing, Policy
+from ibisagent.protocol import write
+from ibisagent.query import target_of
 from ibisagent.segmenters import Segmenter
 from ibisagent.store import (
     EpisodeStore,
@@ -296,7 +297,7 @@ class Session:
         """
         turns: list[Turn] = []
         with self._at_work(query) as policy:
-            limit = turn_limit(policy) if max_turns is None else max_turns
+            limit = turn_limit(policy, self.query) if max_turns is None else max_turns
             while len(turns) < limit:
                 asked = self._ask()
                 if asked is None:
@@ -409,7 +410,7 @@ class Session:
         if self.policy is not None:
             made_by |= {"policy": self.policy.name, **provenance(self.policy, self.segmenter)}
         made_by["ibisagent"] = package_version()
-        return [one.episode(self.id, self.image, made_by) for one in self._rounds]
+        return [one.episode(self.id, self.image, {**made_by, **self._asked_facts(one)}) for one in self._rounds]
 
     def export(self, folder: str | Path, name: str) -> Outputs:
         """Masks, overlay and record of the session, as the function `export` writes them; a record for each round."""
@@ -473,6 +474,12 @@ class Session:
     def _at_work(self, query: str | None) -> _AtWork:
         return _AtWork(self, query)
 
+    def _asked_facts(self, one: Round) -> dict[str, str]:
+        """What the policy says of the objects of a round in which it had a turn."""
+        if self.policy is None or all(step.by == "person" for step in one.steps):
+            return {}
+        return asked_facts(self.policy, self.image, one.query)
+
     def _ask(self) -> tuple[Step, bool] | None:
         policy = self.policy
         if policy is None:
@@ -480,16 +487,18 @@ class Session:
         with self._lock:
             self._check_room()
             seen, changes = self.observation, self._changes
-        completions = policy.respond([seen])
-        if len(completions) != 1:
-            raise PolicyError(f"policy {policy.name}: gave {len(completions)} completions for 1 observation")
+        completions = policy.refine(seen) if isinstance(policy, Knowing) and not seen.turns else []
+        if not completions:
+            completions = policy.respond([seen])
+            if len(completions) != 1:
+                raise PolicyError(f"policy {policy.name}: gave {len(completions)} completions for 1 observation")
         with self._lock:
             if changes != self._changes:
                 return None
             target = target_of(seen.query)
-            completion, reply = read_reply(completions[0], self.image.size, policy.dialect, target)
+            read = [read_reply(one, self.image.size, policy.dialect, target) for one in completions]
             board = self._board()
-            turn, fresh = board.take(completion, reply)
+            turn, fresh = board.take_best(read)
             return self._extend(turn, "agent", board), fresh
 
     def _act(self, action: Action) -> Step:

@@ -39,7 +39,7 @@ from ibisagent.errors import ConfigError, DataError, SegmenterError
 from ibisagent.imaging.clicks import bounding_box, distance_outside, interior_depth
 from ibisagent.imaging.masks import iou
 from ibisagent.policies.base import Policy
-from ibisagent.protocol import target_of
+from ibisagent.query import target_of
 from ibisagent.segmenters import Memory, Prediction, Segmenter, SegmenterSession
 from ibisagent.volumes import SliceView
 from ibisagent.volumes.grid import scratch
@@ -143,7 +143,7 @@ def run_volume(
     wrong = [key for key in keys or () if not 0 <= key < view.count]
     if wrong or (keys is not None and not keys):
         raise ConfigError(f"{view.volume.name}: has slices 0 to {view.count - 1}, not {wrong[0] if wrong else 'none'}")
-    turns = turn_limit(policy) if max_turns is None else max_turns
+    turns = turn_limit(policy, query) if max_turns is None else max_turns
     agent = _VolumeAgent(
         view, query, policy, _Counted(segmenter), turns, mask_selection, recheck, made_by or {}, on_episode, on_slice
     )
@@ -271,7 +271,7 @@ class _VolumeAgent:
             mask_selection=self._mask_selection,
             made_by=self._made_by,
         )
-        [episode] = rollout(self._policy, [env])
+        [episode] = rollout(self._policy, [env], refine=why == "key")
         self._policy_calls += len(episode.turns)
         if self._on_episode is not None:
             self._on_episode(index, why, episode, image)

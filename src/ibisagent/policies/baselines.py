@@ -17,6 +17,7 @@ from ibisagent import protocol
 from ibisagent.domain import Click, Completion, Mask, Observation, Reply, Stop
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.policies.base import Policy
+from ibisagent.query import target_of
 
 GRID = 64  # side of the normalised square on which places are averaged
 
@@ -41,7 +42,7 @@ class _BlindPolicy:
         return [Completion(self._write(observation)) for observation in observations]
 
     def _write(self, observation: Observation) -> str:
-        target = protocol.target_of(observation.query)
+        target = target_of(observation.query)
         if len(observation.turns) >= self.clicks:
             reply = Reply("I give no more clicks.", (Stop(f"The {target} is segmented."),))
         else:
@@ -139,13 +140,13 @@ class OneShotPolicy:
         ]
 
     def _stop(self, observation: Observation) -> str:
-        target = protocol.target_of(observation.query)
+        target = target_of(observation.query)
         reply = Reply("I act once.", (Stop(f"The {target} is segmented."),))
         return protocol.write(reply, observation.image.size, dialect=self.dialect)
 
     def _cut(self, completion: Completion, observation: Observation) -> Completion:
         """As it is, unless it has several actions; a reply that cannot be read stays what it is."""
-        size, target = observation.image.size, protocol.target_of(observation.query)
+        size, target = observation.image.size, target_of(observation.query)
         reply = protocol.parse(completion.text, size, dialect=self.dialect, default_target=target)
         if len(reply.actions) < 2:
             return completion

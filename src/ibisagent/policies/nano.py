@@ -530,6 +530,14 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             region_logits=region,
         )
 
+    @torch.inference_mode()
+    def see(self, **inputs: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Of one prompt with one image: the map of the object, (LOCATIONS, LOCATIONS) logits, and the image's mean
+        features (WIDTH,), both float32."""
+        region = self(**inputs, logits_to_keep=1, use_cache=False).region_logits
+        features = self.image_features(inputs["pixel_values"])
+        return region[0].float().cpu().numpy(), features[0].float().mean(dim=(1, 2)).cpu().numpy()
+
     def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Backbone features (N, WIDTH, GRID, GRID) of pixel_values (N, 4, SIDE, SIDE), kept for the next turn."""
         return self._features.fetch(pixel_values[:, :3], self._compute_features)

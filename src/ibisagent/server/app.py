@@ -32,6 +32,7 @@ from ibisagent.environment import package_version
 from ibisagent.errors import IbisError, PolicyError, SegmenterError, TooLargeError
 from ibisagent.files import file_names, png_bytes
 from ibisagent.imaging.masks import encode_rle
+from ibisagent.inference.image import asked_objects
 from ibisagent.inference.session import BusyError, RunEnd, Session, Step
 from ibisagent.protocol import overlay
 from ibisagent.server.auth import Gate, Keys, token_for, visitor_of
@@ -146,11 +147,16 @@ class StepView(BaseModel):
 
 
 class SegmentView(BaseModel):
-    """What one run made of one image. masks: COCO run lengths by target."""
+    """What one run made of one image. masks: COCO run lengths by target.
+
+    objects: of each that was asked for its name, whether the policy learned it (known), else the nearest name that it
+    learned, and how likely the image shows it (presence, 0 to 1); empty where the policy makes no claim.
+    """
 
     ended: str
     answer: str
     absent: list[str]
+    objects: list[dict[str, Any]]
     masks: dict[str, dict[str, Any]]
     turns: list[TurnView]
 
@@ -464,6 +470,7 @@ def _add_segment(app: FastAPI, service: Service, threads: AgentThreads) -> None:
             ended=episode.stop,
             answer=episode.answer.answer,
             absent=list(episode.answer.absent),
+            objects=asked_objects(episode),
             masks={name: encode_rle(mask) for name, mask in session.masks.items()},
             turns=[turn_view(number, step) for number, step in enumerate(session.steps, 1)],
         )

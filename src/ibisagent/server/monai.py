@@ -27,7 +27,7 @@ from ibisagent.environment import package_version
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.files import png_bytes
 from ibisagent.inference.session import Session
-from ibisagent.protocol import target_of
+from ibisagent.query import target_of
 from ibisagent.server.app import AgentThreads
 from ibisagent.server.service import VOLUME_SUFFIXES, FullError, MissingError, Service, VolumeLike, plain_name
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from ibisagent.domain import Case, Image, Mask, Masks, check_query
-from ibisagent.environment import MAX_TURNS, package_version
+from ibisagent.environment import MAX_TURNS, package_version, turn_limit
 from ibisagent.errors import ConfigError, DataError, IbisError, TooLargeError
 from ibisagent.files import file_names, make_folder, write_whole
 from ibisagent.imaging import limits
@@ -30,7 +30,7 @@ from ibisagent.imaging.images import read_image, read_masks
 from ibisagent.inference.models import Model, models
 from ibisagent.inference.session import SESSION_FILE, Session
 from ibisagent.policies.base import Policy
-from ibisagent.protocol import target_of
+from ibisagent.query import target_of
 from ibisagent.segmenters import Segmenter
 from ibisagent.server.batching import SharedPolicy
 
@@ -344,7 +344,7 @@ class Service:
 
         max_turns: default the policy's own limit.
         """
-        max_turns = self._turns(max_turns)
+        max_turns = self._turns(max_turns, query)
         with self._room.of(image.size[0] * image.size[1]):
             session = self.open_unkept(image, query, start)
             session.run(max_turns=max_turns)
@@ -355,9 +355,9 @@ class Service:
         query = check_query(query)
         return self._new(uuid.uuid4().hex, image, query, {} if start is None else {target_of(query): start}, None)
 
-    def _turns(self, asked: int | None) -> int:
+    def _turns(self, asked: int | None, query: str) -> int:
         if asked is None:
-            return self.policy.max_turns
+            return turn_limit(self.policy, query)
         if not 1 <= asked <= self.limits.turns:
             raise ConfigError(f"max_turns is {asked}: give 1 to {self.limits.turns}")
         return asked
@@ -397,7 +397,7 @@ class Service:
 
     def submit(self, images: Sequence[tuple[str, bytes]], query: str, max_turns: int | None = None) -> Job:
         """Segment many uploads (name, content) with one query, in the background. FullError, TooLargeError as above."""
-        query, max_turns = check_query(query), self._turns(max_turns)
+        query, max_turns = check_query(query), self._turns(max_turns, query)
         if not 1 <= len(images) <= self.limits.job_images:
             raise TooLargeError(f"a job of {len(images)} images: give 1 to {self.limits.job_images}")
         names = file_names([plain_name(name) for name, _ in images])

@@ -30,7 +30,8 @@ from ibisagent.errors import ConfigError, PolicyError, SegmenterError
 from ibisagent.files import one_line, try_folder
 from ibisagent.generation.exports import read_grpo
 from ibisagent.imaging.masks import decode_rle, iou
-from ibisagent.protocol import render, target_of
+from ibisagent.protocol import render
+from ibisagent.query import target_of
 from ibisagent.rewards import RewardWeights, Score, match_names, score
 from ibisagent.segmenters import Segmenter, load_segmenter
 from ibisagent.store import EpisodeStore

@@ -22,6 +22,17 @@ from ibisagent.generation.teacher.phrasings import DESCRIPTIONS, SHARES, Absence
 from ibisagent.imaging.clicks import bounding_box, interior_depth, next_click
 from ibisagent.imaging.masks import iou
 from ibisagent.policies.nano import LOCATIONS
+from ibisagent.policies.one_by_one import (
+    ABSENT_HERE,
+    DONE,
+    IN_WORDS,
+    LEAKED,
+    LOOK,
+    MISSED,
+    NOT_THERE,
+    SEGMENTED,
+    TAKEN_BACK,
+)
 from ibisagent.protocol import START_LINE, escape, write
 from ibisagent.segmenters.backbone import SIDE, WIDTH
 from ibisagent.segmenters.click_network import ClickNetwork
@@ -45,15 +56,6 @@ SYLLABLES = (
     *("ba", "co", "de", "fi", "gu", "hy", "ka", "lo", "mi"),
     *("nu", "pe", "ra", "si", "to", "ve", "xo", "cyte", "oma"),
 )
-LOOK = "I look for the {}."
-MISSED = "A part of the {} is missing."
-LEAKED = "The mask goes beyond the {}."
-DONE = "The mask fits the {}."
-NOT_THERE = "I see no {} here."
-IN_WORDS = "No pixels are needed."
-TAKEN_BACK = "That was wrong."
-SEGMENTED = "The {} is segmented."
-ABSENT_HERE = "There is no {} here."
 KINDS = (
     "referring",
     "existence",

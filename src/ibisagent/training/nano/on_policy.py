@@ -20,11 +20,13 @@ import torch
 from ibisagent.domain import Action, Box, Click, Mask, Reply, Undo
 from ibisagent.imaging.clicks import next_click
 from ibisagent.imaging.masks import iou
-from ibisagent.protocol import Size, recap, target_of
+from ibisagent.policies.one_by_one import TAKEN_BACK
+from ibisagent.protocol import Size, recap
+from ibisagent.query import target_of
 from ibisagent.segmenters.click_network import ClickNetwork
 from ibisagent.training.click.states import spoilt
 from ibisagent.training.images import TrainingImages
-from ibisagent.training.nano.curriculum import CELL, LOOK_SIDE, TAKEN_BACK, VIEW, Example, Lessons, Pair
+from ibisagent.training.nano.curriculum import CELL, LOOK_SIDE, VIEW, Example, Lessons, Pair
 
 BLIND = 0.8  # most of the backbone's channels that are hidden
 SURE = 0.85  # share that a map must give a pixel, or leave it, to speak for a correction there

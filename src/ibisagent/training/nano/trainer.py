@@ -38,6 +38,7 @@ from ibisagent.policies.nano import (
     location_text,
     snap_locations,
 )
+from ibisagent.policies.one_by_one import DONE, LEAKED, LOOK, MISSED, NOT_THERE
 from ibisagent.protocol import START_LINE
 from ibisagent.segmenters.ibis_click import PACKAGED_WEIGHTS, read_click_network
 from ibisagent.training.backbone import BackboneRecipe
@@ -56,6 +57,7 @@ from ibisagent.training.loop import (
 from ibisagent.training.nano import curriculum as lessons
 from ibisagent.training.nano.curriculum import CELL, VIEW, Example, Lessons, Pair, pairs_of
 from ibisagent.training.nano.on_policy import OwnTurns
+from ibisagent.training.nano.vocabulary import write_vocabulary
 
 FEATURE_DROPOUT = 0.2  # of the backbone's channels in each example, against learning images by heart
 AVERAGE_DECAY = 0.998
@@ -85,7 +87,7 @@ def build_processor(names: Sequence[str], words: int = 1280) -> IbisNanoProcesso
     """A processor whose tokenizer knows `words` byte-level BPE tokens from our own texts, then the location tokens."""
     corpus = [START_LINE, *lessons.ANYTHING, *lessons.SYLLABLES, *SHARES, *sum(DESCRIPTIONS.values(), ())]
     corpus += [text for kind in lessons.KINDS for _, text in phrasings(kind, held_out=False)]
-    thoughts = (lessons.LOOK, lessons.MISSED, lessons.LEAKED, lessons.DONE, lessons.NOT_THERE)
+    thoughts = (LOOK, MISSED, LEAKED, DONE, NOT_THERE)
     corpus += [text.format(name) for name in names for text in ("Segment the {}.", "Is there a {}?", *thoughts)]
     corpus += ["click + (", "click - (", "; box (", ") (", "undo", "stop; absent ", "is segmented.", "yes", "no"] * 200
     tokenizer = Tokenizer(models.BPE())
@@ -221,7 +223,7 @@ def look(
         for pair, mask in zip(chunk, masks, strict=True):
             example = Example(pair.image, images.pixels[pair.image], mask)
             example.query = f"Segment the {pair.name}."
-            example.answer(lessons.LOOK.format(pair.name), Click(0, 0, True, ""), Box(0, 0, 1, 1, ""))
+            example.answer(LOOK.format(pair.name), Click(0, 0, True, ""), Box(0, 0, 1, 1, ""))
             examples.append(example)
         batch, _ = collate(examples, processor)
         labels = batch.pop("labels")
@@ -306,7 +308,8 @@ def train(recipe: NanoRecipe, report: Report = unheard) -> Path:
     Raises ConfigError for a checkpoint of another recipe, DataError where there is nothing to train on.
     """
     try_folder(recipe.out)
-    images = TrainingImages.of(read_training_cases(recipe.data, recipe.licence_class))
+    cases = read_training_cases(recipe.data, recipe.licence_class)
+    images = TrainingImages.of(cases)
     pairs = pairs_of(images)
     learned = [pair for pair in pairs if not is_development(pair.row.patient)]
     held_out = [pair for pair in pairs if is_development(pair.row.patient)]
@@ -316,7 +319,9 @@ def train(recipe: NanoRecipe, report: Report = unheard) -> Path:
     before = recipe.total_examples - recipe.examples
     if before:
         recipe = recipe.model_copy(update={"backbone": _train_backbone(recipe, images, report)})
-    return _Run(recipe, images, learned, held_out).go(lambda done, *rest: report(before + done, *rest))
+    folder = _Run(recipe, images, learned, held_out).go(lambda done, *rest: report(before + done, *rest))
+    write_vocabulary(folder, cases)
+    return folder
 
 
 def _train_backbone(recipe: NanoRecipe, images: TrainingImages, report: Report) -> Path:
