@@ -36,8 +36,9 @@ from ibisagent.files import write_whole
 from ibisagent.generation.config import FactoryConfig
 from ibisagent.generation.stages import Plan, build
 from ibisagent.rewards import PAPER_TERMS
-from ibisagent.training import nano, rl, sft
 from ibisagent.training.click.states import is_development
+from ibisagent.training.finetune import rl, sft
+from ibisagent.training.nano import trainer as nano
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 REFLECTION = ("correction", "inconsistency")

@@ -26,7 +26,7 @@ from transformers import PrinterCallback
 from ibisagent.datasets import read_cases
 from ibisagent.generation.config import FactoryConfig
 from ibisagent.generation.stages import Plan, build
-from ibisagent.training import rl, sft
+from ibisagent.training.finetune import rl, sft
 from ibisagent.training.finetune.common import without_library_warnings
 
 RECIPES = Path(__file__).parent.parent / "recipes"

@@ -70,7 +70,7 @@ def run_segment(*arguments: object, policy: str, out: Path) -> Result:
 def assert_one_line(result: Result, *parts: str) -> None:
     """Exit code 2 and one line on stderr that holds all of `parts`."""
     assert result.exit_code == 2, result.output
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("pictures are sent to ")]
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("images are sent to ")]
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("error: ")
     for part in parts:
@@ -160,8 +160,10 @@ def test_question_without_pixels_writes_no_mask(image: Path, tmp_path: Path) -> 
 def test_equal_stems_do_not_overwrite(image: Path, script: str, tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     copies = [tmp_path / "b" / "box.png", tmp_path / "b" / "BOX.png", tmp_path / "b" / "box-2.png"]
-    for copy in copies:
-        copy.write_bytes(image.read_bytes())
+    for number, copy in enumerate(copies, 1):
+        pixels = read_image(image).pixels.copy()
+        pixels[0, 0] = number
+        write_png(pixels, copy)
     result = run_segment(image, *copies, QUERY, "--json", policy=script, out=tmp_path / "out")
     results = json.loads(result.stdout)["results"]
     records = [one["record"].casefold() for one in results]
@@ -266,7 +268,7 @@ def test_bad_start_mask(image: Path, script: str, tmp_path: Path) -> None:
         assert_one_line(result, name, *parts)
     result = run_segment(image, image, QUERY, "--start-mask", tmp_path / "small.png", policy=script, out=out)
     assert_one_line(result, "1 start masks for 2 images")
-    assert not out.exists()
+    assert not list(out.iterdir())
 
 
 @pytest.mark.parametrize(("query", "part"), [("", "empty"), (" \n ", "empty"), ("disc " * 2_000, "characters")])

@@ -40,7 +40,7 @@ from ibisagent.protocol import parse, render, target_of
 from ibisagent.rewards import PAPER, RewardWeights
 from ibisagent.segmenters import load_segmenter
 from ibisagent.store import EpisodeStore
-from ibisagent.training import rl, sft
+from ibisagent.training.finetune import rl, sft
 from ibisagent.training.finetune.common import ScoredReplies, load_student, without_library_warnings
 from ibisagent.training.nano.curriculum import TAKEN_BACK, plainly
 

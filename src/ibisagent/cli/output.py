@@ -66,13 +66,16 @@ class JsonStream:
         """name: of the list. before: the members in front of it."""
         self._opening = json.dumps({**before, name: []}).removesuffix("]}")
         self._count = 0
+        self.after: dict[str, Any] = {}
+        """Members behind the list, known by the end."""
 
     def __enter__(self) -> JsonStream:
         self._write(self._opening)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._write("]}")
+        members = json.dumps(self.after, default=str)
+        self._write("]" + (", " + members.removeprefix("{") if self.after else "}"))
 
     def add(self, value: Any) -> None:
         """Print one more item."""

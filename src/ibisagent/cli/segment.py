@@ -28,6 +28,7 @@ from ibisagent.files import one_line
 
 if TYPE_CHECKING:
     from ibisagent.domain import Turn
+    from ibisagent.evaluation.reliability import Queue
     from ibisagent.inference.batch import Batch, ImageResult, Listener, Result, VolumeResult
 
 
@@ -114,18 +115,16 @@ def segment(
 
         reviewer = Reviewer(writer, engine, selection, samples, max_turns, drawing.seed)
         batch.review = queue = Queue(reviewer, None if calibration is None else Reliability.read(calibration))
-    failed = _run_batch(batch, images, start_mask or [], as_json)
-    if queue is not None:
-        queue.write(output)
-        if not as_json:
-            stdout.print(f"to be reviewed, worst first ({output / 'review.csv'}):")
-            for entry in queue.worst_first:
-                stdout.print(f"  {entry['eval score']:.2f}  {one_line(str(entry['image']), 200)}")
+    failed = _run_batch(batch, images, start_mask or [], queue, as_json)
+    if queue is not None and not as_json:
+        stdout.print(f"to be reviewed, worst first ({output / 'review.csv'}):")
+        for entry in queue.worst_first:
+            stdout.print(f"  {entry['score']:.2f}  {one_line(str(entry['image']), 200)}")
     if failed:
         raise typer.Exit(EXIT_ERROR)
 
 
-def _run_batch(batch: Batch, images: list[str], starts: list[Path], as_json: bool) -> int:
+def _run_batch(batch: Batch, images: list[str], starts: list[Path], queue: Queue | None, as_json: bool) -> int:
     """Print every result as it comes; how many inputs failed."""
     failed = kept = 0
     if not as_json:
@@ -143,6 +142,10 @@ def _run_batch(batch: Batch, images: list[str], starts: list[Path], as_json: boo
             else:
                 _print_result(result)
             advance()
+        if queue is not None:
+            queue.write(batch.folder)
+            if stream is not None:
+                stream.after["review"] = queue.worst_first
     if kept:
         stderr.print(f"{kept} of {len(images)} results were there already and are kept (--overwrite makes them again)")
     return failed
@@ -262,6 +265,9 @@ def _print_result(result: Result) -> None:
 
 def _print_image(result: ImageResult) -> None:
     episode, outputs = result.episode, result.outputs
+    if result.kept:
+        stdout.print(f"  kept:    {outputs.record} (was there already)")
+        return
     count = len(episode.turns)
     answer = f' "{one_line(episode.answer.answer)}"' if episode.answer.answer else ""
     stdout.print(f"  {episode.stop} after {count} turn{'s' * (count != 1)} in {result.seconds:.1f} s{answer}")

@@ -23,7 +23,7 @@ import numpy as np
 from ibisagent.domain import MASK_SELECTION, Case, Episode, Image, MaskSelection, Turn, check_query
 from ibisagent.errors import ConfigError, DataError, IbisError
 from ibisagent.files import make_folder, safe_name, same_run
-from ibisagent.inference.image import Outputs, export, mask_names, provenance, read_case, run_case
+from ibisagent.inference.image import Outputs, export, outputs_of, provenance, read_case, run_case
 from ibisagent.inference.volume import Cost, Why, parse_slices, run_volume
 from ibisagent.inference.volume_files import VolumeOutputs, VolumeWriter
 from ibisagent.policies.base import Policy
@@ -60,13 +60,15 @@ class VolumeOptions:
 
 @dataclass(frozen=True, slots=True)
 class ImageResult:
-    """What came of one image. score: of the review, where there is one, in [0, 1]."""
+    """What came of one image. score: of the review, where there is one, in [0, 1]. kept: it was there already."""
 
     path: str
     episode: Episode
     outputs: Outputs
     seconds: float
     score: float | None = None
+
+    kept: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -82,6 +84,7 @@ class ImageResult:
             "turns": len(self.episode.turns),
             "seconds": round(self.seconds, 3),
             **({} if self.score is None else {"score": round(self.score, 4)}),
+            **({"kept": True} if self.kept else {}),
         }
 
 
@@ -110,8 +113,8 @@ class VolumeResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """A result that was there already."""
+class KeptVolume:
+    """The result of a volume that was there already."""
 
     path: str
     record: Path
@@ -133,7 +136,7 @@ class Failed:
         return {"image": self.path, "error": str(self.error)}
 
 
-Result = ImageResult | VolumeResult | Kept | Failed
+Result = ImageResult | VolumeResult | KeptVolume | Failed
 
 
 class Review(Protocol):
@@ -186,6 +189,8 @@ class Batch:
         self.query = check_query(self.query)
         make_folder(self.folder)
         self._made_by = provenance(self.policy, self.segmenter)
+        # by name without case, as many file systems cannot keep two that differ in it alone
+        self._records = {record.name.casefold(): record for record in self.folder.glob("*_record.json")}
 
     def run(self, paths: Sequence[str], starts: Sequence[Path | None] = ()) -> Iterator[Result]:
         """The results, in order. An input that fails becomes `Failed` and does not stop the others.
@@ -202,13 +207,13 @@ class Batch:
             except IbisError as error:
                 yield Failed(path, error)
 
-    def segment(self, path: str, start: Path | None = None) -> ImageResult | VolumeResult | Kept:
+    def segment(self, path: str, start: Path | None = None) -> ImageResult | VolumeResult | KeptVolume:
         """The result of one input. Raises IbisError."""
         if dicomweb.is_url(path) or is_volume(path):
             return self._volume(path, start)
         return self._image(path, start)
 
-    def _image(self, path: str, start: Path | None) -> ImageResult | Kept:
+    def _image(self, path: str, start: Path | None) -> ImageResult:
         started = time.perf_counter()
         case = read_case(path, self.query, start)
 
@@ -223,8 +228,11 @@ class Batch:
             return True
 
         name, record = self._name(Path(path).stem, case.image.sha256, same_input)
-        if record is not None and not self.overwrite:
-            return Kept(path, record)
+        earlier = None if record is None else _image_record(record)
+        if earlier is not None and not self.overwrite:
+            score = None if self.review is None else self.review.add(path, earlier, case)
+            outputs = outputs_of(self.folder, name, earlier.answer_masks)
+            return ImageResult(path, earlier, outputs, time.perf_counter() - started, score, kept=True)
         episode = run_case(
             case,
             self.policy,
@@ -234,16 +242,16 @@ class Batch:
             on_turn=self.listener.turn,
         )
         score = None if self.review is None else self.review.add(path, episode, case)
-        earlier = None if record is None else _image_record(record)
         outputs = export(episode, case.image, self.folder, name)
         if earlier is not None:  # it may have had masks of other objects
-            for file in {*mask_names(name, earlier.answer_masks).values()} - {
-                one.name for one in outputs.masks.values()
-            }:
-                (self.folder / file).unlink(missing_ok=True)
+            written = set(outputs.masks.values())
+            for stale in outputs_of(self.folder, name, earlier.answer_masks).masks.values():
+                if stale not in written:
+                    stale.unlink(missing_ok=True)
+        self._records[outputs.record.name.casefold()] = outputs.record
         return ImageResult(path, episode, outputs, time.perf_counter() - started, score)
 
-    def _volume(self, path: str, start: Path | None) -> VolumeResult | Kept:
+    def _volume(self, path: str, start: Path | None) -> VolumeResult | KeptVolume:
         started, options = time.perf_counter(), self.volumes
         with ExitStack() as until:
             source = Path(path)
@@ -270,7 +278,7 @@ class Batch:
 
             name, record = self._name(volume.name, facts["sha256"], same_input)
             if record is not None and not self.overwrite:
-                return Kept(path, record)
+                return KeptVolume(path, record)
             return self._segment_volume(path, view, masks, name, facts, started)
 
     def _segment_volume(
@@ -308,6 +316,7 @@ class Batch:
         if options.store is not None and outputs.dicom:
             self.listener.sending(options.store)
             dicomweb.store(options.store, outputs.dicom)
+        self._records[outputs.record.name.casefold()] = outputs.record
         return VolumeResult(path, outputs, found.cost, time.perf_counter() - started)
 
     def _volume_facts(self, volume: Volume, start: Path | None) -> dict[str, Any]:
@@ -347,11 +356,11 @@ class Batch:
         digest = hashlib.sha256(f"{content}\n{self.query}".encode()).hexdigest()[:8]
         target = safe_name(target_of(self.query), set())
         for name in (plain, f"{plain}_{target[:40]}-{digest}"):
-            record = self.folder / f"{name}_record.json"
-            if not record.exists():
+            record = self._records.get(f"{name}_record.json".casefold())
+            if record is None:
                 return name, None
             if same_input(record):
-                return name, record
+                return record.name.removesuffix("_record.json"), record
         raise DataError(f"{record}: is of another input, though its name says otherwise; choose another folder")
 
 

@@ -109,29 +109,27 @@ def export(episode: Episode, image: Image, folder: str | Path, name: str) -> Out
     """
     folder = Path(folder)
     masks = episode.answer_masks
-    mask_files = mask_names(name, masks)
-    overlay_file, record_file = f"{name}_overlay.png", f"{name}_record.json"
+    outputs = outputs_of(folder, name, masks)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".ibisagent-", dir=folder) as unfinished:
             part = Path(unfinished)
-            for target, file in mask_files.items():
-                write_mask_png(masks[target], part / file)
-            write_png(overlay(image, masks), part / overlay_file)
-            write_record(episode, part / record_file)
-            for file in (*mask_files.values(), overlay_file, record_file):
-                os.replace(part / file, folder / file)
+            for target, file in outputs.masks.items():
+                write_mask_png(masks[target], part / file.name)
+            write_png(overlay(image, masks), part / outputs.overlay.name)
+            write_record(episode, part / outputs.record.name)
+            for file in (*outputs.masks.values(), outputs.overlay, outputs.record):
+                os.replace(part / file.name, file)
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error.strerror}); free space or choose another one") from error
-    return Outputs(
-        {target: folder / file for target, file in mask_files.items()}, folder / overlay_file, folder / record_file
-    )
+    return outputs
 
 
-def mask_names(name: str, targets: Iterable[str]) -> dict[str, str]:
-    """The file name of each target's mask in the result `name`."""
+def outputs_of(folder: Path, name: str, targets: Iterable[str]) -> Outputs:
+    """Where the files of the result `name` are, with the masks of `targets`."""
     taken: set[str] = set()
-    return {target: f"{name}_mask_{safe_name(target, taken)}.png" for target in targets}
+    masks = {target: folder / f"{name}_mask_{safe_name(target, taken)}.png" for target in targets}
+    return Outputs(masks, folder / f"{name}_overlay.png", folder / f"{name}_record.json")
 
 
 def describe_actions(actions: Iterable[Action]) -> str:

@@ -208,7 +208,10 @@ def replay_volume(
         for target in dict.fromkeys([*masks, *found.masks]):
             if target not in found.masks or mask_sha256(found.masks[target]) != masks.get(target):
                 raise cannot_be_rebuilt(path, target, made_by, engine)
-        outputs = files.finish(found, view, record["query"], made_by, channel=record["channel"]) if files else None
+        outputs = None
+        if files is not None:
+            facts = record.get("input")
+            outputs = files.finish(found, view, record["query"], made_by, channel=record["channel"], input_facts=facts)
     written = (
         {}
         if outputs is None

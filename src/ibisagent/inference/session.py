@@ -1,14 +1,8 @@
-"""One image through the loop, with or without a person in it, and the files that come of it.
-
-`segment` runs an agent on an image; `Session` is a person and an agent on one image, the object behind every face of
-the package: page, server, client; `export` and `replay_record` write what came of it and play it again.
-"""
+"""A user and an agent on one image by turns: the object behind every face of the package."""
 
 from __future__ import annotations
 
-import base64
 import csv
-import html
 import json
 import threading
 import uuid
@@ -47,9 +41,10 @@ from ibisagent.errors import ConfigError, DataError, PolicyError
 from ibisagent.files import csv_text, make_folder, plain_cell, png_bytes, safe_name, write_whole
 from ibisagent.imaging.images import read_image, write_mask_png
 from ibisagent.imaging.masks import decode_rle
-from ibisagent.inference.image import Outputs, describe_actions, export, provenance
+from ibisagent.inference.image import Outputs, export, provenance
+from ibisagent.inference.session_report import session_report
 from ibisagent.policies.base import Policy
-from ibisagent.protocol import overlay, target_of, write
+from ibisagent.protocol import target_of, write
 from ibisagent.segmenters import Segmenter
 from ibisagent.store import (
     EpisodeStore,
@@ -469,7 +464,7 @@ class Session:
 
     def report(self) -> str:
         """The session as one HTML page without scripts or outside parts: picture, masks, areas, every turn."""
-        return _report(self)
+        return session_report(self)
 
     # Inside.
 
@@ -668,50 +663,3 @@ def _short_hash(text: str) -> str:
 
 def _same(a: Masks, b: Masks) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(mask, b[name]) for name, mask in a.items())
-
-
-_REPORT = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#111}}
-img{{max-width:100%;height:auto}}table{{border-collapse:collapse;width:100%}}
-td,th{{border-bottom:1px solid #ccc;padding:.3rem .5rem;text-align:left;vertical-align:top}}</style>
-<h1>{title}</h1>
-<p>{size}. Research software: not for clinical use.</p>
-<img alt="the image with its masks" src="data:image/png;base64,{picture}">
-<h2>Objects</h2><table><tr><th>object<th>pixels<th>area</tr>{objects}</table>
-<h2>Turns</h2><table><tr><th>turn<th>by<th>thought<th>action<th>predicted quality</tr>{turns}</table>
-<p>Made by {made_by}.</p></html>
-"""
-
-
-def _report(session: Session) -> str:
-    image, masks = session.image, session.masks
-    encoded = png_bytes(overlay(image, masks))
-    objects = []
-    for name, mask in masks.items():
-        pixels = int(mask.sum())
-        area = (
-            "not known" if image.spacing_mm is None else f"{pixels * image.spacing_mm[0] * image.spacing_mm[1]:.1f} mm²"
-        )
-        objects.append(f"<tr><td>{html.escape(name)}<td>{pixels}<td>{area}</tr>")
-    turns = []
-    for number, step in enumerate(session.steps, 1):
-        reply, score = step.turn.reply, step.turn.segmenter_score
-        cells = (
-            str(number),
-            step.by,
-            reply.thought,
-            reply.problem or describe_actions(reply.actions),
-            "" if score is None else f"{score:.2f}",
-        )
-        turns.append("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in cells) + "</tr>")
-    made_by = session.episodes()[-1].made_by
-    shown = ("policy", "segmenter", "ibisagent", "policy_weights_sha256", "weights_sha256")
-    return _REPORT.format(
-        title=html.escape(session.query),
-        size=f"{image.size[1]} x {image.size[0]} pixels",
-        picture=base64.b64encode(encoded).decode(),
-        objects="".join(objects),
-        turns="".join(turns),
-        made_by=html.escape(", ".join(f"{key} {made_by[key]}" for key in shown if made_by.get(key))),
-    )

@@ -40,12 +40,12 @@ from ibisagent.policies.nano import (
 )
 from ibisagent.protocol import START_LINE
 from ibisagent.segmenters.ibis_click import PACKAGED_WEIGHTS, read_click_network
-from ibisagent.training import lessons
 from ibisagent.training.backbone import BackboneRecipe
 from ibisagent.training.backbone import train as train_backbone
 from ibisagent.training.click.states import is_development
 from ibisagent.training.images import TrainingImages, context_features, read_training_cases
 from ibisagent.training.loop import Report, load_checkpoint, rate_factor, save_checkpoint, unheard, update_average
+from ibisagent.training.nano import curriculum as lessons
 from ibisagent.training.nano.curriculum import CELL, VIEW, Example, Lessons, Pair, pairs_of
 from ibisagent.training.nano.on_policy import OwnTurns
 
