@@ -2,7 +2,7 @@
 
 Losses: cross-entropy on the reply's words; for each place in the reply, cross-entropy against a distribution over all
 right places (deep inside the missed or leaked region, near the box corner) instead of one of them; and a map of the
-object that is asked for. What it is taught: `lessons`.
+object that is asked for. What it is taught: `curriculum`.
 """
 
 from __future__ import annotations
