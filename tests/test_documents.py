@@ -263,7 +263,7 @@ def test_what_is_there_is_let_through() -> None:
     text = (
         '`ibisagent`, `ibisagent eval`, `ibisagent serve --page`, `ibisagent segment *.png "the liver" -o x`,\n'
         "`python benchmarks/loop.py --policy x`, `--recheck 0`, `inference.image.read_case`, `domain.Episode.turns`,\n"
-        '`ibisagent.segment`, `evaluation.json`, `torch.load`, `protocol.py`, `plain = true`, `tests/test_cli.py`,\n'
+        "`ibisagent.segment`, `evaluation.json`, `torch.load`, `protocol.py`, `plain = true`, `tests/test_cli.py`,\n"
         "[results](docs/results.md#agent), [elsewhere](https://example.org/x#y)\n"
     )
     assert problems(text, ROOT / "README.md") == []
@@ -345,3 +345,15 @@ def test_every_experiment_is_in_the_index_with_its_verdict() -> None:
         text = (EXPERIMENTS / name).read_text(encoding="utf-8")
         assert all(f"**{part}.**" in text for part in ("Question", "Set-up", "Result"))
         assert "**Decision.**" in text or "## Decision" in text
+
+
+def test_documents_that_the_source_names_are_there() -> None:
+    folders = (ROOT / "src", ROOT / "tests", ROOT / "benchmarks", ROOT / "recipes", ROOT / "docker")
+    texts = [
+        path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".toml", ".sh", ".yaml")
+    ]
+    named = {
+        (path, name) for path in texts for name in re.findall(r"\bdocs/[\w/.-]+\.md", path.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 10
+    assert [(path, name) for path, name in named if path != Path(__file__) and not (ROOT / name).is_file()] == []

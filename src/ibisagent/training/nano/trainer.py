@@ -274,7 +274,7 @@ class NanoRecipe(Recipe):
     look_every: int = Field(4_000, ge=1)
     """Examples between two looks at the patients held out for choosing settings (one in sixteen)."""
     own_turns: bool = False
-    """Go on from what `start` itself would have done (`training.own_turns`): for a second, shorter run."""
+    """Go on from what `start` itself would have done (`training.nano.on_policy`): for a second, shorter run."""
     seed: int = 0
 
     @model_validator(mode="after")
