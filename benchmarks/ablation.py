@@ -225,7 +225,7 @@ def main() -> None:
     """Run what is missing, write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="RUNS")
-    parser.add_argument("--policy", required=True, help="what every chain starts from: folder that `ibisagent train nano` made")
+    parser.add_argument("--policy", required=True, help="the start: folder of `ibisagent train nano`")
     parser.add_argument("--segmenter", default="ibis-click")
     parser.add_argument("--seeds", type=int, default=3, help="of the training-strategy table")
     parser.add_argument("--only", action="append", default=[], metavar="ROW", help="only these rows, by name")

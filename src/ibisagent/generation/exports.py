@@ -404,7 +404,7 @@ def prompt_case(name: str, query: str, truth: Mapping[str, Any], folder: Path = 
         start = {mask["name"]: decode_rle(mask) for mask in truth["start"] or ()}
         absent, answer, file = list(truth["absent"] or ()), truth["answer"] or None, folder / truth["image"]
     except (KeyError, TypeError) as error:
-        raise DataError(f"prompt {name}: holds no truth as `ibisagent data build` writes it ({error!r}); export again") from error
+        raise DataError(f"prompt {name}: holds no truth as 'data build' writes it ({error!r}); export again") from error
     image = read_image(file)
     targets |= {missing: np.zeros(image.size, dtype=bool) for missing in absent}
     return Case(name, image, query, targets or None, start, answer)

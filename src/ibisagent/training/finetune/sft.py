@@ -61,8 +61,8 @@ class SftRecipe(StageRecipe):
     split: str = "train"
     """Of a folder of `ibisagent data build`."""
     leave_out: tuple[str, ...] = ()
-    """Families of questions that are not learnt from, of a folder of `ibisagent data build`: "correction" and "inconsistency"
-    are the paper's self-reflection."""
+    """Families of questions that are not learnt from, of a folder of `ibisagent data build`: "correction" and
+    "inconsistency" are the paper's self-reflection."""
     look_split: str = ""
     """Measure the loss on this split as well, at every checkpoint; empty for none."""
     history: History | None = None
@@ -129,7 +129,7 @@ def read_lessons(
     if split not in ("", "train"):
         raise ConfigError(f"{data}: has no split '{split}', nor any other; only folders of 'ibisagent data build' do")
     if leave_out:
-        raise ConfigError(f"{data}: has no families of questions to leave out; only folders of 'ibisagent data build' do")
+        raise ConfigError(f"{data}: has no families of questions to leave out; only folders of 'data build' do")
     return _from_episodes(EpisodeStore(data).open(), student, data, None, plain)
 
 
