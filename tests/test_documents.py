@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import skimage
 import typer
-from volume_phantoms import GRIDS, SHAPE, blob, hounsfield
+from volume_phantoms import GRIDS, blob, hounsfield
 
 from ibisagent import load_policy, load_segmenter
 from ibisagent.cli.app import app
@@ -292,9 +292,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The files that the documents speak of, in the current folder: an eye, a scan, a manifest."""
     write_png(read_image(Path(skimage.__file__).parent / "data" / "retina.jpg").pixels, tmp_path / "eye.png")
-    mask = blob()
+    mask = blob((23, 17, 6))
     nib.save(nib.Nifti1Image(hounsfield(mask), GRIDS["LPS-uneven"]), tmp_path / "ct.nii.gz")
-    middle = mask[:, :, SHAPE[2] // 2]
+    middle = mask[:, :, 3]
     write_png(np.where(middle[..., None], 220, 30).repeat(3, axis=2).astype(np.uint8), tmp_path / "p1.png")
     write_mask_png(middle, tmp_path / "p1_liver.png")
     (tmp_path / "data.csv").write_text("image,mask,object,split\np1.png,p1_liver.png,liver,val\n")
