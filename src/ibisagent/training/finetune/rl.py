@@ -27,7 +27,7 @@ from ibisagent.datasets import read_cases
 from ibisagent.domain import Case, Completion, Episode, Observation
 from ibisagent.environment import SegmentationEnv, turn_limit
 from ibisagent.errors import ConfigError, PolicyError, SegmenterError
-from ibisagent.files import one_line
+from ibisagent.files import one_line, try_folder
 from ibisagent.generation.exports import read_grpo
 from ibisagent.imaging.masks import decode_rle, iou
 from ibisagent.protocol import render, target_of
@@ -75,7 +75,7 @@ class _Questions(Sequence[Case]):
     def __getitem__(self, index: Any) -> Any:
         """The case of one question."""
         record = self._records[index]
-        image = find_image(record["image"], self._folder)
+        image = find_image(record["image"], self._folder, record["image_sha256"])
         targets = {entry["name"]: decode_rle(entry) for entry in record["targets"]}
         targets |= {name: np.zeros(image.size, dtype=bool) for name in record["absent"]}
         return Case(
@@ -363,6 +363,7 @@ def train(recipe: RlRecipe, report: Report = lambda step, steps, logs: None) -> 
     Raises ConfigError for settings that do not fit, DataError for missing data, PolicyError for missing weights,
     SegmenterError where the segmenter fails on every path of a batch.
     """
+    try_folder(recipe.out)
     trainer, student = make_trainer(recipe, report)
     return run(trainer, student, recipe, "rl")
 
