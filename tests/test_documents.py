@@ -334,6 +334,12 @@ def test_the_readme_is_short_and_names_every_first_word() -> None:
         assert f"| `ibisagent {word}` |" in text
 
 
+def test_the_design_page_names_every_wing() -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    wings = [path.name + "/" * path.is_dir() for path in SOURCE.iterdir() if not path.name.startswith((".", "__"))]
+    assert [name for name in wings if f"`{name}`" not in text and name not in ("py.typed", "weights/")] == []
+
+
 def test_every_experiment_is_in_the_index_with_its_verdict() -> None:
     listed = re.findall(
         r"^\| [+0-] \| \[(\S+): (.+)\]\((\S+)\) \|$", (EXPERIMENTS / "README.md").read_text(), re.MULTILINE
