@@ -225,11 +225,11 @@ def main() -> None:
     """Run what is missing, write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="RUNS")
-    parser.add_argument("--policy", required=True, help="what every chain starts from: folder that train-nano made")
+    parser.add_argument("--policy", required=True, help="the start: folder of `ibisagent train nano`")
     parser.add_argument("--segmenter", default="ibis-click")
     parser.add_argument("--seeds", type=int, default=3, help="of the training-strategy table")
     parser.add_argument("--only", action="append", default=[], metavar="ROW", help="only these rows, by name")
-    parser.add_argument("--lessons", type=Path, help="folder of `build-data`; default: it is made in RUNS")
+    parser.add_argument("--lessons", type=Path, help="folder of `ibisagent data build`; default: it is made in RUNS")
     parser.add_argument("--pairs", type=int, help="image-mask pairs to make it of; default: all")
     parser.add_argument("--sft-steps", type=int, default=300)
     parser.add_argument("--rl-steps", type=int, default=40)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ibis-nano from image-mask pairs to its figures, in one command: recipes/nano.sh OUT DATA...
-# DATA as in README, "Own data", with splits "train" and "val"; several are learned from together and judged apart. A run
+# DATA as in docs/guide/data.md, with splits "train" and "val"; several are learned from together and judged apart. A run
 # that was stopped resumes. Use the result as --policy mllm:OUT/own-turns/ibis-nano. LICENCE= (empty) takes rows of every
 # licence class, SEED=1 draws otherwise.
 set -euo pipefail

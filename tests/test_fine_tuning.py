@@ -575,7 +575,7 @@ def test_what_build_data_made_is_learnt_and_played(qwen, tmp_path):
     families = Counter(one.family for one in read_trl(made / "export"))
     assert families["vqa"]
     assert len(sft.read_lessons(made, "train", student, ["vqa"])) == len(train) - families["vqa"]
-    with pytest.raises(ConfigError, match="give the folder of build-data itself"):
+    with pytest.raises(ConfigError, match="give the folder of 'ibisagent data build' itself"):
         sft.read_lessons(made / "export", "train", student)
     large = load_student(sft_recipe(made, str(qwen), tmp_path), "full")
     exported = sft.read_lessons(made / "export", "train", large)

@@ -1,7 +1,7 @@
 """The adapter to verl: a path through its agent loop as it will be trained on, and settings that its trainer accepts.
 
 What needs verl is skipped where it is not installed (it pins older libraries, so it has an environment of its own:
-docs/rewards.md); what needs GPUs is not tested.
+docs/reference/rewards.md); what needs GPUs is not tested.
 """
 
 from __future__ import annotations

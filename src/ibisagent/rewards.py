@@ -17,7 +17,7 @@ or leave it a hole, the rules are:
 - An Undo is a step, no click: its S_pseg is 1 if it raises the IoU. Clicks of the same reply are judged by the masks
   that the Undo restores, as those are what they correct.
 
-Three more terms are off unless they are given a weight; they are not the paper's (docs/rewards.md):
+Three more terms are off unless they are given a weight; they are not the paper's (docs/reference/rewards.md):
 
 - `border_progress`: S_pseg that does not see what happens within a few pixels of the true border.
 - `predicted_quality`: what the segmenter itself thinks that the steps have gained; needs no truth.

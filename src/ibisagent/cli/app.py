@@ -23,7 +23,7 @@ class _OneLineErrors(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         # Read by OpenMP when torch is loaded: threads that spin while they wait for each other cost a batch up to 30
-        # times its time where another process, or another thread of a server, has a core (docs/log.md).
+        # times its time where another process, or another thread of a server, has a core (docs/experiments).
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         try:
             return super().invoke(ctx)

@@ -229,7 +229,7 @@ def build(
     split: Annotated[str | None, typer.Option(help="Only the pairs of this split.")] = None,
     licence_class: Annotated[str | None, typer.Option(help="Only pairs of this class, from that column.")] = None,
     hold_out: Annotated[
-        bool, typer.Option(help="Without the patients, one in sixteen, that train-nano keeps to choose settings on.")
+        bool, typer.Option(help="Without the patients, one in sixteen, that 'train nano' keeps to choose settings on.")
     ] = False,
     limit: Annotated[int | None, typer.Option(help="Only this many pairs, spread over the data.", min=1)] = None,
     workers: Annotated[int | None, typer.Option(help="Processes, on Ray; default: this one alone.", min=1)] = None,

@@ -53,7 +53,7 @@ def run(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="Folder of the run; an unfinished one is continued. See docs/evaluation.md."
+            "--output", "-o", help="Folder of the run; an unfinished one resumes. See docs/reference/evaluation.md."
         ),
     ] = None,
     segmenter: SegmenterOption = "ibis-click",
@@ -155,7 +155,9 @@ def score(
     empty: EmptyOption = "one",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure masks that anything made against the masks of DATA; docs/evaluation.md says how they are to be named.
+    """Measure masks that anything made against the masks of DATA.
+
+    docs/reference/evaluation.md says how they are to be named.
 
     Masks of wrong size or place, missing, double or unknown ones are listed one by one, never averaged away; then the
     exit code is 2.

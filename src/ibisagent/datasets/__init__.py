@@ -120,7 +120,7 @@ def layout_of(path: Path) -> Layout:
                 return "mecovqa"
             if coco.is_instances(loaded):
                 return "coco"
-            raise DataError(f"{path}: is neither COCO's instance JSON nor MeCoVQA's; see docs/datasets.md")
+            raise DataError(f"{path}: is neither COCO's instance JSON nor MeCoVQA's; see docs/reference/datasets.md")
         return "manifest"
     if not path.is_dir():
         raise DataError(f"{path}: no such file or folder; give a data-set folder or a .csv or .jsonl manifest")

@@ -58,7 +58,7 @@ def read_instances(file: Path) -> list[CaseRow]:
     except DataError:
         raise
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise DataError(f"{file}: is not COCO's instance JSON ({error!r}); see docs/datasets.md") from error
+        raise DataError(f"{file}: is not COCO's instance JSON ({error!r}); see docs/reference/datasets.md") from error
     if crowds:
         log.warning("%s: %d pairs left out: they have a crowd region (iscrowd) beside other instances", file, crowds)
     return rows

@@ -81,7 +81,9 @@ def _rows(file: Path) -> list[CaseRow]:
     shapes = npz_shapes(file)
     splits = [split for split in SPLITS if f"{split}_images" in shapes]
     if not splits:
-        raise DataError(f"{file}: has no array 'train_images', 'val_images' or 'test_images'; see docs/datasets.md")
+        raise DataError(
+            f"{file}: has no array 'train_images', 'val_images' or 'test_images'; see docs/reference/datasets.md"
+        )
     rows = []
     for split in splits:
         pictures, key = shapes[f"{split}_images"], f"{split}_label"

@@ -241,7 +241,7 @@ def _coco_index(file: Path, _changed: int) -> tuple[dict[int, Any], dict[tuple[i
         for annotation in loaded["annotations"]:
             parts.setdefault((int(annotation["image_id"]), int(annotation["category_id"])), []).append(annotation)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise DataError(f"{file}: is not COCO's instance JSON ({error!r}); see docs/datasets.md") from error
+        raise DataError(f"{file}: is not COCO's instance JSON ({error!r}); see docs/reference/datasets.md") from error
     return images, parts
 
 

@@ -78,7 +78,9 @@ def read_questions(file: Path) -> list[CaseRow]:
                     continue
                 for mask in _MASK.findall(said["value"]):
                     if not (root / mask).is_file():
-                        raise DataError(f"{file}, item {number}: mask '{mask}' is not in {root}; see docs/datasets.md")
+                        raise DataError(
+                            f"{file}, item {number}: mask '{mask}' is not in {root}; see docs/reference/datasets.md"
+                        )
                     thing = names.get((_set_of(item["image"]), _class_of(Path(mask).stem))) or target_of(asked)
                     row = _row(root, item["image"], mask, thing, asked, file, split=_split_of(file))
                     seen[row.id] = seen.get(row.id, 0) + 1

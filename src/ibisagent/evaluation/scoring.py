@@ -105,7 +105,7 @@ def score(
 ) -> Scores:
     """Measure the masks in `made`, a folder or a .jsonl file, against the masks of `data`.
 
-    folder: write a run there that `compare` and `report` read, and problems.csv. split, limit: as for
+    folder: write a run there that `eval compare` and `eval report` read, and problems.csv. split, limit: as for
     `cases_to_judge`. resize_targets: a picture's mask of another size is compared with the truth, resized to it by
     nearest neighbour; otherwise it is a problem. DataError if `made` holds no mask at all, or the data cannot be read.
     A mask that is all or nothing of an image is scored, and a warning names it.

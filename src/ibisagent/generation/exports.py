@@ -423,7 +423,7 @@ def prompt_case(name: str, query: str, truth: Mapping[str, Any], folder: Path = 
         absent, answer, file = list(truth["absent"] or ()), truth["answer"] or None, folder / truth["image"]
         sha256 = truth["image_sha256"]
     except (KeyError, TypeError) as error:
-        raise DataError(f"prompt {name}: holds no truth as build-data writes it ({error!r}); export again") from error
+        raise DataError(f"prompt {name}: holds no truth as 'data build' writes it ({error!r}); export again") from error
     image = read_image(file)
     if image.sha256 != sha256:
         raise DataError(f"{file}: is not the image that prompt {name} was made with; build the data again")

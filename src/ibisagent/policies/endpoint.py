@@ -1,4 +1,4 @@
-"""A policy behind any OpenAI-compatible chat server: vLLM, `transformers serve`, our own `server.chat`, a cloud."""
+"""A policy behind any OpenAI-compatible chat server: vLLM, `transformers serve`, `server.policy_server`, a cloud."""
 
 from __future__ import annotations
 

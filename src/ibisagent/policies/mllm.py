@@ -450,8 +450,8 @@ def _load_processor(folder: Path, name: str) -> Any:
 def _remember_added_tokens(tokenizer: Any) -> None:
     """Keep the tables of added tokens, which are otherwise made anew for every conversation.
 
-    A vocabulary with a token for each place has thousands: most of the time of reading a prompt (docs/log.md). A policy
-    never adds any.
+    A vocabulary with a token for each place has thousands: most of the time of reading a prompt
+    (docs/experiments). A policy never adds any.
     """
     tables = {name: getattr(tokenizer, name) for name in ("added_tokens_decoder", "added_tokens_encoder")}
     kind = type(tokenizer)

@@ -2,7 +2,8 @@
 
 `ibis-click` is too small to learn what objects look like from a few thousand pictures; these features are what it knows
 about medicine. At 112 pixels they cost a seventh of the full encoder and are worth nearly as much
-(docs/log.md): its 28 x 28 tokens fill its attention windows of 7 and 14 without padding, those of 128 pixels would not.
+(docs/experiments): its 28 x 28 tokens fill its attention windows of 7 and 14 without padding, those of 128 pixels would
+not.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class IbisClick:
 
     weights: a .safetensors file as `training.click` writes it, with its .json beside it; None takes the packaged one.
     tidy: drop components that nobody asked for and fill small holes (see `tidy`); the network itself never sees that.
-    Off by default: many targets have several parts, and it gained nothing on held-out patients (docs/log.md).
+    Off by default: many targets have several parts, and it gained nothing on held-out patients (docs/experiments).
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class IbisClick:
             key=f"ibis-click-{self._weights_sha256[:16]}-{side}-{code[:8]}",
             runtime=choose_runtime(runtime, device),
             device=device,
-            exact=False,  # trained in bfloat16; masks agree with those of float32 to an IoU of 0.99 (docs/log.md)
+            exact=False,  # trained in bfloat16; masks agree with those of float32 to an IoU of 0.99 (docs/results.md)
             batched=True,
         )
         self._sight = Sight(network, side, Glances(GlanceEncoder(runtime, device)), read.quality, tidy)

@@ -1,6 +1,6 @@
 """Who may ask a server of ours, and how much: the token, the cookie, the address, and the size and pace of a request.
 
-`Gate` stands before each of our applications: the server, `serve-policy`, `serve-segmenter`.
+`Gate` stands before each of our applications: the server, `serve policy`, `serve segmenter`.
 """
 
 from __future__ import annotations

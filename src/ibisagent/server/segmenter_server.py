@@ -1,4 +1,4 @@
-"""Serves a segmenter to `remote` clients (the protocol is described in `segmenters.wire`).
+"""Serves a segmenter to `remote` clients (the protocol is described in `segmenters.remote_schema`).
 
 python -m ibisagent.server.segmenter_server sam2:facebook/sam2.1-hiera-tiny --port 8001
 ibisagent segment image.png "optic disc" --segmenter remote:http://127.0.0.1:8001

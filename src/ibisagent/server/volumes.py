@@ -48,7 +48,7 @@ class PackageVolumes:
         return ShownVolume(read_volume(path))
 
     def segment(self, volume: VolumeLike, query: str, policy: Policy, segmenter: Segmenter) -> dict[str, Mask]:
-        """As `volume_agent.run_volume`, searching for the object."""
+        """As `inference.volume.run_volume`, searching for the object."""
         return dict(run_volume(SliceView(_package(volume)), query, policy, segmenter).masks)
 
     def write_masks(self, masks: Masks, volume: VolumeLike, path: Path) -> None:

@@ -1,7 +1,8 @@
 """Fine-tunes the backbone of the small networks (`segmenters.backbone`): all named objects of an image at once.
 
 A head of one map per object name is trained with it and thrown away. Which names an image is known to show, and which
-it is known not to show, comes from the rows (`teacher.phrasings.Absences`); maps of all other names carry no loss.
+it is known not to show, comes from the rows (`generation.teacher.phrasings.Absences`); maps of all other names carry
+no loss.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ def recolored(view: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 
 def context_features(images: TrainingImages, folder: Path) -> np.memmap:
-    """What `segmenters.glance` sees in each image, (N, FEATURES, GRID, GRID) float16, mapped from a file in `folder`.
+    """What `segmenters.context_features` sees in each image: (N, FEATURES, GRID, GRID) float16, mapped from `folder`.
 
     Missing ones are computed first, 0.1 s each and core; 0.4 MB each.
     """

@@ -1,4 +1,4 @@
-"""A bank of augmented views of the training pictures with their glances (`segmenters.glance`).
+"""A bank of augmented views of the training pictures with their glances (`segmenters.context_features`).
 
 The glance's encoder is never trained, so every view of every picture is embedded once, before training, into
 memory-mapped arrays: what makes training `ibis-click` and `ibis-nano` possible on a CPU. Building is resumable.

@@ -1,6 +1,6 @@
 """Masks of a volume to files on the source's exact grid, and back: NIfTI, PNG stack, COCO run lengths.
 
-DICOM segmentations and reports are written by `clinic`.
+DICOM segmentations and reports are written by `dicom_output`.
 """
 
 from __future__ import annotations

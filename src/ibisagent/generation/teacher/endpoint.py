@@ -56,7 +56,7 @@ _SCHEMA = {
 
 
 class EndpointSettings(Protocol):
-    """What the teacher is told; see `factory.config.EndpointConfig`."""
+    """What the teacher is told; see `generation.config.EndpointConfig`."""
 
     @property
     def url(self) -> str: ...  # noqa: D102

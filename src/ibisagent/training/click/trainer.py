@@ -1,6 +1,6 @@
 """Trains `ibis-click`: `ibisagent train click recipes/ibis-click.toml`.
 
-The training pass is also the step of the simulated episode (see `click_states`), so simulation costs nothing extra.
+The training pass is also the step of the simulated episode (see `states`), so simulation costs nothing extra.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ def _template(recipe: StageRecipe, model_type: str, own: str) -> str:
     if "generation -%}" not in template and "generation %}" not in template:
         raise ConfigError(
             f"the chat template of {recipe.policy} ({model_type}) does not mark replies with {{% generation %}}:"
-            " give one as chat_template, see docs/training.md"
+            " give one as chat_template, see docs/guide/training.md"
         )
     return template
 

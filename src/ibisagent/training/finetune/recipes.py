@@ -105,7 +105,7 @@ class RlRecipe(StageRecipe):
     """Dynamic sampling: so often, cases whose paths all earned the same are replaced by other cases."""
     rewards: RewardWeights = PAPER
     vllm: str = ""
-    """Address of a vLLM server that then writes the replies (docs/training.md); empty: the trainer does."""
+    """Address of a vLLM server that then writes the replies (docs/guide/training.md); empty: the trainer does."""
     episodes_every: int = Field(0, ge=0)
     """Write the episodes of every so manieth update to OUT/episodes, as `ibisagent train check-rewards` reads them."""
 

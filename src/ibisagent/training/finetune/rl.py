@@ -62,7 +62,7 @@ _OVER = [{"type": "text", "text": "(the episode is over)"}]  # shown to nobody
 
 
 class _Questions(Sequence[Case]):
-    """The questions that `build-data` exported for RL, as cases; pictures are read when asked for."""
+    """The questions that `ibisagent data build` exported for RL, as cases; pictures are read when asked for."""
 
     def __init__(self, folder: Path, split: str, licence_class: str) -> None:
         self._folder = folder

@@ -60,10 +60,10 @@ class SftRecipe(StageRecipe):
     """
 
     split: str = "train"
-    """Of a folder of `build-data`."""
+    """Of a folder of `ibisagent data build`."""
     leave_out: tuple[str, ...] = ()
-    """Families of questions that are not learnt from, of a folder of `build-data`: "correction" and "inconsistency"
-    are the paper's self-reflection."""
+    """Families of questions that are not learnt from, of a folder of `ibisagent data build`: "correction" and
+    "inconsistency" are the paper's self-reflection."""
     look_split: str = ""
     """Measure the loss on this split as well, at every checkpoint; empty for none."""
     history: History | None = None
@@ -121,16 +121,16 @@ def read_lessons(
         if (student.history, student.style) != ("full", "colour"):
             raise ConfigError(
                 f"{data}: exported conversations show whole histories in colour, {student.name} sees history"
-                f" '{student.history}' in style '{student.style}': give the folder of build-data itself"
+                f" '{student.history}' in style '{student.style}': give the folder of 'ibisagent data build' itself"
             )
         told = [one for one in read_trl(data, split) if one.family not in leave_out]
         if not told:
             raise DataError(f"{data}: leave_out leaves nothing to learn from")
         return Lessons([_of_conversation(one) for one in told], [len(one.pictures) for one in told])
     if split not in ("", "train"):
-        raise ConfigError(f"{data}: has no split '{split}', nor any other; only folders of build-data do")
+        raise ConfigError(f"{data}: has no split '{split}', nor any other; only folders of 'ibisagent data build' do")
     if leave_out:
-        raise ConfigError(f"{data}: has no families of questions to leave out; only folders of build-data do")
+        raise ConfigError(f"{data}: has no families of questions to leave out; only folders of 'data build' do")
     return _from_episodes(EpisodeStore(data).open(), student, data, None, plain)
 
 

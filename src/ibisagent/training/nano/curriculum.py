@@ -1,7 +1,8 @@
 """What `ibis-nano` is taught: turns about a view of a picture, each with a question, a state and the right reply.
 
 Masks of later turns come from the segmenter that the policy will work with, after right and wrong clicks, and from
-spoilt truths. Questions are those of the data factory (`teacher.phrasings`), without the ones kept for evaluation.
+spoilt truths. Questions are those of the data factory (`generation.teacher.phrasings`), without those kept for
+evaluation.
 """
 
 from __future__ import annotations

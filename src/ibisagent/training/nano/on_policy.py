@@ -56,7 +56,7 @@ class _State:
 
     def last_was_wrong(self, truth: Mask | None, belief: np.ndarray) -> bool:
         """Whether the last prompt was a click on the wrong side of the object's border, and of the border that a policy
-        with this map of the object sees, and gained nothing. A box is never called wrong (docs/log.md)."""
+        with this map of the object sees, and gained nothing. A box is never called wrong (docs/experiments)."""
         last = self.prompts[-1] if self.prompts else None
         if self.before is None or not isinstance(last, Click):
             return False

@@ -2,7 +2,7 @@
 
 Losses: cross-entropy on the reply's words; for each place in the reply, cross-entropy against a distribution over all
 right places (deep inside the missed or leaked region, near the box corner) instead of one of them; and a map of the
-object that is asked for. What it is taught: `lessons`.
+object that is asked for. What it is taught: `curriculum`.
 """
 
 from __future__ import annotations
@@ -284,7 +284,7 @@ class NanoRecipe(Recipe):
     look_every: int = Field(4_000, ge=1)
     """Examples between two looks at the patients held out for choosing settings (one in sixteen)."""
     own_turns: bool = False
-    """Go on from what `start` itself would have done (`training.own_turns`): for a second, shorter run."""
+    """Go on from what `start` itself would have done (`training.nano.on_policy`): for a second, shorter run."""
     seed: int = 0
 
     @model_validator(mode="after")
