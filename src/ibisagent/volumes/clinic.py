@@ -12,11 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydicom.config import disable_value_validation
+from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.valuerep import DSfloat
 
-from ibisagent.errors import ConfigError, DataError
+from ibisagent.errors import ConfigError, DataError, IbisError
+from ibisagent.files import appearing_whole
 from ibisagent.volumes.grid import Volume
-from ibisagent.volumes.headers import quiet
+from ibisagent.volumes.headers import quiet, told
 from ibisagent.volumes.measures import Measures
+from ibisagent.volumes.sources import Source, dataset_of, describe_source
 
 MANUFACTURER = "ibisagent"
 SERIES_NUMBER = 900
@@ -73,7 +78,7 @@ def _empty_segmentation(
     one = np.zeros((1, rows, columns), np.uint8)
     one[0, 0, 0] = 1
     with quiet(), disable_value_validation():
-        dataset = hd.seg.Segmentation(
+        made = hd.seg.Segmentation(
             source_images=[source.stand_in],
             pixel_array=one,
             segmentation_type="BINARY",
@@ -92,7 +97,9 @@ def _empty_segmentation(
             series_description="Masks by ibisagent, not for clinical use",
             transfer_syntax_uid=ExplicitVRLittleEndian,
         )
-    return dataset
+    if "PositionReferenceIndicator" not in made and "FrameOfReferenceUID" in made:
+        made.PositionReferenceIndicator = ""
+    return made
 
 
 def _put_frames(dataset: Any, shown: Mapping[str, np.ndarray], volume: Volume, source: Source) -> None:
@@ -102,7 +109,7 @@ def _put_frames(dataset: Any, shown: Mapping[str, np.ndarray], volume: Volume, s
     """
     dataset.SourceImageSequence = source.references
     dataset.ReferencedSeriesSequence = [
-        item(SeriesInstanceUID=source.series_uid, ReferencedInstanceSequence=source.references)
+        dataset_of(SeriesInstanceUID=source.series_uid, ReferencedInstanceSequence=source.references)
     ]
     shared = dataset.SharedFunctionalGroupsSequence[0]
     if "SegmentIdentificationSequence" in shared:
@@ -151,8 +158,10 @@ def write_report(
     Raises ConfigError without highdicom, DataError where the source lacks what DICOM demands.
     """
     source = describe_source(volume, path.name)
-    with _refusals(path, "SR"), quiet(), disable_value_validation():
-        _save(_report(measured, segmentation, source, made_by, path), path)
+    with _refusals(path, "SR"):
+        with quiet(), disable_value_validation():
+            report = _report(measured, segmentation, source, made_by, path)
+        _save(report, path)
 
 
 def _report(
@@ -297,9 +306,7 @@ class _refusals:  # noqa: N801 - reads as what it is where it is used
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, AttributeError | ValueError | TypeError | LookupError) and not isinstance(
-            error, IbisError
-        ):
-            raise DataError(
-                f"{self._path.name}: DICOM {self._kind} cannot be made of this source{told(error)}; ask for --format nifti"
-            ) from error
+        ours = isinstance(error, IbisError)
+        if isinstance(error, AttributeError | ValueError | TypeError | LookupError) and not ours:
+            said = f"DICOM {self._kind} cannot be made of this source{told(error)}"
+            raise DataError(f"{self._path.name}: {said}; ask for --format nifti") from error

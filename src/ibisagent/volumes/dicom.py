@@ -37,8 +37,8 @@ def read_dicom(path: Path, channel: int | None, series: str | None, files: Seque
 
     Rescale slope and intercept (or the modality LUT) are applied, palettes and YBR become RGB. Of several stacks of
     slices (a localizer among them) the one of the most slices is read, unless `series` says which, as SERIES/STACK.
-    Slices may lie at uneven distances, see `Volume.heights`; a missing one is refused. files: those of the folder `path`
-    that are meant.
+    Slices may lie at uneven distances, see `Volume.heights`; a missing one is refused. files: those of the folder
+    `path` that are meant.
     """
     where = str(path)
     wanted, _, number = (series or "").partition("/")

@@ -254,8 +254,8 @@ def _by_height(frames: Sequence[Frame], normal: np.ndarray) -> list[list[Frame]]
 def _check_places(positions: np.ndarray, normal: np.ndarray, where: str) -> tuple[float, ...] | None:
     """Heights of slices at (K, 3) positions where their distances differ, None where they are even.
 
-    DataError where they do not lie on a line, or a slice is missing: where single distances are multiples of the others.
-    A distance that changes for good is how heads were scanned slice by slice.
+    DataError where they do not lie on a line, or a slice is missing: where single distances are multiples of the
+    others. A distance that changes for good is how heads were scanned slice by slice.
     """
     if len(positions) < 3:
         return None

@@ -42,8 +42,8 @@ class Source:
 
     stand_in: a dataset with patient, study and the first slice's grid, as the standard wants it, to make objects of.
     references: an item per file (SOP class and instance). evidence: what a report refers to. frames: file number and
-    frame of every slice, frame None where a file holds one. positions: (K, 3), as `DicomOrigin` has them. heights: along
-    the normal. preserved: whether a frame has the pixels of its source. notes: what was repaired, a line each.
+    frame of every slice, frame None where a file holds one. positions: (K, 3), as `DicomOrigin` has them. heights:
+    along the normal. preserved: whether a frame has the pixels of its source. notes: what was repaired, a line each.
     """
 
     stand_in: Any
@@ -64,7 +64,7 @@ class Source:
     def frame(self, k: int, segment: int, place: int) -> Any:
         """The functional groups of a frame of `segment` on slice k, the place-th that is stored."""
         number, index = self.frames[k]
-        of = item(
+        of = dataset_of(
             **{
                 name: self.references[number].get(name)
                 for name in ("ReferencedSOPClassUID", "ReferencedSOPInstanceUID")
@@ -74,14 +74,14 @@ class Source:
         )
         if index is not None:
             of.ReferencedFrameNumber = index + 1
-        derived = item(SourceImageSequence=[of], DerivationCodeSequence=[_code("113076", "Segmentation")])
-        groups = item(
+        derived = dataset_of(SourceImageSequence=[of], DerivationCodeSequence=[_code("113076", "Segmentation")])
+        groups = dataset_of(
             DerivationImageSequence=[derived],
-            FrameContentSequence=[item(DimensionIndexValues=[segment, place] if self.placed else [segment])],
-            SegmentIdentificationSequence=[item(ReferencedSegmentNumber=segment)],
+            FrameContentSequence=[dataset_of(DimensionIndexValues=[segment, place] if self.placed else [segment])],
+            SegmentIdentificationSequence=[dataset_of(ReferencedSegmentNumber=segment)],
         )
         if self.positions is not None:
-            groups.PlanePositionSequence = [item(ImagePositionPatient=_decimals(self.positions[k]))]
+            groups.PlanePositionSequence = [dataset_of(ImagePositionPatient=_decimals(self.positions[k]))]
         return groups
 
 
@@ -105,12 +105,14 @@ def describe_source(volume: Volume, where: str) -> Source:
     with quiet(), config.disable_value_validation():
         stand_in, notes = _stand_in(headers[0], volume, origin)
     references = [
-        item(ReferencedSOPClassUID=str(header["SOPClassUID"]), ReferencedSOPInstanceUID=str(header["SOPInstanceUID"]))
+        dataset_of(
+            ReferencedSOPClassUID=str(header["SOPClassUID"]), ReferencedSOPInstanceUID=str(header["SOPInstanceUID"])
+        )
         for header in headers
     ]
     names = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID")
     evidence = [
-        item(StudyInstanceUID=stand_in.StudyInstanceUID, **{name: str(header[name]) for name in names})
+        dataset_of(StudyInstanceUID=stand_in.StudyInstanceUID, **{name: str(header[name]) for name in names})
         for header in headers
     ]
     normal = np.cross(*(LPS[:3, :3] @ volume.affine[:3, axis] for axis in (0, 1)))
@@ -129,7 +131,7 @@ def describe_source(volume: Volume, where: str) -> Source:
     )
 
 
-def item(**attributes: Any) -> Any:
+def dataset_of(**attributes: Any) -> Any:
     """A dataset of these attributes."""
     made = Dataset()
     for name, value in attributes.items():
@@ -243,4 +245,4 @@ def _decimals(values: Any) -> list[DSfloat]:
 
 
 def _code(value: str, meaning: str) -> Any:
-    return item(CodeValue=value, CodingSchemeDesignator="DCM", CodeMeaning=meaning)
+    return dataset_of(CodeValue=value, CodingSchemeDesignator="DCM", CodeMeaning=meaning)

@@ -39,10 +39,10 @@ class SliceView:
     do not say how the patient lies are shown as stored. Slices are numbered as the volume's voxels are, from 0.
     Pixels are square: the coarser side is stretched to the spacing of the finer one.
 
-    axis: "axial", "coronal", "sagittal", or "auto": across the coarsest voxel axis if it is COARSE, or the thin side of a
-    SLAB, else axial. Slices at uneven distances are shown as they were acquired only.
-    window: text for `windows.parse_window`. "auto" takes the file's own window where it shows something, else soft tissue
-    for CT (also where the values look like Hounsfield units), else PERCENTILES.
+    axis: "axial", "coronal", "sagittal", or "auto": across the coarsest voxel axis if it is COARSE, or the thin side of
+    a SLAB, else axial. Slices at uneven distances are shown as they were acquired only.
+    window: text for `windows.parse_window`. "auto" takes the file's own window where it shows something, else soft
+    tissue for CT (also where the values look like Hounsfield units), else PERCENTILES.
     """
 
     def __init__(self, volume: Volume, axis: str = "auto", window: str = "auto") -> None:
@@ -161,10 +161,8 @@ def _choose_axis(volume: Volume, axis: str) -> tuple[str, int]:
         others = max(spacing[other] for other in range(3) if other != coarsest)
         thin = int(np.argmin(volume.shape))
         is_slab = SLAB * volume.shape[thin] <= min(volume.shape[other] for other in range(3) if other != thin)
-        if spacing[coarsest] >= COARSE * others:
-            chosen = coarsest
-        else:
-            chosen = thin if is_slab else found.index(2)
+        fine = thin if is_slab else found.index(2)
+        chosen = coarsest if spacing[coarsest] >= COARSE * others else fine
         return next(name for name, world in _ACROSS.items() if world == found[chosen]), chosen
     return axis, found.index(_ACROSS[axis])
 
