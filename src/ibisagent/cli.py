@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import wraps
@@ -21,8 +21,8 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from ibisagent import data_commands
-from ibisagent.domain import MASK_SELECTION, MaskSelection, check_mask_selection
-from ibisagent.errors import ConfigError, IbisError
+from ibisagent.domain import MASK_SELECTION, Case, MaskSelection, check_mask_selection
+from ibisagent.errors import ConfigError, DataError, IbisError
 from ibisagent.files import file_names, safe_name
 from ibisagent.files import one_line as _one_line
 from ibisagent.terminal import EXIT_ERROR, stderr, stdout
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from ibisagent.evaluation import Evaluation, GroupBy, Summary
     from ibisagent.metrics import EmptyRule
     from ibisagent.policies.base import Policy
+    from ibisagent.reliability import Queue
     from ibisagent.segmenters import Segmenter
     from ibisagent.session import Outputs
     from ibisagent.volume_agent import Cost
@@ -201,7 +202,7 @@ def segment(
         str | None, typer.Option(help="Volumes: DICOMweb server to send seg and sr to; the pictures stay here.")
     ] = None,
     review_queue: Annotated[
-        bool, typer.Option(help="Pictures: score every mask; review.csv and .json list them worst first.")
+        bool, typer.Option(help="Score every mask (of a volume: its slices' mean); review.csv and .json, worst first.")
     ] = False,
     calibration: Annotated[
         Path | None, typer.Option(help="What 'calibrate' wrote: makes scores expected IoUs, in the review queue.")
@@ -224,6 +225,10 @@ def segment(
     for spec in (choice.policy.removeprefix("one-shot:"), segmenter):
         if spec.startswith(("endpoint:", "remote:")):
             stderr.print(f"pictures are sent to {_one_line(spec.partition(':')[2].partition('#')[0])}")
+    from ibisagent.volumes import is_volume, whole_series
+
+    groups = whole_series(images)
+    images = [group[0] if len(group) == 1 else str(Path(group[0]).parent) for group in groups]
     starts: list[Path | None] = [*start_mask] if start_mask else [None] * len(images)
     if len(starts) != len(images):
         raise ConfigError(f"{len(starts)} start masks for {len(images)} images: give one per image, in their order")
@@ -246,7 +251,7 @@ def segment(
         engine,
         query,
         output,
-        taken={name.casefold() for name in names},
+        taken={name.casefold() for path, name in zip(images, names, strict=True) if not is_volume(path)},
         max_turns=max_turns,
         mask_selection=selection,
         made_by=session.provenance(writer, engine),
@@ -259,15 +264,17 @@ def segment(
         formats=tuple(formats or ("nifti",)),
         store=store,
         quiet=as_json,
+        reviewed=reviewed,
     )
     with _progress(len(images), "images", quiet=as_json or len(images) == 1) as advance:
-        for path, name, start in zip(images, names, starts, strict=True):
+        for path, name, start, group in zip(images, names, starts, groups, strict=True):
             if not as_json:
-                stdout.print(f"{path}: {_one_line(query, 200)}")
+                count = f" ({len(group)} files)" if len(group) > 1 else ""
+                stdout.print(f"{path}{count}: {_one_line(query, 200)}")
             started = time.perf_counter()
             try:
                 if volumes.wants(path):
-                    results.append(volumes.segment(path, start))
+                    results.append(volumes.segment(path, start, group))
                     advance()
                     continue
                 case = session.read_case(path, query, start)
@@ -322,6 +329,7 @@ class _Volumes:
     formats: tuple[str, ...]
     store: str | None
     quiet: bool
+    reviewed: Queue | None
 
     def wants(self, path: str) -> bool:
         """Whether `path` is a volume rather than a picture."""
@@ -330,15 +338,15 @@ class _Volumes:
 
         return pacs.is_url(path) or is_volume(path)
 
-    def segment(self, path: str, start: Path | None) -> dict[str, Any]:
-        """Segment one volume, write and print what was found; the result for --json."""
+    def segment(self, path: str, start: Path | None, files: Sequence[str]) -> dict[str, Any]:
+        """Segment one volume, of `files`, write and print what was found; the result for --json."""
         from ibisagent import pacs
         from ibisagent.volumes import read_volume
 
         with tempfile.TemporaryDirectory(prefix="ibisagent-") as folder:
             if pacs.is_url(path):
                 pacs.fetch_series(path, Path(folder))
-            source = Path(folder) if pacs.is_url(path) else Path(path)
+            source = [folder] if pacs.is_url(path) else files
             volume = read_volume(source, channel=self.channel, series=self.series)
             return self._segment(path, volume, start)
 
@@ -356,14 +364,22 @@ class _Volumes:
             spacing = " x ".join(f"{side:.3g}" for side in volume.spacing_mm)
             size = f"{sides} voxels of {spacing} mm" if volume.spacing_known else f"{sides} voxels"
             stdout.print(f"  {volume.name}: {size}, {view.count} {view.axis} slices, window {view.window_source}")
+            self._print_notes(volume.notes)
         masks = {} if start is None else masks_on(volume, start)
         if len(masks) == 1:
             masks = {target_of(self.query): mask for mask in masks.values()}
         keys = None if self.slices is None else volume_agent.parse_slices(self.slices, view.count)
+        facts = {"policy": self.writer.name, **self.made_by}
+        signals: list[Mapping[str, float]] = []
         with VolumeWriter(self.output, self._name(volume), self.formats) as files:
+            repaired = files.prepare(volume, facts)
+            self._print_notes(repaired)
 
             def on_episode(index: int, why: volume_agent.Why, episode: Episode, image: Image) -> None:
                 files.episode(index, why, episode, image)
+                if self.reviewed is not None and any(mask.any() for mask in episode.answer_masks.values()):
+                    case = Case(episode.case_id, image, self.query, start=episode.start)
+                    signals.append(self.reviewed.signals(episode, case))
                 if not self.quiet:
                     turns = len(episode.turns)
                     found = ", ".join(_one_line(name, 60) for name, mask in episode.answer_masks.items() if mask.any())
@@ -382,16 +398,21 @@ class _Volumes:
                 made_by=self.made_by,
                 on_episode=on_episode,
             )
-            facts = {"policy": self.writer.name, **self.made_by}
             outputs = files.finish(found, view, self.query, facts, channel=self.channel)
         if self.store is not None and outputs.dicom:
             stderr.print(f"masks and measurements are sent to {_one_line(self.store)}, under the source's patient")
             pacs.store(self.store, outputs.dicom)
         seconds = time.perf_counter() - started
+        if self.reviewed is not None:
+            self.reviewed.add_volume(path, signals)
         if not self.quiet:
             _print_volume(outputs, found.cost, seconds)
+            for message in outputs.failed:
+                _print_error(DataError(message))
         return {
             "image": path,
+            **({"error": "; ".join(outputs.failed)} if outputs.failed else {}),
+            "notes": [*volume.notes, *repaired],
             "masks": {
                 target: {kind: str(file) for kind, file in files.items()} for target, files in outputs.masks.items()
             },
@@ -402,6 +423,11 @@ class _Volumes:
             "cost": asdict(found.cost),
             "seconds": round(seconds, 3),
         }
+
+    def _print_notes(self, notes: Sequence[str]) -> None:
+        if not self.quiet:
+            for note in notes:
+                stdout.print(f"  note: {_one_line(note, 400)}")
 
     def _name(self, volume: Volume) -> str:
         return safe_name(volume.name, self.taken)
@@ -423,6 +449,9 @@ def replay(
     The record of a volume needs those of its slices beside it. Pictures and volumes are looked for beside their record,
     pictures also one folder higher and where you are.
     """
+    from ibisagent.volume_agent.replaying import without_slices
+
+    records = without_slices(records)
     if image is not None and not image.is_dir() and len(records) > 1:
         raise ConfigError("--image names one file: replay one record at a time with it")
     from ibisagent import session

@@ -215,6 +215,22 @@ class Queue:
         self._entries.append({"image": image, "score": round(score, 4), **rounded})
         return score
 
+    def signals(self, episode: Episode, case: Case) -> Signals:
+        """The signals of an episode, for `add_volume`. Raises PolicyError and SegmenterError."""
+        return self._reviewer.signals(episode, case)
+
+    def add_volume(self, image: str, found: Sequence[Signals]) -> float:
+        """Score a volume by the mean signals of the slices on which the agent found something; the score.
+
+        Slices that the segmenter was carried through are not scored. A volume without any is scored 0 in each signal.
+        """
+        names = list(self._reliability.weights)
+        means = {name: float(np.mean([one[name] for one in found])) if found else 0.0 for name in names}
+        score = self._reliability.score(means)
+        rounded = {name: round(value, 4) for name, value in means.items()}
+        self._entries.append({"image": image, "score": round(score, 4), **rounded})
+        return score
+
     @property
     def worst_first(self) -> list[dict[str, Any]]:
         """{"image", "score", and the signals} of all, lowest score first."""

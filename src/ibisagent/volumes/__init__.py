@@ -6,7 +6,7 @@ what a radiologist expects to see; `writing` and `clinic` write masks, `measures
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ibisagent.errors import DataError
@@ -30,7 +30,7 @@ def is_volume(path: str | Path) -> bool:
 def read_volume(
     path: str | Path | Sequence[str | Path], *, channel: int | None = None, series: str | None = None
 ) -> Volume:
-    """The volume in a NIfTI, MGH, NRRD, MetaImage or DICOM file, in a folder of DICOM files, or a ZIP archive of either.
+    """The volume in a NIfTI, MGH, NRRD, MetaImage or DICOM file, in a folder of DICOM files, or in a ZIP archive.
 
     A DICOM file alone is read alone, one frame or many; a folder is searched with all below it, and must hold one
     series, or `series` says which: its UID, or its number in the list that the error message gives. Several files are
@@ -68,39 +68,42 @@ def read_volume(
     raise DataError(f"{path}: is no NIfTI, MGH, DICOM, NRRD or MetaImage file; convert it to NIfTI")
 
 
-def whole_series(paths: Iterable[str]) -> list[list[str]]:
-    """The paths of a command line, with the DICOM slices of one series and folder (`series/*.dcm`) put together.
+def whole_series(paths: Sequence[str]) -> list[list[str]]:
+    """The paths of a command line in groups, each one thing to segment: slices of one series and folder are together.
 
-    Each of the lists is one thing to segment. Files that do not say where they lie stay alone: they are views, not
-    slices.
+    So `series/*.dcm` is one volume. Files that do not say where they lie stay alone: they are views, not slices. What
+    cannot be read goes to the slices beside it, whose reader passes it over and says so.
     """
-    from ibisagent.volumes.headers import numbers, read_header
-
-    paths = list(paths)
-    candidates = [path for path in paths if Path(path).is_file() and _kind(Path(path)) == "dicom"]
-    if len(candidates) < 2:
+    if sum(path.lower().endswith(_DICOM) or _kind(Path(path)) == "dicom" for path in paths) < 2:
         return [[path] for path in paths]
     groups: dict[object, list[str]] = {}
+    unreadable: list[str] = []
+    series: dict[Path, set[object]] = {}
     for place, path in enumerate(paths):
-        own: object = place
-        if path in candidates:
-            try:
-                header = read_header(Path(path))
-            except DataError:
-                own = ("unreadable", Path(path).parent)
-            else:
-                if numbers(header.get("ImagePositionPatient"), 3) is not None and "SeriesInstanceUID" in header:
-                    own = (str(header.SeriesInstanceUID), Path(path).parent)
+        try:
+            uid = _series_of_slice(Path(path))
+        except DataError:
+            unreadable.append(path)
+            continue
+        own = place if uid is None else (uid, Path(path).parent)
+        if uid is not None:
+            series.setdefault(Path(path).parent, set()).add(own)
         groups.setdefault(own, []).append(path)
-    for broken in [own for own in groups if isinstance(own, tuple) and own[0] == "unreadable"]:
-        others = [own for own in groups if isinstance(own, tuple) and own[1] == broken[1] and own != broken]
-        if len(others) == 1:  # a reader of the series passes them over, and says so
-            groups[others[0]] += groups.pop(broken)
-    return [
-        part
-        for own, files in groups.items()
-        for part in ([files] if not (isinstance(own, tuple) and own[0] == "unreadable") else [[file] for file in files])
-    ]
+    for path in unreadable:
+        beside = series.get(Path(path).parent, set())
+        groups.setdefault(next(iter(beside)) if len(beside) == 1 else path, []).append(path)
+    return list(groups.values())
+
+
+def _series_of_slice(path: Path) -> str | None:
+    """The series that a DICOM file is a slice of; None for other files. DataError for a DICOM file that is damaged."""
+    if not path.is_file() or not (path.name.lower().endswith(_DICOM) or _kind(path) == "dicom"):
+        return None
+    from ibisagent.volumes.headers import numbers, read_header
+
+    header = read_header(path)
+    placed = numbers(header.get("ImagePositionPatient"), 3) is not None
+    return str(header.get("SeriesInstanceUID") or "") or None if placed else None
 
 
 def _read_files(files: Sequence[Path], channel: int | None, series: str | None) -> Volume:
