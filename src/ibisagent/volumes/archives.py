@@ -9,8 +9,8 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from ibisagent import limits
 from ibisagent.errors import DataError, TooLargeError
+from ibisagent.imaging import limits
 from ibisagent.volumes.grid import Volume
 from ibisagent.volumes.headers import told
 

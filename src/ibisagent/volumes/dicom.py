@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ibisagent import limits
 from ibisagent.errors import TooLargeError
-from ibisagent.limits.headers import check_codestream
+from ibisagent.imaging import limits
+from ibisagent.imaging.limits.headers import check_codestream
 from ibisagent.volumes.folders import Images, choose_series, images_below, images_of
 from ibisagent.volumes.frames import Frame, arrange, frames_of
 from ibisagent.volumes.grid import DicomOrigin, Volume, scratch

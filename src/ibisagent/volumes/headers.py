@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from ibisagent import limits
 from ibisagent.errors import DataError, IbisError, TooLargeError
 from ibisagent.files import one_line
+from ibisagent.imaging import limits
 
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 _MEDIA_DIRECTORY = "1.2.840.10008.1.3.10"

@@ -10,8 +10,8 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from ibisagent import limits
 from ibisagent.errors import DataError, IbisError, TooLargeError
+from ibisagent.imaging import limits
 from ibisagent.volumes.grid import NiftiOrigin, Volume, choose_channel, scratch
 from ibisagent.volumes.headers import told
 

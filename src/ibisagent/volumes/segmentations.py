@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ibisagent import limits
 from ibisagent.errors import DataError
+from ibisagent.imaging import limits
 from ibisagent.volumes.dicom import check_compressed_frames
 from ibisagent.volumes.grid import LPS, Volume, scratch
 from ibisagent.volumes.headers import (
