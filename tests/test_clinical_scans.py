@@ -1,4 +1,4 @@
-"""Scans as clinics have them: irregular headers, folders with other files, mosaics, uneven slices, odd windows and names."""
+"""Scans as clinics have them: irregular headers, folders with other files, mosaics, uneven slices, odd windows."""
 
 from __future__ import annotations
 
@@ -261,7 +261,7 @@ def test_localizers_and_smaller_stacks_are_passed_over(tmp_path: Path) -> None:
     assert same.shape == VALUES.shape
     assert "the largest stack of 3 is read (11 axial of 23 x 17)" in same.notes[0]
     tie = joined("tie", (VALUES, "SAL-even"))
-    with pytest.raises(DataError, match="form 2 stacks .* choose with --series SERIES/STACK"):
+    with pytest.raises(DataError, match=r"form 2 stacks .* choose with --series SERIES/STACK"):
         read_volume(tie)
     assert {read_volume(tie, series=f"1/{number}").shape for number in (1, 2)} == {VALUES.shape}
     with pytest.raises(DataError, match="none is number 3"):
@@ -323,7 +323,7 @@ def test_a_mask_on_the_same_grid_is_turned(tmp_path: Path, codes: str) -> None:
     off = volume.affine.copy()
     off[0, 3] += 2
     nib.save(nib.Nifti1Image(INSIDE.astype(np.uint8), off).as_reoriented(orientation), tmp_path / "off.nii.gz")
-    with pytest.raises(DataError, match="lies up to 2.00 mm beside"):
+    with pytest.raises(DataError, match=r"lies up to 2\.00 mm beside"):
         masks_on(volume, tmp_path / "off.nii.gz")
 
 
@@ -418,6 +418,9 @@ def test_files_are_known_by_what_they_hold(tmp_path: Path) -> None:
         np.testing.assert_allclose(volume.affine, GRIDS["oblique-uneven"], atol=1e-4)
         write_nifti(INSIDE, volume, tmp_path / "mask.nii.gz")
         np.testing.assert_array_equal(masks_on(volume, tmp_path / "mask.nii.gz")["mask"], INSIDE)
+    (tmp_path / "pair.img").unlink()
+    with pytest.raises(DataError, match=r"half of a pair, and pair.img is not beside it"):
+        read_volume(tmp_path / "pair.hdr")
     nib.save(nib.AnalyzeImage(VALUES, np.eye(4)), tmp_path / "old.img")
     with pytest.raises(DataError, match="does not say which side is left"):
         read_volume(tmp_path / "old.img")
