@@ -101,6 +101,8 @@ def _empty_segmentation(
         )
     if "PositionReferenceIndicator" not in made and "FrameOfReferenceUID" in made:
         made.PositionReferenceIndicator = ""
+    if not source.placed:
+        made.PatientOrientation = ""
     return made
 
 
