@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,16 @@ import PIL.Image
 
 from ibisagent.domain import Episode, Image
 from ibisagent.environment import package_version
-from ibisagent.errors import ConfigError, DataError
+from ibisagent.errors import ConfigError, DataError, IbisError
 from ibisagent.files import safe_name, write_whole
 from ibisagent.imaging.images import write_png
 from ibisagent.inference.volume import VolumeSegmentation, Why
 from ibisagent.protocol import overlay
 from ibisagent.store import write_record
-from ibisagent.volumes import SliceView
+from ibisagent.volumes import SliceView, Volume
+from ibisagent.volumes.grid import planes, release
 from ibisagent.volumes.measures import Measures, measure, write_measures
-from ibisagent.volumes.writing import write_nifti, write_png_stack, write_rle
+from ibisagent.volumes.writing import check_nifti, write_nifti, write_png_stack, write_rle
 
 FORMATS = ("nifti", "seg", "sr", "png", "rle")
 """seg and sr are DICOM, and sr refers to seg."""
@@ -39,7 +41,10 @@ _OVERVIEW_SLICES, _OVERVIEW_COLUMNS, _TILE = 12, 4, 256
 
 @dataclass(frozen=True, slots=True)
 class VolumeOutputs:
-    """Where the files of one volume are: masks by target and format ("" where one file holds all), and the others."""
+    """Where the files of one volume are: masks by target and format ("" where one file holds all), and the others.
+
+    failed: why formats that were asked for are not there, a line each.
+    """
 
     masks: Mapping[str, Mapping[str, Path]]
     measures: Mapping[str, Measures]
@@ -47,6 +52,7 @@ class VolumeOutputs:
     overview: Path
     record: Path
     dicom: tuple[Path, ...]
+    failed: tuple[str, ...] = ()
 
 
 class VolumeWriter:
@@ -69,6 +75,32 @@ class VolumeWriter:
         self._part = Path(self._unfinished.name)
         self._files: list[str] = []
         self._episodes: dict[int, list[str]] = {}
+        self._failed: dict[str, str] = {}
+
+    def prepare(self, volume: Volume, made_by: Mapping[str, str]) -> tuple[str, ...]:
+        """Find out which formats can hold masks of `volume`, before there are any; what will be repaired, a line each.
+
+        The others are left out of `finish`, which says why. Raises the error of the first where none can.
+        """
+        notes: list[str] = []
+        errors: list[IbisError] = []
+        facts = {"ibisagent": package_version(), **made_by}
+        for kind in self._formats:
+            try:
+                if kind == "nifti":
+                    check_nifti(volume)
+                elif kind == "seg" or (kind == "sr" and "seg" not in self._formats):
+                    from ibisagent.volumes.dicom_output import check_source
+
+                    notes += check_source(volume, self._folder / f"{self._name}_{kind}.dcm", facts)
+            except IbisError as error:
+                self._failed[kind] = str(error)
+                errors.append(error)
+        if "seg" in self._failed and "sr" in self._formats:
+            self._failed["sr"] = self._failed["seg"]
+        if len(self._failed) == len(self._formats):
+            raise errors[0]
+        return tuple(dict.fromkeys(notes))
 
     def __enter__(self) -> VolumeWriter:
         return self
@@ -96,13 +128,16 @@ class VolumeWriter:
         """Write masks, measurements, overview and record, then move all to their place.
 
         channel: which of several volumes on one grid this was read from, for the record. input_facts: what tells this
-        result from that of another input or other settings, for the record.
-        Raises DataError when the disk is full or a format cannot hold this volume, ConfigError when a format needs a
-        library that is not installed; then no file appears.
+        result from that of another input or other settings, for the record. A format that cannot hold this volume, or
+        needs a library that is not installed, is left out and told (`VolumeOutputs.failed`).
+        Raises DataError when the disk is full; then no file appears.
         """
         volume = view.volume
         facts = {"ibisagent": package_version(), **made_by}
-        measured = {target: measure(view, mask) for target, mask in found.masks.items()}
+        measured = {}
+        for target, mask in found.masks.items():
+            measured[target] = measure(view, mask)
+            release(mask)
         masks: dict[str, dict[str, Path]] = {target: {} for target in found.masks}
         taken: set[str] = set()
         for target in found.masks:
@@ -111,13 +146,12 @@ class VolumeWriter:
                 "nifti": (f"{self._name}_mask_{plain}.nii.gz", write_nifti),
                 "png": (f"{self._name}_mask_{plain}", write_png_stack),
             }
-            for kind in files.keys() & set(self._formats):
+            for kind in [kind for kind in self._formats if kind in files]:
                 file, write = files[kind]
-                write(found.masks[target], volume, self._new(file))
-                masks[target][kind] = self._folder / file
-        if "rle" in self._formats:
-            file = f"{self._name}_masks.json"
-            write_rle(found.masks, volume, self._new(file))
+                if self._can(kind, file, partial(write, found.masks[target], volume)):
+                    masks[target][kind] = self._folder / file
+        file = f"{self._name}_masks.json"
+        if "rle" in self._formats and self._can("rle", file, lambda path: write_rle(found.masks, volume, path)):
             for target in masks:
                 masks[target]["rle"] = self._folder / file
         dicom = self._dicom(found, view, measured, facts)
@@ -140,7 +174,20 @@ class VolumeWriter:
             self._folder / overview,
             self._folder / record,
             tuple(self._folder / file for file in dicom),
+            tuple(dict.fromkeys(self._failed.values())),
         )
+
+    def _can(self, kind: str, file: str, write: Callable[[Path], object]) -> bool:
+        """Write `file` of a format by `write`; False where the format has failed or fails now, which is told later."""
+        if kind in self._failed:
+            return False
+        try:
+            write(self._part / file)
+        except IbisError as error:
+            self._failed[kind] = str(error)
+            return False
+        self._files.append(file)
+        return True
 
     def _dicom(
         self, found: VolumeSegmentation, view: SliceView, measured: Mapping[str, Measures], made_by: Mapping[str, str]
@@ -149,13 +196,18 @@ class VolumeWriter:
             return []  # DICOM has no empty segmentation; the record says that nothing was found
         from ibisagent.volumes.dicom_output import write_report, write_segmentation
 
-        file = f"{self._name}_seg.dcm"
-        segmentation = write_segmentation(found.masks, view.volume, self._new(file), made_by)
-        if "sr" not in self._formats:
-            return [file]
+        file, made = f"{self._name}_seg.dcm", list[Any]()
+        kind = "seg" if "seg" in self._formats else "sr"
+        if not self._can(
+            kind, file, lambda path: made.append(write_segmentation(found.masks, view.volume, path, made_by))
+        ):
+            return []
         report = f"{self._name}_sr.dcm"
-        write_report(measured, segmentation, view.volume, self._new(report), made_by)
-        return [file, report]
+        if "sr" in self._formats and self._can(
+            "sr", report, lambda path: write_report(measured, made[0], view.volume, path, made_by)
+        ):
+            return [file, report]
+        return [file]
 
     def _record(
         self,
@@ -188,6 +240,7 @@ class VolumeWriter:
             "measures": {target: asdict(values) for target, values in measured.items()},
             "masks_sha256": {target: mask_sha256(mask) for target, mask in found.masks.items()},
             "ignored": list(found.ignored),
+            "failed_formats": dict(self._failed),
             "asked": [{**asdict(asked), "records": self._episodes.get(asked.slice, [])} for asked in found.asked],
             "carried": [asdict(carried) for carried in found.carried],
         }
@@ -210,7 +263,7 @@ class VolumeWriter:
 def mask_sha256(mask: np.ndarray) -> str:
     """Hash of the voxels of an (I, J, K) mask, eight to a byte, plane by plane."""
     digest = hashlib.sha256(repr(mask.shape).encode())
-    for plane in mask:
+    for plane in planes(mask):
         digest.update(np.packbits(plane).tobytes())
     return digest.hexdigest()
 

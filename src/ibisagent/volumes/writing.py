@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,9 @@ from ibisagent.errors import DataError
 from ibisagent.files import appearing_whole, write_whole
 from ibisagent.imaging.images import read_masks, write_mask_png
 from ibisagent.imaging.masks import decode_rle, encode_rle
-from ibisagent.volumes.grid import NiftiOrigin, Volume, scratch
+from ibisagent.volumes.grid import NiftiOrigin, Volume, places_off_mm, scratch_mask
 
 RLE_FORMAT = "ibisagent volume masks"
-SAME_PLACE_MM = 0.01
 _GRID_FILE = "grid.json"
 _SLICE = re.compile(r"slice-(\d+)\.png")
 _NAMING_FIELDS = ("descrip", "aux_file", "intent_name", "db_name", "data_type")
@@ -33,11 +32,13 @@ _NAMING_FIELDS = ("descrip", "aux_file", "intent_name", "db_name", "data_type")
 def write_nifti(mask: np.ndarray, volume: Volume, path: Path) -> None:
     """Write an (I, J, K) bool mask as .nii or .nii.gz, 1 inside; affine and header are the source's if that was NIfTI.
 
-    Free text and extensions of the header are left out, since they may name the patient.
+    Free text and extensions of the header are left out, since they may name the patient. DataError for slices at uneven
+    distances, which NIfTI cannot place.
     """
     import nibabel as nib
 
     _check_grid(mask, volume, str(path))
+    check_nifti(volume)
     header, affine = None, volume.affine
     if isinstance(volume.origin, NiftiOrigin):
         header, affine = volume.origin.header.copy(), volume.origin.affine
@@ -54,6 +55,14 @@ def write_nifti(mask: np.ndarray, volume: Volume, path: Path) -> None:
     suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
     with appearing_whole(path, suffix) as part:
         nib.save(image, part)
+
+
+def check_nifti(volume: Volume) -> None:
+    """DataError where NIfTI cannot hold masks of `volume`."""
+    if volume.heights is not None:
+        raise DataError(
+            f"{volume.name}: its slices are unevenly spaced, which NIfTI cannot say; ask for --format seg, png or rle"
+        )
 
 
 def write_png_stack(mask: np.ndarray, volume: Volume, folder: Path) -> None:
@@ -115,9 +124,10 @@ def read_volume_masks(path: str | Path) -> tuple[dict[str, np.ndarray], np.ndarr
 
 
 def masks_on(volume: Volume, path: str | Path) -> dict[str, np.ndarray]:
-    """Masks of a file, checked to lie on the grid of `volume`; DICOM segmentations too.
+    """Masks of a file on the grid of `volume`; DICOM segmentations too.
 
-    DataError if size or place differ: a mask is never resampled.
+    Axes that run the other way or stand in another order are turned, which changes no voxel. DataError if size or place
+    differ otherwise: a mask is never resampled.
     """
     from ibisagent.volumes import is_volume
     from ibisagent.volumes.segmentations import is_segmentation, read_segmentation
@@ -126,19 +136,27 @@ def masks_on(volume: Volume, path: str | Path) -> dict[str, np.ndarray]:
     if path.is_file() and is_volume(path) and is_segmentation(path):
         return read_segmentation(path, volume)
     masks, affine = read_volume_masks(path)
+    if volume.oriented:
+        masks, affine = _turned(masks, affine, volume.affine)
     for mask in masks.values():
         _check_grid(mask, volume, str(path))
     off = places_off_mm(affine, volume.affine, volume.shape)
-    if volume.oriented and off > SAME_PLACE_MM:
+    if volume.oriented and off > volume.tolerance_mm:
         raise DataError(f"{path}: lies up to {off:.2f} mm beside {volume.name}; resample the mask onto its grid")
     return masks
 
 
-def places_off_mm(a: np.ndarray, b: np.ndarray, shape: Sequence[int]) -> float:
-    """How far two affines put the corners of a grid of `shape` (I, J, K) apart along the worst axis, in millimetres."""
-    corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)], float)
-    corners[:, :3] *= np.array(shape) - 1
-    return float(np.abs(corners @ (a - b).T).max())
+def _turned(
+    masks: Mapping[str, np.ndarray], affine: np.ndarray, onto: np.ndarray
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Masks (I, J, K) of `affine` with axes flipped and exchanged to run as those of the affine `onto`, and theirs."""
+    from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
+
+    turn = io_orientation(np.linalg.inv(onto) @ affine)
+    if np.isnan(turn).any():
+        return dict(masks), affine
+    shape = next(iter(masks.values())).shape if masks else (1, 1, 1)
+    return {name: apply_orientation(mask, turn) for name, mask in masks.items()}, affine @ inv_ornt_aff(turn, shape)
 
 
 def _check_grid(mask: np.ndarray, volume: Volume, where: str) -> None:
@@ -148,7 +166,13 @@ def _check_grid(mask: np.ndarray, volume: Volume, where: str) -> None:
 
 
 def _grid(volume: Volume) -> dict[str, Any]:
-    return {"shape": list(volume.shape), "affine": volume.affine.tolist(), "axes": "slices k, rows j, columns i"}
+    uneven = {} if volume.heights is None else {"slice_mm": list(volume.heights)}
+    return {
+        "shape": list(volume.shape),
+        "affine": volume.affine.tolist(),
+        "axes": "slices k, rows j, columns i",
+        **uneven,
+    }
 
 
 def _read_grid(content: Any, path: Path) -> tuple[tuple[int, int, int], np.ndarray]:
@@ -174,7 +198,7 @@ def _read_png_stack(folder: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
     files = {int(match[1]): file for file in folder.iterdir() if (match := _SLICE.fullmatch(file.name))}
     if sorted(files) != list(range(shape[2])):
         raise DataError(f"{folder}: holds {len(files)} of {shape[2]} slices; copy it again")
-    mask = scratch(shape, bool)
+    mask = scratch_mask(shape)
     for k, file in files.items():
         plane = read_masks(file)["mask"].T
         if plane.shape != shape[:2]:
@@ -191,7 +215,7 @@ def _read_rle(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
     masks: dict[str, np.ndarray] = {}
     try:
         for name, slices in content["masks"].items():
-            masks[name] = scratch(shape, bool)
+            masks[name] = scratch_mask(shape)
             for coded in slices:
                 masks[name][:, :, int(coded["slice"])] = decode_rle(coded["rle"]).T
     except DataError as error:  # or TooLargeError
