@@ -186,7 +186,7 @@ def test_masks_of_other_grids_are_refused(tmp_path: Path) -> None:
         write_nifti(np.ones(other.shape, bool), other, tmp_path / f"{other.name}.nii.gz")
         with pytest.raises(DataError, match="resample the mask onto its grid"):
             masks_on(volume, tmp_path / f"{other.name}.nii.gz")
-    with pytest.raises(DataError, match="is not a mask of one object"):
+    with pytest.raises(DataError, match="is neither a mask nor a label map"):
         masks_on(volume, tmp_path / "scan.nii.gz")
     folder = tmp_path / "d"
     folder.mkdir()

@@ -1,7 +1,7 @@
 """What comes of a volume: masks in the formats asked for, measurements, an overview, and the record of the run.
 
 File names and records hold neither path nor patient: they begin with the volume's own name, which for DICOM is made
-from a hash. DICOM objects (`seg`, `sr`) carry the patient of their source, as DICOM demands.
+from a hash. DICOM objects (`seg`, `sr`, `rtstruct`) carry the patient of their source, as DICOM demands.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from ibisagent.protocol import overlay
 from ibisagent.store import write_record
 from ibisagent.volume_agent import VolumeSegmentation, Why
 from ibisagent.volumes import SliceView
+from ibisagent.volumes.label_maps import SEGMENTATION, SUFFIXES, write_label_map, write_slicer_segmentation
 from ibisagent.volumes.measures import Measures, measure, write_measures
 from ibisagent.volumes.writing import write_nifti, write_png_stack, write_rle
 
-FORMATS = ("nifti", "seg", "sr", "png", "rle")
-"""seg and sr are DICOM, and sr refers to seg."""
+DICOM_FORMATS = ("seg", "sr", "rtstruct")
+FORMATS = ("nifti", *DICOM_FORMATS, "labels", "seg.nrrd", "png", "rle")
+"""sr refers to seg. labels: one NIfTI label map with its names; seg.nrrd: 3D Slicer's segmentation."""
 
 RECORD_FORMAT, RECORD_VERSION = "ibisagent volume", 2
 _OVERVIEW_SLICES, _OVERVIEW_COLUMNS, _TILE = 12, 4, 256
@@ -113,11 +115,18 @@ class VolumeWriter:
                 file, write = files[kind]
                 write(found.masks[target], volume, self._new(file))
                 masks[target][kind] = self._folder / file
-        if "rle" in self._formats:
-            file = f"{self._name}_masks.json"
-            write_rle(found.masks, volume, self._new(file))
+        together: Mapping[str, tuple[str, Sequence[str], Callable[..., None]]] = {
+            "rle": (f"{self._name}_masks.json", [""], write_rle),
+            "labels": (f"{self._name}_labels", SUFFIXES, write_label_map),
+            "seg.nrrd": (f"{self._name}_masks", [SEGMENTATION], write_slicer_segmentation),
+        }
+        for kind in [kind for kind in self._formats if kind in together and masks]:
+            base, suffixes, write = together[kind]
+            for suffix in suffixes:
+                self._new(base + suffix)
+            write(found.masks, volume, self._part / (base + suffixes[0] if len(suffixes) == 1 else base))
             for target in masks:
-                masks[target]["rle"] = self._folder / file
+                masks[target][kind] = self._folder / (base + suffixes[0])
         dicom = self._dicom(found, view, measured, facts)
         tables = (f"{self._name}_measures.json", f"{self._name}_measures.csv")
         for file in tables:
@@ -140,17 +149,23 @@ class VolumeWriter:
     def _dicom(
         self, found: VolumeSegmentation, view: SliceView, measured: Mapping[str, Measures], made_by: Mapping[str, str]
     ) -> list[str]:
-        if not {"seg", "sr"} & set(self._formats) or not any(mask.any() for mask in found.masks.values()):
+        wanted = set(DICOM_FORMATS) & set(self._formats)
+        if not wanted or not any(mask.any() for mask in found.masks.values()):
             return []  # DICOM has no empty segmentation; the record says that nothing was found
         from ibisagent.volumes.clinic import write_report, write_segmentation
+        from ibisagent.volumes.rtstruct import write_rtstruct
 
-        file = f"{self._name}_seg.dcm"
-        segmentation = write_segmentation(found.masks, view.volume, self._new(file), made_by)
-        if "sr" not in self._formats:
-            return [file]
-        report = f"{self._name}_sr.dcm"
-        write_report(measured, segmentation, view.volume, self._new(report), made_by)
-        return [file, report]
+        written = []
+        if wanted & {"seg", "sr"}:
+            written.append(f"{self._name}_seg.dcm")
+            segmentation = write_segmentation(found.masks, view.volume, self._new(written[-1]), made_by)
+        if "sr" in wanted:
+            written.append(f"{self._name}_sr.dcm")
+            write_report(measured, segmentation, view.volume, self._new(written[-1]), made_by)
+        if "rtstruct" in wanted:
+            written.append(f"{self._name}_rtstruct.dcm")
+            write_rtstruct(found.masks, view.volume, self._new(written[-1]), made_by)
+        return written
 
     def _record(
         self,
