@@ -29,20 +29,20 @@ from ibisagent.cli import app
 from ibisagent.datasets import read_cases
 from ibisagent.domain import Observation, Stop
 from ibisagent.errors import ConfigError, DataError, SegmenterError
-from ibisagent.factory.config import FactoryConfig
-from ibisagent.factory.exports import read_trl
-from ibisagent.factory.stages import Plan, build
-from ibisagent.images import write_mask_png, write_png
+from ibisagent.generation.config import FactoryConfig
+from ibisagent.generation.exports import read_trl
+from ibisagent.generation.stages import Plan, build
+from ibisagent.generation.trajectories import TrajectoryConfig, generate
+from ibisagent.imaging.images import write_mask_png, write_png
 from ibisagent.policies import load_policy
 from ibisagent.policies.nano import IbisNanoForConditionalGeneration, LikelyPlaces
 from ibisagent.protocol import parse, render, target_of
 from ibisagent.rewards import PAPER, RewardWeights
 from ibisagent.segmenters import load_segmenter
 from ibisagent.store import EpisodeStore
-from ibisagent.training import rl, sft
-from ibisagent.training.lessons import TAKEN_BACK, plainly
-from ibisagent.training.stage import ScoredReplies, load_student, without_library_warnings
-from ibisagent.trajectories import TrajectoryConfig, generate
+from ibisagent.training.finetune import rl, sft
+from ibisagent.training.finetune.common import ScoredReplies, load_student, without_library_warnings
+from ibisagent.training.nano.curriculum import TAKEN_BACK, plainly
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -519,13 +519,13 @@ def test_the_command_line(episodes, qwen, tmp_path, capsys):
     path = tmp_path / "recipe.toml"
     lines = [f'data = "{episodes}"', f'out = "{tmp_path / "run"}"', 'device = "cpu"', "steps = 1", "batch = 1"]
     path.write_text("\n".join([*lines, f'policy = "{qwen}"', 'history = "full"', "report_to = []"]))
-    assert app(["sft", str(path), "--set", "steps=2", "--json"], standalone_mode=False) is None
+    assert app(["train", "sft", str(path), "--set", "steps=2", "--json"], standalone_mode=False) is None
     assert json.loads((tmp_path / "run/recipe.json").read_bytes())["recipe"]["steps"] == 2
     folder = Path(json.loads(capsys.readouterr().out)["policy"])
     assert (folder / "model.safetensors").is_file()
     path.write_text(path.read_text() + "\npath = 4")
     with pytest.raises(SystemExit) as caught:
-        app(["rl", str(path)])
+        app(["train", "rl", str(path)])
     assert caught.value.code == 2
     assert "there is no such setting" in capsys.readouterr().err
 

@@ -25,7 +25,7 @@ from volume_phantoms import GRIDS, blob, hounsfield
 
 from ibisagent.datasets import read_cases
 from ibisagent.domain import Image
-from ibisagent.images import write_png
+from ibisagent.imaging.images import write_png
 from ibisagent.policies import load_policy
 from ibisagent.policies.base import Policy
 from ibisagent.policies.scripted import ScriptedPolicy

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydicom.sr._concepts_dict import concepts
 
-from ibisagent.teacher.phrasings import DESCRIPTIONS
+from ibisagent.generation.teacher.phrasings import DESCRIPTIONS
 from ibisagent.volumes import terms
 from ibisagent.volumes.terms import colours, term
 

@@ -30,11 +30,12 @@ from starlette.routing import Mount
 from ibisagent.domain import Box, Click, Image, Masks, standing
 from ibisagent.errors import ConfigError, IbisError
 from ibisagent.files import one_line
+from ibisagent.inference.image import describe_actions
+from ibisagent.inference.session import RunEnd, Session, Step
 from ibisagent.protocol import COLOURS, OPACITY, overlay
 from ibisagent.server.app import AgentThreads
 from ibisagent.server.service import VOLUME_SUFFIXES, Service, VolumeLike
 from ibisagent.server.visitors import PageDoor, Uploads, visitor_in
-from ibisagent.session import RunEnd, Session, Step, describe_actions
 
 FILE_TYPES = [".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", *VOLUME_SUFFIXES, ".gz"]
 SAMPLE_QUERY = "Segment the optic disc."

@@ -25,7 +25,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ibisagent.errors import DataError
-from ibisagent.server.access import Keys, again, set_cookie
+from ibisagent.server.auth import Keys, again, set_cookie
 from ibisagent.server.service import plain_name
 
 API = "/gradio_api"

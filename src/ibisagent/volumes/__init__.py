@@ -1,7 +1,8 @@
 """Volumes: NIfTI, DICOM, NRRD and MetaImage in, slices as pictures, masks back on the source's exact grid.
 
 Voxels are indexed [i, j, k], and `Volume.affine` takes them to the world (see there). The slices of a `SliceView` are
-what a radiologist expects to see; `writing` and `clinic` write masks, `measures` measures them.
+what a radiologist expects to see; `writing`, `label_maps`,
+`dicom_output` and `rtstruct` write masks, `measures` measures them.
 """
 
 from __future__ import annotations

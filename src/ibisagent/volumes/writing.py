@@ -1,6 +1,6 @@
 """Masks of a volume to files on the source's exact grid, and back: NIfTI, PNG stack, COCO run lengths.
 
-DICOM segmentations and reports are written by `clinic`, structure sets by `rtstruct`, label maps by `label_maps`.
+DICOM segmentations and reports are written by `dicom_output`, structure sets by `rtstruct`, label maps by `label_maps`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 
 from ibisagent.errors import DataError
 from ibisagent.files import appearing_whole, write_whole
-from ibisagent.images import read_masks, write_mask_png
-from ibisagent.masks import decode_rle, encode_rle
+from ibisagent.imaging.images import read_masks, write_mask_png
+from ibisagent.imaging.masks import decode_rle, encode_rle
 from ibisagent.volumes.grid import NiftiOrigin, Volume, scratch
 from ibisagent.volumes.label_maps import SEGMENTATION, label_names
 
