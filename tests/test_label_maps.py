@@ -33,7 +33,7 @@ def volume(grid: str = "oblique-uneven") -> Volume:
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_nifti_says_which_number_is_what(tmp_path: Path, grid: str) -> None:
-    write_label_map(OVER, volume(grid), tmp_path / "scan_labels")
+    write_label_map(OVER, volume(grid), tmp_path / "scan_labels.nii.gz")
     image = nib.load(tmp_path / "scan_labels.nii.gz")
     labels = np.asarray(image.dataobj)
     described = json.loads((tmp_path / "scan_labels.json").read_text())["labels"]
@@ -49,7 +49,7 @@ def test_nifti_says_which_number_is_what(tmp_path: Path, grid: str) -> None:
 
 
 def test_itk_snap_reads_the_names_and_so_do_we(tmp_path: Path) -> None:
-    write_label_map({'the "big" liver': APART["liver"], "spleen": SPLEEN}, volume(), tmp_path / "x")
+    write_label_map({'the "big" liver': APART["liver"], "spleen": SPLEEN}, volume(), tmp_path / "x.nii.gz")
     lines = [line.split(None, 7) for line in (tmp_path / "x.txt").read_text().splitlines()]
     assert [(line[0], line[7]) for line in lines] == [
         ("0", '"Clear Label"'),

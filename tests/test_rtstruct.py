@@ -103,7 +103,7 @@ def test_it_says_what_it_is(tmp_path: Path) -> None:
     code = made.RTROIObservationsSequence[0].RTROIIdentificationCodeSequence[0]
     assert (code.CodeValue, code.CodingSchemeDesignator) == ("64033007", "SCT")
     assert len({tuple(item.ROIDisplayColor) for item in made.ROIContourSequence}) == 2
-    assert (made.PatientName, made.PatientID, made.StudyTime, made.PatientSex) == ("Müller^Eva", "MRN77", "", "")
+    assert (made.PatientName, made.PatientID, made.StudyTime, made.PatientSex) == ("Müller^Eva", "MRN77", "112724", "")
     assert made.StudyInstanceUID == source[0].StudyInstanceUID
     assert made.FrameOfReferenceUID == source[0].FrameOfReferenceUID
     images = {item.SOPInstanceUID: item for item in source}

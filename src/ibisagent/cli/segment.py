@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +23,7 @@ from ibisagent.cli.options import (
 )
 from ibisagent.cli.output import EXIT_ERROR, JsonStream, print_error, print_json, progress, status, stderr, stdout
 from ibisagent.domain import MASK_SELECTION, check_mask_selection
-from ibisagent.errors import ConfigError, IbisError
+from ibisagent.errors import ConfigError, DataError, IbisError
 from ibisagent.files import one_line
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ def segment(
         list[str],
         typer.Argument(
             metavar="IMAGE",
-            help="Images (PNG, JPEG, TIFF, BMP), volumes (NIfTI, DICOM, NRRD, MHA), folders with a DICOM series, or"
-            " the DICOMweb address of one.",
+            help="Images (PNG, JPEG, TIFF, BMP), volumes (NIfTI, DICOM, NRRD, MHA, MGH, ZIP), folders with a DICOM"
+            " series, or the DICOMweb address of one.",
         ),
     ],
     query: Annotated[str, typer.Argument(metavar="QUERY", help='What to segment, such as "the optic disc".')],
@@ -60,7 +60,9 @@ def segment(
         str, typer.Option(help="Volumes: auto, lung, bone, 'soft tissue', brain, ..., LEVEL/WIDTH, or 1-99%.")
     ] = "auto",
     channel: Annotated[int | None, typer.Option(help="Volumes: which of several on one grid, from 0.", min=0)] = None,
-    series: Annotated[str | None, typer.Option(help="Volumes: which DICOM series of a folder: number or UID.")] = None,
+    series: Annotated[
+        str | None, typer.Option(help="Volumes: which DICOM series of a folder: number, UID, or 1/2 for its stack 2.")
+    ] = None,
     recheck: Annotated[
         int, typer.Option(help="Volumes: ask the agent again after so many slices; 0 never asks again.", min=0)
     ] = 10,
@@ -75,7 +77,8 @@ def segment(
         bool, typer.Option(help="Make results that are there already again, in their place. Default: they are kept.")
     ] = False,
     review_queue: Annotated[
-        bool, typer.Option(help="Images: score every mask; review.csv and .json list them worst first.")
+        bool,
+        typer.Option(help="Score every mask (of volumes: their slices); review.csv and .json list them worst first."),
     ] = False,
     calibration: Annotated[
         Path | None, typer.Option(help="What 'eval calibrate' wrote: makes scores expected IoUs, in the review queue.")
@@ -238,6 +241,11 @@ def _printer(query: str) -> Listener:
             spacing = " x ".join(f"{side:.3g}" for side in volume.spacing_mm)
             size = f"{sides} voxels of {spacing} mm" if volume.spacing_known else f"{sides} voxels"
             stdout.print(f"  {volume.name}: {size}, {view.count} {view.axis} slices, window {view.window_source}")
+            self.noted(volume.notes)
+
+        def noted(self, notes: Sequence[str]) -> None:
+            for note in notes:
+                stdout.print(f"  note: {one_line(note, 400)}")
 
         def asked(self, index: int, why: Why, episode: Episode) -> None:
             found = ", ".join(one_line(name, 60) for name, mask in episode.answer_masks.items() if mask.any())
@@ -261,6 +269,7 @@ def _print_result(result: Result) -> None:
         _print_volume(result)
     else:
         stdout.print(f"  kept:    {result.record} (was there already)")
+        _print_failed(result.failed)
 
 
 def _print_image(result: ImageResult) -> None:
@@ -298,3 +307,9 @@ def _print_volume(result: VolumeResult) -> None:
         stdout.print(f"  DICOM:   {file} (names the patient as its source does)")
     stdout.print(f"  overlay: {outputs.overview}")
     stdout.print(f"  record:  {outputs.record}")
+    _print_failed(outputs.failed)
+
+
+def _print_failed(messages: Sequence[str]) -> None:
+    for message in messages:
+        print_error(DataError(message))

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -215,6 +215,24 @@ class Queue:
         found = self._reviewer.signals(episode, case)
         score = self._reliability.score(found)
         rounded = {name: round(value, 4) for name, value in found.items()}
+        self._entries.append({"image": image, "score": round(score, 4), **rounded})
+        return score
+
+    def add_volume(self, image: str, episodes: Iterable[tuple[Episode, Case]]) -> float:
+        """Score a volume by the mean signals of the slices on which the agent found something; the score.
+
+        Slices that the segmenter was carried through are not scored. A volume in which nothing was found has 0 in each
+        signal. Raises PolicyError and SegmenterError.
+        """
+        found = [
+            self._reviewer.signals(episode, case)
+            for episode, case in episodes
+            if any(mask.any() for mask in episode.answer_masks.values())
+        ]
+        names = SIGNALS if self._reviewer.samples else FREE_SIGNALS
+        means = {name: float(np.mean([one[name] for one in found])) if found else 0.0 for name in names}
+        score = self._reliability.score(means)
+        rounded = {name: round(value, 4) for name, value in means.items()}
         self._entries.append({"image": image, "score": round(score, 4), **rounded})
         return score
 

@@ -312,10 +312,10 @@ def _read_volume_mask(file: Path) -> tuple[Mask, np.ndarray]:
 
 
 def _check_place(file: str, ours: np.ndarray, theirs: np.ndarray, shape: Sequence[int]) -> None:
-    from ibisagent.volumes.writing import SAME_PLACE_MM, places_off_mm
+    from ibisagent.volumes.grid import places_off_mm, tolerance_mm
 
     off = places_off_mm(ours, theirs, shape)
-    if off > SAME_PLACE_MM:
+    if off > tolerance_mm(theirs):
         raise _MisfitError(
             "other geometry",
             f"{file}: lies up to {off:.2f} mm beside the truth; resample it onto the grid of the truth",

@@ -12,7 +12,7 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ from ibisagent.policies.base import Policy
 from ibisagent.protocol import target_of
 from ibisagent.segmenters import Segmenter
 from ibisagent.store import read_record
-from ibisagent.volumes import SliceView, Volume, dicomweb, is_volume, read_volume
+from ibisagent.volumes import SliceView, Volume, dicomweb, is_volume, read_volume, whole_series
 from ibisagent.volumes.writing import masks_on
 
 _OF_MACHINE = {"ibisagent", "torch", "transformers", "runtime", "policy_device"}
@@ -96,6 +96,8 @@ class VolumeResult:
     outputs: VolumeOutputs
     cost: Cost
     seconds: float
+    score: float | None = None
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -109,6 +111,9 @@ class VolumeResult:
             "record": str(outputs.record),
             "cost": asdict(self.cost),
             "seconds": round(self.seconds, 3),
+            "notes": list(self.notes),
+            **({} if self.score is None else {"score": round(self.score, 4)}),
+            **({"error": "; ".join(outputs.failed)} if outputs.failed else {}),
         }
 
 
@@ -118,10 +123,12 @@ class KeptVolume:
 
     path: str
     record: Path
+    failed: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
-        return {"image": self.path, "record": str(self.record), "kept": True}
+        error = {"error": "; ".join(self.failed)} if self.failed else {}
+        return {"image": self.path, "record": str(self.record), "kept": True, **error}
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +152,9 @@ class Review(Protocol):
     def add(self, image: str, episode: Episode, case: Case) -> float:
         """The score of an episode of the image at this path, in [0, 1]."""
 
+    def add_volume(self, image: str, episodes: Iterable[tuple[Episode, Case]]) -> float:
+        """The score of a volume of the episodes on its slices, in [0, 1]."""
+
 
 class Listener:
     """Who wants to know what happens while a batch runs; override what is of interest."""
@@ -157,6 +167,9 @@ class Listener:
 
     def opened(self, view: SliceView) -> None:
         """A volume was read."""
+
+    def noted(self, notes: Sequence[str]) -> None:
+        """What of the source is repaired in the objects that will be written, a line each."""
 
     def asked(self, index: int, why: Why, episode: Episode) -> None:
         """The agent has answered on one slice of a volume."""
@@ -195,15 +208,18 @@ class Batch:
     def run(self, paths: Sequence[str], starts: Sequence[Path | None] = ()) -> Iterator[Result]:
         """The results, in order. An input that fails becomes `Failed` and does not stop the others.
 
-        paths: files, folders with a DICOM series, or the DICOMweb address of one. starts: masks to refine, one for each
-        path, or none at all. ConfigError for another number.
+        paths: files, folders with a DICOM series, or the DICOMweb address of one; slices of one series are one input,
+        called by their folder. starts: masks to refine, one for each input, or none at all. ConfigError for another
+        number.
         """
-        if starts and len(starts) != len(paths):
-            raise ConfigError(f"{len(starts)} start masks for {len(paths)} images: give one per image, in their order")
-        for path, start in zip(paths, starts or [None] * len(paths), strict=True):
+        groups = whole_series(paths)
+        if starts and len(starts) != len(groups):
+            raise ConfigError(f"{len(starts)} start masks for {len(groups)} images: give one per image, in their order")
+        for files, start in zip(groups, starts or [None] * len(groups), strict=True):
+            path = files[0] if len(files) == 1 else str(Path(files[0]).parent)
             self.listener.started(path)
             try:
-                yield self.segment(path, start)
+                yield self.segment(path, start) if len(files) == 1 else self._volume(path, start, files)
             except IbisError as error:
                 yield Failed(path, error)
 
@@ -251,14 +267,14 @@ class Batch:
         self._records[outputs.record.name.casefold()] = outputs.record
         return ImageResult(path, episode, outputs, time.perf_counter() - started, score)
 
-    def _volume(self, path: str, start: Path | None) -> VolumeResult | KeptVolume:
+    def _volume(self, path: str, start: Path | None, files: Sequence[str] = ()) -> VolumeResult | KeptVolume:
         started, options = time.perf_counter(), self.volumes
         with ExitStack() as until:
             source = Path(path)
             if dicomweb.is_url(path):
                 source = Path(until.enter_context(tempfile.TemporaryDirectory(prefix="ibisagent-")))
                 dicomweb.fetch_series(path, source)
-            volume = read_volume(source, channel=options.channel, series=options.series)
+            volume = read_volume(files or source, channel=options.channel, series=options.series)
             view = SliceView(volume, options.axis, options.window)
             self.listener.opened(view)
             masks = {} if start is None else masks_on(volume, start)
@@ -278,7 +294,10 @@ class Batch:
 
             name, record = self._name(volume.name, facts["sha256"], same_input)
             if record is not None and not self.overwrite:
-                return KeptVolume(path, record)
+                self._review_volume(path, record, view)
+                return KeptVolume(
+                    path, record, tuple((_volume_record(record) or {}).get("failed_formats", {}).values())
+                )
             return self._segment_volume(path, view, masks, name, facts, started)
 
     def _segment_volume(
@@ -292,7 +311,10 @@ class Batch:
     ) -> VolumeResult:
         options = self.volumes
         keys = None if options.slices is None else parse_slices(options.slices, view.count)
+        made_by = {"policy": self.policy.name, **self._made_by}
         with VolumeWriter(self.folder, name, options.formats) as files:
+            repaired = files.prepare(view.volume, made_by)
+            self.listener.noted(repaired)
 
             def on_episode(index: int, why: Why, episode: Episode, image: Image) -> None:
                 files.episode(index, why, episode, image)
@@ -311,13 +333,26 @@ class Batch:
                 made_by=self._made_by,
                 on_episode=on_episode,
             )
-            made_by = {"policy": self.policy.name, **self._made_by}
             outputs = files.finish(found, view, self.query, made_by, channel=options.channel, input_facts=facts)
         if options.store is not None and outputs.dicom:
             self.listener.sending(options.store)
             dicomweb.store(options.store, outputs.dicom)
         self._records[outputs.record.name.casefold()] = outputs.record
-        return VolumeResult(path, outputs, found.cost, time.perf_counter() - started)
+        score = self._review_volume(path, outputs.record, view)
+        notes = (*view.volume.notes, *repaired)
+        return VolumeResult(path, outputs, found.cost, time.perf_counter() - started, score, notes)
+
+    def _review_volume(self, path: str, record: Path, view: SliceView) -> float | None:
+        """The score of a volume's record by the episodes on its slices; None where nobody reviews."""
+        if self.review is None:
+            return None
+        asked = (_volume_record(record) or {}).get("asked", ())
+        return self.review.add_volume(path, (pair for row in asked for pair in self._episodes_on(row, record, view)))
+
+    def _episodes_on(self, asked: Mapping[str, Any], record: Path, view: SliceView) -> Iterator[tuple[Episode, Case]]:
+        for file in asked["records"]:
+            episode = read_record(record.parent / file)
+            yield episode, Case(episode.case_id, view.image(asked["slice"]), self.query, start=episode.start)
 
     def _volume_facts(self, volume: Volume, start: Path | None) -> dict[str, Any]:
         """What a volume's result was made from, for its record."""

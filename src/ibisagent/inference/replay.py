@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ _NEEDED = (
     *("volume", "channel", "shape", "affine", "axis", "window", "query"),
     *("recheck", "max_turns", "made_by", "asked", "masks_sha256"),
 )
+_SLICE_RECORD = re.compile(r"(.+)_slice-\d{4,}(?:-\d+)?_record\.json")
 _ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", "")
 
 
@@ -136,6 +138,7 @@ def replay_records(
     output: a folder to write the files to once more. image: where the image or volume is now, or the folder of several
     images. series: of a DICOM folder, see `read_volume`. ConfigError where `image` is one file of several records.
     """
+    records = without_slices(records)
     if image is not None and not image.is_dir() and len(records) > 1:
         raise ConfigError("--image names one file: replay one record at a time with it")
     for record, name in zip(records, file_names(records), strict=True):
@@ -160,6 +163,23 @@ def is_volume_record(path: str | Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(record, dict) and record.get("format") == RECORD_FORMAT
+
+
+def without_slices(records: Sequence[Path]) -> list[Path]:
+    """The records but those of a volume's slices, which are played again with their volume's.
+
+    DataError for one of a slice whose volume's record lies beside it and is not given.
+    """
+    given = {path.resolve() for path in records}
+    kept = []
+    for path in records:
+        match = _SLICE_RECORD.fullmatch(path.name)
+        whole = path.with_name(f"{match[1]}_record.json") if match else None
+        if whole is None or not is_volume_record(whole):
+            kept.append(path)
+        elif whole.resolve() not in given:
+            raise DataError(f"{path}: is of one slice of a volume; replay {whole.name}, which takes it along")
+    return kept
 
 
 def replay_volume(
@@ -191,6 +211,8 @@ def replay_volume(
     keys = sorted({asked["slice"] for asked in record["asked"] if asked["why"] == "key"})
     policy = _Recorded(view, episodes, str(made_by.get("policy", "")), str(path))
     with VolumeWriter(Path(output), name or volume.name, formats) if output else nullcontext() as files:
+        if files:
+            files.prepare(volume, made_by)
         found = run_volume(
             view,
             record["query"],

@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,27 @@ import PIL.Image
 
 from ibisagent.domain import Episode, Image
 from ibisagent.environment import package_version
-from ibisagent.errors import ConfigError, DataError
+from ibisagent.errors import ConfigError, DataError, IbisError
 from ibisagent.files import safe_name, write_whole
 from ibisagent.imaging.images import write_png
 from ibisagent.inference.volume import VolumeSegmentation, Why
 from ibisagent.protocol import overlay
 from ibisagent.store import write_record
-from ibisagent.volumes import SliceView
-from ibisagent.volumes.label_maps import SEGMENTATION, SUFFIXES, write_label_map, write_slicer_segmentation
+from ibisagent.volumes import SliceView, Volume
+from ibisagent.volumes.label_maps import BESIDE, LABEL_MAP, SEGMENTATION, write_label_map, write_slicer_segmentation
 from ibisagent.volumes.measures import Measures, measure, write_measures
-from ibisagent.volumes.writing import write_nifti, write_png_stack, write_rle
+from ibisagent.volumes.writing import check_nifti, write_nifti, write_png_stack, write_rle
 
 DICOM_FORMATS = ("seg", "sr", "rtstruct")
 FORMATS = ("nifti", *DICOM_FORMATS, "labels", "seg.nrrd", "png", "rle")
 """sr refers to seg. labels: one NIfTI label map with its names; seg.nrrd: 3D Slicer's segmentation."""
+
+_TOGETHER: Mapping[str, tuple[str, tuple[str, ...], Callable[..., None]]] = {
+    "rle": ("_masks.json", (), write_rle),
+    "labels": (f"_labels{LABEL_MAP}", tuple(f"_labels{suffix}" for suffix in BESIDE), write_label_map),
+    "seg.nrrd": (f"_masks{SEGMENTATION}", (), write_slicer_segmentation),
+}
+"""Formats that hold all masks: how the file's name ends, those of files beside it, and who writes them."""
 
 RECORD_FORMAT, RECORD_VERSION = "ibisagent volume", 2
 _OVERVIEW_SLICES, _OVERVIEW_COLUMNS, _TILE = 12, 4, 256
@@ -41,7 +49,10 @@ _OVERVIEW_SLICES, _OVERVIEW_COLUMNS, _TILE = 12, 4, 256
 
 @dataclass(frozen=True, slots=True)
 class VolumeOutputs:
-    """Where the files of one volume are: masks by target and format ("" where one file holds all), and the others."""
+    """Where the files of one volume are: masks by target and format ("" where one file holds all), and the others.
+
+    failed: why formats that were asked for are not there, a line each.
+    """
 
     masks: Mapping[str, Mapping[str, Path]]
     measures: Mapping[str, Measures]
@@ -49,6 +60,7 @@ class VolumeOutputs:
     overview: Path
     record: Path
     dicom: tuple[Path, ...]
+    failed: tuple[str, ...] = ()
 
 
 class VolumeWriter:
@@ -71,6 +83,36 @@ class VolumeWriter:
         self._part = Path(self._unfinished.name)
         self._files: list[str] = []
         self._episodes: dict[int, list[str]] = {}
+        self._failed: dict[str, str] = {}
+
+    def prepare(self, volume: Volume, made_by: Mapping[str, str]) -> tuple[str, ...]:
+        """Find out which formats can hold masks of `volume`, before there are any; what will be repaired, a line each.
+
+        The others are left out of `finish`, which says why. Raises the error of the first where none can.
+        """
+        notes: list[str] = []
+        errors: list[IbisError] = []
+        facts = {"ibisagent": package_version(), **made_by}
+        for kind in self._formats:
+            try:
+                if kind == "nifti":
+                    check_nifti(volume)
+                elif kind == "seg" or (kind == "sr" and "seg" not in self._formats):
+                    from ibisagent.volumes.dicom_output import check_source
+
+                    notes += check_source(volume, self._folder / f"{self._name}_{kind}.dcm", facts)
+                elif kind == "rtstruct":
+                    from ibisagent.volumes.rtstruct import check_rtstruct
+
+                    notes += check_rtstruct(volume, self._folder / f"{self._name}_{kind}.dcm")
+            except IbisError as error:
+                self._failed[kind] = str(error)
+                errors.append(error)
+        if "seg" in self._failed and "sr" in self._formats:
+            self._failed["sr"] = self._failed["seg"]
+        if len(self._failed) == len(self._formats):
+            raise errors[0]
+        return tuple(dict.fromkeys(notes))
 
     def __enter__(self) -> VolumeWriter:
         return self
@@ -98,9 +140,9 @@ class VolumeWriter:
         """Write masks, measurements, overview and record, then move all to their place.
 
         channel: which of several volumes on one grid this was read from, for the record. input_facts: what tells this
-        result from that of another input or other settings, for the record.
-        Raises DataError when the disk is full or a format cannot hold this volume, ConfigError when a format needs a
-        library that is not installed; then no file appears.
+        result from that of another input or other settings, for the record. A format that cannot hold this volume, or
+        needs a library that is not installed, is left out and told (`VolumeOutputs.failed`).
+        Raises DataError when the disk is full; then no file appears.
         """
         volume = view.volume
         facts = {"ibisagent": package_version(), **made_by}
@@ -113,22 +155,17 @@ class VolumeWriter:
                 "nifti": (f"{self._name}_mask_{plain}.nii.gz", write_nifti),
                 "png": (f"{self._name}_mask_{plain}", write_png_stack),
             }
-            for kind in files.keys() & set(self._formats):
+            for kind in [kind for kind in self._formats if kind in files]:
                 file, write = files[kind]
-                write(found.masks[target], volume, self._new(file))
-                masks[target][kind] = self._folder / file
-        together: Mapping[str, tuple[str, Sequence[str], Callable[..., None]]] = {
-            "rle": (f"{self._name}_masks.json", [""], write_rle),
-            "labels": (f"{self._name}_labels", SUFFIXES, write_label_map),
-            "seg.nrrd": (f"{self._name}_masks", [SEGMENTATION], write_slicer_segmentation),
-        }
-        for kind in [kind for kind in self._formats if kind in together and masks]:
-            base, suffixes, write = together[kind]
-            for suffix in suffixes:
-                self._new(base + suffix)
-            write(found.masks, volume, self._part / (base + suffixes[0] if len(suffixes) == 1 else base))
-            for target in masks:
-                masks[target][kind] = self._folder / (base + suffixes[0])
+                if self._can(kind, file, partial(write, found.masks[target], volume)):
+                    masks[target][kind] = self._folder / file
+        for kind in [kind for kind in self._formats if kind in _TOGETHER and masks]:
+            suffix, beside, write_all = _TOGETHER[kind]
+            file = f"{self._name}{suffix}"
+            if self._can(kind, file, partial(write_all, found.masks, volume)):
+                self._files += [f"{self._name}{other}" for other in beside]
+                for target in masks:
+                    masks[target][kind] = self._folder / file
         dicom = self._dicom(found, view, measured, facts)
         tables = (f"{self._name}_measures.json", f"{self._name}_measures.csv")
         for file in tables:
@@ -149,7 +186,20 @@ class VolumeWriter:
             self._folder / overview,
             self._folder / record,
             tuple(self._folder / file for file in dicom),
+            tuple(dict.fromkeys(self._failed.values())),
         )
+
+    def _can(self, kind: str, file: str, write: Callable[[Path], object]) -> bool:
+        """Write `file` of a format by `write`; False where the format has failed or fails now, which is told later."""
+        if kind in self._failed:
+            return False
+        try:
+            write(self._part / file)
+        except IbisError as error:
+            self._failed[kind] = str(error)
+            return False
+        self._files.append(file)
+        return True
 
     def _dicom(
         self, found: VolumeSegmentation, view: SliceView, measured: Mapping[str, Measures], made_by: Mapping[str, str]
@@ -160,16 +210,20 @@ class VolumeWriter:
         from ibisagent.volumes.dicom_output import write_report, write_segmentation
         from ibisagent.volumes.rtstruct import write_rtstruct
 
-        written = []
+        written, made = list[str](), list[Any]()
+
+        def write(kind: str, name: str, how: Callable[[Path], object]) -> None:
+            file = f"{self._name}_{name}.dcm"
+            if self._can(kind, file, how):
+                written.append(file)
+
         if wanted & {"seg", "sr"}:
-            written.append(f"{self._name}_seg.dcm")
-            segmentation = write_segmentation(found.masks, view.volume, self._new(written[-1]), made_by)
-        if "sr" in wanted:
-            written.append(f"{self._name}_sr.dcm")
-            write_report(measured, segmentation, view.volume, self._new(written[-1]), made_by)
+            kind = "seg" if "seg" in wanted else "sr"
+            write(kind, "seg", lambda path: made.append(write_segmentation(found.masks, view.volume, path, made_by)))
+        if "sr" in wanted and made:
+            write("sr", "sr", lambda path: write_report(measured, made[0], view.volume, path, made_by))
         if "rtstruct" in wanted:
-            written.append(f"{self._name}_rtstruct.dcm")
-            write_rtstruct(found.masks, view.volume, self._new(written[-1]), made_by)
+            write("rtstruct", "rtstruct", lambda path: write_rtstruct(found.masks, view.volume, path, made_by))
         return written
 
     def _record(
@@ -203,6 +257,7 @@ class VolumeWriter:
             "measures": {target: asdict(values) for target, values in measured.items()},
             "masks_sha256": {target: mask_sha256(mask) for target, mask in found.masks.items()},
             "ignored": list(found.ignored),
+            "failed_formats": dict(self._failed),
             "asked": [{**asdict(asked), "records": self._episodes.get(asked.slice, [])} for asked in found.asked],
             "carried": [asdict(carried) for carried in found.carried],
         }

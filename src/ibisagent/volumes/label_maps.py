@@ -25,28 +25,29 @@ from ibisagent.files import appearing_whole, one_line, write_whole
 from ibisagent.volumes.grid import LPS, Volume, scratch
 from ibisagent.volumes.terms import Term, colours, term
 
-SUFFIXES = (".nii.gz", ".json", ".txt")
-"""Of the files that `write_label_map` writes."""
+LABEL_MAP, BESIDE = ".nii.gz", (".json", ".txt")
+"""How the file that `write_label_map` writes ends, and those that it writes beside it."""
 
 SEGMENTATION = ".seg.nrrd"
 _MOST_LABELS = 255
 _SNAP_LINE = re.compile(r'\s*(\d+)(?:\s+[\d.]+){6}\s+"(.*)"\s*')
 
 
-def write_label_map(masks: Mapping[str, np.ndarray], volume: Volume, base: Path) -> None:
-    """Write (I, J, K) bool masks as one label map on the volume's grid, `base` with each of SUFFIXES.
+def write_label_map(masks: Mapping[str, np.ndarray], volume: Volume, path: Path) -> None:
+    """Write (I, J, K) bool masks as one label map on the volume's grid, with its names in the files BESIDE it.
 
+    path: ends with LABEL_MAP.
     Objects are numbered 1, 2, ... in their order. Raises DataError as `write_nifti` does.
     """
     from ibisagent.volumes.writing import write_nifti_values
 
-    _check_count(masks, base)
+    _check_count(masks, path)
     labels = scratch(volume.shape, np.uint8)
     numbers = {name: number for number, name in enumerate(masks, start=1)}
     sizes = {name: int(np.count_nonzero(mask)) for name, mask in masks.items()}
     for name in sorted(masks, key=lambda name: sizes[name], reverse=True):
         labels[masks[name]] = numbers[name]
-    write_nifti_values(labels, volume, base.with_name(base.name + SUFFIXES[0]), highest=len(masks))
+    write_nifti_values(labels, volume, path, highest=len(masks))
     kept = np.bincount(labels.reshape(-1), minlength=len(masks) + 1)
     chosen = colours(masks)
     described = [
@@ -61,13 +62,13 @@ def write_label_map(masks: Mapping[str, np.ndarray], volume: Volume, base: Path)
         for name, number in numbers.items()
     ]
     content = (json.dumps({"labels": described}, indent=1) + "\n").encode()
-    write_whole(content, base.with_name(base.name + SUFFIXES[1]))
+    write_whole(content, _beside(path)[0])
     lines = ['    0     0    0    0        0  0  0    "Clear Label"']
     for name, number in numbers.items():
         red, green, blue = chosen[name]
         plain = one_line(name).replace('"', "'")
         lines.append(f'{number:5d} {red:5d} {green:4d} {blue:4d}        1  1  1    "{plain}"')
-    write_whole(("\n".join(lines) + "\n").encode(), base.with_name(base.name + SUFFIXES[2]))
+    write_whole(("\n".join(lines) + "\n").encode(), _beside(path)[1])
 
 
 def write_slicer_segmentation(masks: Mapping[str, np.ndarray], volume: Volume, path: Path) -> None:
@@ -114,8 +115,7 @@ def label_names(path: Path) -> dict[int, str]:
 
     DataError for a file beside it that is damaged.
     """
-    base = path.name.removesuffix(".gz").removesuffix(".nii")
-    described, snap = path.with_name(base + SUFFIXES[1]), path.with_name(base + SUFFIXES[2])
+    described, snap = _beside(path)
     try:
         if described.is_file():
             loaded = json.loads(described.read_bytes())
@@ -138,6 +138,11 @@ def choose_label(masks: Mapping[str, np.ndarray], label: str, where: object) -> 
             return mask
     listed = one_line(", ".join(f"'{name}'" for name in masks), 400)
     raise DataError(f"{where}: has no label '{one_line(label, 60)}'; it holds {listed}")
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    base = path.name.removesuffix(".gz").removesuffix(".nii")
+    return path.with_name(base + BESIDE[0]), path.with_name(base + BESIDE[1])
 
 
 def _check_count(masks: Mapping[str, np.ndarray], path: Path) -> None:

@@ -8,54 +8,36 @@ a program, not a library. So this is a writer of our own, on the exact polygons 
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from datetime import datetime
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydicom.config import disable_value_validation
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import ImplicitVRLittleEndian, generate_uid
 
-from ibisagent.errors import ConfigError, DataError
+from ibisagent.errors import DataError
 from ibisagent.files import write_whole
 from ibisagent.volumes.contours import filled, polygons
-from ibisagent.volumes.dicom import attribute, first_item, numbers, quiet, read_header, turning_damage_into_one_line
-from ibisagent.volumes.grid import LPS, DicomOrigin, Volume, scratch
-from ibisagent.volumes.terms import Code, colours, term
+from ibisagent.volumes.grid import LPS, Volume, scratch
+from ibisagent.volumes.headers import quiet, read_header, turning_damage_into_one_line
+from ibisagent.volumes.sources import Source, dataset_of, describe_source
+from ibisagent.volumes.terms import colours, term
 
 STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
 SERIES_NUMBER = 902
 OFF_SLICE = 0.1
 """Share of the slices' distance by which a contour may lie beside its slice."""
 
+_TAKEN_OVER = (
+    "SpecificCharacterSet",
+    *("PatientName", "PatientID", "PatientBirthDate", "PatientSex"),
+    *("StudyInstanceUID", "StudyDate", "StudyTime", "StudyID", "StudyDescription"),
+    *("AccessionNumber", "ReferringPhysicianName", "FrameOfReferenceUID"),
+)
 _PLANAR = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
-_PATIENT = {
-    "PatientName": ".*",
-    "PatientID": ".*",
-    "PatientBirthDate": r"\d{8}",
-    "PatientSex": "[MFO]",
-    "StudyDate": r"\d{8}",
-    "StudyTime": r"\d{2,6}(\.\d{1,6})?",
-    "StudyID": ".*",
-    "StudyDescription": ".*",
-    "AccessionNumber": ".*",
-    "ReferringPhysicianName": ".*",
-}
-"""What is taken over from the source, and how it must look: it may be empty, and is where the source's is irregular."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Slice:
-    """One slice of the source: its image (class and instance), its frame from 1 (None: the image has one), its place.
-
-    place: (4, 4), from (column, row, 0, 1) to DICOM's world.
-    """
-
-    image: tuple[str, str]
-    frame: int | None
-    place: np.ndarray
 
 
 def write_rtstruct(masks: Mapping[str, np.ndarray], volume: Volume, path: Path, made_by: Mapping[str, str]) -> None:
@@ -66,57 +48,38 @@ def write_rtstruct(masks: Mapping[str, np.ndarray], volume: Volume, path: Path, 
     of `terms`. Raises ConfigError where the source is not DICOM, DataError where no mask has a voxel or the source does
     not say how the patient lies.
     """
-    from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
-    from pydicom.uid import ImplicitVRLittleEndian, generate_uid
-
-    if not isinstance(volume.origin, DicomOrigin):
-        raise ConfigError(f"{path.name}: needs a DICOM source, {volume.name} is none; write nifti, png or rle")
-    if not volume.oriented:
-        raise DataError(f"{path.name}: {volume.name} does not say how the patient lies; write png or rle")
     shown = {name: mask for name, mask in masks.items() if mask.any()}
     if not shown:
         raise DataError(f"{path.name}: no mask has a voxel; nothing was written")
-    source = volume.origin.frames[0][0]
-    with turning_damage_into_one_line(str(source)):
-        slices, first = list(_slices(volume.origin)), read_header(source)
-    with turning_damage_into_one_line(str(source)), quiet():
-        meta = FileMetaDataset()
-        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = STRUCTURE_SET, generate_uid()
-        meta.TransferSyntaxUID = ImplicitVRLittleEndian  # explicit VR ends at 64 KB, a long contour does not
-        made = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
-        made.SpecificCharacterSet = "ISO_IR 192"
-        made.SOPClassUID, made.SOPInstanceUID = STRUCTURE_SET, meta.MediaStorageSOPInstanceUID
-        for name, looks in _PATIENT.items():
-            said = str(first.get(name, "") or "")
-            setattr(made, name, said if re.fullmatch(looks, said) else "")
-        made.StudyInstanceUID, made.SeriesInstanceUID = first.StudyInstanceUID, generate_uid()
-        reference = str(first.get("FrameOfReferenceUID", "") or "")
-        reference = reference or generate_uid(entropy_srcs=[str(first.SeriesInstanceUID)])
-        made.FrameOfReferenceUID, made.PositionReferenceIndicator = reference, ""
-        made.Modality, made.SeriesNumber, made.InstanceNumber = "RTSTRUCT", SERIES_NUMBER, 1
-        made.SeriesDescription = "Contours by ibisagent, not for clinical use"
-        made.Manufacturer = made.ManufacturerModelName = "ibisagent"
-        made.SoftwareVersions, made.OperatorsName = made_by.get("ibisagent", "unknown")[:64], ""
-        made.StructureSetLabel, made.ApprovalStatus = "IBISAGENT", "UNAPPROVED"
-        now = datetime.now()
-        made.StructureSetDate, made.StructureSetTime = now.strftime("%Y%m%d"), now.strftime("%H%M%S")
-        made.InstanceCreationDate, made.InstanceCreationTime = made.StructureSetDate, made.StructureSetTime
-        made.ReferencedFrameOfReferenceSequence = [_reference(first, slices, reference)]
-        made.StructureSetROISequence, made.ROIContourSequence, made.RTROIObservationsSequence = [], [], []
+    source = _placed_source(volume, path)
+    with turning_damage_into_one_line(path.name), quiet(), disable_value_validation():
+        made = _empty_set(source, made_by)
         for number, (name, colour) in enumerate(colours(shown).items(), start=1):
-            region = Dataset()
-            region.ROINumber, region.ReferencedFrameOfReferenceUID = number, reference
-            region.ROIName, region.ROIGenerationAlgorithm = name[:64], "AUTOMATIC"
-            region.ROIGenerationDescription = _makers(made_by)
-            made.StructureSetROISequence.append(region)
-            drawn = Dataset()
-            drawn.ReferencedROINumber, drawn.ROIDisplayColor = number, list(colour)
-            drawn.ContourSequence = list(_contours(shown[name], slices))
-            made.ROIContourSequence.append(drawn)
+            made.StructureSetROISequence.append(
+                dataset_of(
+                    ROINumber=number,
+                    ReferencedFrameOfReferenceUID=made.FrameOfReferenceUID,
+                    ROIName=name[:64],
+                    ROIGenerationAlgorithm="AUTOMATIC",
+                    ROIGenerationDescription=_makers(made_by),
+                )
+            )
+            made.ROIContourSequence.append(
+                dataset_of(
+                    ReferencedROINumber=number,
+                    ROIDisplayColor=list(colour),
+                    ContourSequence=list(_contours(shown[name], volume, source)),
+                )
+            )
             made.RTROIObservationsSequence.append(_observation(number, name))
         encoded = io.BytesIO()
         made.save_as(encoded)
     write_whole(encoded.getvalue(), path)
+
+
+def check_rtstruct(volume: Volume, path: Path) -> tuple[str, ...]:
+    """What of the source will be repaired in a structure set of `volume`, a line each. Raises as `write_rtstruct`."""
+    return _placed_source(volume, path).notes
 
 
 def is_rtstruct(path: Path) -> bool:
@@ -138,11 +101,10 @@ def read_rtstruct(path: Path, volume: Volume) -> dict[str, np.ndarray]:
     with quiet(), turning_damage_into_one_line(str(path)):
         dataset = pydicom.dcmread(path)
         names = {int(item.ROINumber): str(item.get("ROIName", "") or "") for item in dataset.StructureSetROISequence}
-        to_voxels = np.linalg.inv(volume.affine) @ LPS
         found: dict[str, np.ndarray] = {}
         for item in dataset.get("ROIContourSequence") or []:
             number = int(item.ReferencedROINumber)
-            outlines = list(_outlines(item.get("ContourSequence") or [], to_voxels))
+            outlines = list(_outlines(item.get("ContourSequence") or [], volume))
             if not outlines:
                 continue
             name = names.get(number) or f"ROI {number}"
@@ -154,94 +116,83 @@ def read_rtstruct(path: Path, volume: Volume) -> dict[str, np.ndarray]:
     return found
 
 
-def _slices(origin: DicomOrigin) -> Iterator[_Slice]:
-    """The slices in the order of k; of the files' headers one is in memory at a time."""
-    for file, together in groupby(origin.frames, key=lambda frame: frame[0]):
-        header = read_header(file)
-        shared = first_item(header, "SharedFunctionalGroupsSequence")
-        each = header.get("PerFrameFunctionalGroupsSequence") or []
-        count = int(header.get("NumberOfFrames", 1) or 1)
-        image = str(header.SOPClassUID), str(header.SOPInstanceUID)
-        for _, index in together:
-            groups = [group for group in (each[index] if each else None, shared) if group is not None]
-            yield _Slice(image, index + 1 if count > 1 else None, _place(header, groups, file))
+def _placed_source(volume: Volume, path: Path) -> Source:
+    source = describe_source(volume, path.name)
+    if not source.placed or not volume.oriented:
+        raise DataError(f"{path.name}: {volume.name} does not say how the patient lies; ask for --format png or rle")
+    return source
 
 
-def _place(header: Any, groups: list[Any], file: Path) -> np.ndarray:
-    """See `_Slice`."""
-    orientation = numbers(attribute(header, groups, "PlaneOrientationSequence", "ImageOrientationPatient"), 6)
-    position = numbers(attribute(header, groups, "PlanePositionSequence", "ImagePositionPatient"), 3)
-    spacing = numbers(attribute(header, groups, "PixelMeasuresSequence", "PixelSpacing"), 2)
-    if orientation is None or position is None or spacing is None:
-        raise DataError(f"{file}: does not say where its frames lie, so no contour can be placed; write png or rle")
-    place = np.eye(4)
-    place[:3, 0], place[:3, 1], place[:3, 3] = orientation[:3] * spacing[1], orientation[3:] * spacing[0], position
-    return place
+def _empty_set(source: Source, made_by: Mapping[str, str]) -> Any:
+    """A structure set of the source's patient and study, without an ROI."""
+    patient = source.stand_in
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = STRUCTURE_SET, generate_uid()
+    meta.TransferSyntaxUID = ImplicitVRLittleEndian  # explicit VR ends at 64 KB, a long contour does not
+    made = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+    made.SOPClassUID, made.SOPInstanceUID = STRUCTURE_SET, meta.MediaStorageSOPInstanceUID
+    for name in _TAKEN_OVER:
+        if name in patient:
+            made[name] = patient[name]
+    made.SeriesInstanceUID, made.PositionReferenceIndicator = generate_uid(), ""
+    made.Modality, made.SeriesNumber, made.InstanceNumber = "RTSTRUCT", SERIES_NUMBER, 1
+    made.SeriesDescription = "Contours by ibisagent, not for clinical use"
+    made.Manufacturer = made.ManufacturerModelName = "ibisagent"
+    made.SoftwareVersions, made.OperatorsName = made_by.get("ibisagent", "unknown")[:64], ""
+    made.StructureSetLabel, made.ApprovalStatus = "IBISAGENT", "UNAPPROVED"
+    now = datetime.now()
+    made.StructureSetDate, made.StructureSetTime = now.strftime("%Y%m%d"), now.strftime("%H%M%S")
+    made.InstanceCreationDate, made.InstanceCreationTime = made.StructureSetDate, made.StructureSetTime
+    series = dataset_of(SeriesInstanceUID=source.series_uid, ContourImageSequence=list(source.references))
+    study = dataset_of(
+        ReferencedSOPClassUID="1.2.840.10008.3.1.2.3.1",  # retired, and still demanded of this sequence
+        ReferencedSOPInstanceUID=patient.StudyInstanceUID,
+        RTReferencedSeriesSequence=[series],
+    )
+    reference = dataset_of(FrameOfReferenceUID=made.FrameOfReferenceUID, RTReferencedStudySequence=[study])
+    made.ReferencedFrameOfReferenceSequence = [reference]
+    made.StructureSetROISequence, made.ROIContourSequence, made.RTROIObservationsSequence = [], [], []
+    return made
 
 
-def _contours(mask: np.ndarray, slices: list[_Slice]) -> Iterator[Any]:
-    """The items of a contour sequence."""
-    from pydicom.dataset import Dataset
-
-    number = 0
-    for k, one in enumerate(slices):
-        for outline in polygons(mask[:, :, k].T) if mask[:, :, k].any() else []:
-            number += 1
-            flat = np.column_stack([outline, np.zeros(len(outline)), np.ones(len(outline))])
-            points = (flat @ one.place.T)[:, :3]
-            item = Dataset()
-            item.ContourNumber, item.ContourGeometricType = number, "CLOSED_PLANAR"
-            item.ContourImageSequence = [_image(one)]
-            item.NumberOfContourPoints = len(points)
-            item.ContourData = [f"{value:.4f}" for value in points.ravel()]
-            yield item
-
-
-def _image(one: _Slice) -> Any:
-    from pydicom.dataset import Dataset
-
-    item = Dataset()
-    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = one.image
-    if one.frame is not None:
-        item.ReferencedFrameNumber = one.frame
-    return item
-
-
-def _reference(first: Any, slices: list[_Slice], frame_of_reference: str) -> Any:
-    """Which images the contours lie in."""
-    from pydicom.dataset import Dataset
-
-    series, study, reference = Dataset(), Dataset(), Dataset()
-    series.SeriesInstanceUID = first.SeriesInstanceUID
-    images = {one.image[1]: _Slice(one.image, None, one.place) for one in slices}
-    series.ContourImageSequence = [_image(one) for one in images.values()]
-    study.ReferencedSOPClassUID = "1.2.840.10008.3.1.2.3.1"  # retired, and still demanded of this sequence
-    study.ReferencedSOPInstanceUID = first.StudyInstanceUID
-    study.RTReferencedSeriesSequence = [series]
-    reference.FrameOfReferenceUID = frame_of_reference
-    reference.RTReferencedStudySequence = [study]
-    return reference
+def _contours(mask: np.ndarray, volume: Volume, source: Source) -> Iterator[Any]:
+    """The items of a contour sequence, each on the slice where the source's lies, even or not."""
+    if source.positions is None:
+        return
+    steps = (LPS @ volume.affine)[:3, :2]
+    drawn = ((k, one) for k in range(volume.shape[2]) for one in polygons(mask[:, :, k].T))
+    for number, (k, outline) in enumerate(drawn, start=1):
+        points = outline @ steps.T + source.positions[k]
+        file, frame = source.frames[k]
+        image = source.references[file]
+        at = dataset_of(
+            ReferencedSOPClassUID=image.ReferencedSOPClassUID, ReferencedSOPInstanceUID=image.ReferencedSOPInstanceUID
+        )
+        if frame is not None:
+            at.ReferencedFrameNumber = frame + 1
+        yield dataset_of(
+            ContourNumber=number,
+            ContourGeometricType="CLOSED_PLANAR",
+            ContourImageSequence=[at],
+            NumberOfContourPoints=len(points),
+            ContourData=[f"{value:.4f}" for value in points.ravel()],
+        )
 
 
 def _observation(number: int, name: str) -> Any:
     """What an ROI is. Anatomy is an ORGAN; which finding is a target volume, a radiotherapist decides."""
-    from pydicom.dataset import Dataset
-
     known = term(name)
-    item = Dataset()
-    item.ObservationNumber = item.ReferencedROINumber = number
-    item.RTROIInterpretedType = "ORGAN" if known.category.meaning == "Anatomical Structure" else ""
-    item.ROIInterpreter = ""
+    anatomy = known.known and known.category.meaning == "Anatomical Structure"
+    item = dataset_of(
+        ObservationNumber=number,
+        ReferencedROINumber=number,
+        RTROIInterpretedType="ORGAN" if anatomy else "",
+        ROIInterpreter="",
+    )
     if known.known:
-        item.RTROIIdentificationCodeSequence = [_concept(known.kind)]
-    return item
-
-
-def _concept(code: Code) -> Any:
-    from pydicom.dataset import Dataset
-
-    item = Dataset()
-    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = code.value, code.scheme, code.meaning
+        kind = known.kind
+        code = dataset_of(CodeValue=kind.value, CodingSchemeDesignator=kind.scheme, CodeMeaning=kind.meaning)
+        item.RTROIIdentificationCodeSequence = [code]
     return item
 
 
@@ -251,7 +202,7 @@ def _makers(made_by: Mapping[str, str]) -> str:
     return (" with ".join(part for part in parts if part) or "ibisagent").replace("\\", "/")[:64]
 
 
-def _outlines(contours: Any, to_voxels: np.ndarray) -> Iterator[np.ndarray]:
+def _outlines(contours: Any, volume: Volume) -> Iterator[np.ndarray]:
     """The closed contours in voxels, each (N, 3)."""
     for item in contours:
         data = item.get("ContourData")
@@ -259,7 +210,7 @@ def _outlines(contours: Any, to_voxels: np.ndarray) -> Iterator[np.ndarray]:
             points = np.array([float(value) for value in data]).reshape(-1, 3)
             if not np.isfinite(points).all():
                 raise ValueError("a contour has a point that is no number")
-            yield points @ to_voxels[:3, :3].T + to_voxels[:3, 3]
+            yield volume.voxel_places(points @ LPS[:3, :3])
 
 
 def _by_slice(outlines: list[np.ndarray], volume: Volume, where: str) -> dict[int, list[np.ndarray]]:

@@ -9,11 +9,24 @@ from ibisagent.domain import Image, Mask
 from ibisagent.errors import ConfigError, DataError, TooLargeError
 from ibisagent.imaging import limits
 from ibisagent.volumes.grid import Volume
-from ibisagent.volumes.windows import HOUNSFIELD, PERCENTILES, Percentiles, Window, level_width, parse_window
+from ibisagent.volumes.windows import (
+    HOUNSFIELD,
+    PERCENTILES,
+    Percentiles,
+    Window,
+    level_width,
+    looks_like_hounsfield,
+    parse_window,
+    percentiles,
+    shows,
+)
 
 AXES = ("auto", "axial", "coronal", "sagittal")
 COARSE = 1.5
 """A voxel axis that many times coarser than the others is the one that the slices were acquired along."""
+
+SLAB = 8
+"""So is one that has that many times fewer voxels than both others, where all are equally fine."""
 
 _ACROSS = {"sagittal": 0, "coronal": 1, "axial": 2}  # world axis that each plane is crossed by
 
@@ -26,9 +39,10 @@ class SliceView:
     do not say how the patient lies are shown as stored. Slices are numbered as the volume's voxels are, from 0.
     Pixels are square: the coarser side is stretched to the spacing of the finer one.
 
-    axis: "axial", "coronal", "sagittal", or "auto": across the coarsest voxel axis if it is COARSE, else axial.
-    window: text for `windows.parse_window`. "auto" takes the file's own window, else soft tissue for CT (also where the
-    values look like Hounsfield units), else PERCENTILES.
+    axis: "axial", "coronal", "sagittal", or "auto": across the coarsest voxel axis if it is COARSE, or the thin side of
+    a SLAB, else axial. Slices at uneven distances are shown as they were acquired only.
+    window: text for `windows.parse_window`. "auto" takes the file's own window where it shows something, else soft
+    tissue for CT (also where the values look like Hounsfield units), else PERCENTILES.
     """
 
     def __init__(self, volume: Volume, axis: str = "auto", window: str = "auto") -> None:
@@ -130,6 +144,13 @@ def _choose_axis(volume: Volume, axis: str) -> tuple[str, int]:
             raise ConfigError(f"{volume.name}: does not say how the patient lies, so there is no {axis} axis; leave it")
         return "stored", 2
     found = [world for world, _ in world_axes(volume)]
+    if volume.heights is not None:
+        acquired = next(name for name, world in _ACROSS.items() if world == found[2])
+        if axis not in ("auto", acquired):
+            raise ConfigError(
+                f"{volume.name}: its slices are unevenly spaced, so only {acquired} ones are shown; leave --axis"
+            )
+        return acquired, 2
     if axis == "auto":
         spacing = volume.spacing_mm
         if min(volume.shape) == 1:
@@ -138,9 +159,11 @@ def _choose_axis(volume: Volume, axis: str) -> tuple[str, int]:
             )
         coarsest = int(np.argmax(spacing))
         others = max(spacing[other] for other in range(3) if other != coarsest)
-        if spacing[coarsest] < COARSE * others:
-            return "axial", found.index(2)
-        return next(name for name, world in _ACROSS.items() if world == found[coarsest]), coarsest
+        thin = int(np.argmin(volume.shape))
+        is_slab = SLAB * volume.shape[thin] <= min(volume.shape[other] for other in range(3) if other != thin)
+        fine = thin if is_slab else found.index(2)
+        chosen = coarsest if spacing[coarsest] >= COARSE * others else fine
+        return next(name for name, world in _ACROSS.items() if world == found[chosen]), chosen
     return axis, found.index(_ACROSS[axis])
 
 
@@ -172,22 +195,16 @@ def _choose_window(volume: Volume, text: str) -> tuple[Window, str]:
                 " give LEVEL/WIDTH or 1-99%"
             )
         return level_width(*HOUNSFIELD[wanted]), wanted
-    if wanted is None and volume.window is not None:
-        return volume.window, "the file's own"
     values = volume.sample()
-    if wanted is None and (volume.modality == "CT" or (not volume.modality and _looks_like_hounsfield(values))):
+    hounsfield = volume.modality == "CT" or (not volume.modality and looks_like_hounsfield(values))
+    if wanted is None and volume.window is not None and shows(volume.window, values, hounsfield=hounsfield):
+        return volume.window, "the file's own"
+    if wanted is None and hounsfield:
         return level_width(*HOUNSFIELD["soft tissue"]), "soft tissue"
     share = wanted or Percentiles(*PERCENTILES)
-    low, high = (float(value) for value in np.percentile(values, (share.low, share.high)))
-    if low >= high:
-        low, high = float(values.min()), float(values.max())
-    return Window(low, high if high > low else low + 1), f"{share.low:g} to {share.high:g} % of the values"
-
-
-def _looks_like_hounsfield(values: np.ndarray) -> bool:
-    """Air below, bone above, whole numbers: no other modality has all of these."""
-    low, high = np.percentile(values, (1, 99.9))
-    return bool(-1100 <= low <= -900 and 150 <= high <= 4000 and (values == np.rint(values)).mean() > 0.9)
+    low, high = percentiles(values, share)
+    spurned = "" if wanted is not None or volume.window is None else ", as the file's own window shows nothing of them"
+    return Window(low, high), f"{share.low:g} to {share.high:g} % of the values{spurned}"
 
 
 def _nearest(count: int, of: int) -> np.ndarray:

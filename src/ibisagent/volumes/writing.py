@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,10 @@ from ibisagent.errors import DataError
 from ibisagent.files import appearing_whole, write_whole
 from ibisagent.imaging.images import read_masks, write_mask_png
 from ibisagent.imaging.masks import decode_rle, encode_rle
-from ibisagent.volumes.grid import NiftiOrigin, Volume, scratch
+from ibisagent.volumes.grid import NiftiOrigin, Volume, places_off_mm, scratch
 from ibisagent.volumes.label_maps import SEGMENTATION, label_names
 
 RLE_FORMAT = "ibisagent volume masks"
-SAME_PLACE_MM = 0.01
 _MOST_LABELS = 1000  # of an atlas; an image of grey values has more, or negative ones
 _GRID_FILE = "grid.json"
 _SLICE = re.compile(r"slice-(\d+)\.png")
@@ -35,7 +34,8 @@ _NAMING_FIELDS = ("descrip", "aux_file", "intent_name", "db_name", "data_type")
 def write_nifti(mask: np.ndarray, volume: Volume, path: Path) -> None:
     """Write an (I, J, K) bool mask as .nii or .nii.gz, 1 inside; affine and header are the source's if that was NIfTI.
 
-    Free text and extensions of the header are left out, since they may name the patient.
+    Free text and extensions of the header are left out, since they may name the patient. DataError for slices at uneven
+    distances, which NIfTI cannot place.
     """
     write_nifti_values(mask.astype(np.uint8), volume, path, highest=1)
 
@@ -45,6 +45,7 @@ def write_nifti_values(values: np.ndarray, volume: Volume, path: Path, *, highes
     import nibabel as nib
 
     _check_grid(values, volume, str(path))
+    check_nifti(volume)
     header, affine = None, volume.affine
     if isinstance(volume.origin, NiftiOrigin):
         header, affine = volume.origin.header.copy(), volume.origin.affine
@@ -61,6 +62,14 @@ def write_nifti_values(values: np.ndarray, volume: Volume, path: Path, *, highes
     suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
     with appearing_whole(path, suffix) as part:
         nib.save(image, part)
+
+
+def check_nifti(volume: Volume) -> None:
+    """DataError where NIfTI cannot hold masks of `volume`."""
+    if volume.heights is not None:
+        raise DataError(
+            f"{volume.name}: its slices are unevenly spaced, which NIfTI cannot say; ask for --format seg, png or rle"
+        )
 
 
 def write_png_stack(mask: np.ndarray, volume: Volume, folder: Path) -> None:
@@ -130,9 +139,10 @@ def read_volume_masks(path: str | Path) -> tuple[dict[str, np.ndarray], np.ndarr
 
 
 def masks_on(volume: Volume, path: str | Path) -> dict[str, np.ndarray]:
-    """Masks of a file by name, checked to lie on the grid of `volume`; DICOM segmentations and structure sets too.
+    """Masks of a file by name on the grid of `volume`; DICOM segmentations and structure sets too.
 
-    DataError if size or place differ: a mask is never resampled.
+    Axes that run the other way or stand in another order are turned, which changes no voxel. DataError if size or place
+    differ otherwise: a mask is never resampled.
     """
     from ibisagent.volumes import is_volume
     from ibisagent.volumes.rtstruct import is_rtstruct, read_rtstruct
@@ -144,19 +154,27 @@ def masks_on(volume: Volume, path: str | Path) -> dict[str, np.ndarray]:
     if path.is_file() and is_volume(path) and is_rtstruct(path):
         return read_rtstruct(path, volume)
     masks, affine = read_volume_masks(path)
+    if volume.oriented:
+        masks, affine = _turned(masks, affine, volume.affine)
     for mask in masks.values():
         _check_grid(mask, volume, str(path))
     off = places_off_mm(affine, volume.affine, volume.shape)
-    if volume.oriented and off > SAME_PLACE_MM:
+    if volume.oriented and off > volume.tolerance_mm:
         raise DataError(f"{path}: lies up to {off:.2f} mm beside {volume.name}; resample the mask onto its grid")
     return masks
 
 
-def places_off_mm(a: np.ndarray, b: np.ndarray, shape: Sequence[int]) -> float:
-    """How far two affines put the corners of a grid of `shape` (I, J, K) apart along the worst axis, in millimetres."""
-    corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)], float)
-    corners[:, :3] *= np.array(shape) - 1
-    return float(np.abs(corners @ (a - b).T).max())
+def _turned(
+    masks: Mapping[str, np.ndarray], affine: np.ndarray, onto: np.ndarray
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Masks (I, J, K) of `affine` with axes flipped and exchanged to run as those of the affine `onto`, and theirs."""
+    from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
+
+    turn = io_orientation(np.linalg.inv(onto) @ affine)
+    if np.isnan(turn).any():
+        return dict(masks), affine
+    shape = next(iter(masks.values())).shape if masks else (1, 1, 1)
+    return {name: apply_orientation(mask, turn) for name, mask in masks.items()}, affine @ inv_ornt_aff(turn, shape)
 
 
 def _check_grid(mask: np.ndarray, volume: Volume, where: str) -> None:
@@ -166,7 +184,13 @@ def _check_grid(mask: np.ndarray, volume: Volume, where: str) -> None:
 
 
 def _grid(volume: Volume) -> dict[str, Any]:
-    return {"shape": list(volume.shape), "affine": volume.affine.tolist(), "axes": "slices k, rows j, columns i"}
+    uneven = {} if volume.heights is None else {"slice_mm": list(volume.heights)}
+    return {
+        "shape": list(volume.shape),
+        "affine": volume.affine.tolist(),
+        "axes": "slices k, rows j, columns i",
+        **uneven,
+    }
 
 
 def _read_grid(content: Any, path: Path) -> tuple[tuple[int, int, int], np.ndarray]:
