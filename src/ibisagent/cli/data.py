@@ -40,6 +40,37 @@ def list_benchmarks(as_json: JsonOption = False) -> None:
             stdout.print(f"{'':12} {word + ':':10} {fact}")
 
 
+@app.command("series")
+def list_dicom_series(
+    place: Annotated[str, typer.Argument(metavar="FOLDER", help="A folder of DICOM files, or a study's DICOMweb URL.")],
+    as_json: JsonOption = False,
+) -> None:
+    """List every DICOM series below FOLDER: what it shows, its slices and spacing, and what is wrong with it.
+
+    The numbers are those that 'segment --series' takes for this folder; --select chooses by the other columns.
+    """
+    from ibisagent.volumes.series import list_series
+
+    found = []
+    table = Table(box=SIMPLE_HEAD)
+    for column in ("", "series", "modality", "description", "slices", "size", "spacing mm", "plane", "TE/b", "problem"):
+        table.add_column(column, overflow="fold")
+    with status("reading headers", quiet=as_json):
+        for one in list_series(place):
+            found.append(one)
+            spacing = "" if one.spacing_mm is None else " x ".join(f"{side:.3g}" for side in one.spacing_mm)
+            weights = [f"TE {value:g}" for value in one.echo_times_ms] + [f"b {value:g}" for value in one.b_values]
+            size = f"{one.size[0]} x {one.size[1]}"
+            remark = one_line("; ".join(part for part in (one.problem, *one.notes) if part), 300)
+            described = one_line(one.description, 60)
+            cells = (described, str(one.slices or ""), size, spacing, one.plane, ", ".join(weights[:6]), remark)
+            table.add_row(str(one.number), one.series_number, one.modality or "?", *cells)
+    if as_json:
+        print_json({"series": [one.to_json() for one in found]})
+    else:
+        stdout.print(table)
+
+
 @app.command()
 def check(
     data: Annotated[Path, typer.Argument(help="A local copy of a benchmark, a data set folder, or a manifest.")],

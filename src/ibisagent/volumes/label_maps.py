@@ -22,6 +22,7 @@ import numpy as np
 
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.files import appearing_whole, one_line, write_whole
+from ibisagent.protocol import target_of
 from ibisagent.volumes.grid import LPS, Volume, scratch
 from ibisagent.volumes.terms import Term, colours, term
 
@@ -138,6 +139,25 @@ def choose_label(masks: Mapping[str, np.ndarray], label: str, where: object) -> 
             return mask
     listed = one_line(", ".join(f"'{name}'" for name in masks), 400)
     raise DataError(f"{where}: has no label '{one_line(label, 60)}'; it holds {listed}")
+
+
+def choose_start(
+    masks: Mapping[str, np.ndarray], query: str, label: str | None, where: object
+) -> dict[str, np.ndarray]:
+    """Of the masks of a file those to refine for `query`, by the name of what they are to become.
+
+    label: the one that is meant. None: the only one, else those whose names the query holds; DataError where it holds
+    none of them.
+    """
+    if label is not None:
+        return {target_of(query): choose_label(masks, label, where)}
+    if len(masks) == 1:
+        return {target_of(query): mask for mask in masks.values()}
+    named = {name: mask for name, mask in masks.items() if name.casefold() in query.casefold()}
+    if not named:
+        listed = one_line(", ".join(f"'{name}'" for name in masks), 300)
+        raise DataError(f"{where}: holds {len(masks)} objects: {listed}; say which one to refine with --label")
+    return named
 
 
 def _beside(path: Path) -> tuple[Path, Path]:
