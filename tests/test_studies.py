@@ -36,7 +36,7 @@ def series(folder: Path, number: int, *, slices: int = 8, grid: str = "LPS-uneve
 
 @pytest.fixture
 def studies(tmp_path: Path) -> Path:
-    """Two studies: a CT, its scout, a diffusion MR; a coronal CT and a gappy one in one folder."""
+    """Two studies: a CT, its scout, a diffusion MR; a sagittal CT and a gappy one in one folder."""
     root = tmp_path / "studies"
     series(root / "a" / "ct", 2, SeriesDescription="Thorax B70 lung")
     series(root / "a" / "scout", 1, slices=1, SeriesDescription="Scout")
@@ -44,7 +44,7 @@ def studies(tmp_path: Path) -> Path:
         for file in series(root / "a" / "mr", 5, Modality="MR", SeriesDescription="ep2d_diff", EchoTime="61.5"):
             changed(file, DiffusionBValue=float(weight), SeriesInstanceUID="1.2.3.5")
             shutil.move(file, file.with_name(f"{file.name}-{weight}"))
-    series(root / "b", 7, grid="PIR-even", SeriesDescription="Coronal")
+    series(root / "b", 7, grid="PIR-even", SeriesDescription="Sagittal")
     [gone, *_] = [file for file in series(root / "b" / "gap", 8) if "IM0003" in file.name]
     gone.unlink()
     return root
@@ -70,7 +70,7 @@ def test_the_list_tells_what_each_series_is(studies: Path) -> None:
     ct = found["2"]
     assert (ct.number, ct.modality, ct.description, ct.slices, ct.size) == (2, "CT", "Thorax B70 lung", 8, SHAPE[:2])
     assert ct.spacing_mm == pytest.approx((0.7, 1.3, 4.1))
-    assert (ct.plane, found["7"].plane, ct.problem) == ("axial", "coronal", "")
+    assert (ct.plane, found["7"].plane, ct.problem) == ("axial", "sagittal", "")
     assert ct.place == str(studies / "a" / "ct")
     assert found["5"].b_values == (0, 800)
     assert found["5"].echo_times_ms == (61.5,)
@@ -100,7 +100,7 @@ def test_a_refusal_names_every_series_and_the_list(tmp_path: Path) -> None:
     [
         ("all", ["1", "2", "7"]),
         ("CT axial >= 5 slices", ["2"]),
-        ("coronal", ["7"]),
+        ("sagittal", ["7"]),
         ("ct <= 1 mm", ["7"]),
         ("'LUNG'", ["2"]),
         ("CT axial < 5 slices", ["1"]),
@@ -120,7 +120,7 @@ def test_other_words_are_refused(text: str) -> None:
 
 def test_whole_folders_resume_and_list_what_they_passed_over(tmp_path: Path, studies: Path, script: str) -> None:
     out = tmp_path / "out"
-    common = ("segment", studies, "the liver", "--select", "CT axial >= 5 slices", "--select", "coronal", "-o", out)
+    common = ("segment", studies, "the liver", "--select", "CT axial >= 5 slices", "--select", "sagittal", "-o", out)
     common = (*common, "--policy", script, "--segmenter", "region", "--recheck", 0, "--slices", "::3")
     first = ibisagent(*common, "--format", "rtstruct", "--format", "seg.nrrd")
     assert first.exit_code == 0, first.output
@@ -167,7 +167,7 @@ def test_one_object_of_a_start_mask(tmp_path: Path, script: str) -> None:
     assert "'organ', 'spot'; say which one to refine with --label" in json.loads(refused.stdout)["results"][0]["error"]
     done = ibisagent(*common, "--label", "Spot")
     assert done.exit_code == 0, done.output
-    record = json.loads(next((tmp_path / "out").glob("CT-*[0-9a-f]_record.json")).read_text())
+    record = json.loads(Path(json.loads(done.stdout)["results"][0]["record"]).read_text())
     assert {asked["slice"] for asked in record["asked"]} <= {3, 4, 5}
 
 
