@@ -1,11 +1,11 @@
 """Whole folders of studies: one command, killed twice, complete; its memory; and what Orthanc and dciodvfy make of it.
 
-    python benchmarks/studies.py [--studies 20] [--side 128] [--slices 24] [--json FILE]
+    python benchmarks/studies.py [--studies 20] [--side 128] [--slices 24] [--segmenter ibis-click] [--json FILE]
     python benchmarks/studies.py --orthanc      # also: SEG, SR and RTSTRUCT to an Orthanc of its own, and back
 
 Studies are drawn in code: a CT, a scout and an MR of each patient, in a folder a series. The command is
 `ibisagent segment STUDIES "the liver" --select "CT axial >= 20 slices" --select "MR axial"` with every DICOM format;
-the policy is `centre-click`, the segmenter `ibis-click`: what is measured is the run, not the masks. Needs the Debian
+the policy is `centre-click`: what is measured is the run, not the masks. Needs the Debian
 packages orthanc, orthanc-dicomweb and dicom3tools for --orthanc.
 """
 
@@ -57,22 +57,22 @@ def draw(root: Path, studies: int, side: int, slices: int) -> None:
         slice_files(folder / "mr", values, affine, SeriesNumber=3, Modality="MR", SeriesDescription="T1", **patient)
 
 
-def command(root: Path, out: Path) -> list[str]:
+def command(root: Path, out: Path, segmenter: str) -> list[str]:
     """What a user would type."""
     formats = [part for name in FORMATS for part in ("--format", name)]
     chosen = ["--select", "CT axial >= 20 slices", "--select", "MR axial"]
-    models = ["--policy", "centre-click", "--segmenter", "ibis-click", "--slices", "::6", "--recheck", "0"]
+    models = ["--policy", "centre-click", "--segmenter", segmenter, "--slices", "::6", "--recheck", "0"]
     program = [sys.executable, "-m", "ibisagent", "segment", str(root), "the liver"]
     return [*program, *chosen, *formats, *models, "-o", str(out)]
 
 
-def run(root: Path, out: Path, kills: int) -> dict[str, Any]:
+def run(root: Path, out: Path, segmenter: str, kills: int) -> dict[str, Any]:
     """The command, killed when a third, then two thirds of the results are there, and started again each time."""
     wanted = 2 * len(list(root.iterdir()))
     started, seconds = time.perf_counter(), 0.0
     for attempt in range(kills + 1):
         with (out.parent / f"run-{attempt}.log").open("wb") as log:
-            process = subprocess.Popen(command(root, out), stdout=log, stderr=log)
+            process = subprocess.Popen(command(root, out, segmenter), stdout=log, stderr=log)
             while process.poll() is None:
                 if attempt < kills and finished(out) >= wanted * (attempt + 1) // (kills + 1):
                     process.send_signal(signal.SIGKILL)
@@ -170,6 +170,7 @@ def main() -> None:
     parser.add_argument("--studies", type=int, default=20)
     parser.add_argument("--side", type=int, default=128)
     parser.add_argument("--slices", type=int, default=24)
+    parser.add_argument("--segmenter", default="ibis-click")
     parser.add_argument("--kills", type=int, default=2)
     parser.add_argument("--orthanc", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -178,7 +179,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         draw(folder / "studies", options.studies, options.side, options.slices)
-        found = run(folder / "studies", folder / "out", options.kills)
+        found = run(folder / "studies", folder / "out", options.segmenter, options.kills)
         found["memory goal reached"] = found["peak GB"] <= MEMORY_GOAL_GB
         if options.orthanc:
             found["orthanc"] = round_trip(folder / "studies", folder / "out", folder)

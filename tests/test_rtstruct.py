@@ -12,11 +12,12 @@ from matplotlib.path import Path as Outline
 from volume_phantoms import GRIDS, blob, changed, hounsfield, slice_files
 
 from ibisagent.errors import ConfigError, DataError
+from ibisagent.evaluation.scoring import score
 from ibisagent.volumes import Volume, read_volume
 from ibisagent.volumes.contours import filled, polygons
 from ibisagent.volumes.grid import LPS
 from ibisagent.volumes.rtstruct import read_rtstruct, write_rtstruct
-from ibisagent.volumes.writing import masks_on
+from ibisagent.volumes.writing import masks_on, write_nifti
 
 SHAPE = (41, 33, 9)
 MADE_BY = {"policy": "oracle", "segmenter": "region", "ibisagent": "0.1.0"}
@@ -178,3 +179,19 @@ def test_polygons_and_masks_are_the_same_thing(seed: int) -> None:
 def _area(points: np.ndarray) -> float:
     after = np.roll(points, -1, axis=0)
     return float((points[:, 0] * after[:, 1] - after[:, 0] * points[:, 1]).sum() / 2)
+
+
+def test_a_structure_set_is_ground_truth(tmp_path: Path) -> None:
+    """Of `eval score`: an ROI by name, on the grid of the series that the row names."""
+    volume = series(tmp_path)
+    mask = ring(volume)
+    half = mask & (np.arange(SHAPE[0]) < 16)[:, None, None]
+    write_rtstruct({"liver": mask, "spot": half}, volume, tmp_path / "rt.dcm", MADE_BY)
+    (tmp_path / "rows.csv").write_text("image,mask,object\nseries,rt.dcm,liver\nseries,rt.dcm,spot\n")
+    (tmp_path / "made").mkdir()
+    for name in ("liver", "spot"):
+        write_nifti(half, volume, tmp_path / "made" / f"series_{name}.nii.gz")
+    found = score(tmp_path / "made", tmp_path / "rows.csv")
+    assert not found.problems
+    reached = {one.case_id: one.measures["iou"] for one in found.evaluation.results}
+    assert reached == {"series#spot": 1, "series#liver": pytest.approx(half.sum() / mask.sum())}

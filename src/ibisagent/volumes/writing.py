@@ -135,7 +135,8 @@ def read_volume_masks(path: str | Path) -> tuple[dict[str, np.ndarray], np.ndarr
         raise DataError(f"{path}: is neither a mask nor a label map; save it with whole numbers, 0 outside")
     if not names and len(inside) < 2:
         return {"mask": values != 0}, volume.affine
-    return {names.get(int(value), str(int(value))): values == value for value in inside}, volume.affine
+    numbers = sorted({*names, *(int(value) for value in inside)})  # what is named and not there is an empty mask
+    return {names.get(number, str(number)): values == number for number in numbers}, volume.affine
 
 
 def masks_on(volume: Volume, path: str | Path) -> dict[str, np.ndarray]:
