@@ -137,14 +137,19 @@ def test_a_multi_frame_file_is_its_series(tmp_path: Path, grid: str) -> None:
     np.testing.assert_array_equal(masks_on(series, tmp_path / "seg.dcm")["liver"], mask)
 
 
-def test_a_source_without_what_dicom_demands_is_refused(tmp_path: Path) -> None:
-    dose = Path(pydicom.__file__).parent / "data" / "test_files" / "rtdose.dcm"
-    volume = read_volume(dose)
+def test_a_dose_grid_is_a_source_too(tmp_path: Path) -> None:
+    """A multi-frame file without functional groups: SEG gets its places from the grid, and refers to its frames."""
+    volume = read_volume(Path(pydicom.__file__).parent / "data" / "test_files" / "rtdose.dcm")
     mask = blob(volume.shape)
     write_nifti(mask, volume, tmp_path / "mask.nii.gz")
     np.testing.assert_array_equal(masks_on(volume, tmp_path / "mask.nii.gz")["mask"], mask)
-    with pytest.raises(DataError, match="DICOM SEG cannot be made of this source"):
-        write_segmentation({"liver": mask}, volume, tmp_path / "seg.dcm", MADE_BY)
+    write_segmentation({"liver": mask}, volume, tmp_path / "seg.dcm", MADE_BY)
+    np.testing.assert_array_equal(masks_on(volume, tmp_path / "seg.dcm")["liver"], mask)
+    frames = [
+        group.DerivationImageSequence[0].SourceImageSequence[0].ReferencedFrameNumber - 1
+        for group in pydicom.dcmread(tmp_path / "seg.dcm").PerFrameFunctionalGroupsSequence
+    ]
+    assert frames == list(np.flatnonzero(mask.any(axis=(0, 1))))
 
 
 def test_reports_hold_the_measurements(tmp_path: Path) -> None:

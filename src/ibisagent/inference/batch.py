@@ -380,7 +380,7 @@ class Batch:
         options["formats"] = sorted(options["formats"])
         return {
             "sha256": volume.sha256,
-            "start_sha256": "" if start is None else hashlib.sha256(start.read_bytes()).hexdigest(),
+            "start_sha256": "" if start is None else _sha256(start),
             "mask_selection": self.mask_selection,
             "max_turns": self.max_turns,
             **options,
@@ -424,6 +424,14 @@ def _image_record(path: Path) -> Episode | None:
         return read_record(path)
     except DataError:
         return None
+
+
+def _sha256(path: Path) -> str:
+    """Hash of a file, or of all files of a folder in the order of their names."""
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _volume_record(path: Path) -> dict[str, Any] | None:

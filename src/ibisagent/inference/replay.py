@@ -31,7 +31,7 @@ from ibisagent.segmenters import Segmenter, load_segmenter
 from ibisagent.segmenters.runtime import RUNTIMES
 from ibisagent.store import read_record
 from ibisagent.volumes import SliceView, read_volume
-from ibisagent.volumes.grid import scratch
+from ibisagent.volumes.grid import scratch_mask
 
 _NEEDED = (
     *("volume", "channel", "shape", "affine", "axis", "window", "query"),
@@ -285,7 +285,7 @@ def _starts(
     starts: dict[str, np.ndarray] = {}
     for key in keys:
         for target, mask in episodes[key][0].start.items():
-            view.write_mask(starts.setdefault(target, scratch(view.volume.shape, np.bool_)), key, mask)
+            view.write_mask(starts.setdefault(target, scratch_mask(view.volume.shape)), key, mask)
     return starts or None
 
 

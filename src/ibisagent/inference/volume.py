@@ -43,7 +43,7 @@ from ibisagent.protocol import target_of
 from ibisagent.segmenters import Memory, Prediction, Segmenter, SegmenterSession
 from ibisagent.volumes import SliceView
 from ibisagent.volumes.dicom import instance_numbers
-from ibisagent.volumes.grid import DicomOrigin, scratch
+from ibisagent.volumes.grid import DicomOrigin, release, scratch_mask
 
 FIRST_ASKED = 8
 FINEST = 4
@@ -437,8 +437,9 @@ class _VolumeAgent:
 
     def _keep(self, target: str, index: int, mask: Mask) -> None:
         if target not in self._masks:
-            self._masks[target] = scratch(self._view.volume.shape, bool)
+            self._masks[target] = scratch_mask(self._view.volume.shape)
         self._view.write_mask(self._masks[target], index, mask)
+        release(self._masks[target])
 
 
 class Look:

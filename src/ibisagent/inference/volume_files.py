@@ -28,6 +28,7 @@ from ibisagent.inference.volume import VolumeSegmentation, Why
 from ibisagent.protocol import overlay
 from ibisagent.store import write_record
 from ibisagent.volumes import SliceView, Volume
+from ibisagent.volumes.grid import planes, release
 from ibisagent.volumes.label_maps import BESIDE, LABEL_MAP, SEGMENTATION, write_label_map, write_slicer_segmentation
 from ibisagent.volumes.measures import Measures, measure, write_measures
 from ibisagent.volumes.writing import check_nifti, write_nifti, write_png_stack, write_rle
@@ -146,7 +147,10 @@ class VolumeWriter:
         """
         volume = view.volume
         facts = {"ibisagent": package_version(), **made_by}
-        measured = {target: measure(view, mask) for target, mask in found.masks.items()}
+        measured = {}
+        for target, mask in found.masks.items():
+            measured[target] = measure(view, mask)
+            release(mask)
         masks: dict[str, dict[str, Path]] = {target: {} for target in found.masks}
         taken: set[str] = set()
         for target in found.masks:
@@ -280,7 +284,7 @@ class VolumeWriter:
 def mask_sha256(mask: np.ndarray) -> str:
     """Hash of the voxels of an (I, J, K) mask, eight to a byte, plane by plane."""
     digest = hashlib.sha256(repr(mask.shape).encode())
-    for plane in mask:
+    for plane in planes(mask):
         digest.update(np.packbits(plane).tobytes())
     return digest.hexdigest()
 

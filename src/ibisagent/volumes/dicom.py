@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ibisagent.errors import TooLargeError
+from ibisagent.errors import DataError, TooLargeError
 from ibisagent.imaging import limits
 from ibisagent.imaging.limits.headers import check_codestream
 from ibisagent.volumes.folders import Images, choose_series, images_below, images_of
@@ -31,6 +31,7 @@ from ibisagent.volumes.windows import Window, level_width, sigmoid
 
 _RUN_LENGTHS = "1.2.840.10008.1.2.5"
 _CHUNK = 2**20
+_PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 
 
 def read_dicom(path: Path, channel: int | None, series: str | None, files: Sequence[Path] | None = None) -> Volume:
@@ -142,6 +143,8 @@ def _stored(frames: Iterable[Frame], headers: Mapping[Path, Any]) -> Iterator[np
         asked = list(wanted)
         with turning_damage_into_one_line(str(path)):
             dataset = pydicom.dcmread(path, force=True)
+            if not any(name in dataset for name in _PIXELS):
+                raise DataError(f"{path}: has the header of an image and no pixels; export it again with its image")
             if "TransferSyntaxUID" not in dataset.file_meta:
                 implicit, little = dataset.original_encoding
                 dataset.file_meta.TransferSyntaxUID = _uncompressed(bool(implicit), bool(little))

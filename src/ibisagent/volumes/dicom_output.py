@@ -6,10 +6,11 @@ They carry patient and study as the source does, as DICOM demands: a de-identifi
 from __future__ import annotations
 
 import io
+import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from pydicom.config import disable_value_validation
@@ -18,7 +19,7 @@ from pydicom.valuerep import DSfloat
 
 from ibisagent.errors import ConfigError, DataError, IbisError
 from ibisagent.files import appearing_whole
-from ibisagent.volumes.grid import Volume
+from ibisagent.volumes.grid import Volume, release
 from ibisagent.volumes.headers import quiet, told
 from ibisagent.volumes.measures import Measures
 from ibisagent.volumes.sources import Source, dataset_of, describe_source
@@ -30,21 +31,22 @@ SERIES_NUMBER = 900
 
 
 def write_segmentation(masks: Mapping[str, np.ndarray], volume: Volume, path: Path, made_by: Mapping[str, str]) -> Any:
-    """Write (I, J, K) bool masks as one binary SEG file with a segment per target, and return its dataset.
+    """Write (I, J, K) bool masks as one binary SEG file with a segment per target, and return its header.
 
     Only slices that show a target are stored, each where the source's slice lies, even or not. Every frame refers to
     the source's instance; the segments name policy and segmenter (`made_by`) as their algorithm, and carry the codes
-    and colours of `terms`. Memory is that of the frames at a bit a voxel. Raises ConfigError without highdicom or where
-    the source is not DICOM, DataError where no mask has a voxel or the source lacks what DICOM demands.
+    and colours of `terms`. One slice is in memory at a time. Raises ConfigError without highdicom or where the source
+    is not DICOM, DataError where no mask has a voxel or the source lacks what DICOM demands.
     """
     shown = {name: mask for name, mask in masks.items() if mask.any()}
     if not shown:
         raise DataError(f"{path}: no mask has a voxel, and DICOM has no empty segmentation; nothing was written")
     source = describe_source(volume, path.name)
-    with _refusals(path, "SEG"):
+    with _refusals(path, "SEG"), tempfile.TemporaryFile(prefix="ibisagent-") as pixels:
         dataset = _empty_segmentation(source, volume, shown, made_by, path)
-        _put_frames(dataset, shown, volume, source)
+        _put_frames(dataset, shown, volume, source, pixels)
         _save(dataset, path)
+    del dataset.PixelData
     return dataset
 
 
@@ -54,11 +56,11 @@ def check_source(volume: Volume, path: Path, made_by: Mapping[str, str]) -> tupl
     Raises as `write_segmentation` does, so that nobody waits for what cannot be written.
     """
     source = describe_source(volume, path.name)
-    voxel = np.zeros(volume.shape, bool)
+    voxel = np.zeros((*volume.shape[:2], 1), bool)
     voxel[0, 0, 0] = True
-    with _refusals(path, "SEG"):
+    with _refusals(path, "SEG"), io.BytesIO() as pixels:
         dataset = _empty_segmentation(source, volume, {"rehearsal": voxel}, made_by, path)
-        _put_frames(dataset, {"rehearsal": voxel[:, :, :1]}, volume, source)
+        _put_frames(dataset, {"rehearsal": voxel}, volume, source, pixels)
         with quiet(), disable_value_validation():
             dataset.save_as(io.BytesIO())
     nothing = Measures(1, None, None, None, None, None, (0, 0))
@@ -98,13 +100,18 @@ def _empty_segmentation(
         )
     if "PositionReferenceIndicator" not in made and "FrameOfReferenceUID" in made:
         made.PositionReferenceIndicator = ""
+    if not source.placed:
+        made.PatientOrientation = ""
     return made
 
 
-def _put_frames(dataset: Any, shown: Mapping[str, np.ndarray], volume: Volume, source: Source) -> None:
+def _put_frames(
+    dataset: Any, shown: Mapping[str, np.ndarray], volume: Volume, source: Source, pixels: IO[bytes]
+) -> None:
     """The frames of all masks, (I, J, K) or less in K, into `dataset`, with their places and sources, a bit a voxel.
 
-    Done here since highdicom wants all masks in one array of bytes, which for many slices and targets fills the memory.
+    pixels: a file that they are packed into, which must be there when the dataset is saved. Done here since highdicom
+    wants all masks in one array of bytes, which for many slices and targets fills the memory.
     """
     dataset.SourceImageSequence = source.references
     dataset.ReferencedSeriesSequence = [
@@ -113,33 +120,32 @@ def _put_frames(dataset: Any, shown: Mapping[str, np.ndarray], volume: Volume, s
     shared = dataset.SharedFunctionalGroupsSequence[0]
     if "SegmentIdentificationSequence" in shared:
         del shared.SegmentIdentificationSequence
-    planes = [
-        k for k in range(next(iter(shown.values())).shape[2]) if any(mask[:, :, k].any() for mask in shown.values())
-    ]
-    dataset.SegmentsOverlap = "YES" if any(_overlap(shown, k) for k in planes) else "NO"
     if "DimensionOrganizationType" in dataset:
         del dataset.DimensionOrganizationType
     if source.placed and volume.heights is None and volume.shape[2] > 1:
-        apart = np.diff(np.asarray(source.heights))
-        shared.PixelMeasuresSequence[0].SpacingBetweenSlices = DSfloat(float(apart.mean()), auto_format=True)
-    groups, packed, waiting = [], [], np.empty(0, np.uint8)
+        apart = float(np.diff(source.heights).mean())
+        shared.PixelMeasuresSequence[0].SpacingBetweenSlices = DSfloat(apart, auto_format=True)
+    count = next(iter(shown.values())).shape[2]
+    stored = [k for k in range(count) if any(mask[:, :, k].any() for mask in shown.values())]
+    dataset.SegmentsOverlap = "YES" if any(_overlap(shown, k) for k in stored) else "NO"
+    groups, waiting = [], np.empty(0, bool)
     for number, mask in enumerate(shown.values(), start=1):
-        for place, k in enumerate(planes, start=1):
-            plane = mask[:, :, k]
+        for place, k in enumerate(stored, start=1):
+            plane = mask[:, :, k].T != 0
             if not plane.any():
                 continue
             groups.append(source.frame(k, number, place))
-            bits = np.concatenate(
-                [waiting, plane.T.ravel().view(np.uint8) if plane.dtype == bool else plane.T.ravel() != 0]
-            )
+            bits = np.concatenate([waiting, plane.ravel()])
             whole = len(bits) // 8 * 8
-            packed.append(np.packbits(bits[:whole], bitorder="little").tobytes())
+            pixels.write(np.packbits(bits[:whole], bitorder="little").tobytes())
             waiting = bits[whole:]
-    packed.append(np.packbits(waiting, bitorder="little").tobytes())
+        release(mask)
+    pixels.write(np.packbits(waiting, bitorder="little").tobytes())
+    pixels.write(b"\0" * (pixels.tell() % 2))
+    pixels.seek(0)
     dataset.PerFrameFunctionalGroupsSequence = groups
     dataset.NumberOfFrames = len(groups)
-    content = b"".join(packed)
-    dataset.PixelData = content + b"\0" * (len(content) % 2)
+    dataset.PixelData = pixels
 
 
 def _overlap(shown: Mapping[str, np.ndarray], k: int) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ibisagent.errors import DataError
 from ibisagent.volumes.grid import LPS, OFF_GRID, choose_channel
-from ibisagent.volumes.headers import attribute, first_item, first_number, frame_count, numbers
+from ibisagent.volumes.headers import attribute, first_item, first_number, frame_count, numbers, quiet
 
 PARALLEL = 1e-2
 """By how much the direction cosines of slices of one stack may differ."""
@@ -130,9 +130,10 @@ def _tiles(mosaic: Frame, header: Any) -> list[Frame]:
     The position of the header is that of a slice as large as the whole mosaic, around the same middle. How many tiles
     there are and which way they follow each other only the private CSA header says; DataError without it.
     """
-    from nibabel.nicom.csareader import get_csa_header, get_n_mosaic, get_slice_normal
+    with quiet():  # it warns of being experimental
+        from nibabel.nicom.csareader import get_csa_header, get_n_mosaic, get_slice_normal
 
-    csa = get_csa_header(header)
+        csa = get_csa_header(header)
     count, normal = (None, None) if csa is None else (get_n_mosaic(csa), get_slice_normal(csa))
     apart = first_number(header.get("SpacingBetweenSlices"))
     if not count or normal is None or apart <= 0 or not mosaic.placed or mosaic.spacing is None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import mmap
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ibisagent.imaging import limits
 from ibisagent.volumes.windows import Window
 
 SCRATCH_BYTES = 64 * 2**20
+_BLOCK = 64
 OFF_GRID = 0.05
 """By which share of the coarsest spacing voxels may lie beside an even grid, or two grids beside each other, and still
 count as one. The reader of slices and those of masks share it: a mask of ours is always taken back."""
@@ -91,8 +93,8 @@ class Volume:
         """Hash of voxels, their meaning and their place."""
         digest = hashlib.sha256(repr((self.shape, str(self.voxels.dtype), self.slope, self.intercept)).encode())
         digest.update(np.ascontiguousarray(self.affine, dtype="<f8").tobytes())
-        for plane in self.voxels:
-            digest.update(np.ascontiguousarray(plane).tobytes())
+        for plane in planes(self.voxels):
+            digest.update(plane.tobytes())
         return digest.hexdigest()
 
     @property
@@ -173,6 +175,27 @@ def scratch(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     with tempfile.TemporaryFile(prefix="ibisagent-") as file:  # numpy keeps the file mapped
         mapped: np.ndarray = np.memmap(file, dtype, "w+", shape=shape)
         return mapped
+
+
+def scratch_mask(shape: tuple[int, int, int]) -> np.ndarray:
+    """A `scratch` mask (I, J, K) bool whose slices k lie together, as they are written and read."""
+    return scratch(shape[::-1], bool).transpose()
+
+
+def release(array: np.ndarray) -> None:
+    """Give back the memory that the parts of a large `scratch` array fill which were touched; they stay in its file."""
+    owner: Any = array
+    while isinstance(owner, np.ndarray) and owner.base is not None:
+        owner = owner.base
+    if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        owner.madvise(mmap.MADV_DONTNEED)
+
+
+def planes(voxels: np.ndarray) -> Iterator[np.ndarray]:
+    """The planes i = 0, 1, ... of an array (I, ...), each in one piece, however the array lies in memory."""
+    for first in range(0, len(voxels), _BLOCK):
+        yield from np.ascontiguousarray(voxels[first : first + _BLOCK])
+        release(voxels)
 
 
 def tolerance_mm(affine: np.ndarray) -> float:

@@ -94,9 +94,7 @@ def frame_count(header: Any, where: object) -> int:
     try:
         count = int(header.get("NumberOfFrames", 1) or 1)
     except (TypeError, ValueError, OverflowError) as error:
-        raise DataError(
-            f"{where}: does not say how many frames it has ({one_line(error)}); correct NumberOfFrames"
-        ) from error
+        raise DataError(f"{where}: does not say how many frames it has; correct NumberOfFrames") from error
     if count < 1:
         raise DataError(f"{where}: says that it has {count} frames; correct NumberOfFrames")
     return count

@@ -119,6 +119,8 @@ def _stored(path: Path, image: Any, dtype: np.dtype[Any], grid: tuple[int, ...],
     count = math.prod(grid)
     start = int(image.dataobj.offset) + channel * count * dtype.itemsize
     file = Path(image.file_map["image"].filename or path)
+    if not file.is_file():
+        raise DataError(f"{path}: is half of a pair, and {file.name} is not beside it; copy both into one folder")
     try:
         if not _is_zipped(file):
             if file.stat().st_size < start + count * dtype.itemsize:

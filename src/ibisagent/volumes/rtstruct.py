@@ -21,7 +21,7 @@ from pydicom.uid import ImplicitVRLittleEndian, generate_uid
 from ibisagent.errors import DataError
 from ibisagent.files import write_whole
 from ibisagent.volumes.contours import filled, polygons
-from ibisagent.volumes.grid import LPS, Volume, scratch
+from ibisagent.volumes.grid import LPS, Volume, release, scratch_mask
 from ibisagent.volumes.headers import quiet, read_header, turning_damage_into_one_line
 from ibisagent.volumes.sources import Source, dataset_of, describe_source
 from ibisagent.volumes.terms import colours, term
@@ -108,7 +108,7 @@ def read_rtstruct(path: Path, volume: Volume) -> dict[str, np.ndarray]:
             if not outlines:
                 continue
             name = names.get(number) or f"ROI {number}"
-            mask = found.setdefault(name if name not in found else f"{name} ({number})", scratch(volume.shape, bool))
+            mask = found.setdefault(name if name not in found else f"{name} ({number})", scratch_mask(volume.shape))
             for k, together in _by_slice(outlines, volume, f"{path}, '{name}'").items():
                 mask[:, :, k] = filled(together, (volume.shape[1], volume.shape[0])).T
     if not found:
@@ -177,6 +177,7 @@ def _contours(mask: np.ndarray, volume: Volume, source: Source) -> Iterator[Any]
             NumberOfContourPoints=len(points),
             ContourData=[f"{value:.4f}" for value in points.ravel()],
         )
+    release(mask)
 
 
 def _observation(number: int, name: str) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 from ibisagent.errors import DataError
 from ibisagent.imaging import limits
 from ibisagent.volumes.dicom import check_compressed_frames
-from ibisagent.volumes.grid import LPS, Volume, scratch
+from ibisagent.volumes.grid import LPS, Volume, scratch_mask
 from ibisagent.volumes.headers import (
     SEGMENTATIONS,
     attribute,
@@ -45,7 +45,7 @@ def read_segmentation(path: Path, volume: Volume) -> dict[str, np.ndarray]:
         limits.check_voxels((int(header.Columns), int(header.Rows), count), path)
         dataset = pydicom.dcmread(path)
         labels = {int(item.SegmentNumber): str(item.SegmentLabel) for item in dataset.SegmentSequence}
-        by_number = {number: scratch(volume.shape, bool) for number in labels}
+        by_number = {number: scratch_mask(volume.shape) for number in labels}
         shared = first_item(dataset, "SharedFunctionalGroupsSequence")
         labelmap = str(dataset.get("SegmentationType", "")) == "LABELMAP"
         check_compressed_frames(dataset, path)

@@ -70,7 +70,7 @@ class Source:
                 for name in ("ReferencedSOPClassUID", "ReferencedSOPInstanceUID")
             },
             PurposeOfReferenceCodeSequence=[_code("121322", "Source Image for Image Processing Operation")],
-            SpatialLocationsPreserved="YES" if self.preserved else "REORIENTED_ONLY",
+            SpatialLocationsPreserved="YES" if self.preserved else "NO",
         )
         if index is not None:
             of.ReferencedFrameNumber = index + 1

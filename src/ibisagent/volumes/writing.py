@@ -20,7 +20,7 @@ from ibisagent.errors import DataError
 from ibisagent.files import appearing_whole, write_whole
 from ibisagent.imaging.images import read_masks, write_mask_png
 from ibisagent.imaging.masks import decode_rle, encode_rle
-from ibisagent.volumes.grid import NiftiOrigin, Volume, places_off_mm, scratch
+from ibisagent.volumes.grid import NiftiOrigin, Volume, places_off_mm, scratch_mask
 from ibisagent.volumes.label_maps import SEGMENTATION, label_names
 
 RLE_FORMAT = "ibisagent volume masks"
@@ -217,7 +217,7 @@ def _read_png_stack(folder: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
     files = {int(match[1]): file for file in folder.iterdir() if (match := _SLICE.fullmatch(file.name))}
     if sorted(files) != list(range(shape[2])):
         raise DataError(f"{folder}: holds {len(files)} of {shape[2]} slices; copy it again")
-    mask = scratch(shape, bool)
+    mask = scratch_mask(shape)
     for k, file in files.items():
         plane = read_masks(file)["mask"].T
         if plane.shape != shape[:2]:
@@ -234,7 +234,7 @@ def _read_rle(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
     masks: dict[str, np.ndarray] = {}
     try:
         for name, slices in content["masks"].items():
-            masks[name] = scratch(shape, bool)
+            masks[name] = scratch_mask(shape)
             for coded in slices:
                 masks[name][:, :, int(coded["slice"])] = decode_rle(coded["rle"]).T
     except DataError as error:
