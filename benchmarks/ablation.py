@@ -6,8 +6,9 @@ One command from image-mask pairs to the two tables in RUNS/ablation.md. No pret
 ibis-nano: the paper's "prompt only" is a model with random weights, and its cold start is `ibisagent train nano`, the
 imitation of an expert's single turns, whose result is `--policy`. Every row is a chain of stages from there:
 `ibisagent train sft` (whole episodes with the factory's thoughts, with self-reflection or without) and
-`ibisagent train rl`, with the recipes of recipes/, shortened by the options below; then `ibisagent eval run` on split "val" of DATA. Rows share
-the stages that they have in common. What is finished is not done again, a stage that was stopped goes on from its
+`ibisagent train rl`, with the recipes of recipes/, shortened by the options below; then `ibisagent eval run` on split
+"val" of DATA. Rows share the stages that they have in common. What is finished is not done again, a stage that was
+stopped goes on from its
 checkpoint. Rows of the training-strategy table that draw anything are run with every seed, the others with seed 0.
 Several starts with different `--only` may work side by side in RUNS if they share no unfinished stage; the tables hold
 all rows that are evaluated by then.

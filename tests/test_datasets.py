@@ -281,3 +281,24 @@ def test_splits_that_cannot_be_made() -> None:
         split_by_patient(rows, {"train": 1, "val": 0})
     with pytest.raises(DataError, match="names no patient"):
         split_by_patient([CaseRow("x", Path("a.png"), None, "spleen", "?")], {"train": 1})
+
+
+def test_splits_are_asked_for_by_kind_or_by_name(tmp_path: Path) -> None:
+    names = ["train", "Training", "valid", "val2", "Test", "fold 3", ""]
+    rows = ["image,mask,object,split"]
+    for number, name in enumerate(names):
+        write_png(np.zeros((4, 4, 3), np.uint8), tmp_path / f"{number}.png")
+        rows.append(f"{number}.png,,disc,{name}")
+    (tmp_path / "rows.csv").write_text("\n".join(rows))
+
+    def splits(asked: str | None) -> list[str]:
+        return [row.split for row in read_cases(tmp_path / "rows.csv", split=asked).rows]
+
+    assert splits(None) == names
+    assert splits("train") == ["train", "Training"]
+    assert splits("val") == ["valid", "val2"]
+    assert splits("test") == ["Test"]
+    assert splits("valid") == ["valid"]
+    assert splits("fold 3") == ["fold 3"]
+    with pytest.raises(ConfigError, match=r"no row has split .validation.; there are: .*valid"):
+        splits("validation")

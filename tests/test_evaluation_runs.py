@@ -294,3 +294,99 @@ def test_report_in_a_browser(finished: Path, browser: Any, tmp_path: Path) -> No
         page.screenshot(path=str(Path(os.environ["IBIS_SCREENSHOTS"]) / "report.png"), full_page=True)
     page.close()
     assert not troubles
+
+
+def changeable(folder: Path) -> Setup:
+    """Four pictures for validation and one to train on, of one patient each, in blocks of two cases."""
+    rows, mask = ["image,mask,object,split,patient"], box_mask(10, 8, 30, 20)
+    for number, split in enumerate(["val"] * 4 + ["Training"]):
+        write_png(
+            np.where(mask, 220, 20 + number).astype(np.uint8)[..., None].repeat(3, axis=2), folder / f"{number}.png"
+        )
+        write_mask_png(mask, folder / f"{number}_mask.png")
+        rows.append(f"{number}.png,{number}_mask.png,box,{split},p{number}")
+    (folder / "rows.csv").write_text("\n".join(rows))
+    return Setup(folder / "rows.csv", policy="centre-click", segmenter="region", batch_size=2)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_cases_whose_files_changed_are_judged_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, workers: int
+) -> None:
+    setup, folder = changeable(tmp_path), tmp_path / "run"
+    first = run(setup, folder)
+    assert [one.measures["iou"] > 0.5 for one in first.results] == [True] * 4
+    mask_file = tmp_path / "2_mask.png"
+    times = mask_file.stat()
+    write_mask_png(box_mask(0, 0, 20, 12), mask_file)  # as many pixels; the file is dated back, as a copy may be
+    os.utime(mask_file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    started: list[tuple[int, int]] = []
+    again = run(setup, folder, workers=workers, on_start=lambda total, done: started.append((total, done)))
+    assert started == [(4, 2)]  # the block of the changed case is judged again
+    assert "the files of 1 of 4 cases have changed" in caplog.text
+    assert again.results == Run(folder).evaluation.results
+    assert [one.measures["iou"] < 0.5 for one in again.results] == [False, False, True, False]
+    assert figures(folder)["cases"] == json.loads(json.dumps(run(setup).to_json()), object_hook=_untimed)["cases"]
+    caplog.clear()
+    for file in tmp_path.glob("*.png"):
+        os.utime(file)  # touched and not changed
+    run(setup, folder)
+    assert "have changed" not in caplog.text
+
+
+def test_what_the_baselines_learned_from_counts_as_well(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    setup, folder = changeable(tmp_path), tmp_path / "run"
+    assert all(one.measures["prior_hit"] for one in run(setup, folder).results)
+    write_mask_png(box_mask(40, 25, 50, 35), tmp_path / "4_mask.png")
+    assert not any(one.measures["prior_hit"] for one in run(setup, folder).results)
+    assert "the files of 4 of 4 cases have changed" in caplog.text
+
+
+def test_a_stopped_start_forgets_what_has_changed(tmp_path: Path) -> None:
+    """A run that ends before it is judged again does not go on to show the old figure."""
+    setup, folder = changeable(tmp_path), tmp_path / "run"
+    run(setup, folder)
+    write_mask_png(box_mask(0, 0, 5, 5), tmp_path / "1_mask.png")
+
+    def stop(total: int, done: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(setup, folder, on_start=stop)
+    assert [one.case_id for one in Run(folder).evaluation.results] == ["0.png#box", "2.png#box", "3.png#box"]
+
+
+def test_other_texts_are_another_run(tmp_path: Path) -> None:
+    setup, folder = changeable(tmp_path), tmp_path / "run"
+    run(setup, folder)
+    table = (tmp_path / "rows.csv").read_text()
+    (tmp_path / "rows.csv").write_text(table.replace("val,p3", "val,p2"))  # two images are of one patient after all
+    with pytest.raises(ConfigError, match="cases_sha256"):
+        run(setup, folder)
+
+
+def test_one_row_fails_alone_and_many_such_rows_end_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Texts and labels that cannot be used fail their own row, which is named, however many they are in a row."""
+    mask = box_mask(10, 8, 30, 20)
+    write_png(np.where(mask, 220, 20).astype(np.uint8)[..., None].repeat(3, axis=2), tmp_path / "a.png")
+    write_mask_png(mask, tmp_path / "m.png")
+    write_mask_png(np.ones(SIZE, dtype=bool), tmp_path / "all.png")
+    bad = [{"object": f"{number}" + "d" * 250} for number in range(MAX_FAILURES + 5)]
+    bad.append({"object": "odd", "label": "liver"})
+    good = [{"object": name} for name in ("box", "a (0, 1)", "</action>", "x; y", 'a "b"', "a\nb")]
+    rows = [{"image": "a.png", "mask": "m.png", **row} for row in (*bad, *good)]
+    rows.append({"image": "a.png", "mask": "all.png", "object": "everything"})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    setup = Setup(tmp_path / "rows.jsonl", policy="centre-click", segmenter="region", batch_size=4)
+    found = run(setup, tmp_path / "run")
+    assert [one.object for one in found.results] == [*(row["object"] for row in good), "everything"]
+    assert len(found.failures) == len(bad)
+    assert all(f"row {number}: " in one.error for number, one in enumerate(found.failures, start=1))
+    assert "an object's name has 251 characters, at most 200 can be said" in found.failures[0].error
+    assert caplog.text.count("all.png: covers the whole image") == 1
+
+
+def test_the_output_folder_is_tried_before_the_work(setup: Setup, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="file"):
+        run(Setup(tmp_path / "none.csv"), tmp_path / "file" / "run")  # the data and the models are not even looked for

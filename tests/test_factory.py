@@ -191,6 +191,24 @@ def test_a_killed_run_ends_with_the_same_bytes(data: Path, made: Path, tmp_path:
     assert contents(tmp_path / "out") == contents(made)
 
 
+def test_pairs_whose_files_changed_are_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Also where another shard's image was kept out as a copy of one that is no copy any more."""
+    write_phantoms(tmp_path / "data", 8)
+    folder = tmp_path / "data" / "Phantoms"
+    tested, trained = next((folder / "val").glob("p7_*")), next((folder / "train").glob("p0_*"))
+    original = tested.read_bytes()
+    tested.write_bytes(trained.read_bytes())
+    build(Plan(read_cases(tmp_path / "data"), tmp_path / "out", CONFIG))
+    assert str(trained) in (tmp_path / "out" / "overlaps.json").read_text()
+    tested.write_bytes(original)
+    mask = next((folder / "val_mask").glob("p7_*_spleen.png"))
+    write_mask_png(np.pad(np.ones((20, 20), dtype=bool), ((20, 21), (10, 53))), mask)
+    build(Plan(read_cases(tmp_path / "data"), tmp_path / "out", CONFIG))
+    assert "the files of 2 of 12 pairs have changed" in caplog.text
+    build(Plan(read_cases(tmp_path / "data"), tmp_path / "fresh", CONFIG))
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
 def test_stages_run_alone_and_in_order_only(data: Path, made: Path, tmp_path: Path) -> None:
     plan = Plan(read_cases(data), tmp_path / "out", CONFIG)
     with pytest.raises(ConfigError, match="stage thoughts needs stage trajectories"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,18 @@ import PIL.Image
 import pytest
 
 from ibisagent.errors import ConfigError, DataError
-from ibisagent.files import MAX_NAME_BYTES, claim, file_names, one_line, png_bytes, safe_name, same_run
+from ibisagent.files import (
+    MAX_NAME_BYTES,
+    FileHashes,
+    claim,
+    file_names,
+    one_line,
+    png_bytes,
+    safe_name,
+    same_run,
+    try_file,
+    try_folder,
+)
 
 FACTS = {"seed": 0, "sides": (3, 4), "recipe": {"rate": 0.1, "device": "cpu"}}
 
@@ -95,3 +108,42 @@ def test_text_in_one_line() -> None:
     assert one_line(ValueError("two\nlines")) == "two lines"
     assert one_line(ValueError(" ")) == "ValueError"
     assert one_line("") == ""
+
+
+def test_hashes_are_kept_by_size_and_times(tmp_path: Path) -> None:
+    file, kept = tmp_path / "a.bin", tmp_path / "contents.json"
+    file.write_bytes(b"first")
+
+    def now() -> str:
+        hashes = FileHashes(kept)
+        found = hashes.of(file)
+        hashes.write()
+        return found
+
+    first = now()
+    assert first == now() == hashlib.sha256(b"first").hexdigest()
+    known = json.loads(kept.read_text())
+    known[str(file)][-1] = "kept"
+    kept.write_text(json.dumps(known))
+    assert now() == "kept"  # the file was not read again
+    times = file.stat()
+    file.write_bytes(b"other")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert now() == hashlib.sha256(b"other").hexdigest()
+    file.unlink()
+    assert now() == ""
+    kept.write_text("[1")
+    with pytest.raises(DataError, match=r"contents\.json: is damaged"):
+        FileHashes(kept)
+
+
+def test_places_for_results_are_tried(tmp_path: Path) -> None:
+    try_folder(tmp_path / "new" / "folder")
+    try_file(tmp_path / "new" / "file.json")
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "folder"]
+    (tmp_path / "file").write_text("")
+    for problem in (lambda: try_folder(tmp_path / "file"), lambda: try_file(tmp_path / "file" / "x")):
+        with pytest.raises(DataError, match="choose another"):
+            problem()
+    with pytest.raises(DataError, match="is a folder"):
+        try_file(tmp_path)

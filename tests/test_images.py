@@ -2,8 +2,10 @@
 
 import resource
 import struct
+import sys
 import threading
 import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -15,6 +17,8 @@ import tifffile
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.files import write_whole
 from ibisagent.imaging.images import read_image, read_masks, write_mask_png, write_png
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 SIZE = (61, 83)
 ORIENTATION = 274
@@ -640,3 +644,33 @@ def test_folders_that_cannot_be_written(tmp_path):
             write_whole(b"content", path)
         one_line(error)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_files_of_five_writers_are_read_as_they_were_written(tmp_path, seed):
+    """A few of the files that `benchmarks/image_files.py` makes by the thousand."""
+    for package in ("imageio", "SimpleITK"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    from image_files import WRITERS, fuzz
+
+    found = list(fuzz(50, seed, tmp_path))
+    assert not [one for one in found if one[3].startswith("WRONG")]
+    assert {(writer, kind) for writer, kind, _, verdict in found if verdict == "right"} >= {
+        (writer, kind) for writer in WRITERS for kind in ("image", "mask")
+    }
+
+
+@pytest.mark.parametrize("compression", [None, "lzw", "zlib"])
+@pytest.mark.parametrize("kind", [None, "unassalpha", "assocalpha"])
+def test_alpha_in_a_plane_of_its_own_and_colours_it_was_multiplied_into(tmp_path, compression, kind):
+    """Pillow loses the second plane where it is compressed, and divides by alpha; the colours are as stored."""
+    draw = np.random.default_rng(0)
+    two, four = (draw.integers(0, 256, (29, 14, channels), dtype=np.uint8) for channels in (2, 4))
+    options = {"compression": compression} | ({"extrasamples": [kind]} if kind else {})
+    planes = {**options, "planarconfig": "separate", "photometric": "minisblack"}
+    tifffile.imwrite(tmp_path / "two.tif", np.moveaxis(two, 2, 0), **planes)
+    shown = read_image(tmp_path / "two.tif").pixels
+    assert np.array_equal(shown[..., 0], two[..., 0])
+    assert np.array_equal(shown[..., 1], two[..., 0] if kind else two[..., 1])
+    tifffile.imwrite(tmp_path / "four.tif", four, **options, photometric="rgb")
+    assert np.array_equal(read_image(tmp_path / "four.tif").pixels, four[..., :3])

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ibisagent.domain import (
+    MAX_NAME_CHARS,
     MAX_TARGETS,
     Box,
     Click,
@@ -28,7 +29,6 @@ from ibisagent.protocol import (
     COLOURS,
     DIALECTS,
     MAX_ACTIONS,
-    MAX_NAME_CHARS,
     MAX_REPLY_CHARS,
     overlay,
     parse,

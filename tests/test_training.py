@@ -29,7 +29,7 @@ from ibisagent.training.click import trainer as click_recipe
 from ibisagent.training.click.states import Pair, new_state
 from ibisagent.training.click.states import pairs_from as click_pairs
 from ibisagent.training.finetune.recipes import RlRecipe
-from ibisagent.training.images import TrainingImages, context_features, random_turn
+from ibisagent.training.images import TrainingImages, context_features, random_turn, read_training_cases
 from ibisagent.training.nano import on_policy as own_turns
 from ibisagent.training.nano import trainer as nano_recipe
 from ibisagent.training.nano.curriculum import Example, Lessons, pairs_of
@@ -436,6 +436,52 @@ def test_a_batch_in_which_no_place_is_named_is_learnt_from():
     loss.backward()
     assert np.isfinite(loss.item())
     assert parts["places"] == 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["nuclei (0, 1)", "spot (0.508, 0.242)", "a <image> b", "<|end|>", "</action>", "a; stop", 'say "disc"', "a\nb"],
+)
+def test_a_name_is_never_read_as_a_place_an_image_or_a_mark(name):
+    """What users call their objects is text: the batch has the places and images that it would have for "disc"."""
+    processor = nano_recipe.build_processor(["disc", name])
+    words = len(processor.tokenizer) - nano_recipe.LOCATIONS**2
+    seen = []
+    for called in ("disc", name):
+        example = Example(0, np.zeros((SIDE, SIDE, 3), np.uint8), None, query=f"Segment the {called}.")
+        example.recap = told(example.query, [[Click(3, 4, True, "")]], (SIDE, SIDE))
+        example.answer(f"I look for the {called}.", Click(9, 9, True, called), Box(0, 0, 8, 8, called))
+        batch, _ = nano_recipe.collate([example], processor)
+        ids, labels = batch["input_ids"], batch["labels"]
+        marks = processor.tokenizer.convert_tokens_to_ids(
+            ["<|user|>", "<|assistant|>", "<|end|>", "<image>", "<action>"]
+        )
+        seen.append(
+            [int((ids >= words).sum()), int((labels >= words).sum()), *(int((ids == one).sum()) for one in marks)]
+        )
+        reply = processor.tokenizer.decode(labels[labels >= 0][:-1], clean_up_tokenization_spaces=False)
+        assert {action.target for action in parse(reply, (SIDE, SIDE), dialect="ibis").actions} == {called}
+    assert seen[0] == seen[1]
+
+
+def test_training_on_absent_rows_alone_fails_and_rows_that_cannot_be_used_are_left_out(recipe, tmp_path, caplog):
+    folder = recipe.parent
+    plan = click_recipe.ClickRecipe.read(recipe).model_copy(update={"out": tmp_path / "out", "tensorboard": False})
+    absent = tmp_path / "absent.csv"
+    absent.write_text("image,mask,object,split\n" + f"{folder / '0.png'},,spleen,train\n")
+    with pytest.raises(DataError, match="no mask is left to learn from"):
+        click_recipe.train(plan.model_copy(update={"data": absent, "licence_class": ""}))
+    rows = ["image,mask,object,split,patient,label"]
+    rows += [f"{folder / '0.png'},{folder / '0_mask.png'},{'x' * 300},Training,p0,"]
+    rows += [f"{folder / '0.png'},{folder / '0_mask.png'},ring,Training,p0,none"]
+    rows += [f"{folder / f'{number}.png'},{folder / f'{number}_mask.png'},disc,Training,p0," for number in range(2)]
+    (tmp_path / "mixed.csv").write_text("\n".join(rows))
+    images = TrainingImages.of(read_training_cases([tmp_path / "mixed.csv"], ""))
+    assert [row.object for row in images.rows] == ["disc", "disc"]
+    assert "row 2: an object's name has 300 characters" in caplog.text
+    assert "row 3" in caplog.text
+    click_recipe.train(plan.model_copy(update={"data": tmp_path / "mixed.csv", "licence_class": "", "states": 4}))
+    assert "no patient is held out" in caplog.text
 
 
 def test_the_nano_recipe_runs_goes_on_and_refuses_another(recipe, tmp_path, capsys):

@@ -222,6 +222,22 @@ def test_other_data_or_segmenter_need_another_folder(data: Path, undisturbed: Pa
         generate(swapped, load_segmenter("region"), undisturbed, CONFIG)
 
 
+def test_cases_whose_files_changed_are_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_phantoms(tmp_path / "data", 10)
+    generate(read_cases(tmp_path / "data"), load_segmenter("region"), tmp_path / "run", CONFIG)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*.parquet")}
+    mask = next((tmp_path / "data" / "Phantoms" / "train_mask").glob("p9_*"))
+    truth = np.zeros(SIZE, dtype=bool)
+    truth[5:25, 5:25] = True
+    write_mask_png(truth, mask)
+    generate(read_cases(tmp_path / "data"), load_segmenter("region"), tmp_path / "run", CONFIG)
+    assert "the files of 1 of 10 cases have changed" in caplog.text
+    generate(read_cases(tmp_path / "data"), load_segmenter("region"), tmp_path / "fresh", CONFIG)
+    assert contents(tmp_path / "run") == contents(tmp_path / "fresh")
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*.parquet")}
+    assert [name for name in before if before[name] != after[name]] == ["episodes-000002.parquet"]
+
+
 def test_foreign_folders(data: Path, undisturbed: Path, tmp_path: Path) -> None:
     (tmp_path / "episodes-000000.parquet").write_bytes((undisturbed / "episodes-000000.parquet").read_bytes())
     with pytest.raises(ConfigError, match=r"holds episodes-000000\.parquet, but no run\.json"):

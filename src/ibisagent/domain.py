@@ -26,6 +26,7 @@ MaskSelection = Literal["best", "last"]
 MASK_SELECTION: MaskSelection = "best"
 
 MAX_QUERY_CHARS = 2_000
+MAX_NAME_CHARS = 200  # of an object
 MAX_TARGETS = 8
 MAX_PIXELS = 2**26  # larger pictures and masks are refused before they are decoded; 8192 x 8192, 200 MB as RGB
 
@@ -130,8 +131,15 @@ def check_mask_selection(word: str) -> MaskSelection:
 
 
 def check_query(query: str) -> str:
-    """The query without surrounding blanks; ConfigError if nothing is left or it is longer than MAX_QUERY_CHARS."""
+    """The query without surrounding blanks.
+
+    ConfigError if nothing is left, it is longer than MAX_QUERY_CHARS or it is no Unicode text.
+    """
     query = query.strip()
+    try:
+        query.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"the query holds half a character, at place {error.start}: write it in Unicode") from error
     if not query:
         raise ConfigError("the query is empty: say what to segment, for example 'optic disc'")
     if len(query) > MAX_QUERY_CHARS:
@@ -158,6 +166,10 @@ class Case:
 
     def __post_init__(self) -> None:
         check_query(self.query)
+        if long := next((name for name in self.targets or {} if len(name) > MAX_NAME_CHARS), None):
+            raise DataError(
+                f"an object's name has {len(long)} characters, at most {MAX_NAME_CHARS} can be said; shorten it"
+            )
         check_masks(self.targets or {}, self.image.size, f"case {self.id}")
         check_masks(self.start, self.image.size, f"case {self.id}, start")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -58,6 +59,28 @@ def make_folder(folder: Path) -> None:
         raise DataError(f"{folder}: cannot be used as a folder ({error.strerror}); choose another one") from error
 
 
+def try_folder(folder: Path) -> None:
+    """Make `folder` and see that files can be written into it, before the work whose results go there.
+
+    DataError as `make_folder` and `write_whole` raise it.
+    """
+    make_folder(folder)
+    _try(folder)
+
+
+def try_file(path: Path) -> None:
+    """See that a file can be written at `path`, before the work whose result it is. DataError as `write_whole`."""
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder; name a file")
+    _try(path.parent)
+
+
+def _try(folder: Path) -> None:
+    probe = folder / f".{uuid.uuid4().hex}.probe"
+    write_whole(b"", probe)
+    probe.unlink()
+
+
 def claim(
     path: Path,
     facts: Mapping[str, Any],
@@ -103,6 +126,45 @@ def same_run(earlier: Mapping[str, Any], now: Mapping[str, Any], where: object, 
             f"{where}: is of another run ({name} was {one_line(old, 80)}, now it is {one_line(new, 80)});"
             " choose another folder or the old value"
         )
+
+
+class FileHashes:
+    """SHA-256 of files, kept in a JSON file, so that those whose size and times did not change are not read again.
+
+    The times are those of the content and of the inode: a copy that keeps the first changes the second.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """path: where they are kept, and where `write` puts them. DataError if what is there is damaged."""
+        self._path = path
+        self._earlier: dict[str, list[Any]] = {}
+        self._now: dict[str, list[Any]] = {}
+        try:
+            self._earlier = {name: list(known) for name, known in json.loads(path.read_bytes()).items()}
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}: is damaged ({one_line(error)}); delete it") from error
+
+    def of(self, file: Path) -> str:
+        """Hash of what `file` holds; "" where it cannot be read. Each file is looked at once by an object."""
+        name = str(file)
+        if name not in self._now:
+            try:
+                found = file.stat()
+                state = [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+                known = self._earlier.get(name, [])
+                if known[:-1] != state:
+                    with file.open("rb") as content:
+                        known = [*state, hashlib.file_digest(content, "sha256").hexdigest()]
+            except OSError:
+                known = [""]
+            self._now[name] = known
+        return str(self._now[name][-1])
+
+    def write(self) -> None:
+        """Keep the hashes of the files that were asked for. DataError as `write_whole`."""
+        write_whole((json.dumps(self._now, indent=0, sort_keys=True) + "\n").encode(), self._path)
 
 
 def _differences(old: Any, new: Any, free: Collection[str], name: str = "") -> Iterable[tuple[str, Any, Any]]:

@@ -25,6 +25,7 @@ import numpy as np
 import PIL.Image
 
 from ibisagent.domain import (
+    MAX_NAME_CHARS,
     MAX_QUERY_CHARS,
     MAX_TARGETS,
     Action,
@@ -62,7 +63,6 @@ ALPHA_STEP = 16  # in style "alpha" the first target is 255 and each further one
 
 MAX_REPLY_CHARS = 100_000
 MAX_ACTIONS = 32
-MAX_NAME_CHARS = 200
 MAX_UNDO = 999
 MIN_DECIMALS = 4
 MAX_RECALLED_CHARS = 500  # of an unreadable reply, in a full history
@@ -217,7 +217,7 @@ def _pixel(x: str, y: str, size: Size) -> tuple[int, int]:
 _POINT = r"\(\s*([^\s,()]+)\s*,\s*([^\s,()]+)\s*\)"
 _STOP = re.compile(r"(?:stop|terminat(?:e|ion))\b\.?", re.IGNORECASE)
 _UNDO = re.compile(r"undo(?:\s+([0-9]{1,3}))?\b(?!\s*[0-9])\.?", re.IGNORECASE)
-_SEPARATOR = re.compile(r"(?<!&amp)(?<!&lt)(?<!&gt)(?<!&semi)(?<!&colon);")  # a ";" that ends no entity
+_SEPARATOR = re.compile(r"(?<!&amp)(?<!&lt)(?<!&gt)(?<!&lpar)(?<!&semi)(?<!&colon);")  # a ";" that ends no entity
 _IBIS_CLICK = re.compile(rf"click\s*([+-])\s*{_POINT}(.*)", re.IGNORECASE | re.DOTALL)
 _IBIS_BOX = re.compile(rf"box\s*{_POINT}\s*{_POINT}(.*)", re.IGNORECASE | re.DOTALL)
 _IBIS_ABSENT = re.compile(r"absent\b(.*)", re.IGNORECASE | re.DOTALL)
@@ -352,7 +352,7 @@ def _phrase_paper(action: Action, size: Size) -> str:
     if isinstance(action, Click):
         point = f"[{_point(action, size)[1:-1]}]"
         triple = {
-            "Target": _escape(action.target.strip()),
+            "Target": escape(action.target.strip()),
             "Attribute": "1" if action.positive else "-1",
             "Coordinate 2d": point,
         }
@@ -385,7 +385,7 @@ def write(reply: Reply, size: Size, *, dialect: str) -> str:
         _check_inside(action, size)
     stop = reply.stop
     parts = [
-        ("think", _escape(reply.thought.strip())),
+        ("think", escape(reply.thought.strip())),
         ("action", ("\n" if speech.block else "; ").join(speech.phrase(action, size) for action in actions)),
         ("answer", _answer(stop, speech) if stop else ""),
     ]
@@ -417,7 +417,7 @@ def _check_inside(action: Action, size: Size) -> None:
 
 
 def _answer(stop: Stop, speech: Dialect) -> str:
-    answer = _escape(stop.answer.strip())
+    answer = escape(stop.answer.strip())
     if not speech.absent:
         return answer
     answer = answer.replace(speech.absent, speech.absent[:-1] + "&colon;")  # the sentence is ours alone
@@ -436,22 +436,27 @@ def _decimal(fraction: float, side: int) -> str:
     return f"{fraction:.{max(MIN_DECIMALS, len(str(side)))}f}"
 
 
-_ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&semi;": ";", "&colon;": ":"}
+_ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&lpar;": "(", "&semi;": ";", "&colon;": ":"}
 _ENTITY = re.compile("|".join(_ENTITIES))
+_PLACE_IN_TEXT = re.compile(r"\((?=\s*[\d.]+\s*,\s*[\d.]+\s*\))")
 
 
-def _escape(text: str) -> str:
-    """Free text without anything that reads as a tag, ours or a chat template's."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+def escape(text: str) -> str:
+    """Free text of users and models without anything that reads as a tag, ours or a chat template's, or as a place.
+
+    A place such as "(0.5, 0.25)" is one token of some models, and stands in actions alone.
+    """
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _PLACE_IN_TEXT.sub("&lpar;", text)
 
 
 def _escape_name(name: str) -> str:
     """A name for a list that ";" separates."""
-    return re.sub(r"(?<!&amp)(?<!&lt)(?<!&gt);", "&semi;", _escape(name.strip()))
+    return re.sub(r"(?<!&amp)(?<!&lt)(?<!&gt)(?<!&lpar);", "&semi;", escape(name.strip()))
 
 
 def _plain(text: str) -> str:
-    """Undo `_escape`, and strip."""
+    """Undo `escape`, and strip."""
     return _ENTITY.sub(lambda match: _ENTITIES[match.group()], text.strip())
 
 
@@ -545,7 +550,7 @@ def _user(
     turns, masks = observation.turns, observation.masks
     shown = any(mask.any() for mask in masks.values())
     refining = shown or any(turn.reply.problem is None for turn in turns)
-    query = _escape(observation.query)
+    query = escape(observation.query)
     if speech.refine and refining:
         lines = [speech.refine.format(query=query)]
     else:
@@ -559,7 +564,7 @@ def _user(
         legend = (f"{_escape_name(name)}: {names[rank % len(names)]}" for rank, name in enumerate(masks))
         lines.append(f"Colours of the masks: {'; '.join(legend)}.")
     if turns and turns[-1].reply.problem is not None:
-        lines.append(PROBLEM_LINE.format(problem=_escape(turns[-1].reply.problem)))
+        lines.append(PROBLEM_LINE.format(problem=escape(turns[-1].reply.problem)))
     text = {"type": "text", "text": "\n".join(lines)}
     picture = {"type": "image", "image": (paint or overlay)(observation.image, masks, style)}
     return {"role": "user", "content": [picture, text] if speech.picture_first else [text, picture]}

@@ -265,6 +265,8 @@ def read_turn(plain: Mapping[str, Any], before: Masks, size: tuple[int, int], wh
     """The turn that `plain_turn` wrote, of an image of `size` (H, W). DataError if it is damaged."""
     try:
         return _turn(plain, before, size, where)
+    except TooLargeError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{where}: is damaged ({error})") from error
 
@@ -278,6 +280,8 @@ def read_plain_masks(plain: list[Mapping[str, Any]], size: tuple[int, int], wher
     """The masks that `plain_masks` wrote, each of `size` (H, W). DataError if they are damaged."""
     try:
         return _masks(plain, size, where)
+    except TooLargeError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{where}: is damaged ({error})") from error
 

@@ -163,14 +163,14 @@ def audit(
     with status("reading the data and loading the segmenter", quiet=as_json):
         from ibisagent.datasets import read_cases
         from ibisagent.evaluation import audit as auditing
-        from ibisagent.files import make_folder
+        from ibisagent.files import try_folder
         from ibisagent.policies import load_policy
         from ibisagent.segmenters import load_segmenter
 
         everything = read_cases(data)
         cases = everything if split is None else read_cases(data, split=split)
         cases = cases.filter(lambda row: row.mask is not None).spread(limit)
-        make_folder(output)
+        try_folder(output)
         engine = load_segmenter(segmenter, device=device)
         agent = None if policy == "none" else load_policy(policy, device=device)
     with progress(len(cases), "masks", quiet=as_json) as advance:

@@ -29,7 +29,7 @@ from ibisagent.cli.options import (
 )
 from ibisagent.cli.output import EXIT_ERROR, print_json, progress, status, stderr, stdout
 from ibisagent.domain import MASK_SELECTION, Case, check_mask_selection
-from ibisagent.files import one_line
+from ibisagent.files import one_line, try_file, try_folder
 
 if TYPE_CHECKING:
     from ibisagent.evaluation import Evaluation, GroupBy, Summary
@@ -69,8 +69,9 @@ def run(
 ) -> None:
     """Measure a policy with a segmenter on labelled DATA, beside the baselines.
 
-    The location prior is learned from the rows of split 'train'. Cases that fail are listed and left out. A run that
-    was killed goes on where it stopped, and ends with the same figures.
+    The location prior is learned from the rows for training. Cases that fail are listed and left out. A run that was
+    killed goes on where it stopped, and ends with the same figures; cases whose files have changed since are judged
+    again.
     """
     with status("loading", quiet=as_json):
         from ibisagent.evaluation import runs
@@ -119,6 +120,8 @@ def compare(
     from ibisagent.evaluation.metrics import check_empty_rule
     from ibisagent.files import write_whole
 
+    if output is not None:
+        try_file(output)
     evaluations = [runs.Run(folder).evaluation for folder in (run_a, run_b)]
     found = compare_runs(*evaluations, empty=check_empty_rule(empty), seed=seed)
     if output is not None:
@@ -241,9 +244,7 @@ def ceiling(
 
         drawable = find_spec("matplotlib") is not None
         if output is not None:
-            from ibisagent.files import make_folder
-
-            make_folder(output)
+            try_folder(output)
             if not drawable:
                 stderr.print("matplotlib is not installed, so no ceiling.png: pip install 'ibisagent[plot]'")
         _, cases = cases_to_judge(data, split, limit)
@@ -435,6 +436,7 @@ def calibrate(
     and told.
     """
     selection = check_mask_selection(mask_selection)
+    try_file(output)
     with status("reading the data and loading the models", quiet=as_json):
         from ibisagent import evaluation
         from ibisagent.datasets import read_cases

@@ -24,7 +24,7 @@ from ibisagent.cli.options import (
 from ibisagent.cli.output import EXIT_ERROR, JsonStream, print_error, print_json, progress, status, stderr, stdout
 from ibisagent.domain import MASK_SELECTION, check_mask_selection
 from ibisagent.errors import ConfigError, DataError, IbisError
-from ibisagent.files import one_line
+from ibisagent.files import one_line, try_folder
 
 if TYPE_CHECKING:
     from ibisagent.domain import Turn
@@ -116,6 +116,7 @@ def segment(
     for spec in (choice.policy.removeprefix("one-shot:"), segmenter):
         if spec.startswith(("endpoint:", "remote:")):
             stderr.print(f"images are sent to {one_line(spec.partition(':')[2].partition('#')[0])}")
+    try_folder(output)
     with status("loading the models", quiet=as_json):
         from ibisagent.inference.batch import Batch, VolumeOptions
         from ibisagent.segmenters import load_segmenter

@@ -37,6 +37,7 @@ __all__ = [
     "layout_of",
     "read_cases",
     "split_by_patient",
+    "split_kind",
 ]
 
 log = logging.getLogger(__name__)
@@ -57,14 +58,17 @@ def read_cases(
 ) -> CaseSource:
     """The cases under `path` (see the module's text for the layouts), optionally only some of them.
 
-    Order: that of the manifest, or by data set, split, image and mask name. The files of every row must exist.
+    split: "train", "val" and "test" mean all rows of that kind, whatever the data call it (`split_kind`); any other
+    name means itself. Order: that of the manifest, or by data set, split, image and mask name. The files of every row
+    must exist.
     DataError: unknown layout or columns, missing files, duplicate rows, no rows. ConfigError: a filter asks for a
     split, object, modality or licence class that the data do not have.
     """
     path = Path(path)
     source = CaseSource(_read_rows(path), str(path))
+    of_kind = {row.split for row in source.rows if split is not None and split_kind(row.split) == split}
     wanted: dict[str, Collection[str] | None] = {
-        "split": None if split is None else {split},
+        "split": None if split is None else of_kind or {split},
         "object": objects,
         "modality": modalities,
         "licence_class": licence_classes,

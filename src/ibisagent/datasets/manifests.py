@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ibisagent.datasets.rows import CaseRow, refuse_duplicates
 from ibisagent.domain import check_query
-from ibisagent.errors import DataError
+from ibisagent.errors import ConfigError, DataError
 from ibisagent.files import plain_cell
 
 COLUMNS: Mapping[str, str] = {
@@ -90,7 +90,7 @@ def _manifest_row(path: Path, number: int, record: Mapping[str, str]) -> CaseRow
     try:
         check_query(query)
         area = float(cells["area"]) if cells["area"] else None
-    except ValueError as error:
+    except (ConfigError, ValueError) as error:
         raise DataError(f"{where}: {error}") from error
     for name in ("image", "mask"):
         place = path.parent / cells[name]

@@ -12,11 +12,13 @@ Some data sets keep many pictures in one file. Their rows name them by a path th
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
 import zipfile
 import zlib
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, cast
@@ -26,6 +28,7 @@ from pycocotools import mask as coco
 
 from ibisagent.domain import Image, Mask
 from ibisagent.errors import DataError, TooLargeError
+from ibisagent.files import FileHashes
 from ibisagent.imaging import limits
 from ibisagent.imaging.images import read_image, read_masks
 from ibisagent.imaging.masks import decode_runs
@@ -62,8 +65,8 @@ def read_target(path: Path, label: int | str | None) -> Mask:
     """The mask at an address, (H, W) bool. label: its value in a label map, None where the file is one binary mask."""
     file, inside = _container(path)
     if file is None:
-        if "+" in path.stem.rpartition("_")[2] and not path.exists():
-            return _union(path)
+        if len(parts := _parts(path)) > 1:
+            return _union(path, parts)
         return next(iter(read_masks(path, None if label is None else {label: "mask"}).values()))
     if file.suffix.lower() == COCO:
         return _instances(path, file, inside)
@@ -76,6 +79,22 @@ def read_target(path: Path, label: int | str | None) -> Mask:
         raise DataError(f"{path}: is {values.shape}, a mask is (H, W)")
     mask: Mask = values != 0 if label is None else values == label
     return mask
+
+
+def content_of(path: Path, hashes: FileHashes) -> str:
+    """What is at an address, as hashes: it changes if and only if the file does, or what the file says of the address.
+
+    An annotation of COCO's JSON stands for itself, so that a correction of one changes no other.
+    """
+    file, inside = _container(path)
+    if file is None:
+        return " ".join(hashes.of(part) for part in _parts(path))
+    if file.suffix.lower() != COCO:
+        return hashes.of(file)
+    images, parts = coco_index(file)
+    image, category = (int(part) for part in inside)
+    said = json.dumps([images.get(image), parts.get((image, category))], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 def npz_shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -117,12 +136,16 @@ def _container(path: Path) -> tuple[Path | None, tuple[str, ...]]:
     return None, ()
 
 
-def _union(path: Path) -> Mask:
+def _parts(path: Path) -> list[Path]:
+    """The files of a mask: `path`, or those whose union it names."""
     start, _, numbers = path.stem.rpartition("_")
-    masks = [
-        next(iter(read_masks(path.with_name(f"{start}_{number}{path.suffix}")).values()))
-        for number in numbers.split("+")
-    ]
+    if "+" not in numbers or path.exists():
+        return [path]
+    return [path.with_name(f"{start}_{number}{path.suffix}") for number in numbers.split("+")]
+
+
+def _union(path: Path, parts: Sequence[Path]) -> Mask:
+    masks = [next(iter(read_masks(part).values())) for part in parts]
     if len({mask.shape for mask in masks}) > 1:
         raise DataError(f"{path}: its parts are of different size; download them again")
     merged: Mask = np.any(masks, axis=0)
@@ -236,6 +259,8 @@ def _instances(path: Path, file: Path, inside: tuple[str, ...]) -> Mask:
             merged |= _instance(annotation["segmentation"], height, width)
     except TooLargeError:
         raise
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise DataError(f"{path}: cannot be drawn ({error!r}); correct the annotation") from error
     return merged

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import overload
+from typing import TypeVar, overload
 
 import numpy as np
 
-from ibisagent.datasets.members import read_picture, read_target
+from ibisagent.datasets.members import content_of, read_picture, read_target
 from ibisagent.domain import Case, Image, Mask
 from ibisagent.errors import ConfigError, DataError
+from ibisagent.files import FileHashes, one_line
 
+log = logging.getLogger(__name__)
+
+_Read = TypeVar("_Read")
 _SPLITS = {
     "val": ("val", "valid", "validation", "validate", "dev"),
     "test": ("test", "testing"),
     "train": ("train", "training"),
 }
+_NOT_SAID = ("image", "mask", "where", "licence", "area")
+"""Fields of a row from which nothing follows but where its files are, and what can be measured on them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +113,45 @@ class CaseSource(Sequence[Case]):
         """The same cases by their id; each look-up decodes."""
         return _CasesById(self)
 
-    def truths(self) -> Iterator[tuple[CaseRow, Mask]]:
-        """Every row that has a mask, with its mask (H, W); images are not decoded. DataError as for `decode`."""
+    @property
+    def sha256(self) -> str:
+        """Hash of what the rows say: which cases in which order, and all their texts. Not of what their files hold."""
+        digest = hashlib.sha256()
         for row in self.rows:
-            if row.mask is not None:
-                yield row, _read_truth(row, row.mask)
+            said = {field.name: getattr(row, field.name) for field in fields(row) if field.name not in _NOT_SAID}
+            digest.update(repr((said, row.mask is None)).encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+    def contents(self, hashes: FileHashes) -> list[str]:
+        """What the files of each row hold, as one hash a row: it changes with its image and its mask alone."""
+        held = ([content_of(path, hashes) for path in (row.image, row.mask) if path is not None] for row in self.rows)
+        return [hashlib.sha256(" ".join(each).encode()).hexdigest() for each in held]
+
+    def truths(self) -> Iterator[tuple[CaseRow, Mask]]:
+        """Every row that has a mask, with its mask (H, W); images are not decoded. As for `readable`."""
+        return self._readable([row for row in self.rows if row.mask is not None], _read_truth)
+
+    def readable(self) -> Iterator[tuple[CaseRow, Case]]:
+        """Every row that can be decoded, with its case; a warning names each other one, as they cost no further row.
+
+        DataError if none of them can be.
+        """
+        return self._readable(self.rows, self.decode)
+
+    def _readable(self, rows: Sequence[CaseRow], read: Callable[[CaseRow], _Read]) -> Iterator[tuple[CaseRow, _Read]]:
+        failed = 0
+        for row in rows:
+            try:
+                found = read(row)
+            except DataError as error:
+                failed += 1
+                log.warning("left out: %s", one_line(error, 300))
+                if failed == len(rows):
+                    raise DataError(
+                        f"{self.where}: none of {failed} pairs can be read, the last one: {error}"
+                    ) from error
+            else:
+                yield row, found
 
     def decode(self, row: CaseRow) -> Case:
         """The case of one row: reads its image and mask. DataError naming file, row and remedy if they do not fit."""
@@ -118,10 +160,13 @@ class CaseSource(Sequence[Case]):
         self._last_image = (row.image, image)
         targets: dict[str, Mask] | None = None
         if row.mask is not None:
-            targets = {row.object: _read_truth(row, row.mask, image.size)}
+            targets = {row.object: _read_truth(row, image.size)}
         elif row.object:
             targets = {row.object: np.zeros(image.size, dtype=bool)}
-        return Case(row.id, image, row.query, targets, answer=row.answer, patient=row.patient, meta=row.meta)
+        try:
+            return Case(row.id, image, row.query, targets, answer=row.answer, patient=row.patient, meta=row.meta)
+        except (ConfigError, DataError) as error:  # of its texts
+            raise DataError(f"{row.where or row.id}: {error}") from error
 
 
 class _CasesById(Mapping[str, Case]):
@@ -183,10 +228,19 @@ def refuse_duplicates(rows: Iterable[CaseRow]) -> None:
         seen[row.id] = row.where
 
 
-def _read_truth(row: CaseRow, path: Path, size: tuple[int, int] | None = None) -> Mask:
-    """The mask of the row's object, checked for having any pixel, and against the image's `size` (H, W) if given."""
+def _read_truth(row: CaseRow, size: tuple[int, int] | None = None) -> Mask:
+    """The mask of the row's object, checked for having any pixel, and against the image's `size` (H, W) if given.
+
+    One that covers the whole image is read, and a warning names it: an inverted or blank export often does.
+    """
+    path = row.mask
+    if path is None:
+        raise DataError(f"{row.where}: has no mask")
     where = f"{row.where}: mask {path}" if row.where != str(path) else str(path)
-    mask = read_target(path, row.label)
+    try:
+        mask = read_target(path, row.label)
+    except ConfigError as error:  # the label of this row is none
+        raise DataError(f"{where}: {error}") from error
     size = size or (int(mask.shape[0]), int(mask.shape[1]))
     if mask.shape == size and not mask.any():
         value = "" if row.label is None else f" (label {row.label})"
@@ -197,4 +251,11 @@ def _read_truth(row: CaseRow, path: Path, size: tuple[int, int] | None = None) -
             f"{where}: is {width} x {height}, its image {image_width} x {image_height} pixels;"
             " resize the mask with nearest neighbour"
         )
+    if mask.all():
+        _warn_of_whole(where)
     return mask
+
+
+@lru_cache(maxsize=4096)  # once, however often a row is decoded
+def _warn_of_whole(where: str) -> None:
+    log.warning("%s: covers the whole image; look whether it was meant so", where)

@@ -13,7 +13,6 @@ from typing import Any
 
 from ibisagent.datasets.members import read_json
 from ibisagent.datasets.rows import CaseRow
-from ibisagent.domain import check_query
 from ibisagent.errors import DataError
 from ibisagent.protocol import target_of
 
@@ -81,7 +80,7 @@ def read_questions(file: Path) -> list[CaseRow]:
                     if not (root / mask).is_file():
                         raise DataError(f"{file}, item {number}: mask '{mask}' is not in {root}; see docs/datasets.md")
                     thing = names.get((_set_of(item["image"]), _class_of(Path(mask).stem))) or target_of(asked)
-                    row = _row(root, item["image"], mask, thing, check_query(asked), file, split=_split_of(file))
+                    row = _row(root, item["image"], mask, thing, asked, file, split=_split_of(file))
                     seen[row.id] = seen.get(row.id, 0) + 1
                     rows.append(row if seen[row.id] == 1 else replace(row, id=f"{row.id}#{seen[row.id]}"))
     except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -135,10 +134,11 @@ def _class_names(root: Path) -> dict[tuple[str, str], str]:
     """{(data set, class id): name}; empty where the mapping is not there."""
     if not (root / CLASSES).is_file():
         return {}
+    listed = read_json(root / CLASSES)
     try:
         return {
             (dataset, f"{int(code):04d}"): name.replace("_", " ")
-            for dataset, classes in read_json(root / CLASSES).items()
+            for dataset, classes in listed.items()
             for name, code in classes.items()
         }
     except (AttributeError, TypeError, ValueError) as error:

@@ -33,7 +33,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from ibisagent.datasets import CaseSource
+from ibisagent.datasets import CaseSource, split_kind
 from ibisagent.domain import MASK_SELECTION, Box, Case, Click, Episode, Mask, Masks, MaskSelection, Stop
 from ibisagent.environment import SegmentationEnv, rollout, turn_limit
 from ibisagent.errors import DataError, IbisError, PolicyError, SegmenterError
@@ -77,6 +77,7 @@ __all__ = [
     "mask_measures",
     "matched",
     "oracle_curves",
+    "prior_cases",
     "size_of",
     "summarise",
 ]
@@ -84,7 +85,7 @@ __all__ = [
 ORACLE_CLICKS = (1, 2, 3, 5, 10)
 FIRST_BOX_IOU = 0.5
 MAX_FAILURES = 20
-"""Failures in a row after which an evaluation gives up: then it is the machinery, not the cases."""
+"""Failures of policy or segmenter in a row after which an evaluation gives up: then it is not the cases."""
 
 Outcome = TypeVar("Outcome")
 
@@ -196,9 +197,10 @@ def judge_cases(
 ) -> tuple[list[Outcome], list[Failure]]:
     """(what `judge` says of every case that can be judged, the failures), both in the order of `cases`.
 
-    judge: one judgement per case of a batch, in order; a batch for which it raises PolicyError or SegmenterError is
-    judged again case by case. on_case: called after each case. After MAX_FAILURES failures in a row the last error is
-    raised again; errors of other kinds are raised at once.
+    judge: one judgement per case of a batch, in order; a batch for which it raises DataError, PolicyError or
+    SegmenterError is judged again case by case, errors of other kinds are raised at once. on_case: called after each
+    case. After MAX_FAILURES failures of policy or segmenter in a row the last error is raised again; cases whose files
+    or texts cannot be used do not count, however many they are.
     """
     results: list[Outcome] = []
     failures: list[Failure] = []
@@ -207,7 +209,7 @@ def judge_cases(
     def judged(batch: Sequence[Case]) -> Iterator[Outcome | IbisError]:
         try:
             yield from judge(batch)
-        except (PolicyError, SegmenterError) as error:
+        except (DataError, PolicyError, SegmenterError) as error:
             if len(batch) == 1:
                 yield error
             else:  # find out which of them it was
@@ -227,8 +229,8 @@ def judge_cases(
         for row in rows:
             outcome = outcomes[row.id]
             if isinstance(outcome, IbisError):
-                failures.append(Failure(row.id, str(outcome)))
-                in_a_row += 1
+                failures.append(Failure(row.id, str(outcome), machinery=not isinstance(outcome, DataError)))
+                in_a_row += failures[-1].machinery
                 if in_a_row == MAX_FAILURES:
                     raise type(outcome)(f"{in_a_row} cases in a row failed, the last one: {outcome}") from outcome
             else:
@@ -239,16 +241,22 @@ def judge_cases(
     return results, failures
 
 
-def location_prior(training: CaseSource, cases: CaseSource) -> LocationPriorPolicy | None:
-    """The blind policy that has learned places from the rows of split "train" in `training`; None if there are none.
+def prior_cases(everything: CaseSource) -> CaseSource | None:
+    """The cases that a location prior learns from: those for training that show an object; None if there are none."""
+    rows = [row for row in everything.rows if split_kind(row.split) == "train" and row.mask is not None]
+    return CaseSource(rows, everything.where) if rows else None
 
-    It is told the modality of `cases`. Reads every training mask; raises DataError if one cannot be read.
+
+def location_prior(everything: CaseSource, cases: CaseSource) -> LocationPriorPolicy | None:
+    """The blind policy that has learned places from the `prior_cases` of `everything`; None if there are none.
+
+    It is told the modality of `cases`. Reads every mask it learns from; raises DataError if one cannot be read.
     """
-    if not any(row.split == "train" and row.mask is not None for row in training.rows):
+    learned = prior_cases(everything)
+    if learned is None:
         return None
-    masks = training.filter(lambda row: row.split == "train").truths()
-    learned = ((row.object, row.modality, truth) for row, truth in masks)
-    return LocationPriorPolicy(learned, {row.id: row.modality for row in cases.rows})
+    masks = ((row.object, row.modality, truth) for row, truth in learned.truths())
+    return LocationPriorPolicy(masks, {row.id: row.modality for row in cases.rows})
 
 
 def matched(masks: Masks, case: Case) -> list[tuple[Mask, Mask]]:

@@ -332,7 +332,7 @@ def audit(
             if row.id in masks and image is not None:
                 try:
                     findings.append(_look_at(row, image, masks, together, segmenter, policy, references))
-                except (SegmenterError, PolicyError) as error:
+                except (DataError, SegmenterError, PolicyError) as error:
                     failures[row.id] = str(error)
             if on_mask is not None:
                 on_mask()

@@ -69,10 +69,11 @@ class CaseResult:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A case that could not be judged, and why, in one line."""
+    """A case that could not be judged, and why, in one line; machinery: whether policy or segmenter failed."""
 
     case_id: str
     error: str
+    machinery: bool = False
 
 
 @dataclass(frozen=True, slots=True)

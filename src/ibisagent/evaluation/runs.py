@@ -1,16 +1,19 @@
 """An evaluation on disk: resumable after any end, in several processes, the same figures for the same settings.
 
-The folder of a run holds run.json (what makes it), cases.jsonl (a line per case: result, episode, truth) and, when it
-has ended, evaluation.json and the tables of `evaluation.tables`. Cases are judged in fixed blocks of `batch_size`, and
-a block's lines are appended in one write once all of it is judged; a block that is not whole is judged again. So what
-is judged together never depends on how often the run was killed, or on the number of workers. Of two lines of a case
-the later one holds. One start of a run at a time.
+The folder of a run holds run.json (what makes it), cases.jsonl (a line per case: result, episode, ground truth),
+contents.json (the files that it was judged on, see `files.FileHashes`) and, when it has ended, evaluation.json and the
+tables of `evaluation.tables`. Cases are judged in fixed blocks of `batch_size`, and a block's lines are appended in one
+write once all of it is judged; a block that is not whole is judged again, and so is one with a case whose files have
+changed since. So what is judged together never depends on how often the run was killed, or on the number of workers. Of
+two lines of a case the later one holds; one without a result says that it is to be judged again. One start of a run at
+a time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,10 +30,10 @@ from ibisagent.datasets import CaseSource, cases_to_judge
 from ibisagent.domain import MASK_SELECTION, Episode, Masks, MaskSelection
 from ibisagent.environment import package_version, turn_limit
 from ibisagent.errors import ConfigError, DataError, IbisError, PolicyError
-from ibisagent.evaluation import MAX_FAILURES, Judge, judge_cases, location_prior
+from ibisagent.evaluation import MAX_FAILURES, Judge, judge_cases, location_prior, prior_cases
 from ibisagent.evaluation.metrics import EMPTY_RULE, EmptyRule
 from ibisagent.evaluation.results import CaseResult, Evaluation, Failure
-from ibisagent.files import claim, make_folder, write_whole
+from ibisagent.files import FileHashes, claim, try_folder, write_whole
 from ibisagent.inference.image import provenance
 from ibisagent.policies import load_policy
 from ibisagent.policies.base import Policy
@@ -38,7 +41,9 @@ from ibisagent.protocol import History
 from ibisagent.segmenters import load_segmenter
 from ibisagent.store import plain_masks, plain_record, read_plain_masks, read_plain_record
 
-RUN_NAME, CASES_NAME, RESULT_NAME = "run.json", "cases.jsonl", "evaluation.json"
+log = logging.getLogger(__name__)
+
+RUN_NAME, CASES_NAME, CONTENTS_NAME, RESULT_NAME = "run.json", "cases.jsonl", "contents.json", "evaluation.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +98,7 @@ class Setup:
         elif prior is not None:
             policy = prior
         else:
-            raise ConfigError(f"{self.data}: has no rows of split 'train', from which location-prior learns")
+            raise ConfigError(f"{self.data}: has no rows for training, from which location-prior learns")
         blind: dict[str, Policy] = {}
         if self.baselines:
             blind = ({} if prior is None else {"prior": prior}) | {"centre": load_policy("centre-click")}
@@ -104,7 +109,7 @@ class Setup:
             "data": str(self.data),
             "split": ", ".join(sorted({row.split for row in cases.rows} - {""})),
             "cases": str(len(cases)),
-            "cases_sha256": hashlib.sha256("\n".join(row.id for row in cases.rows).encode()).hexdigest(),
+            "cases_sha256": cases.sha256,
             "policy": policy.name,
             "segmenter": segmenter.name,
             "max_turns": str(max_turns),
@@ -115,17 +120,30 @@ class Setup:
             **made_by,
         }
         judge = Judge(policy, segmenter, blind, self.baselines, max_turns, self.mask_selection, made_by)
-        return Bench(cases, judge, facts, self.batch_size)
+        learned = prior_cases(everything) if needs_prior else None
+        return Bench(cases, learned, judge, facts, self.batch_size)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bench:
-    """An opened Setup."""
+    """An opened Setup. learned: what the location prior has learned from, if there is one."""
 
     cases: CaseSource
+    learned: CaseSource | None
     judge: Judge
     facts: Mapping[str, str]
     batch_size: int
+
+    def contents(self, path: Path) -> list[str]:
+        """What each case is judged on, as one hash a case: its files, and those that the location prior learned from.
+
+        path: where the hashes of the files are kept.
+        """
+        hashes = FileHashes(path)
+        learned = "" if self.learned is None else " ".join([self.learned.sha256, *self.learned.contents(hashes)])
+        found = [hashlib.sha256(f"{own} {learned}".encode()).hexdigest() for own in self.cases.contents(hashes)]
+        hashes.write()
+        return found
 
     def block(self, number: int) -> list[dict[str, Any]]:
         """Judge one block of cases: a plain line for each, in order."""
@@ -157,20 +175,29 @@ def run(
 ) -> Evaluation:
     """Evaluate `setup`, in `folder` if one is given: an unfinished run there is finished, its failures are tried again.
 
+    Cases whose files have changed since they were judged are judged again; a warning says how many.
+
     workers: processes; each loads the models. on_start: called with (cases in all, cases that an earlier start judged).
-    on_case: called after each further case. Cases that fail are listed, not scored. After MAX_FAILURES failures in a
-    row an IbisError is raised: then it is the machinery, not the cases. ConfigError if `folder` holds another run.
+    on_case: called after each further case. Cases that fail are listed, not scored. After MAX_FAILURES failures of
+    policy or segmenter in a row an IbisError is raised: then it is not the cases. ConfigError if `folder` holds another
+    run.
     """
     if workers < 1:
         raise ConfigError(f"{workers} workers: give 1 or more")
-    with _hands(setup, workers) as (facts, judge_blocks):
+    if folder is not None:
+        try_folder(folder)
+    with _hands(setup, workers) as (facts, contents_of, judge_blocks):
         total, size = int(facts["cases"]), setup.batch_size
-        log = _Log(None if folder is None else folder / CASES_NAME)
+        kept, contents = _Log(None if folder is None else folder / CASES_NAME), [""] * total
         if folder is not None:
-            make_folder(folder)
             claim(folder / RUN_NAME, facts)
-            log.open()
-        done = {index for index, line in log.lines.items() if "result" in line}
+            contents = contents_of(folder / CONTENTS_NAME)
+            kept.open()
+            if changed := kept.forget_changed(contents):
+                log.warning(
+                    "%s: the files of %d of %d cases have changed, they are judged again", folder, changed, total
+                )
+        done = {index for index, line in kept.lines.items() if "result" in line}
         blocks = [
             block
             for block, start in enumerate(range(0, total, size))
@@ -181,14 +208,15 @@ def run(
             on_start(total, total - left)
         in_a_row = 0
         for lines in judge_blocks(blocks):
-            log.append(lines)
+            kept.append([{**line, "content": contents[line["index"]]} for line in lines])
             for line in lines:
-                in_a_row = in_a_row + 1 if "failure" in line else 0
+                failed = line.get("failure")
+                in_a_row = 0 if failed is None else in_a_row + failed["machinery"]
                 if in_a_row == MAX_FAILURES:
                     raise IbisError(f"{in_a_row} cases in a row failed, the last one: {line['failure']['error']}")
                 if on_case is not None:
                     on_case()
-    evaluation = log.evaluation(facts)
+    evaluation = kept.evaluation(facts)
     if folder is not None:
         write_results(evaluation, folder, empty)
     return evaluation
@@ -282,10 +310,20 @@ class _Log:
         if self._path is not None and self._path.exists() and self._path.stat().st_size > whole:
             os.truncate(self._path, whole)
 
+    def forget_changed(self, contents: Sequence[str]) -> int:
+        """Let the cases whose content is not that of `contents`, by index, be judged again; how many these are."""
+        changed = [
+            {"index": index, "content": contents[index]}
+            for index, line in self.lines.items()
+            if "result" in line and line.get("content") != contents[index]
+        ]
+        self.append(changed)
+        return len(changed)
+
     def append(self, lines: Sequence[dict[str, Any]]) -> None:
         """Add the lines of one block, on disk in one write. DataError if that fails; then none is there."""
         self.lines |= {int(line["index"]): _light(line) for line in lines}
-        if self._path is None:
+        if self._path is None or not lines:
             return
         content = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines).encode()
         try:
@@ -310,17 +348,19 @@ class _Log:
 
 
 def _light(line: dict[str, Any]) -> dict[str, Any]:
-    return {name: line[name] for name in ("index", "result", "failure") if name in line}
+    return {name: line[name] for name in ("index", "content", "result", "failure") if name in line}
 
 
 @contextmanager
 def _hands(
     setup: Setup, workers: int
-) -> Iterator[tuple[dict[str, str], Callable[[Sequence[int]], Iterator[list[dict[str, Any]]]]]]:
-    """(facts of the run, what judges blocks by number and gives their lines as they are done)."""
+) -> Iterator[
+    tuple[dict[str, str], Callable[[Path], list[str]], Callable[[Sequence[int]], Iterator[list[dict[str, Any]]]]]
+]:
+    """(facts of the run, its `Bench.contents`, what judges blocks by number and gives their lines as they are done)."""
     if workers == 1:
         bench = setup.open()
-        yield dict(bench.facts), lambda blocks: map(bench.block, blocks)
+        yield dict(bench.facts), bench.contents, lambda blocks: map(bench.block, blocks)
         return
     threads = max(1, (os.cpu_count() or 1) // workers)
     pool = ProcessPoolExecutor(
@@ -337,7 +377,8 @@ def _hands(
                 yield future.result()
 
     try:
-        yield pool.submit(_facts, setup).result(), judge_blocks
+        facts = pool.submit(_facts, setup).result()
+        yield facts, lambda path: pool.submit(_contents, setup, path).result(), judge_blocks
     except BrokenProcessPool as error:
         raise PolicyError("a worker died, most likely for want of memory: give fewer --workers") from error
     finally:
@@ -355,6 +396,10 @@ def _opened(setup: Setup) -> Bench:
 
 def _facts(setup: Setup) -> dict[str, str]:
     return dict(_opened(setup).facts)
+
+
+def _contents(setup: Setup, path: Path) -> list[str]:
+    return _opened(setup).contents(path)
 
 
 def _block(setup: Setup, number: int) -> list[dict[str, Any]]:

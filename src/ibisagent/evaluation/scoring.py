@@ -33,7 +33,7 @@ from ibisagent.evaluation import mask_measures, size_of
 from ibisagent.evaluation.metrics import EMPTY_RULE, EmptyRule, resize_target
 from ibisagent.evaluation.results import CaseResult, Evaluation, Failure
 from ibisagent.evaluation.runs import CASES_NAME, RUN_NAME, write_results
-from ibisagent.files import claim, csv_text, make_folder, write_whole
+from ibisagent.files import claim, csv_text, try_folder, write_whole
 from ibisagent.imaging.images import read_masks
 from ibisagent.imaging.masks import decode_runs, overlap
 from ibisagent.store import plain_masks
@@ -110,6 +110,8 @@ def score(
     nearest neighbour; otherwise it is a problem. DataError if `made` holds no mask at all, or the data cannot be read.
     A mask that is all or nothing of an image is scored, and a warning names it.
     """
+    if folder is not None:
+        try_folder(folder)
     cases = _cases(data, split, limit)
     found, problems = _assign(made, cases, data)
     lines: list[dict[str, Any]] = []
@@ -139,7 +141,6 @@ def score(
     evaluation = Evaluation(facts, results, failures)
     strict = {name: sum(one.measures[name] for one in results) / len(cases) for name in ("iou", "dice")}
     if folder is not None:
-        make_folder(folder)
         claim(folder / RUN_NAME, facts)
         write_whole("".join(json.dumps(line) + "\n" for line in lines).encode(), folder / CASES_NAME)
         write_whole(_problems_csv(problems).encode(), folder / PROBLEMS_NAME)

@@ -7,7 +7,8 @@
 | grpo/ | TRL's GRPOTrainer with our environment | (questions only) |
 | verl/ | verl's RLHFDataset | (questions only) |
 
-Files are named "<split>-<shard>"; the split "train" holds training phrasings only, the others held-out ones only.
+Files are named "<split>-<shard>"; the split "train" (see `filters.is_trained_on`) holds training phrasings only, the
+others held-out ones only.
 Picture files are named by their content, so that conversations share them; paths are relative to the export folder.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +29,9 @@ import pyarrow as pa
 from ibisagent.datasets import CaseRow
 from ibisagent.domain import Case, Episode, Image, Masks, Observation, Reply
 from ibisagent.errors import DataError
-from ibisagent.files import make_folder, png_bytes, write_whole
+from ibisagent.files import make_folder, png_bytes, safe_name, write_whole
 from ibisagent.generation.config import FactoryConfig, Question, read_table, write_table
+from ibisagent.generation.filters import is_trained_on
 from ibisagent.imaging.images import read_image
 from ibisagent.imaging.masks import decode_rle, encode_rle
 from ibisagent.protocol import Message, OverlayStyle, overlay, parse, render
@@ -81,6 +84,7 @@ GRPO_SCHEMA = pa.schema(
         "prompt": pa.list_(pa.struct({"role": pa.string(), "content": _CONTENT})),
         "images": pa.list_(pa.string()),
         "image": pa.string(),
+        "image_sha256": pa.string(),
         "targets": _MASKS,
         "start": _MASKS,
         "absent": pa.list_(pa.string()),
@@ -142,7 +146,7 @@ def export_shard(
     counts: dict[str, int] = {}
     by_split: dict[str, list[Episode]] = {}
     for episode in episodes:
-        by_split.setdefault(questions[episode.case_id].split or "train", []).append(episode)
+        by_split.setdefault(_split_of(questions[episode.case_id]), []).append(episode)
     for split, mine in sorted(by_split.items()):
         told = [_conversation(episode, questions[episode.case_id], cases, pictures, config) for episode in mine]
         if "trl" in config.formats:
@@ -159,7 +163,7 @@ def export_shard(
     asked: dict[str, list[Question]] = {}
     for question in prompts:
         if all(row in cases for row in question.rows) and (not question.start or question.raw in starts):
-            asked.setdefault(question.split or "train", []).append(question)
+            asked.setdefault(_split_of(question), []).append(question)
     for split, chosen in sorted(asked.items()):
         records = [_prompt(question, rows, cases, starts, pictures, config) for question in chosen]
         if "grpo" in config.formats:
@@ -175,6 +179,19 @@ def export_shard(
         _write_dataset_info(out)
     counts["pictures"] = len(pictures.written)
     return counts
+
+
+def _split_of(question: Question) -> str:
+    """The name of its split in names of files."""
+    return "train" if is_trained_on(question.split) else safe_name(question.split, set())
+
+
+def remove_shard(out: Path, shard: int) -> None:
+    """Remove every file that `export_shard` wrote of a shard."""
+    for pattern in (f"*/*-{shard:06d}.parquet", f"sharegpt/*/{shard:06d}.jsonl"):
+        for file in list(out.glob(pattern)):
+            file.unlink()
+    shutil.rmtree(out / "pictures" / f"{shard:06d}", ignore_errors=True)
 
 
 class _Pictures:
@@ -316,6 +333,7 @@ def _prompt(
         "prompt": prompt,
         "images": files,
         "image": str(row.image),
+        "image_sha256": case.image.sha256,
         "targets": _plain({name: truths[name] for name in question.targets}),
         "start": _plain(start),
         "absent": question.absent,
@@ -332,7 +350,7 @@ def _plain(masks: Masks) -> list[dict[str, Any]]:
 
 
 def _verl(record: Mapping[str, Any], split: str, index: int) -> dict[str, Any]:
-    truth = {name: record[name] for name in ("targets", "start", "absent", "answer", "image")}
+    truth = {name: record[name] for name in ("targets", "start", "absent", "answer", "image", "image_sha256")}
     return {
         "data_source": f"ibisagent/{record['dataset']}",
         "prompt": [{"role": said["role"], "content": _flat(said["content"])} for said in record["prompt"]],
@@ -403,9 +421,12 @@ def prompt_case(name: str, query: str, truth: Mapping[str, Any], folder: Path = 
         targets = {mask["name"]: decode_rle(mask) for mask in truth["targets"] or ()}
         start = {mask["name"]: decode_rle(mask) for mask in truth["start"] or ()}
         absent, answer, file = list(truth["absent"] or ()), truth["answer"] or None, folder / truth["image"]
+        sha256 = truth["image_sha256"]
     except (KeyError, TypeError) as error:
         raise DataError(f"prompt {name}: holds no truth as build-data writes it ({error!r}); export again") from error
     image = read_image(file)
+    if image.sha256 != sha256:
+        raise DataError(f"{file}: is not the image that prompt {name} was made with; build the data again")
     targets |= {missing: np.zeros(image.size, dtype=bool) for missing in absent}
     return Case(name, image, query, targets or None, start, answer)
 

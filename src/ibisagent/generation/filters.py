@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ibisagent.datasets import CaseRow
+from ibisagent.datasets import CaseRow, split_kind
 from ibisagent.datasets.leaks import near_duplicates
 from ibisagent.domain import Episode, Mask, union
 from ibisagent.generation.config import FactoryConfig, Question
@@ -73,21 +73,22 @@ def overlapping(question: Question, overlaps: Mapping[str, str]) -> str | None:
 
 
 def find_overlaps(groups: Sequence[Sequence[CaseRow]], hashes: Mapping[str, str], bits: int) -> dict[str, str]:
-    """Pictures of the split "train" that show a patient of another split, or look like a picture of one, with reasons.
+    """Pictures to be trained on that show a patient of another split, or look like a picture of one, with reasons.
 
     hashes: `leaks.fingerprint` by picture; pictures that differ in at most `bits` < 16 are alike.
     """
     split_of = {str(rows[0].image): rows[0].split for rows in groups}
-    patients = {row.patient for rows in groups for row in rows if row.patient and not _trained(row.split)}
+    patients = {row.patient for rows in groups for row in rows if row.patient and not is_trained_on(row.split)}
     found = {
         f"{rows[0].image}": "patient in another split"
         for rows in groups
-        if _trained(rows[0].split) and any(row.patient in patients for row in rows)
+        if is_trained_on(rows[0].split) and any(row.patient in patients for row in rows)
     }
-    trained = {image: code for image, code in hashes.items() if _trained(split_of[image]) and image not in found}
-    others = {image: code for image, code in hashes.items() if not _trained(split_of[image])}
+    trained = {image: code for image, code in hashes.items() if is_trained_on(split_of[image]) and image not in found}
+    others = {image: code for image, code in hashes.items() if not is_trained_on(split_of[image])}
     return found | dict.fromkeys(near_duplicates(trained, others, bits), "near duplicate in another split")
 
 
-def _trained(split: str) -> bool:
-    return split in ("", "train")
+def is_trained_on(split: str) -> bool:
+    """Whether pairs of `split` are learned from: those for training, and those of no split."""
+    return split_kind(split or "train") == "train"

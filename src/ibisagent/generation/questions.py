@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ibisagent.datasets import CaseRow
+from ibisagent.domain import MAX_NAME_CHARS
 from ibisagent.generation.config import FactoryConfig, Question
+from ibisagent.generation.filters import is_trained_on
 from ibisagent.generation.teacher.phrasings import DESCRIPTIONS, SHARES, Absences, is_abnormal, phrasings, with_article
 
 VAGUE_SITES = ("tissue", "cell")
@@ -18,7 +20,7 @@ class Asker:
     def __init__(self, config: FactoryConfig, rows: Sequence[CaseRow]) -> None:
         """rows: of the whole data, for the names of what is absent."""
         self._config = config
-        self._absences = Absences(rows)
+        self._absences = Absences([row for row in rows if len(row.object) <= MAX_NAME_CHARS])
 
     def ask(self, rows: Sequence[CaseRow], facts: Mapping[str, Mapping[str, Any]]) -> list[Question]:
         """All questions about the picture of `rows`; those of self-reflection are asked by `ask_again`."""
@@ -164,7 +166,7 @@ class _Draw:
     ) -> Question:
         row = self.row
         asked = list(rows) or [row]
-        evaluation = row.split not in ("", "train")
+        evaluation = not is_trained_on(row.split)
         offered = phrasings(kind, held_out=evaluation)
         fresh = [item for item in offered if (kind, item[0]) not in self._used] or offered
         number, template = self.pick(fresh)

@@ -1,18 +1,19 @@
 """The stages, shard by shard: every (stage, shard) is one file that appears whole or not at all.
 
-OUT holds run.json (data and settings), a folder for each stage with a file for each shard, and at the end card.json and
-card.md. A shard is `shard_pictures` pictures in the order of the data. What a file holds depends on the data, the
-settings and the files of the stages before it, so a run that was killed and started again ends with the same bytes, and
-it does not matter who works on which shard.
+OUT holds run.json (data and settings), contents.json (the files of the data, see `files.FileHashes`), a folder for each
+stage with a file for each shard, and at the end card.json and card.md. A shard is `shard_pictures` pictures in the
+order of the data. What a file holds depends on the data, the settings and the files of the stages before it, so a run
+that was killed and started again ends with the same bytes, and it does not matter who works on which shard. Shards with
+pairs whose files have changed since are removed, from the last stage to the first, and made again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ibisagent.datasets.leaks import fingerprint
 from ibisagent.domain import Case, Episode
 from ibisagent.environment import package_version
 from ibisagent.errors import ConfigError, DataError, IbisError
-from ibisagent.files import claim, make_folder, write_whole
+from ibisagent.files import FileHashes, claim, try_folder, write_whole
 from ibisagent.generation import filters
 from ibisagent.generation.config import (
     STAGES,
@@ -41,18 +42,24 @@ from ibisagent.segmenters import load_segmenter
 from ibisagent.segmenters.runtime import one_thread
 from ibisagent.store import EpisodeStore
 
-RUN_NAME = "run.json"
+log = logging.getLogger(__name__)
+
+RUN_NAME, CONTENTS_NAME = "run.json", "contents.json"
 OVERLAPS_NAME = "overlaps.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a worker needs to know: plain values, so that it travels to other processes."""
+    """What a worker needs to know: plain values, so that it travels to other processes.
+
+    contents: of each pair by its id, what its files hold, as `build` finds them (`CaseSource.contents`).
+    """
 
     cases: CaseSource
     out: Path
     config: FactoryConfig
     device: str = "auto"
+    contents: Mapping[str, str] = field(default_factory=dict)
 
 
 class Worker:
@@ -74,6 +81,11 @@ class Worker:
     def shards(self) -> int:
         """How many there are."""
         return -(-len(self.groups) // self.config.shard_pictures)
+
+    def groups_of(self, shard: int) -> list[list[CaseRow]]:
+        """The rows of the pictures of a shard."""
+        first = shard * self.config.shard_pictures
+        return self.groups[first : first + self.config.shard_pictures]
 
     @cached_property
     def segmenter(self) -> RecallingSegmenter:
@@ -104,8 +116,7 @@ class Worker:
 
     def run(self, stage: Stage, shard: int) -> int:
         """Do one shard of one stage; the number of pairs in it. Raises what the machinery raises."""
-        first = shard * self.config.shard_pictures
-        groups = self.groups[first : first + self.config.shard_pictures]
+        groups = self.groups_of(shard)
         {
             "trajectories": self._trajectories,
             "questions": self._questions,
@@ -142,7 +153,8 @@ class Worker:
                 }
         if groups and failures and not facts and all("DataError" not in failure["error"] for failure in failures):
             raise DataError(f"shard {shard}: every pair failed, the last one: {failures[-1]['error']}")
-        notes = {"facts": facts, "images": images, "failures": failures}
+        contents = {row.id: self.plan.contents[row.id] for rows in groups for row in rows}
+        notes = {"facts": facts, "images": images, "failures": failures, "contents": contents}
         EpisodeStore(self.plan.out / "trajectories").append(episodes, shard=shard, notes=notes)
 
     def _questions(self, shard: int, groups: Sequence[Sequence[CaseRow]]) -> None:
@@ -206,7 +218,7 @@ class Worker:
                 else:
                     kept.append(episode)
                     results.append(verdict)
-        notes = {"rejected": rejected, "results": results}
+        notes = {"rejected": rejected, "results": results, "overlaps": _among(overlaps, groups)}
         EpisodeStore(self.plan.out / "filter").append(kept, shard=shard, notes=notes)
 
     def _export(self, shard: int, groups: Sequence[Sequence[CaseRow]]) -> None:
@@ -264,14 +276,20 @@ def build(
     """Run `stages` in order, going on where an earlier run stopped; the data card as far as it is known.
 
     progress: called with (stage, shards done, shards in all). run_shards: who works on the shards; None: this process.
-    One run at a time in a folder. Raises ConfigError when the folder holds a run with other data or settings, when a
-    stage is asked for whose predecessors are not there, and what segmenters and teachers raise.
+    Shards whose files have changed are made again; a warning says how many pairs. One run at a time in a folder. Raises
+    ConfigError when the folder holds a run with other data or settings, when a stage is asked for whose predecessors
+    are not there, and what segmenters and teachers raise.
     """
     from ibisagent.generation.card import write_card
 
-    worker = Worker(plan)
-    make_folder(plan.out)
+    try_folder(plan.out)
     _claim(plan)
+    hashes = FileHashes(plan.out / CONTENTS_NAME)
+    contents = zip((row.id for row in plan.cases.rows), plan.cases.contents(hashes), strict=True)
+    plan = replace(plan, contents=dict(contents))
+    hashes.write()
+    worker = Worker(plan)
+    _remove_changed(worker)
     for stage in sorted(stages, key=STAGES.index):
         _sweep(plan.out, stage)
         total = worker.shards
@@ -340,19 +358,45 @@ def _run_here(worker: Worker) -> Callable[[Plan, Stage, Sequence[int], Callable[
 
 def _claim(plan: Plan) -> None:
     """Write run.json, or check that the one there says the same."""
-    digest = hashlib.sha256()
-    for row in plan.cases.rows:
-        digest.update(repr((row.id, row.query, row.label, row.split, row.patient)).encode("utf-8", "surrogateescape"))
     # how fast and how dear the teacher may be asked can change between starts
     told = {"endpoint": {"concurrency", "requests_per_minute", "retries", "pause_seconds", "timeout_seconds",
                          "price_in", "price_out", "budget", "tokens_per_picture"}}  # fmt: skip
     facts = {
         **plan.config.model_dump(mode="json", exclude=told if plan.config.endpoint else None),
         "cases": len(plan.cases),
-        "cases_sha256": digest.hexdigest(),
+        "cases_sha256": plan.cases.sha256,
     }
     facts["ibisagent"] = package_version()
     claim(plan.out / RUN_NAME, facts, leftovers=[plan.out / stage for stage in STAGES])
+
+
+def _remove_changed(worker: Worker) -> None:
+    """Remove what was made of pairs whose files have changed since, stage by stage from the last."""
+    changed = 0
+    for shard in range(worker.shards):
+        if not worker.path("trajectories", shard).exists():
+            continue
+        earlier = EpisodeStore(worker.plan.out / "trajectories").notes(shard)["contents"]
+        different = sum(worker.plan.contents[name] != content for name, content in earlier.items())
+        if different:
+            (worker.plan.out / OVERLAPS_NAME).unlink(missing_ok=True)  # with all pictures
+            _remove(worker, reversed(STAGES), shard)
+        changed += different
+    if changed:
+        total = len(worker.plan.cases)
+        log.warning(
+            "%s: the files of %d of %d pairs have changed, they are made again", worker.plan.out, changed, total
+        )
+
+
+def _remove(worker: Worker, stages: Iterable[Stage], shard: int) -> None:
+    """Remove what `stages`, in their order, made of a shard. The file that says that it is done goes first."""
+    from ibisagent.generation.exports import remove_shard
+
+    for stage in stages:
+        worker.path(stage, shard).unlink(missing_ok=True)
+        if stage == "export":
+            remove_shard(worker.plan.out / "export", shard)
 
 
 def _sweep(out: Path, stage: Stage) -> None:
@@ -361,8 +405,16 @@ def _sweep(out: Path, stage: Stage) -> None:
         leftover.unlink()
 
 
+def _among(overlaps: Mapping[str, str], groups: Sequence[Sequence[CaseRow]]) -> dict[str, str]:
+    """Those of the pictures of `groups`."""
+    return {image: overlaps[image] for rows in groups if (image := str(rows[0].image)) in overlaps}
+
+
 def _find_overlaps(worker: Worker) -> None:
-    """Write overlaps.json: the pictures that must not be trained on, as they or their patient are in another split."""
+    """Write overlaps.json: the pictures that must not be trained on, as they or their patient are in another split.
+
+    Shards that were filtered by others are removed: pictures of other shards have changed since.
+    """
     path = worker.plan.out / OVERLAPS_NAME
     if path.exists():
         return
@@ -371,6 +423,11 @@ def _find_overlaps(worker: Worker) -> None:
     for shard in range(worker.shards):
         hashes |= {image: known["hash"] for image, known in store.notes(shard)["images"].items()}
     found = filters.find_overlaps(worker.groups, hashes, worker.config.near_duplicate_bits)
+    for shard in range(worker.shards):
+        if worker.path("filter", shard).exists():
+            used = EpisodeStore(worker.plan.out / "filter").notes(shard)["overlaps"]
+            if used != _among(found, worker.groups_of(shard)):
+                _remove(worker, ("export", "filter"), shard)
     write_whole((json.dumps(found, indent=1, sort_keys=True) + "\n").encode(), path)
 
 

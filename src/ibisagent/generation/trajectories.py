@@ -1,15 +1,16 @@
 """Oracle episodes for every image-mask pair: the raw material of the cold start (paper, section 3.1, D_cold).
 
-A run's folder holds run.json (what made it), shards `episodes-000000.parquet`, ... of `shard_cases` cases each,
-failures.jsonl and summary.json. Shard k holds cases k * shard_cases and following, whatever happened before, and every
-random draw depends on the seed and the case alone; so a run that was killed and started again, however often, ends with
-the same bytes as one that was not.
+A run's folder holds run.json (what made it), contents.json (the files that it was made of, see `files.FileHashes`),
+shards `episodes-000000.parquet`, ... of `shard_cases` cases each, failures.jsonl and summary.json. Shard k holds cases
+k * shard_cases and following, whatever happened before, and every random draw depends on the seed and the case alone;
+so a run that was killed and started again, however often, ends with the same bytes as one that was not. A shard with
+cases whose files have changed since is removed and made again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -20,14 +21,16 @@ from ibisagent.datasets import CaseRow, CaseSource
 from ibisagent.domain import Case, Episode
 from ibisagent.environment import SegmentationEnv, package_version, rollout
 from ibisagent.errors import ConfigError, DataError, IbisError
-from ibisagent.files import claim, make_folder, write_whole
+from ibisagent.files import FileHashes, claim, try_folder, write_whole
 from ibisagent.imaging.masks import iou
 from ibisagent.policies.oracle import IOU_THRESHOLD, MAX_CLICKS, OraclePolicy
 from ibisagent.segmenters import Segmenter
 from ibisagent.store import EpisodeStore
 
+log = logging.getLogger(__name__)
+
 MAX_FAILURES = 20
-RUN_NAME, FAILURES_NAME, SUMMARY_NAME = "run.json", "failures.jsonl", "summary.json"
+RUN_NAME, CONTENTS_NAME, FAILURES_NAME, SUMMARY_NAME = "run.json", "contents.json", "failures.jsonl", "summary.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,8 @@ def generate(
 
     progress: called with (cases done, cases in all) after every shard, first with what an earlier run did. batch_size:
     environments that are rolled out together; it changes no result. Cases that fail (files, segmenter) are listed in
-    failures.jsonl, with one line each, and are tried again by the next start. One process per folder at a time.
+    failures.jsonl, with one line each, and are tried again by the next start. So are cases whose files have changed; a
+    warning says how many. One process per folder at a time.
 
     Raises ConfigError when the folder holds a run of another kind (config, data, segmenter, version), DataError when it
     cannot be written, and the last error again when MAX_FAILURES cases in a row fail by other things than their files:
@@ -99,13 +103,18 @@ def generate(
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; give 1 or more")
     store = EpisodeStore(out)
-    make_folder(store.folder)
+    try_folder(store.folder)
     for name in ("episodes-*.parquet", RUN_NAME, FAILURES_NAME, SUMMARY_NAME):
         for leftover in store.folder.glob(f".{name}.*.part"):  # of a run that was killed while it wrote
             leftover.unlink()
     made_by = {**segmenter.describe(), "segmenter": segmenter.name, "ibisagent": package_version()}
     claim(store.folder / RUN_NAME, _run_facts(cases, config, made_by), leftovers=store.shards.values())
     made_by |= {name: str(value) for name, value in asdict(config).items() if name != "shard_cases"}
+    hashes = FileHashes(store.folder / CONTENTS_NAME)
+    contents = cases.contents(hashes)
+    hashes.write()
+    if changed := _remove_changed(store, contents, config):
+        log.warning("%s: the files of %d of %d cases have changed, they are made again", out, changed, len(cases))
     blocks = range(0, len(cases), config.shard_cases)
     finished = {shard for shard in store.shards if not store.notes(shard)["failures"]}
     done = sum(
@@ -126,7 +135,11 @@ def generate(
             _check_machinery(recent)
         made = [outcome for outcome in outcomes if isinstance(outcome, _Made)]
         failed = [outcome for outcome in outcomes if isinstance(outcome, _Failed)]
-        notes = {"results": [case.facts for case in made], "failures": [case.facts for case in failed]}
+        notes = {
+            "results": [case.facts for case in made],
+            "failures": [case.facts for case in failed],
+            "contents": contents[start : start + config.shard_cases],
+        }
         store.append([case.episode for case in made], shard=_shard(start, config), notes=notes)
         done += len(rows)
         if progress is not None:
@@ -138,12 +151,21 @@ def _shard(start: int, config: TrajectoryConfig) -> int:
     return start // config.shard_cases
 
 
+def _remove_changed(store: EpisodeStore, contents: Sequence[str], config: TrajectoryConfig) -> int:
+    """Remove the shards with cases whose content is not that of `contents` any more; how many cases these are."""
+    changed = 0
+    for shard, path in store.shards.items():
+        now = contents[shard * config.shard_cases : (shard + 1) * config.shard_cases]
+        different = sum(old != new for old, new in zip(store.notes(shard)["contents"], now, strict=True))
+        if different:
+            path.unlink()
+        changed += different
+    return changed
+
+
 def _run_facts(cases: CaseSource, config: TrajectoryConfig, made_by: Mapping[str, str]) -> dict[str, Any]:
     """What must be the same for a run to be continued."""
-    digest = hashlib.sha256()
-    for row in cases.rows:
-        digest.update(repr((row.id, row.query, row.label)).encode("utf-8", "surrogateescape"))
-    return {**asdict(config), **made_by, "cases": len(cases), "cases_sha256": digest.hexdigest()}
+    return {**asdict(config), **made_by, "cases": len(cases), "cases_sha256": cases.sha256}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -36,12 +36,14 @@ MAX_CHANNELS = 16
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP")  # Pillow knows more, some run other programs: not for files of strangers
 _VOLUME_SUFFIXES = (".nii", ".nii.gz", ".dcm", ".dicom", ".mha", ".mhd", ".nrrd")
-_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last: large, big-endian
 _ORIENTATION_TAG, _BITS_TAG, _PHOTOMETRIC_TAG, _SOFTWARE_TAG = 274, 258, 262, 305
-_SAMPLES_TAG, _SAMPLE_FORMAT_TAG = 277, 339
+_SAMPLES_TAG, _PLANES_TAG, _EXTRA_TAG, _SAMPLE_FORMAT_TAG = 277, 284, 338, 339
 """TIFF 6.0; EXIF has the first too."""
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB = 0, 1, 2  # of the tag PhotometricInterpretation
-_ALPHA_KINDS = (2, 1)  # of the tag ExtraSamples: unassociated and associated; 0 says nothing
+_SEPARATE = 2  # of the tag PlanarConfiguration
+_ASSOCIATED = 1
+_ALPHA_KINDS = (2, _ASSOCIATED)  # of the tag ExtraSamples; 2: unassociated, 0 says nothing
 _COMPRESSIONS = (1, 5, 8, 32946, 32773, 34925, 50000)
 """None, LZW, Deflate (two numbers), PackBits, LZMA, Zstandard: no stream in them states a size of its own."""
 _DARKEST_MASK = 32
@@ -221,6 +223,9 @@ def _open(file: IO[bytes], where: object, formats: tuple[str, ...]) -> ImageFile
     """
     check_image_file(file, where)
     file.seek(0)
+    if file.read(4) == _TIFF_MAGIC[-1]:  # Pillow cannot read it, and warns of damage
+        raise PIL.UnidentifiedImageError
+    file.seek(0)
     if PIL.Image.MAX_IMAGE_PIXELS is not None:  # who raises our limit means Pillow's as well
         PIL.Image.MAX_IMAGE_PIXELS = max(PIL.Image.MAX_IMAGE_PIXELS, limits.current().pixels)
     with _warning_filters, warnings.catch_warnings():  # the filters belong to the whole process
@@ -279,8 +284,6 @@ def _decode_open(picture: ImageFile, path: Path, *, as_labels: bool) -> _Stored:
         upright = upright.convert("RGBA" if upright.mode == "RGB" else "LA")
     elif upright.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
         upright = upright.convert("RGB")
-    elif upright.mode in ("RGBa", "La"):
-        upright = upright.convert("RGBA" if upright.mode == "RGBa" else "LA")
     if upright.mode == "1":
         return _Stored((np.array(upright) ^ bits_as_stored).astype(np.uint8) * (1 if as_labels else 255))
     values = np.array(upright)
@@ -304,13 +307,16 @@ def _is_deep(picture: ImageFile) -> bool:
 
 
 def _is_misread_by_pillow(picture: TiffImageFile) -> bool:
-    """Whether it is grey with sign, of 32 bits, or deep with white at zero, or has channels beyond alpha.
+    """Whether it is grey with sign, of 32 bits, or deep with white at zero, or has channels beyond alpha, or alpha in a
+    plane of its own, or colours that alpha has been multiplied into.
 
-    Pillow wraps some of these, swaps bytes of others where they are compressed, and ignores the rest.
+    Pillow wraps some of these, swaps bytes of others where they are compressed, divides colours by alpha, loses planes,
+    and ignores the rest.
     """
     tags = picture.tag_v2
     bits, kind = max(tags.get(_BITS_TAG, (1,))), tags.get(_SAMPLE_FORMAT_TAG, (1,))[0]
-    if tags.get(_SAMPLES_TAG, 1) > 4:
+    samples, is_planar = tags.get(_SAMPLES_TAG, 1), tags.get(_PLANES_TAG) == _SEPARATE
+    if samples > 4 or (samples in (2, 4) and (is_planar or _ASSOCIATED in tags.get(_EXTRA_TAG, ()))):
         return True
     if tags.get(_PHOTOMETRIC_TAG) not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO):
         return False

@@ -37,7 +37,7 @@ from ibisagent.domain import (
     standing_by_turn,
 )
 from ibisagent.environment import Board, package_version, read_reply, stop_reason, turn_limit
-from ibisagent.errors import ConfigError, DataError, PolicyError
+from ibisagent.errors import ConfigError, DataError, IbisError, PolicyError
 from ibisagent.files import csv_text, make_folder, plain_cell, png_bytes, safe_name, write_whole
 from ibisagent.imaging.images import read_image, write_mask_png
 from ibisagent.imaging.masks import decode_rle
@@ -208,6 +208,8 @@ class Session:
             image = replace(read_image(folder / IMAGE_FILE), source=str(plain["source"]))
             rounds = tuple(_read_round(one, image.size, str(path)) for one in plain["rounds"])
             case = Case(str(plain["id"]), image, rounds[0].query)
+        except IbisError:
+            raise
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); give a folder that holds a session") from error
         except (KeyError, TypeError, ValueError, IndexError, RecursionError) as error:

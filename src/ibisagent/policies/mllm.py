@@ -28,7 +28,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 from transformers.utils import logging as transformers_logging
 
 from ibisagent.domain import Completion, Observation
-from ibisagent.errors import ConfigError, PolicyError
+from ibisagent.errors import ConfigError, IbisError, PolicyError
 from ibisagent.files import one_line
 from ibisagent.policies.base import MAX_NEW_TOKENS
 from ibisagent.protocol import DIALECTS, History, Message, OverlayStyle, render
@@ -334,9 +334,9 @@ def _load_remedy(what: str) -> Iterator[None]:
     """Turn what libraries raise on missing, truncated or foreign files into one PolicyError."""
     try:
         yield
+    except IbisError:
+        raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, PolicyError):
-            raise
         raise PolicyError(
             f"{what} cannot be loaded ({one_line(error, 400)}): download or copy the folder again"
         ) from error

@@ -27,13 +27,13 @@ from prometheus_client.core import GaugeMetricFamily
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from ibisagent.domain import MAX_QUERY_CHARS, Mask, Turn
+from ibisagent.domain import MAX_NAME_CHARS, MAX_QUERY_CHARS, Mask, Turn
 from ibisagent.environment import package_version
 from ibisagent.errors import IbisError, PolicyError, SegmenterError, TooLargeError
 from ibisagent.files import file_names, png_bytes
 from ibisagent.imaging.masks import encode_rle
 from ibisagent.inference.session import BusyError, RunEnd, Session, Step
-from ibisagent.protocol import MAX_NAME_CHARS, overlay
+from ibisagent.protocol import overlay
 from ibisagent.server.auth import Gate, Keys, token_for, visitor_of
 from ibisagent.server.docs import docs_page
 from ibisagent.server.listening import listen

@@ -26,7 +26,7 @@ MIRRORED = {"fundus", "OCT", "ultrasound"}
 
 
 def read_training_cases(paths: Sequence[Path], licence_class: str) -> CaseSource:
-    """The rows of split "train" of several data sets (`read_cases`), of one licence class where it is given."""
+    """The rows for training of several data sets (`read_cases`), of one licence class where it is given."""
     licences = {licence_class} if licence_class else None
     sources = [read_cases(path, split="train", licence_classes=licences) for path in paths]
     return CaseSource([row for source in sources for row in source.rows], ", ".join(map(str, paths)))
@@ -48,13 +48,13 @@ class TrainingImages:
 
     @classmethod
     def of(cls, source: CaseSource) -> TrainingImages:
-        """Decode all cases of `source`; those whose squashed mask is empty are left out."""
+        """Decode all cases of `source` that can be; those whose squashed mask is empty are left out."""
         numbers: dict[str, int] = {}
         pixels: list[np.ndarray] = []
         rows: list[CaseRow] = []
         image, packed = [], []
         present: dict[int, list[int]] = defaultdict(list)
-        for case, row in zip(source, source.rows, strict=True):
+        for row, case in source.readable():
             if not case.targets:
                 continue
             mask = squash(case.targets[row.object])

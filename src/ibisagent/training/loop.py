@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,24 @@ import torch
 
 from ibisagent.files import same_run
 
+log = logging.getLogger(__name__)
+
 Report = Callable[[int, Mapping[str, float], Mapping[str, float] | None], None]
 """Called after each step with the examples so far, the running losses, and the figures of a look if there was one."""
 
 
 def unheard(done: int, losses: Mapping[str, float], figures: Mapping[str, float] | None) -> None:
     """The report of a run that nobody follows."""
+
+
+def warn_without_figure(out: Path, held_out: Sized) -> None:
+    """Say so where no patient is held out: then nothing tells how good the run's weights in `out` are."""
+    if not len(held_out):
+        log.warning(
+            "%s: no patient is held out (one in sixteen is, by name; fill 'patient' of the data), so this run has no"
+            " figure; measure its weights with 'ibisagent eval run'",
+            out,
+        )
 
 
 def rate_factor(step: int, warm_up: int, progress: float) -> float:

@@ -237,8 +237,8 @@ def _read_rle(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
             masks[name] = scratch_mask(shape)
             for coded in slices:
                 masks[name][:, :, int(coded["slice"])] = decode_rle(coded["rle"]).T
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
+    except DataError as error:  # or TooLargeError
+        raise type(error)(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise DataError(f"{path}: is damaged ({error}); write it again") from error
     return masks, affine

@@ -64,6 +64,8 @@ def pairs_from(cases: Iterable[Case], place: Mapping[str, int]) -> list[Pair]:
         pixels, regions = pictures[case.image.sha256]
         for name, mask in case.targets.items():
             small = cv2.resize(mask.astype(np.uint8), pixels.shape[1::-1], interpolation=cv2.INTER_NEAREST) > 0
+            if not small.any():  # absent, or nothing is left of it
+                continue
             pairs.append(
                 Pair(pixels, small, f"{case.meta.get('dataset', '')}/{name}", regions, place[case.image.sha256])
             )

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from ibisagent.config import Recipe
 from ibisagent.domain import Click, Image
 from ibisagent.errors import ConfigError, DataError
+from ibisagent.files import try_folder
 from ibisagent.imaging.clicks import bounding_box, next_click
 from ibisagent.imaging.masks import iou
 from ibisagent.segmenters.click_network import ClickNetwork, ClickNetworkConfig
@@ -37,7 +38,15 @@ from ibisagent.training.click.states import (
     new_state,
     pairs_from,
 )
-from ibisagent.training.loop import Report, load_checkpoint, rate_factor, save_checkpoint, unheard, update_average
+from ibisagent.training.loop import (
+    Report,
+    load_checkpoint,
+    rate_factor,
+    save_checkpoint,
+    unheard,
+    update_average,
+    warn_without_figure,
+)
 from ibisagent.training.views import Bank
 
 FORGOTTEN = 0.1  # of the glance's channels in each example, against learning pictures by heart
@@ -91,15 +100,18 @@ def train(recipe: ClickRecipe, report: Report = unheard) -> Path:
     """
     from ibisagent.datasets import read_cases
 
+    try_folder(recipe.out)
     licences = {recipe.licence_class} if recipe.licence_class else None
     source = read_cases(recipe.data, split="train", licence_classes=licences)
-    cases = [case for case in source if case.meta.get("dataset") not in recipe.leave_out]
+    cases = [case for _, case in source.readable() if case.meta.get("dataset") not in recipe.leave_out]
     if all(is_development(case.patient) for case in cases):
         raise DataError(f"{recipe.data}: no training pair is left after licence_class, leave_out and held-out patients")
-    recipe.out.mkdir(parents=True, exist_ok=True)
     bank = Bank.of(cases, recipe.bank or recipe.out, recipe.rounds, recipe.seed)
     pairs = pairs_from((case for case in cases if not is_development(case.patient)), bank.place)
     held_out = pairs_from((case for case in cases if is_development(case.patient)), bank.place)
+    if not pairs:
+        raise DataError(f"{recipe.data}: no mask is left to learn from; give rows for training that show their object")
+    warn_without_figure(recipe.out, held_out)
     return _Run(recipe, pairs, held_out, bank).go(report)
 
 

@@ -9,7 +9,10 @@ TRL's settings, going on after a stop, and the folder that comes out.
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,7 +35,8 @@ from transformers.utils.generic import ModelOutput
 from ibisagent import files
 from ibisagent.domain import Image
 from ibisagent.environment import package_version
-from ibisagent.errors import ConfigError, DataError
+from ibisagent.errors import ConfigError, DataError, PolicyError
+from ibisagent.files import one_line
 from ibisagent.generation.exports import TRAINING_TEMPLATE
 from ibisagent.imaging.images import read_image
 from ibisagent.policies import load_policy
@@ -350,14 +354,48 @@ def save_result(trainer: Trainer, student: Student, recipe: StageRecipe) -> Path
     _replace(recipe.out / kind, lambda folder: trainer.save_model(str(folder)), first)
     trainer.accelerator.wait_for_everyone()
     if kind == "adapter" and first:
-        merged = PeftModel.from_pretrained(load_student(recipe, student.history).model, str(recipe.out / kind))
-
-        def save(folder: Path) -> None:
-            merged.merge_and_unload().save_pretrained(folder)
-            student.processor.save_pretrained(folder)
-
-        _replace(recipe.out / "policy", save, first)
+        _merge_in_a_process_of_its_own(recipe, student.history)
     trainer.accelerator.wait_for_everyone()
+    return recipe.out / "policy"
+
+
+def _merge_in_a_process_of_its_own(recipe: StageRecipe, history: History) -> None:
+    """Write OUT/policy from the start and OUT/adapter.
+
+    A process of a distributed run cannot load weights alone: under ZeRO-3 loading is collective, and the others wait.
+    """
+    distributed = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_",
+        "GROUP_",
+        "ROLE_",
+        "MASTER_",
+        "TORCHELASTIC_",
+        "ACCELERATE_",
+        "FSDP_",
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(distributed)}
+    shared = recipe.model_dump_json(include=set(StageRecipe.model_fields))
+    command = [sys.executable, "-m", "ibisagent.training.finetune.merge", shared, history]
+    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        why = one_line((done.stderr.strip().splitlines() or ["no reason given"])[-1], 300)
+        raise PolicyError(
+            f"{recipe.out / 'adapter'}: cannot be merged into {recipe.policy} ({why}); the adapter is whole"
+        )
+
+
+def merge(recipe: StageRecipe, history: History) -> Path:
+    """Write OUT/policy from what `recipe` starts from and OUT/adapter; returns the folder. On the CPU."""
+    student = load_student(recipe, history)
+    merged = PeftModel.from_pretrained(student.model, str(recipe.out / "adapter"))
+
+    def save(folder: Path) -> None:
+        merged.merge_and_unload().save_pretrained(folder)
+        student.processor.save_pretrained(folder)
+
+    _replace(recipe.out / "policy", save, first=True)
     return recipe.out / "policy"
 
 

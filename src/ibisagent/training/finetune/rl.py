@@ -27,7 +27,7 @@ from ibisagent.datasets import read_cases
 from ibisagent.domain import Case, Completion, Episode, Observation
 from ibisagent.environment import SegmentationEnv, turn_limit
 from ibisagent.errors import ConfigError, PolicyError, SegmenterError
-from ibisagent.files import one_line
+from ibisagent.files import one_line, try_folder
 from ibisagent.generation.exports import read_grpo
 from ibisagent.imaging.masks import decode_rle, iou
 from ibisagent.protocol import render, target_of
@@ -49,6 +49,8 @@ from ibisagent.training.finetune.common import (
 from ibisagent.training.finetune.recipes import RlRecipe
 
 MAX_FAILED_BATCHES = 3
+INFORMATIVE = 0.01
+"""Least deviation of a group's advantages for it to teach: that of rewards which deviate by 1e-6."""
 _CASES_KEPT = 16  # decoded, for the paths of one case
 _PROBED_CASES = 8  # to see how many tokens a turn shows
 _SPARE_TOKENS = 64  # a turn may show more than on the probed cases: longer queries, a line about an unreadable reply
@@ -73,7 +75,7 @@ class _Questions(Sequence[Case]):
     def __getitem__(self, index: Any) -> Any:
         """The case of one question."""
         record = self._records[index]
-        image = find_image(record["image"], self._folder)
+        image = find_image(record["image"], self._folder, record["image_sha256"])
         targets = {entry["name"]: decode_rle(entry) for entry in record["targets"]}
         targets |= {name: np.zeros(image.size, dtype=bool) for name in record["absent"]}
         return Case(
@@ -210,15 +212,73 @@ def _figures(case: Case, episode: Episode, result: Score) -> Iterator[tuple[str,
 # ------------------------------------------------------------------------------------------------------ training
 
 
+class _Shown(list[Any]):
+    """The images that a path was shown after its first.
+
+    Also true where there are none: TRL marks the image tokens of the batch by their ids where a path was shown images,
+    else by its prompt, which lacks what the environment showed first; where every path of a batch ends with its first
+    turn, those marks would not fit.
+    """
+
+    def __bool__(self) -> bool:
+        return True
+
+
 class _Trainer(GRPOTrainer):
     """TRL's, which ends a path when its episode is over, and can replace cases that teach nothing."""
 
     def __init__(self, resample: int, **options: Any) -> None:
         self._resample = resample
+        self._turn: tuple[Any, ...] = ()  # the latest that this process wrote
+        self._in_step = False  # whether its turns wait for those of the other processes
         super().__init__(**options)
 
     def _send_telemetry(self) -> None:
         """Nobody is told that somebody trains."""
+
+    def _tool_call_loop(self, *paths: Any) -> Any:
+        """TRL's turns after the first. On several processes all of them write as many turns as the longest path has.
+
+        TRL generates once a turn on each process, and paths end after different numbers of turns; but generating is
+        collective wherever weights are gathered for it (ZeRO-3, FSDP) or one vLLM server writes for all. So a process
+        whose paths are over repeats its last turn, to no effect, until all are done.
+        """
+        self._in_step = self.accelerator.num_processes > 1
+        *played, shown = super()._tool_call_loop(*paths)
+        while self._in_step and (most := self._most_unfinished(0)):
+            self._write_turn(*self._turn, most=most)
+        self._in_step = False
+        return *played, [_Shown(images) for images in shown]
+
+    def _generate_single_turn(
+        self, prompt_ids: Any, images: Any, multimodal_fields: Any, num_generations: int, has_tool_images: bool = False
+    ) -> Any:
+        self._turn = (prompt_ids, images, multimodal_fields, has_tool_images)
+        if self._in_step:
+            return self._write_turn(*self._turn, most=self._most_unfinished(len(prompt_ids)))
+        return super()._generate_single_turn(
+            prompt_ids, images, multimodal_fields, num_generations, has_tool_images=has_tool_images
+        )
+
+    def _write_turn(self, prompt_ids: Any, images: Any, fields: Any, has_tool_images: bool, most: int = 0) -> Any:
+        """One turn of each of these paths, while every other process writes one of its own.
+
+        most: paths of any process. A vLLM server hands out its replies by equal shares, so there each asks for as many.
+        """
+        count = len(prompt_ids)
+        if self.use_vllm and self.vllm_mode == "server":
+            more = max(most, count) - count
+            prompt_ids = [*prompt_ids, *prompt_ids[:1] * more]
+            images = images and [*images, *images[:1] * more]
+        written, logprobs = super()._generate_single_turn(
+            prompt_ids, images, fields, 1, has_tool_images=has_tool_images
+        )
+        return written[:count], logprobs and logprobs[:count]
+
+    def _most_unfinished(self, own: int) -> int:
+        """The largest number of paths that a process is about to go on with; waits until all have said theirs."""
+        told = torch.tensor([own], device=self.accelerator.device)
+        return int(self.accelerator.gather(told).max())
 
     def _get_tool_suffix_ids(self, tool_messages: Any) -> list[int]:
         """Tokens of what is shown next. After the end: more than a path may hold, whereupon TRL leaves the path as it
@@ -250,11 +310,20 @@ class _Trainer(GRPOTrainer):
         return join_groups(batches, chosen, self.num_generations, self._tokenizer.pad_token_id)
 
     def _groups_that_teach(self, batch: Mapping[str, Any]) -> list[int]:
-        advantages = batch["advantages"].view(-1, self.num_generations)
-        return [int(group) for group in (advantages != 0).any(dim=1).nonzero()[:, 0]]
+        return groups_that_teach(batch["advantages"], self.num_generations)
 
     def _log_now(self, name: str, value: float) -> None:
         self._metrics["train"][name].append(value)
+
+
+def groups_that_teach(advantages: torch.Tensor, rollouts: int) -> list[int]:
+    """The groups, of so many rollouts each, in whose `advantages` (N,) there is anything to learn from.
+
+    TRL divides what a reward is above its group's mean by the deviation s of the group plus 1e-4. Where all rewards are
+    the same, rounding leaves about 1e-7 for s, so advantages deviate by up to 1e-3, not by 0; by s / (s + 1e-4) else.
+    """
+    deviations = advantages.view(-1, rollouts).std(dim=1, correction=0)
+    return [int(group) for group in (deviations > INFORMATIVE).nonzero()[:, 0]]
 
 
 def join_groups(
@@ -294,6 +363,7 @@ def train(recipe: RlRecipe, report: Report = lambda step, steps, logs: None) -> 
     Raises ConfigError for settings that do not fit, DataError for missing data, PolicyError for missing weights,
     SegmenterError where the segmenter fails on every path of a batch.
     """
+    try_folder(recipe.out)
     trainer, student = make_trainer(recipe, report)
     return run(trainer, student, recipe, "rl")
 

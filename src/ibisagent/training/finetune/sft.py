@@ -27,6 +27,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ibisagent.domain import Episode, Image, Mask, Observation, union
 from ibisagent.errors import ConfigError, DataError
+from ibisagent.files import try_folder
 from ibisagent.generation.exports import Conversation, read_trl
 from ibisagent.imaging.images import read_image
 from ibisagent.policies.nano import LOCATIONS
@@ -402,6 +403,7 @@ def train(recipe: SftRecipe, report: Report = lambda step, steps, logs: None) ->
     """
     if unknown := sorted(recipe.side_tasks.keys() - SIDE_TASKS.keys()):
         raise ConfigError(f"unknown side task '{unknown[0]}'; there are: {', '.join(SIDE_TASKS)}")
+    try_folder(recipe.out)
     trainer, student = make_trainer(recipe, report)
     return run(trainer, student, recipe, "sft")
 

@@ -22,7 +22,7 @@ from ibisagent.generation.teacher.phrasings import DESCRIPTIONS, SHARES, Absence
 from ibisagent.imaging.clicks import bounding_box, interior_depth, next_click
 from ibisagent.imaging.masks import iou
 from ibisagent.policies.nano import LOCATIONS
-from ibisagent.protocol import START_LINE, write
+from ibisagent.protocol import START_LINE, escape, write
 from ibisagent.segmenters.backbone import SIDE, WIDTH
 from ibisagent.segmenters.click_network import ClickNetwork
 from ibisagent.segmenters.context_features import places_seen
@@ -101,7 +101,7 @@ class Example:
 
     image: the number of the training image. turn: the (2, 3) affine map of SIDE x SIDE pixels that pixels and truth
     have had. truth is None where the question is not about a region. kept (WIDTH,) float32: factors of the backbone's
-    features.
+    features. recap: the replies so far, as `protocol.recap` tells them; "" for none.
     """
 
     image: int
@@ -109,10 +109,16 @@ class Example:
     truth: Mask | None
     turn: np.ndarray = field(default_factory=lambda: np.eye(2, 3, dtype=np.float32))
     query: str = ""
+    recap: str = ""
     reply: str = ""
     current: Mask = field(default_factory=lambda: np.zeros(VIEW, bool))
     places: list[np.ndarray] = field(default_factory=list)
     kept: np.ndarray = field(default_factory=lambda: np.ones(WIDTH, np.float32))
+
+    @property
+    def prompt(self) -> str:
+        """What `protocol.render` shows of the query and the replies so far."""
+        return escape(self.query) + (f"\n{self.recap}" if self.recap else "")
 
     def answer(self, thought: str, *actions: Action) -> None:
         """Set the reply."""

@@ -102,7 +102,7 @@ class OwnTurns(Lessons):
         states = self._reached(examples, planes, features)
         for (example, pair), state, (kind, name) in zip(unseen, states, asked, strict=True):
             if state.said:
-                example.query += "\n" + told(example.query, state.said, VIEW)
+                example.recap = told(example.query, state.said, VIEW)
             else:
                 self._show_as_brought(example, kind, name, pair)
         beliefs = self._believe(examples)  # without the masks, as in its own first look

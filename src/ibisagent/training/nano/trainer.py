@@ -25,7 +25,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from ibisagent.config import Recipe
 from ibisagent.domain import Box, Click
 from ibisagent.errors import ConfigError, DataError
-from ibisagent.files import one_line
+from ibisagent.files import one_line, try_folder
 from ibisagent.generation.teacher.phrasings import DESCRIPTIONS, SHARES, phrasings
 from ibisagent.imaging.clicks import bounding_box
 from ibisagent.imaging.masks import iou
@@ -44,7 +44,15 @@ from ibisagent.training.backbone import BackboneRecipe
 from ibisagent.training.backbone import train as train_backbone
 from ibisagent.training.click.states import is_development
 from ibisagent.training.images import TrainingImages, context_features, read_training_cases
-from ibisagent.training.loop import Report, load_checkpoint, rate_factor, save_checkpoint, unheard, update_average
+from ibisagent.training.loop import (
+    Report,
+    load_checkpoint,
+    rate_factor,
+    save_checkpoint,
+    unheard,
+    update_average,
+    warn_without_figure,
+)
 from ibisagent.training.nano import curriculum as lessons
 from ibisagent.training.nano.curriculum import CELL, VIEW, Example, Lessons, Pair, pairs_of
 from ibisagent.training.nano.on_policy import OwnTurns
@@ -135,7 +143,7 @@ def build_model(processor: IbisNanoProcessor) -> IbisNanoForConditionalGeneratio
 
 def collate(examples: Sequence[Example], processor: IbisNanoProcessor) -> tuple[dict[str, torch.Tensor], int]:
     """Model inputs of a batch, left-padded, and how many last positions predict or hold all replies."""
-    prompts = [f"<|user|>{example.query}<image><|assistant|>" for example in examples]
+    prompts = [f"<|user|>{example.prompt}<image><|assistant|>" for example in examples]
     replies = [snap_locations(example.reply) + "<|end|>" for example in examples]
     texts = [prompt + reply for prompt, reply in zip(prompts, replies, strict=True)]
     batch = processor(text=texts, padding=True, return_tensors="pt")
@@ -297,13 +305,14 @@ def train(recipe: NanoRecipe, report: Report = unheard) -> Path:
     A run that was interrupted sees other random examples than one that was not: its weights differ slightly.
     Raises ConfigError for a checkpoint of another recipe, DataError where there is nothing to train on.
     """
+    try_folder(recipe.out)
     images = TrainingImages.of(read_training_cases(recipe.data, recipe.licence_class))
-    recipe.out.mkdir(parents=True, exist_ok=True)
     pairs = pairs_of(images)
     learned = [pair for pair in pairs if not is_development(pair.row.patient)]
     held_out = [pair for pair in pairs if is_development(pair.row.patient)]
     if not learned:
         raise DataError(f"{recipe.data[0]}: no training pair is left after licence_class and held-out patients")
+    warn_without_figure(recipe.out, held_out)
     before = recipe.total_examples - recipe.examples
     if before:
         recipe = recipe.model_copy(update={"backbone": _train_backbone(recipe, images, report)})
