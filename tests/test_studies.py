@@ -15,9 +15,14 @@ from volume_phantoms import GRIDS, blob, changed, hounsfield, slice_files
 from ibisagent.cli import app
 from ibisagent.domain import Click, Reply, Stop
 from ibisagent.errors import ConfigError, DataError
+from ibisagent.inference.batch import Batch, PassedOver, VolumeOptions, VolumeResult
+from ibisagent.inference.studies import segment_studies
 from ibisagent.inference.volume import choose_slices
+from ibisagent.policies import load_policy
 from ibisagent.protocol import write
+from ibisagent.segmenters import load_segmenter
 from ibisagent.volumes import SliceView, read_volume
+from ibisagent.volumes.label_maps import write_label_map
 from ibisagent.volumes.rtstruct import read_rtstruct
 from ibisagent.volumes.series import list_series, parse_selection
 from ibisagent.volumes.writing import read_volume_masks
@@ -154,8 +159,6 @@ def test_whole_folders_resume_and_list_what_they_passed_over(tmp_path: Path, stu
 
 
 def test_one_object_of_a_start_mask(tmp_path: Path, script: str) -> None:
-    from ibisagent.volumes.label_maps import write_label_map
-
     volume = read_volume(tmp_path / "one")
     spot = np.zeros(SHAPE, bool)
     spot[3:6, 3:6, 3:6] = True
@@ -184,3 +187,17 @@ def test_slices_by_the_numbers_that_viewers_show(tmp_path: Path) -> None:
     across = SliceView(read_volume(tmp_path / "one"), axis="sagittal")
     with pytest.raises(ConfigError, match="as they were taken"):
         choose_slices(across, "instance 95")
+
+
+def test_whole_folders_from_python(tmp_path: Path, studies: Path, script: str) -> None:
+    options = VolumeOptions(slices="::3", recheck=0, formats=("labels",))
+    batch = Batch(load_policy(script), load_segmenter("region"), "the liver", tmp_path / "out", volumes=options)
+    results = list(segment_studies(batch, [str(studies)], [parse_selection("CT axial >= 5 slices")]))
+    assert [type(one) for one in results] == [PassedOver, VolumeResult, PassedOver, PassedOver, PassedOver]
+    assert isinstance(results[1], VolumeResult)
+    assert results[1].outputs.masks["liver"]["labels"].name.endswith("_labels.nii.gz")
+    with pytest.raises(ConfigError, match="no series is chosen"):
+        list(segment_studies(batch, [str(studies)], []))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no DICOM file"):
+        list(segment_studies(batch, [str(tmp_path / "empty")], [parse_selection("all")]))

@@ -123,7 +123,9 @@ def label_names(path: Path) -> dict[int, str]:
             if isinstance(loaded, dict) and "labels" in loaded:
                 return {int(label["value"]): str(label["name"]) for label in loaded["labels"]}
         if snap.is_file():
-            lines = (_SNAP_LINE.fullmatch(line) for line in snap.read_text(encoding="utf-8").splitlines())
+            lines = (
+                _SNAP_LINE.fullmatch(line) for line in snap.read_text(encoding="utf-8", errors="replace").splitlines()
+            )
             return {int(line[1]): line[2] for line in lines if line and line[1] != "0"}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
