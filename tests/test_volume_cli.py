@@ -320,3 +320,20 @@ def test_from_a_server_and_back(tmp_path: Path, script: str, server: str) -> Non
     np.testing.assert_array_equal(read_volume(tmp_path / "study").voxels, volume.voxels)
     with pytest.raises(DataError, match=r"dicom-web: (the server answered 404|the server has no such series)"):
         pacs.fetch_series(f"{study}/series/1.2.3", tmp_path / "study")
+
+
+def test_the_series_of_a_study_on_a_server(tmp_path: Path, server: str) -> None:
+    from ibisagent.volumes.series import list_series
+
+    study = pydicom.uid.generate_uid()
+    for number, slices in ((2, 24), (1, 3)):
+        values = hounsfield(INSIDE)[:, :, :slices]
+        facts = {"SeriesNumber": number, "SeriesDescription": f"Thorax {number}", "StudyInstanceUID": study}
+        pacs.store(server, slice_files(tmp_path / str(number), values, GRIDS["LPS-uneven"], **facts))
+    found = {one.series_number: one for one in list_series(f"{server}/studies/{study}")}
+    assert found["2"].description == "Thorax 2"
+    assert (found["2"].slices, found["1"].slices, found["2"].plane) == (24, 3, "axial")
+    assert found["2"].spacing_mm == pytest.approx((0.7, 1.3, 4.1))
+    assert found["2"].place.startswith(f"{server}/studies/{study}/series/")
+    told = ibisagent("data", "series", f"{server}/studies/{study}", "--json")
+    assert len(json.loads(told.stdout)["series"]) == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -14,6 +14,9 @@ from ibisagent.cli.options import DeviceOption, JsonOption, SeedOption, Segmente
 from ibisagent.cli.output import EXIT_ERROR, print_json, progress, status, stderr, stdout
 from ibisagent.errors import ConfigError
 from ibisagent.files import one_line
+
+if TYPE_CHECKING:
+    from ibisagent.volumes.series import Series
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Labelled data: list, check, audit, build.")
 
@@ -38,6 +41,44 @@ def list_benchmarks(as_json: JsonOption = False) -> None:
         }
         for word, fact in facts.items():
             stdout.print(f"{'':12} {word + ':':10} {fact}")
+
+
+@app.command("series")
+def list_dicom_series(
+    place: Annotated[str, typer.Argument(metavar="FOLDER", help="A folder of DICOM files, or a study's DICOMweb URL.")],
+    as_json: JsonOption = False,
+) -> None:
+    """List every DICOM series below FOLDER: what it shows, its slices and spacing, and what is wrong with it.
+
+    The numbers are those that 'segment --series' takes for this folder; --select chooses by the other columns.
+    """
+    from ibisagent.volumes.series import list_series
+
+    found = []
+    with status("reading headers", quiet=as_json):
+        for one in list_series(place):
+            found.append(one)
+            if not as_json:
+                stdout.print(_in_a_line(one))
+    if as_json:
+        print_json({"series": [one.to_json() for one in found]})
+
+
+def _in_a_line(series: Series) -> str:
+    spacing = "" if series.spacing_mm is None else " x ".join(f"{side:.3g}" for side in series.spacing_mm) + " mm"
+    weights = [f"TE {value:g} ms" for value in series.echo_times_ms] + [f"b {value:g}" for value in series.b_values]
+    facts = (
+        f"'{one_line(series.description, 60)}'" if series.description else "",
+        f"series {series.series_number}" if series.series_number else "",
+        f"{series.slices} slices of {series.size[0]} x {series.size[1]}" if series.slices else "",
+        spacing,
+        series.plane,
+        *weights[:6],
+    )
+    problem = f"cannot be used: {series.problem}" if series.problem else ""
+    remarks = "; ".join(part for part in (problem, *series.notes) if part)
+    line = f"{series.number:3}  {series.modality or '?':3} {', '.join(fact for fact in facts if fact)}"
+    return f"{line}  ({one_line(remarks, 300)})" if remarks else line
 
 
 @app.command()

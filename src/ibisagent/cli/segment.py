@@ -55,9 +55,13 @@ def segment(
     start_mask: Annotated[
         list[Path] | None, typer.Option(help="Mask to refine (0 outside); once per image, in their order.")
     ] = None,
+    label: Annotated[
+        str | None, typer.Option(help="Volumes: the object of the start mask that is meant, by name or number.")
+    ] = None,
     axis: Annotated[str, typer.Option(help="Volumes: slices to look at: auto, axial, coronal, sagittal.")] = "auto",
     slices: Annotated[
-        str | None, typer.Option(help="Volumes: key slices, such as 12,40,77 or ::10. Default: searched for.")
+        str | None,
+        typer.Option(help="Volumes: key slices, such as 12,40:60:5, or 'instance 12,40'. Default: searched."),
     ] = None,
     window: Annotated[
         str, typer.Option(help="Volumes: auto, lung, bone, 'soft tissue', brain, ..., LEVEL/WIDTH, or 1-99%.")
@@ -66,15 +70,23 @@ def segment(
     series: Annotated[
         str | None, typer.Option(help="Volumes: which DICOM series of a folder: number, UID, or 1/2 for its stack 2.")
     ] = None,
+    select: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="IMAGEs are folders of studies: segment these series, such as 'CT axial >= 20 slices', or all."
+        ),
+    ] = None,
     recheck: Annotated[
         int, typer.Option(help="Volumes: ask the agent again after so many slices; 0 never asks again.", min=0)
     ] = 10,
     formats: Annotated[
         list[str] | None,
-        typer.Option("--format", help="Volumes: nifti (default), seg and sr (DICOM), png, rle; may be repeated."),
+        typer.Option(
+            "--format", help="Volumes: nifti (default), labels, seg.nrrd, seg, sr, rtstruct, png, rle; may be repeated."
+        ),
     ] = None,
     store: Annotated[
-        str | None, typer.Option(help="Volumes: DICOMweb server to send seg and sr to; the images stay here.")
+        str | None, typer.Option(help="Volumes: DICOMweb server to send DICOM results to; the images stay here.")
     ] = None,
     overwrite: Annotated[
         bool, typer.Option(help="Make results that are there already again, in their place. Default: they are kept.")
@@ -112,7 +124,9 @@ def segment(
         from ibisagent.inference.batch import Batch, VolumeOptions
         from ibisagent.segmenters import load_segmenter
 
-        options = VolumeOptions(axis, slices, window, channel, series, recheck, tuple(formats or ("nifti",)), store)
+        options = VolumeOptions(
+            axis, slices, window, channel, series, recheck, tuple(formats or ("nifti",)), store, label
+        )
         writer = choice.load(**asdict(drawing))
         engine = load_segmenter(segmenter, device=choice.device)
         batch = Batch(writer, engine, query, output, max_turns, selection, options, overwrite)
@@ -122,7 +136,7 @@ def segment(
 
         reviewer = Reviewer(writer, engine, selection, samples, max_turns, drawing.seed)
         batch.review = queue = Queue(reviewer, None if calibration is None else Reliability.read(calibration))
-    failed = _run_batch(batch, images, start_mask or [], queue, as_json)
+    failed = _run_batch(batch, images, start_mask or [], select or [], queue, as_json)
     if queue is not None and not as_json:
         stdout.print(f"to be reviewed, worst first ({output / 'review.csv'}):")
         for entry in queue.worst_first:
@@ -131,19 +145,28 @@ def segment(
         raise typer.Exit(EXIT_ERROR)
 
 
-def _run_batch(batch: Batch, images: list[str], starts: list[Path], queue: Queue | None, as_json: bool) -> int:
+def _run_batch(
+    batch: Batch, images: list[str], starts: list[Path], select: list[str], queue: Queue | None, as_json: bool
+) -> int:
     """Print every result as it comes; how many inputs failed."""
-    failed = kept = 0
+    from ibisagent.inference.studies import LIST, segment_studies
+    from ibisagent.volumes.series import parse_selection
+
+    if select and starts:
+        raise ConfigError("--start-mask is for single images: leave it or --select out")
+    failed = kept = passed = 0
     if not as_json:
         batch.listener = _printer(batch.query)
     with (
         _results(batch.query, as_json) as stream,
-        progress(len(images), "images", quiet=as_json or len(images) == 1) as advance,
+        progress(None if select else len(images), "images", quiet=as_json or len(images) == 1) as advance,
     ):
-        for result in batch.run(images, starts):
+        chosen = [parse_selection(text) for text in select]
+        for result in segment_studies(batch, images, chosen) if select else batch.run(images, starts):
             value = result.to_json()
             failed += "error" in value
             kept += "kept" in value
+            passed += "passed_over" in value
             if stream is not None:
                 stream.add(value)
             else:
@@ -154,7 +177,10 @@ def _run_batch(batch: Batch, images: list[str], starts: list[Path], queue: Queue
             if stream is not None:
                 stream.after["review"] = queue.worst_first
     if kept:
-        stderr.print(f"{kept} of {len(images)} results were there already and are kept (--overwrite makes them again)")
+        of = "" if select else f" of {len(images)}"
+        stderr.print(f"{kept}{of} results were there already and are kept (--overwrite makes them again)")
+    if passed:
+        stderr.print(f"{passed} series were passed over: {batch.folder / LIST} says why")
     return failed
 
 
@@ -263,10 +289,12 @@ def _printer(query: str) -> Listener:
 
 
 def _print_result(result: Result) -> None:
-    from ibisagent.inference.batch import Failed, ImageResult, VolumeResult
+    from ibisagent.inference.batch import Failed, ImageResult, PassedOver, VolumeResult
 
     if isinstance(result, Failed):
         print_error(result.error)
+    elif isinstance(result, PassedOver):
+        stdout.print(f"{result.path}: passed over, {one_line(result.why, 200)}")
     elif isinstance(result, ImageResult):
         _print_image(result)
     elif isinstance(result, VolumeResult):

@@ -291,6 +291,8 @@ def _judge(row: CaseRow, found: _Found, cases: CaseSource, resize_targets: bool)
 
 
 def _truth(row: CaseRow, cases: CaseSource) -> _Truth:
+    if row.mask is not None and row.mask.suffix.lower() == ".dcm":
+        return _dicom_truth(row, row.mask)
     if row.mask is None or not _is_nifti(row.mask):
         case = cases.decode(row)
         return _Truth(case.targets or {}, case.patient or case.image.sha256, case.image.spacing_mm, None)
@@ -305,11 +307,30 @@ def _truth(row: CaseRow, cases: CaseSource) -> _Truth:
     return _Truth({row.object: mask}, row.patient or str(row.image), spacing, volume.affine)
 
 
+def _dicom_truth(row: CaseRow, file: Path) -> _Truth:
+    """The ground truth in a DICOM segmentation or structure set, on the grid of the row's image.
+
+    label: the segment or ROI; default the row's object, or the only one there is.
+    """
+    from ibisagent.volumes import read_volume
+    from ibisagent.volumes.label_maps import choose_label
+    from ibisagent.volumes.writing import masks_on
+
+    volume = read_volume(row.image)
+    masks = masks_on(volume, file)
+    alone = len(masks) == 1 and row.label is None
+    mask = next(iter(masks.values())) if alone else choose_label(masks, str(row.label or row.object), file)
+    spacing = volume.spacing_mm if volume.spacing_known else None
+    return _Truth({row.object: mask}, row.patient or str(row.image), spacing, volume.affine)
+
+
 def _read_volume_mask(file: Path) -> tuple[Mask, np.ndarray]:
     from ibisagent.volumes.writing import read_volume_masks
 
     masks, affine = read_volume_masks(file)
-    return masks["mask"], affine
+    if len(masks) != 1:
+        raise DataError(f"{file}: is not a mask of one object, it holds {len(masks)}; save the one that is meant")
+    return next(iter(masks.values())), affine
 
 
 def _check_place(file: str, ours: np.ndarray, theirs: np.ndarray, shape: Sequence[int]) -> None:

@@ -24,13 +24,14 @@ from ibisagent.domain import MASK_SELECTION, Case, Episode, Image, MaskSelection
 from ibisagent.errors import ConfigError, DataError, IbisError
 from ibisagent.files import make_folder, safe_name, same_run
 from ibisagent.inference.image import Outputs, asked_objects, export, outputs_of, provenance, read_case, run_case
-from ibisagent.inference.volume import Cost, Why, parse_slices, run_volume
-from ibisagent.inference.volume_files import VolumeOutputs, VolumeWriter
+from ibisagent.inference.volume import Cost, Why, choose_slices, run_volume
+from ibisagent.inference.volume_files import DICOM_FORMATS, VolumeOutputs, VolumeWriter
 from ibisagent.policies.base import Policy
 from ibisagent.query import target_of
 from ibisagent.segmenters import Segmenter
 from ibisagent.store import read_record
 from ibisagent.volumes import SliceView, Volume, dicomweb, is_volume, read_volume, whole_series
+from ibisagent.volumes.label_maps import choose_start
 from ibisagent.volumes.writing import masks_on
 
 _OF_MACHINE = {"ibisagent", "torch", "transformers", "runtime", "policy_device"}
@@ -41,7 +42,8 @@ _OF_MACHINE = {"ibisagent", "torch", "transformers", "runtime", "policy_device"}
 class VolumeOptions:
     """How volumes are read, walked through and written; see `read_volume`, `SliceView`, `run_volume`, `FORMATS`.
 
-    slices: as for `parse_slices`; None searches. store: address of a DICOMweb server that gets the DICOM objects.
+    slices: as for `choose_slices`; None searches. store: address of a DICOMweb server that gets the DICOM objects.
+    label: which object of a start mask is refined, see `choose_start`.
     """
 
     axis: str = "auto"
@@ -52,10 +54,11 @@ class VolumeOptions:
     recheck: int = 10
     formats: tuple[str, ...] = ("nifti",)
     store: str | None = None
+    label: str | None = None
 
     def __post_init__(self) -> None:
-        if self.store is not None and not {"seg", "sr"} & set(self.formats):
-            raise ConfigError("--store sends DICOM objects: ask for them with --format seg, and --format sr")
+        if self.store is not None and not set(DICOM_FORMATS) & set(self.formats):
+            raise ConfigError("--store sends DICOM objects: ask for them with --format seg, sr or rtstruct")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +159,19 @@ class Failed:
         return {"image": self.path, "error": str(self.error)}
 
 
-Result = ImageResult | VolumeResult | KeptVolume | Failed
+@dataclass(frozen=True, slots=True)
+class PassedOver:
+    """A series that the choice leaves out, and why."""
+
+    path: str
+    why: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return {"image": self.path, "passed_over": self.why}
+
+
+Result = ImageResult | VolumeResult | KeptVolume | Failed | PassedOver
 
 
 class Review(Protocol):
@@ -236,6 +251,10 @@ class Batch:
             except IbisError as error:
                 yield Failed(path, error)
 
+    def segment_files(self, path: str, files: Sequence[Path]) -> VolumeResult | KeptVolume:
+        """The result of the volume in DICOM files of one series; path: what it is called. Raises IbisError."""
+        return self._volume(path, None, [str(file) for file in files])
+
     def segment(self, path: str, start: Path | None = None) -> ImageResult | VolumeResult | KeptVolume:
         """The result of one input. Raises IbisError."""
         if dicomweb.is_url(path) or is_volume(path):
@@ -290,9 +309,9 @@ class Batch:
             volume = read_volume(files or source, channel=options.channel, series=options.series)
             view = SliceView(volume, options.axis, options.window)
             self.listener.opened(view)
-            masks = {} if start is None else masks_on(volume, start)
-            if len(masks) == 1:
-                masks = {target_of(self.query): mask for mask in masks.values()}
+            masks = {}
+            if start is not None:
+                masks = choose_start(masks_on(volume, start), self.query, options.label, start)
             facts = self._volume_facts(volume, start)
 
             def same_input(record: Path) -> bool:
@@ -323,7 +342,7 @@ class Batch:
         started: float,
     ) -> VolumeResult:
         options = self.volumes
-        keys = None if options.slices is None else parse_slices(options.slices, view.count)
+        keys = None if options.slices is None else choose_slices(view, options.slices)
         made_by = {"policy": self.policy.name, **self._made_by}
         with VolumeWriter(self.folder, name, options.formats) as files:
             repaired = files.prepare(view.volume, made_by)

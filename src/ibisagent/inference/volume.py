@@ -42,7 +42,8 @@ from ibisagent.policies.base import Policy
 from ibisagent.query import target_of
 from ibisagent.segmenters import Memory, Prediction, Segmenter, SegmenterSession
 from ibisagent.volumes import SliceView
-from ibisagent.volumes.grid import release, scratch_mask
+from ibisagent.volumes.dicom import instance_numbers
+from ibisagent.volumes.grid import DicomOrigin, release, scratch_mask
 
 FIRST_ASKED = 8
 FINEST = 4
@@ -189,6 +190,26 @@ def parse_slices(text: str, count: int) -> list[int]:
     if not found:
         raise ConfigError(f"slices '{text[:40]}': names none of the slices 0 to {count - 1}")
     return sorted(found)
+
+
+def choose_slices(view: SliceView, text: str) -> list[int]:
+    """The slices of a view that a user means: numbers as for `parse_slices`, or "instance 12,40:60" as viewers count.
+
+    After the word "instance" (or "im"), numbers and ranges are those of DICOM's InstanceNumber; of one file with
+    several frames, of the frames from 1. Raises ConfigError for a view that is not along the source's slices.
+    """
+    word, _, rest = text.strip().partition(" ")
+    if word.casefold() not in ("instance", "instances", "im"):
+        return parse_slices(text, view.count)
+    if not isinstance(view.volume.origin, DicomOrigin) or view.voxel_axis != 2:
+        raise ConfigError(f"slices '{text[:40]}': only slices of a DICOM series, as they were taken, have such numbers")
+    numbers = instance_numbers(view.volume)
+    chosen = set(parse_slices(rest, max(numbers, default=0) + 1))
+    found = [k for k, number in enumerate(numbers) if number in chosen]
+    if not found:
+        shown = f"{min(numbers)} to {max(numbers)}" if numbers else "none"
+        raise ConfigError(f"slices '{text[:40]}': none has such an instance number, {view.volume.name} has {shown}")
+    return found
 
 
 def slice_id(view: SliceView, index: int) -> str:

@@ -1,7 +1,7 @@
 """What comes of a volume: masks in the formats asked for, measurements, an overview, and the record of the run.
 
 File names and records hold neither path nor patient: they begin with the volume's own name, which for DICOM is made
-from a hash. DICOM objects (`seg`, `sr`) carry the patient of their source, as DICOM demands.
+from a hash. DICOM objects (`seg`, `sr`, `rtstruct`) carry the patient of their source, as DICOM demands.
 """
 
 from __future__ import annotations
@@ -29,11 +29,20 @@ from ibisagent.protocol import overlay
 from ibisagent.store import write_record
 from ibisagent.volumes import SliceView, Volume
 from ibisagent.volumes.grid import planes, release
+from ibisagent.volumes.label_maps import BESIDE, LABEL_MAP, SEGMENTATION, write_label_map, write_slicer_segmentation
 from ibisagent.volumes.measures import Measures, measure, write_measures
 from ibisagent.volumes.writing import check_nifti, write_nifti, write_png_stack, write_rle
 
-FORMATS = ("nifti", "seg", "sr", "png", "rle")
-"""seg and sr are DICOM, and sr refers to seg."""
+DICOM_FORMATS = ("seg", "sr", "rtstruct")
+FORMATS = ("nifti", *DICOM_FORMATS, "labels", "seg.nrrd", "png", "rle")
+"""sr refers to seg. labels: one NIfTI label map with its names; seg.nrrd: 3D Slicer's segmentation."""
+
+_TOGETHER: Mapping[str, tuple[str, tuple[str, ...], Callable[..., None]]] = {
+    "rle": ("_masks.json", (), write_rle),
+    "labels": (f"_labels{LABEL_MAP}", tuple(f"_labels{suffix}" for suffix in BESIDE), write_label_map),
+    "seg.nrrd": (f"_masks{SEGMENTATION}", (), write_slicer_segmentation),
+}
+"""Formats that hold all masks: how the file's name ends, those of files beside it, and who writes them."""
 
 RECORD_FORMAT, RECORD_VERSION = "ibisagent volume", 2
 _OVERVIEW_SLICES, _OVERVIEW_COLUMNS, _TILE = 12, 4, 256
@@ -93,6 +102,10 @@ class VolumeWriter:
                     from ibisagent.volumes.dicom_output import check_source
 
                     notes += check_source(volume, self._folder / f"{self._name}_{kind}.dcm", facts)
+                elif kind == "rtstruct":
+                    from ibisagent.volumes.rtstruct import check_rtstruct
+
+                    notes += check_rtstruct(volume, self._folder / f"{self._name}_{kind}.dcm")
             except IbisError as error:
                 self._failed[kind] = str(error)
                 errors.append(error)
@@ -150,10 +163,13 @@ class VolumeWriter:
                 file, write = files[kind]
                 if self._can(kind, file, partial(write, found.masks[target], volume)):
                     masks[target][kind] = self._folder / file
-        file = f"{self._name}_masks.json"
-        if "rle" in self._formats and self._can("rle", file, lambda path: write_rle(found.masks, volume, path)):
-            for target in masks:
-                masks[target]["rle"] = self._folder / file
+        for kind in [kind for kind in self._formats if kind in _TOGETHER and masks]:
+            suffix, beside, write_all = _TOGETHER[kind]
+            file = f"{self._name}{suffix}"
+            if self._can(kind, file, partial(write_all, found.masks, volume)):
+                self._files += [f"{self._name}{other}" for other in beside]
+                for target in masks:
+                    masks[target][kind] = self._folder / file
         dicom = self._dicom(found, view, measured, facts)
         tables = (f"{self._name}_measures.json", f"{self._name}_measures.csv")
         for file in tables:
@@ -192,22 +208,27 @@ class VolumeWriter:
     def _dicom(
         self, found: VolumeSegmentation, view: SliceView, measured: Mapping[str, Measures], made_by: Mapping[str, str]
     ) -> list[str]:
-        if not {"seg", "sr"} & set(self._formats) or not any(mask.any() for mask in found.masks.values()):
+        wanted = set(DICOM_FORMATS) & set(self._formats)
+        if not wanted or not any(mask.any() for mask in found.masks.values()):
             return []  # DICOM has no empty segmentation; the record says that nothing was found
         from ibisagent.volumes.dicom_output import write_report, write_segmentation
+        from ibisagent.volumes.rtstruct import write_rtstruct
 
-        file, made = f"{self._name}_seg.dcm", list[Any]()
-        kind = "seg" if "seg" in self._formats else "sr"
-        if not self._can(
-            kind, file, lambda path: made.append(write_segmentation(found.masks, view.volume, path, made_by))
-        ):
-            return []
-        report = f"{self._name}_sr.dcm"
-        if "sr" in self._formats and self._can(
-            "sr", report, lambda path: write_report(measured, made[0], view.volume, path, made_by)
-        ):
-            return [file, report]
-        return [file]
+        written, made = list[str](), list[Any]()
+
+        def write(kind: str, name: str, how: Callable[[Path], object]) -> None:
+            file = f"{self._name}_{name}.dcm"
+            if self._can(kind, file, how):
+                written.append(file)
+
+        if wanted & {"seg", "sr"}:
+            kind = "seg" if "seg" in wanted else "sr"
+            write(kind, "seg", lambda path: made.append(write_segmentation(found.masks, view.volume, path, made_by)))
+        if "sr" in wanted and made:
+            write("sr", "sr", lambda path: write_report(measured, made[0], view.volume, path, made_by))
+        if "rtstruct" in wanted:
+            write("rtstruct", "rtstruct", lambda path: write_rtstruct(found.masks, view.volume, path, made_by))
+        return written
 
     def _record(
         self,

@@ -1,7 +1,8 @@
 """Volumes: NIfTI, DICOM, NRRD, MetaImage and FreeSurfer's MGH in, slices as images, masks back on the source's grid.
 
 Voxels are indexed [i, j, k], and `Volume.affine` takes them to the world (see there). The slices of a `SliceView` are
-what a radiologist expects to see; `writing` and `dicom_output` write masks, `measures` measures them.
+what a radiologist expects to see; `writing`, `label_maps`,
+`dicom_output` and `rtstruct` write masks, `measures` measures them.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from ibisagent.volumes.headers import (
     attribute,
     check_image,
     first_item,
+    first_number,
     first_value,
     frame_count,
     quiet,
@@ -79,6 +80,17 @@ def read_dicom(path: Path, channel: int | None, series: str | None, files: Seque
         notes=(*images.notes, *stack.notes),
         origin=DicomOrigin(places, stack.positions, middle.tile is not None),
     )
+
+
+def instance_numbers(volume: Volume) -> list[int]:
+    """DICOM's InstanceNumber of each slice k; the number of the frame, from 1, where one file holds several slices.
+
+    [] for a volume that is not DICOM.
+    """
+    frames = volume.origin.frames if isinstance(volume.origin, DicomOrigin) else ()
+    if len({file for file, _ in frames}) < len(frames):
+        return [index + 1 for _, index in frames]
+    return [int(first_number(read_header(file).get("InstanceNumber"))) for file, _ in frames]
 
 
 def _check_cost(headers: Mapping[Path, Any], where: str) -> None:

@@ -23,22 +23,20 @@ from ibisagent.volumes.grid import Volume, release
 from ibisagent.volumes.headers import quiet, told
 from ibisagent.volumes.measures import Measures
 from ibisagent.volumes.sources import Source, dataset_of, describe_source
+from ibisagent.volumes.terms import Code, Rgb, colours, term
 
 MANUFACTURER = "ibisagent"
 SERIES_NUMBER = 900
 """Of the first series that is written; reports have the next one."""
-
-_DISEASED = {"tumor": "Neoplasm", "tumour": "Neoplasm", "cancer": "Neoplasm", "polyp": "Lesion", "stroke": "Infarct"}
-_SIDES = ("left ", "right ")
 
 
 def write_segmentation(masks: Mapping[str, np.ndarray], volume: Volume, path: Path, made_by: Mapping[str, str]) -> Any:
     """Write (I, J, K) bool masks as one binary SEG file with a segment per target, and return its header.
 
     Only slices that show a target are stored, each where the source's slice lies, even or not. Every frame refers to
-    the source's instance; the segments name policy and segmenter (`made_by`) as their algorithm. One slice is in memory
-    at a time. Raises ConfigError without highdicom or where the source is not DICOM, DataError where no
-    mask has a voxel or the source lacks what DICOM demands.
+    the source's instance; the segments name policy and segmenter (`made_by`) as their algorithm, and carry the codes
+    and colours of `terms`. One slice is in memory at a time. Raises ConfigError without highdicom or where the source
+    is not DICOM, DataError where no mask has a voxel or the source lacks what DICOM demands.
     """
     shown = {name: mask for name, mask in masks.items() if mask.any()}
     if not shown:
@@ -85,7 +83,8 @@ def _empty_segmentation(
             pixel_array=one,
             segmentation_type="BINARY",
             segment_descriptions=[
-                _description(hd, number, name, made_by) for number, name in enumerate(shown, start=1)
+                _description(hd, number, name, colour, made_by)
+                for number, (name, colour) in enumerate(colours(shown).items(), start=1)
             ],
             series_instance_uid=hd.UID(),
             series_number=SERIES_NUMBER,
@@ -231,39 +230,17 @@ def _report(
     )
 
 
-def coded(name: str) -> tuple[Any, Any, bool]:
-    """(category, type, whether the type is known) of a target for DICOM, looked up in its context group 7151.
-
-    Sides are dropped, an unknown name is "Tissue"; the segment's label keeps the name in full.
-    """
+def _description(hd: Any, number: int, name: str, colour: Rgb, made_by: Mapping[str, str]) -> Any:
     from pydicom.sr.codedict import codes
 
-    plain = " ".join(name.casefold().replace("_", " ").split())
-    for side in _SIDES:
-        plain = plain.removeprefix(side)
-    last = plain.split()[-1] if plain else ""
-    spelled = "".join(word.capitalize() for word in plain.split())
-    names = [spelled, spelled.removesuffix("s"), _DISEASED.get(last, ""), last.capitalize() if last == "lesion" else ""]
-    for known in filter(str.isidentifier, names):
-        for group, category in (
-            (codes.cid7159, codes.cid7150.MorphologicallyAbnormalStructure),
-            (codes.cid7166, codes.cid7150.Tissue),
-            (codes.cid7151, codes.cid7150.AnatomicalStructure),
-        ):
-            if known in group.dir():
-                return category, getattr(group, known), True
-    return codes.cid7150.Tissue, codes.cid7165.Tissue, False
-
-
-def _description(hd: Any, number: int, name: str, made_by: Mapping[str, str]) -> Any:
-    from pydicom.sr.codedict import codes
-
-    category, kind, _ = coded(name)
+    known = term(name)
     description = hd.seg.SegmentDescription(
         segment_number=number,
         segment_label=name[:64],
-        segmented_property_category=category,
-        segmented_property_type=kind,
+        segmented_property_category=_concept(hd, known.category),
+        segmented_property_type=_concept(hd, known.kind),
+        anatomic_regions=[_concept(hd, known.region)] if known.region else None,
+        display_color=hd.color.CIELabColor.from_rgb(*colour),
         algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
         algorithm_identification=hd.AlgorithmIdentificationSequence(
             name=_algorithm(made_by),
@@ -274,7 +251,14 @@ def _description(hd: Any, number: int, name: str, made_by: Mapping[str, str]) ->
         tracking_id=name[:64],
     )
     description.SegmentDescription = name[:1024]
+    if known.modifier:
+        kind = description.SegmentedPropertyTypeCodeSequence[0]
+        kind.SegmentedPropertyTypeModifierCodeSequence = [_concept(hd, known.modifier)]
     return description
+
+
+def _concept(hd: Any, code: Code) -> Any:
+    return hd.sr.CodedConcept(code.value, code.scheme, code.meaning)
 
 
 def _algorithm(made_by: Mapping[str, str]) -> str:

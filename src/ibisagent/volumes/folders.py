@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ibisagent.errors import DataError
+from ibisagent.files import one_line
 from ibisagent.volumes.headers import check_image, first_number, is_no_image, numbers, read_header
 
 _SUFFIXES = (".dcm", ".dicom", ".ima")
-_SHOWN = 8
+_LONGEST_LIST = 400  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +109,44 @@ def choose_series(folder: Path, images: Images, wanted: str | None) -> Images:
         if len(others) == 1:
             scouts = tuple(file for file, header in images.headers.items() if _is_localizer(header))
             return Images(others[0].headers, {**images.passed, "localizers": scouts})
-    shown = [
-        f"{number} ({next(iter(one.headers.values())).get('Modality', '?')}, {len(one.headers)} files)"
-        for number, (_, one) in enumerate(found, 1)
-    ]
-    listed = ", ".join(shown[:_SHOWN]) + (", ..." if len(shown) > _SHOWN else "")
-    raise DataError(f"{folder}: holds {len(found)} series: {listed}; choose with --series, or name its own folder")
+    raise DataError(
+        f"{folder}: holds {len(found)} series: {_listed(found)}; choose with --series, or several with --select;"
+        " 'ibisagent data series' tells more of them"
+    )
+
+
+def _listed(found: Sequence[tuple[str, Images]]) -> str:
+    """Number, modality, description and size of each series, as many as a line of an error holds."""
+    shown: list[str] = []
+    for number, (_, one) in enumerate(found, 1):
+        first = next(iter(one.headers.values()))
+        name = one_line(str(first.get("SeriesDescription", "") or ""), 24)
+        told = [str(first.get("Modality", "") or "?"), *([name] if name else []), f"{len(one.headers)} files"]
+        shown.append(f"{number} ({', '.join(told)})")
+        if len(", ".join(shown)) > _LONGEST_LIST:
+            return ", ".join(shown) + (", ..." if number < len(found) else "")
+    return ", ".join(shown)
+
+
+def files_by_series(folder: Path) -> list[list[Path]]:
+    """The DICOM files below `folder`, a list for each series: images in the order of `series_of`, other objects last.
+
+    Headers are not kept. What cannot be read is left out; the reader of a folder tells of it.
+    """
+    found: dict[str, list[Path]] = {}
+    ranks: dict[str, tuple[bool, float, str]] = {}
+    for file in sorted(folder.rglob("*")):
+        if file.name.startswith("._") or not file.is_file() or not _may_be_dicom(file):
+            continue
+        try:
+            header = read_header(file)
+        except DataError:
+            continue
+        uid = str(header.get("SeriesInstanceUID", ""))
+        found.setdefault(uid, []).append(file)
+        rank = is_no_image(header), first_number(header.get("SeriesNumber")), uid
+        ranks[uid] = min(ranks.get(uid, rank), rank)
+    return [found[uid] for uid in sorted(found, key=lambda uid: ranks[uid])]
 
 
 def _may_be_dicom(file: Path) -> bool:

@@ -47,8 +47,9 @@ class SliceView:
 
     def __init__(self, volume: Volume, axis: str = "auto", window: str = "auto") -> None:
         self.volume = volume
-        self.axis, self._voxel_axis = _choose_axis(volume, axis)
-        self._rows, self._columns, self._flips = _layout(volume, self._voxel_axis)
+        self.axis, self.voxel_axis = _choose_axis(volume, axis)
+        """Name of the plane, and the axis of the voxels (0 to 2) that the slices are taken across."""
+        self._rows, self._columns, self._flips = _layout(volume, self.voxel_axis)
         self.window, self.window_source = _choose_window(volume, window)
         self.window_asked = window
         height, width = volume.shape[self._rows], volume.shape[self._columns]
@@ -67,12 +68,12 @@ class SliceView:
     @property
     def count(self) -> int:
         """Number of slices."""
-        return self.volume.shape[self._voxel_axis]
+        return self.volume.shape[self.voxel_axis]
 
     @property
     def spacing_mm(self) -> float:
         """Distance of neighbouring slices."""
-        return self.volume.spacing_mm[self._voxel_axis]
+        return self.volume.spacing_mm[self.voxel_axis]
 
     def image(self, index: int) -> Image:
         """Slice `index` as a picture."""
@@ -119,7 +120,7 @@ class SliceView:
         if not 0 <= index < self.count:
             raise ConfigError(f"{self.volume.name}: has slices 0 to {self.count - 1}, not {index}")
         where: list[slice | int] = [slice(None)] * 3
-        where[self._voxel_axis] = index
+        where[self.voxel_axis] = index
         return voxels[tuple(where)]
 
     def _shown(self, plane: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Masks of a volume to files on the source's exact grid, and back: NIfTI, PNG stack, COCO run lengths.
 
-DICOM segmentations and reports are written by `dicom_output`.
+DICOM segmentations and reports are written by `dicom_output`, structure sets by `rtstruct`, label maps by `label_maps`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from ibisagent.files import appearing_whole, write_whole
 from ibisagent.imaging.images import read_masks, write_mask_png
 from ibisagent.imaging.masks import decode_rle, encode_rle
 from ibisagent.volumes.grid import NiftiOrigin, Volume, places_off_mm, scratch_mask
+from ibisagent.volumes.label_maps import SEGMENTATION, label_names
 
 RLE_FORMAT = "ibisagent volume masks"
+_MOST_LABELS = 1000  # of an atlas; an image of grey values has more, or negative ones
 _GRID_FILE = "grid.json"
 _SLICE = re.compile(r"slice-(\d+)\.png")
 _NAMING_FIELDS = ("descrip", "aux_file", "intent_name", "db_name", "data_type")
@@ -35,9 +37,14 @@ def write_nifti(mask: np.ndarray, volume: Volume, path: Path) -> None:
     Free text and extensions of the header are left out, since they may name the patient. DataError for slices at uneven
     distances, which NIfTI cannot place.
     """
+    write_nifti_values(mask.astype(np.uint8), volume, path, highest=1)
+
+
+def write_nifti_values(values: np.ndarray, volume: Volume, path: Path, *, highest: int) -> None:
+    """Write an (I, J, K) uint8 array as `write_nifti` does; highest: the value that viewers show as brightest."""
     import nibabel as nib
 
-    _check_grid(mask, volume, str(path))
+    _check_grid(values, volume, str(path))
     check_nifti(volume)
     header, affine = None, volume.affine
     if isinstance(volume.origin, NiftiOrigin):
@@ -46,10 +53,10 @@ def write_nifti(mask: np.ndarray, volume: Volume, path: Path) -> None:
         for field in _NAMING_FIELDS:
             if field in header:
                 header[field] = b""
-    large = max(mask.shape) > 32_767 or (header is not None and "Nifti2" in type(header).__name__)
-    image = (nib.Nifti2Image if large else nib.Nifti1Image)(mask.astype(np.uint8), affine, header)
+    large = max(values.shape) > 32_767 or (header is not None and "Nifti2" in type(header).__name__)
+    image = (nib.Nifti2Image if large else nib.Nifti1Image)(values, affine, header)
     image.header.set_data_dtype(np.uint8)
-    image.header["cal_min"], image.header["cal_max"] = 0, 1
+    image.header["cal_min"], image.header["cal_max"] = 0, highest
     if header is None:
         image.header.set_xyzt_units("mm")
     suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
@@ -104,9 +111,10 @@ def write_rle(masks: Mapping[str, np.ndarray], volume: Volume, path: Path) -> No
 
 
 def read_volume_masks(path: str | Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Masks by name, (I, J, K) bool, and their affine, from what this module wrote, or any NIfTI mask ("mask").
+    """Masks by name, (I, J, K) bool, and their affine, from what this package wrote, or any mask ("mask") or label map.
 
-    Raises DataError for anything else.
+    The objects of a label map are called as the files beside it say (`label_maps`), else by their number. Raises
+    DataError for anything else.
     """
     path = Path(path)
     if path.is_dir() and (path / _GRID_FILE).is_file():
@@ -115,26 +123,37 @@ def read_volume_masks(path: str | Path) -> tuple[dict[str, np.ndarray], np.ndarr
         return _read_rle(path)
     from ibisagent.volumes import read_volume
 
+    if path.name.lower().endswith(SEGMENTATION):
+        from ibisagent.volumes.itk import read_slicer_segmentation
+
+        return read_slicer_segmentation(path)
     volume = read_volume(path)
     values = volume.values(np.asarray(volume.voxels))
     inside = np.unique(values[values != 0])
-    if volume.coloured or len(inside) > 1 or not np.isfinite(values).all():
-        raise DataError(f"{path}: is not a mask of one object; save it with 0 outside and 1 inside")
-    return {"mask": values != 0}, volume.affine
+    names = label_names(path)
+    if volume.coloured or len(inside) > _MOST_LABELS or not ((inside > 0) & (inside % 1 == 0)).all():
+        raise DataError(f"{path}: is neither a mask nor a label map; save it with whole numbers, 0 outside")
+    if not names and len(inside) < 2:
+        return {"mask": values != 0}, volume.affine
+    numbers = sorted({*names, *(int(value) for value in inside)})  # what is named and not there is an empty mask
+    return {names.get(number, str(number)): values == number for number in numbers}, volume.affine
 
 
 def masks_on(volume: Volume, path: str | Path) -> dict[str, np.ndarray]:
-    """Masks of a file on the grid of `volume`; DICOM segmentations too.
+    """Masks of a file by name on the grid of `volume`; DICOM segmentations and structure sets too.
 
     Axes that run the other way or stand in another order are turned, which changes no voxel. DataError if size or place
     differ otherwise: a mask is never resampled.
     """
     from ibisagent.volumes import is_volume
+    from ibisagent.volumes.rtstruct import is_rtstruct, read_rtstruct
     from ibisagent.volumes.segmentations import is_segmentation, read_segmentation
 
     path = Path(path)
     if path.is_file() and is_volume(path) and is_segmentation(path):
         return read_segmentation(path, volume)
+    if path.is_file() and is_volume(path) and is_rtstruct(path):
+        return read_rtstruct(path, volume)
     masks, affine = read_volume_masks(path)
     if volume.oriented:
         masks, affine = _turned(masks, affine, volume.affine)
