@@ -22,7 +22,7 @@ import numpy as np
 
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.files import appearing_whole, one_line, write_whole
-from ibisagent.protocol import target_of
+from ibisagent.query import target_of
 from ibisagent.volumes.grid import LPS, Volume, scratch
 from ibisagent.volumes.terms import Term, colours, term
 
