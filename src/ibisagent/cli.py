@@ -984,7 +984,10 @@ DataFolderOption = Annotated[
 ]
 HostOption = Annotated[str, typer.Option(help="Address to listen on; beyond this machine set IBIS_TOKEN.")]
 SessionsOption = Annotated[int, typer.Option(help="Most sessions at a time.", min=1)]
-IdleOption = Annotated[float, typer.Option(help="Minutes after which an idle session and its files go.", min=0.1)]
+IdleOption = Annotated[float, typer.Option(help="Minutes without use after which what nobody worked on goes.", min=0.1)]
+DeleteOption = Annotated[
+    float | None, typer.Option(help="Days without use after which everything goes, also somebody's work.", min=0.01)
+]
 UploadOption = Annotated[int, typer.Option(help="Largest upload in megabytes.", min=1)]
 AreaOption = Annotated[int, typer.Option(help="Largest picture in megapixels.", min=1)]
 VoxelsOption = Annotated[int, typer.Option(help="Largest volume in megavoxels of 4 bytes.", min=1)]
@@ -1000,6 +1003,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8002,
     max_sessions: SessionsOption = 100,
     idle_minutes: IdleOption = 60.0,
+    delete_after: DeleteOption = None,
     max_upload: UploadOption = 64,
     max_megapixels: AreaOption = 16,
     max_megavoxels: VoxelsOption = 128,
@@ -1025,6 +1029,7 @@ def serve(
         limits = Limits(
             sessions=max_sessions,
             idle_seconds=idle_minutes * 60,
+            delete_seconds=None if delete_after is None else delete_after * 24 * 3600,
             upload_bytes=max_upload * 2**20,
             pixels=max_megapixels * 2**20,
             voxels=max_megavoxels * 2**20,
@@ -1032,9 +1037,13 @@ def serve(
         folder = data or Path(platformdirs.user_data_dir("ibisagent")) / "server"
         server.check_host(host)
         engine = load_segmenter(segmenter, device=choice.device)
-        service = Service(writer, engine, folder, limits=limits, volumes=PackageVolumes())
-    address = url_of(host, port)
+        address = url_of(host, port)
+        service = Service(writer, engine, folder, limits=limits, volumes=PackageVolumes(), address=address)
     stderr.print(f"{address}{'' if page else '/docs'} - sessions in {folder} - stop with Ctrl+C")
+    stderr.print(
+        f"after {idle_minutes:g} minutes without use: what nobody worked on and what was fetched is deleted;"
+        + (" nothing else ever is" if delete_after is None else f" after {delete_after:g} days everything is")
+    )
     if open_browser:
         import threading
         import webbrowser

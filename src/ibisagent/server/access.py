@@ -219,17 +219,22 @@ class Gate:
         if scope["type"] != "http":  # nothing here speaks over web sockets
             await send({"type": "websocket.close", "code": 1008})
             return
-        started, status = time.perf_counter(), 500
+        started, status, answering = time.perf_counter(), 500, False
 
         async def noting(message: Message) -> None:
-            nonlocal status
+            nonlocal status, answering
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, answering = message["status"], True
                 message["headers"] = [*message["headers"], *_SAFE_HEADERS]
             await send(message)
 
         try:
             await self._let_in(scope, receive, noting)
+        except asyncio.CancelledError:  # the server stops and waits no longer: the client is told, not cut off
+            if answering:
+                await send({"type": "http.response.body"})
+            else:
+                await self._refuse(503, "the server stops: what is done so far is kept")(scope, receive, noting)
         finally:
             self._observe(scope["method"], scope["path"], status, time.perf_counter() - started)
 
@@ -255,7 +260,7 @@ class Gate:
         if len(lengths) > 1 or not all(_LENGTH.fullmatch(length) for length in lengths):
             return self._close(400, "Content-Length must be one number")
         if lengths and int(lengths[0]) > limit:
-            return self._refuse(413, f"the request is larger than {limit} bytes")
+            return self._refuse(413, self._too_long(limit))
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not _HOST.fullmatch(hosts[0]):
             return self._close(400, "Host must be one name or address")
@@ -353,7 +358,7 @@ class Gate:
             values += part.count(b",") if counting else 0
             whole = not message.get("more_body", False)
             if received > limit:
-                failed = self._close(413, f"the request is larger than {limit} bytes")
+                failed = self._close(413, self._too_long(limit))
                 return {"type": "http.disconnect"}
             if values > MAX_VALUES:
                 failed = self._close(413, f"the request holds more than {MAX_VALUES} values")
@@ -373,6 +378,12 @@ class Gate:
             if failed is None or answering:
                 raise
         return None if answering else failed
+
+    @staticmethod
+    def _too_long(limit: int) -> str:
+        return (
+            f"the request is larger than {limit} bytes ({limit / 2**20:.0f} MB), more is not taken: send less at once"
+        )
 
     def _close(self, status: int, reason: str) -> Response:
         """A refusal after which nothing more is read from the connection."""

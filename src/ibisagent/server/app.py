@@ -20,12 +20,14 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, FastAPI, File, Form, HTTPException, Query, Request, UploadFile
+from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from ibisagent.domain import MAX_QUERY_CHARS, Mask, Turn
 from ibisagent.environment import package_version
@@ -36,7 +38,9 @@ from ibisagent.protocol import MAX_NAME_CHARS, overlay
 from ibisagent.server.access import Gate, Keys, token_for, visitor_of
 from ibisagent.server.docs import docs_page
 from ibisagent.server.listening import listen
-from ibisagent.server.service import FullError, Job, MissingError, Service, export_zip, training_zip
+from ibisagent.server.jobs import Job
+from ibisagent.server.service import FullError, MissingError, Service, export_zip, training_zip
+from ibisagent.server.storage import no_room
 from ibisagent.session import BusyError, RunEnd, Session, Step
 from ibisagent.store import plain_turn, record_json
 
@@ -46,6 +50,7 @@ Tags: TypeAlias = list[str | Enum]  # as FastAPI wants them
 MAX_COORDINATE = 2**20
 FORM_BYTES = 2**20  # what a request may hold beside its upload
 EXPIRY_SECONDS = 30.0  # between two looks at what is idle: sessions, jobs, memory
+ALIVE_SECONDS = 15.0  # in which a stream says something, so that no proxy takes it for dead
 
 
 class _Strict(BaseModel):
@@ -182,7 +187,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         413: "too large",
         422: "cannot be used as it is",
         429: "the server is full",
-        503: "a model failed",
+        503: "a model failed, or the server stops",
+        507: "the server's disk is full",
     }.items()
 }
 
@@ -373,7 +379,7 @@ def serve(
     """
     os.umask(0o077)
     tempfile.tempdir = str(service.folder / "uploads")
-    listen(create_app(service, token=token_for(host), mounts=mounts), host, port)
+    listen(create_app(service, token=token_for(host), mounts=mounts), host, port, on_stop=service.stop)
 
 
 async def _expire(service: Service) -> None:
@@ -408,8 +414,19 @@ _STATUS: tuple[tuple[type[IbisError], int], ...] = (
 def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(IbisError)
     async def failed(_request: Request, error: IbisError) -> JSONResponse:
+        if (reason := no_room(error)) is not None:
+            return JSONResponse({"detail": reason}, status_code=507)
         status = next(status for kind, status in _STATUS if isinstance(error, kind))
         return JSONResponse({"detail": str(error)}, status_code=status)
+
+    @app.exception_handler(OSError)
+    @app.exception_handler(StarletteHTTPException)  # what a body that could not be kept for reading becomes
+    async def broken(request: Request, error: OSError | StarletteHTTPException) -> Response:
+        if (reason := no_room(error)) is not None:
+            return JSONResponse({"detail": reason}, status_code=507)
+        if isinstance(error, OSError):
+            raise error
+        return await http_exception_handler(request, error)
 
     @app.exception_handler(RequestValidationError)
     async def refused(_request: Request, error: RequestValidationError) -> JSONResponse:
@@ -429,8 +446,8 @@ def _add_open(app: FastAPI, service: Service, metrics: Metrics) -> None:
     @app.get("/ready", tags=["state"])
     def ready() -> dict[str, str]:
         """Whether work can be taken: the models are loaded, the data folder can be written."""
-        if not service.ready():
-            raise HTTPException(503, "the data folder cannot be written")
+        if (reason := service.trouble()) is not None:
+            raise HTTPException(503, reason)
         return {"status": "ready"}
 
     @app.get("/metrics", tags=["state"], response_class=Response)
@@ -492,7 +509,7 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
         query: Annotated[str, Form(min_length=1, max_length=MAX_QUERY_CHARS)],
         start_mask: Annotated[UploadFile | None, File(description="a mask to refine, 0 outside")] = None,
     ) -> SessionView:
-        """Open a session on an image. It expires when it is idle for too long."""
+        """Open a session on an image. It is kept until it is closed, unless nobody acts in it before it is idle."""
         picture, start = await _picture(service, image, start_mask)
         return session_view(await run_in_threadpool(service.open, picture, query, start))
 
@@ -548,7 +565,7 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
         return StreamingResponse(
             _events(session, threads, lambda on_step: run_steps(session, asked, on_step)),
             media_type="text/event-stream",
-            headers={"cache-control": "no-store"},
+            headers={"cache-control": "no-store", "x-accel-buffering": "no"},  # nginx passes turns on as they are taken
         )
 
     def after(id_: str, act: Callable[[Session], object]) -> SessionView:
@@ -677,7 +694,14 @@ async def _events(
 
     ended: Awaitable[RunEnd] = asyncio.ensure_future(threads(work))
     try:
-        while (view := await steps.get()) is not None:
+        while True:
+            try:
+                view = await asyncio.wait_for(steps.get(), ALIVE_SECONDS)
+            except TimeoutError:
+                yield ": still at work\n\n"
+                continue
+            if view is None:
+                break
             yield _event("turn", view.model_dump())
         try:
             yield _event("end", StepView(ended=await ended, session=session_view(session)).model_dump())

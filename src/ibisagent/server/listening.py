@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
+import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.main import STARTUP_FAILURE
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ibisagent.server.access import bare_host
@@ -107,10 +111,31 @@ def options() -> dict[str, Any]:
     }
 
 
-def listen(app: ASGIApp, host: str, port: int) -> None:
-    """Serve `app` until interrupted. host: an address or name, IPv6 also in brackets."""
+class _Server(uvicorn.Server):
+    """Tells the application at once that it is to stop, so that answers under way end before they are cut off."""
+
+    def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_stop = on_stop
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn has it."""
+        await asyncio.get_running_loop().run_in_executor(None, self._on_stop)
+        await super().shutdown(sockets)
+
+
+def listen(app: ASGIApp, host: str, port: int, *, on_stop: Callable[[], None] = lambda: None) -> None:
+    """Serve `app` until interrupted. host: an address or name, IPv6 also in brackets.
+
+    on_stop: called when that happens, before the answers under way are waited for.
+    """
     _raise_file_limit()
-    uvicorn.run(cast(Any, app), host=bare_host(host), port=port, log_level="warning", **options())
+    config = uvicorn.Config(cast(Any, app), host=bare_host(host), port=port, log_level="warning", **options())
+    server = _Server(config, on_stop)
+    with suppress(KeyboardInterrupt):  # uvicorn raises the signal again once it has stopped
+        server.run()
+    if not server.started:
+        sys.exit(STARTUP_FAILURE)
 
 
 def _raise_file_limit() -> None:
