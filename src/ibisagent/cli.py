@@ -1007,6 +1007,13 @@ def serve(
     max_upload: UploadOption = 64,
     max_megapixels: AreaOption = 16,
     max_megavoxels: VoxelsOption = 128,
+    label: Annotated[
+        list[str] | None, typer.Option(help="What Slicer and OHIF ask for by default, such as 'optic disc'; repeat it.")
+    ] = None,
+    studies: Annotated[str | None, typer.Option(help="DICOMweb server to take series from, for OHIF.")] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(help="Web page that may use it as OHIF does: http://viewer:3000; repeat it.")
+    ] = None,
     page: Annotated[bool, typer.Option(help="Also serve the web page.")] = False,
     open_browser: Annotated[bool, typer.Option("--open-browser", hidden=True)] = False,
 ) -> None:
@@ -1024,7 +1031,7 @@ def serve(
         from ibisagent.server.service import Limits, Service
         from ibisagent.server.volumes import PackageVolumes
 
-        mounts = server.standard_mounts(page=page)
+        mounts = server.standard_mounts(page=page, labels=label or ["target"], studies=studies)
         writer = choice.load()
         limits = Limits(
             sessions=max_sessions,
@@ -1049,7 +1056,7 @@ def serve(
         import webbrowser
 
         threading.Timer(2.0, webbrowser.open, [address]).start()
-    server.serve(service, host=host, port=port, mounts=mounts)
+    server.serve(service, host=host, port=port, mounts=mounts, origins=allow_origin or [])
 
 
 @app.command()

@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.main import STARTUP_FAILURE
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ibisagent.server.access import bare_host
@@ -22,6 +21,7 @@ IDLE_SECONDS = 8.0  # for a whole header, from the first byte or the answer befo
 STALL_SECONDS = 30.0  # in which a client has to take some of its answer
 GRACEFUL_SECONDS = 5
 OPEN_FILES = 4096
+STARTUP_FAILURE = 3  # the exit status, as uvicorn has it
 
 
 class PatientProtocol(H11Protocol):

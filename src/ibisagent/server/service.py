@@ -16,7 +16,6 @@ import time
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -26,7 +25,7 @@ from typing import Any, Protocol
 from ibisagent import limits
 from ibisagent.domain import Case, Image, Mask, Masks, check_query
 from ibisagent.environment import MAX_TURNS, package_version
-from ibisagent.errors import ConfigError, DataError, IbisError, TooLargeError
+from ibisagent.errors import ConfigError, DataError, TooLargeError
 from ibisagent.files import file_names, make_folder, write_whole
 from ibisagent.images import read_image, read_masks
 from ibisagent.inventory import Model, models
@@ -94,6 +93,15 @@ class VolumeLike(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class VoxelClick:
+    """A user's click on voxel [i, j, k] of a volume: it belongs to `target`, or does not."""
+
+    voxel: tuple[int, int, int]
+    positive: bool
+    target: str
+
+
 class VolumeFormats(Protocol):
     """What reads, segments and writes volumes."""
 
@@ -108,8 +116,33 @@ class VolumeFormats(Protocol):
         """The masks of a volume on its own grid, by target."""
         ...
 
-    def write_masks(self, masks: Masks, volume: VolumeLike, path: Path) -> None:
-        """All masks as one label map (1, 2, ... in their order) on the grid of `volume`."""
+    def click(
+        self, volume: VolumeLike, clicks: Sequence[VoxelClick], segmenter: Segmenter, *, through: bool
+    ) -> dict[str, Mask]:
+        """The masks that a user's clicks ask for, by target. through: also beyond the slices that were clicked on."""
+        ...
+
+    def write_masks(
+        self, masks: Masks, volume: VolumeLike, path: Path, *, dtype: str = "uint8", compressed: bool = True
+    ) -> None:
+        """All masks on the grid of `volume`: one label map (1, 2, ... in their order) where `path` ends in .nii.gz or
+        .nrrd, a DICOM segmentation where it ends in .dcm. dtype, compressed: of NRRD."""
+        ...
+
+
+class Teaching(Protocol):
+    """What `Service.teaching` has to be able to do, so that a client can have the models taught."""
+
+    def start(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Begin, in the background; what there is to say of it. ConfigError where it cannot be."""
+        ...
+
+    def status(self) -> dict[str, Any] | None:
+        """How far it is, with "status": "RUNNING" while it is under way; None where nothing was begun."""
+        ...
+
+    def stop(self) -> dict[str, Any]:
+        """End it; what there is to say of it."""
         ...
 
 
@@ -184,6 +217,10 @@ class Service:
         self._readers = threading.BoundedSemaphore(READERS)
         self._room = _Room(LARGE_RUNS * self.limits.pixels)
         self._jobs = Jobs(self.folder / "jobs", self._segment_for_job)
+        self.teaching: Teaching | None = None
+        """What teaches the models, where they can be taught here."""
+        self.also_expire: list[Callable[[float, float], int]] = []
+        """Called by `expire` with two times, what was not used since goes: by the rule, and as was asked for."""
 
     def stop(self) -> None:
         """Take over wherever the agent is at work, and begin no image of a job any more: what is done so far stays."""
@@ -248,12 +285,18 @@ class Service:
         path = self.scratch(next((ending for ending in VOLUME_SUFFIXES if shown.lower().endswith(ending)), ""))
         write_whole(content, path)
         try:
-            with self._readers, limits.at_most(pixels=self.limits.pixels, voxels=self.limits.voxels):
+            with self.reading():
                 return read(path)
         except DataError as error:
             raise type(error)(str(error).replace(str(path), shown)) from error
         finally:
             _remove(path)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Room to decode one upload, and the limits for it."""
+        with self._readers, limits.at_most(pixels=self.limits.pixels, voxels=self.limits.voxels):
+            yield
 
     def check_bytes(self, content: bytes, shown: str) -> None:
         """DataError for an empty upload, TooLargeError for one beyond the limit. shown: what it is called."""
@@ -338,10 +381,10 @@ class Service:
     def expire(self, now: float | None = None) -> int:
         """Put away or delete what has been idle for too long; how much was deleted.
 
-        One rule: what somebody made, or has not fetched, is never deleted unless `Limits.delete_seconds` asks for it. So
-        an idle session leaves the memory and stays on the disk. What goes is what is idle and can be had again: sessions
-        of other programs that nobody has acted in, or that are `passing`; jobs whose results were fetched; uploads that
-        were never opened.
+        One rule: what somebody made, or has not fetched, is never deleted unless `Limits.delete_seconds` asks for it.
+        So an idle session leaves the memory and stays on the disk. What goes is what is idle and can be had again:
+        sessions of programs that nobody has acted in, or that are `passing`; jobs whose results were fetched; uploads
+        that were never opened.
         """
         now = time.time() if now is None else now
         idle = now - self.limits.idle_seconds
@@ -364,6 +407,7 @@ class Service:
             if job.over and (last < asked or (job.fetched and last < idle)):
                 self._jobs.remove(job)
                 deleted += 1
+        deleted += sum(expire(idle, asked) for expire in self.also_expire)
         for path in (self.folder / "uploads").rglob("*"):  # what was sent to the page and never opened
             with suppress(OSError):
                 if path.stat().st_mtime < idle:
@@ -465,10 +509,9 @@ class Service:
         query, max_turns = check_query(query), self._turns(max_turns)
         if not 1 <= len(images) <= self.limits.job_images:
             raise TooLargeError(f"a job of {len(images)} images: give 1 to {self.limits.job_images}")
-        if len(self._jobs.kept) >= self.limits.jobs:
-            raise FullError(
-                f"there are {len(self._jobs.kept)} jobs under way or not fetched, more are not taken: fetch or delete one"
-            )
+        kept = len(self._jobs.kept)
+        if kept >= self.limits.jobs:
+            raise FullError(f"there are {kept} jobs under way or not fetched, more are not taken: fetch or delete one")
         shown = [plain_name(name) for name, _ in images]
         return self._jobs.submit([content for _, content in images], file_names(shown), shown, query, max_turns)
 

@@ -33,9 +33,8 @@ class Ownership:
         try:
             self._lock.acquire(blocking=False)
         except Timeout as error:
-            raise ConfigError(
-                f"{folder}: is in use by {_owner(folder / OWNER_FILE)}; use that server, stop it, or give another --data"
-            ) from error
+            owner = _owner(folder / OWNER_FILE)
+            raise ConfigError(f"{folder}: is in use by {owner}; use it, stop it, or give another --data") from error
         except OSError as error:
             raise DataError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
         facts = {

@@ -1,4 +1,4 @@
-"""NRRD and MetaImage in, by SimpleITK."""
+"""NRRD and MetaImage in, NRRD out, by SimpleITK."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from ibisagent import limits
 from ibisagent.errors import ConfigError, DataError
+from ibisagent.files import appearing_whole, one_line
 from ibisagent.volumes.grid import LPS, Volume, choose_channel
 
 _MOST_SIDES = 5
@@ -64,6 +65,28 @@ def read_itk(path: Path, channel: int | None) -> Volume:
     affine[:3, :3], affine[:3, 3] = direction * spacing, corner
     voxels = volumes.swapaxes(0, 2)
     return Volume(voxels, LPS @ affine, path.stem, oriented=sides > 2)
+
+
+def write_nrrd(labels: np.ndarray, volume: Volume, path: Path, *, compressed: bool = True) -> None:
+    """Write an (I, J, K) label map of whole numbers as .nrrd on the grid of `volume`, as ITK places it in space.
+
+    Raises ConfigError without SimpleITK, DataError where the disk is full.
+    """
+    try:
+        import SimpleITK as sitk  # noqa: N813
+    except ImportError as error:
+        raise ConfigError(f"{path.name}: NRRD needs SimpleITK: pip install 'ibisagent[medical]'") from error
+    image = sitk.GetImageFromArray(np.ascontiguousarray(labels.swapaxes(0, 2)))
+    affine = LPS @ volume.affine
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    image.SetSpacing(spacing.tolist())
+    image.SetOrigin(affine[:3, 3].tolist())
+    image.SetDirection((affine[:3, :3] / spacing).ravel().tolist())
+    with appearing_whole(path, ".nrrd") as part:
+        try:
+            sitk.WriteImage(image, str(part), useCompression=compressed)
+        except RuntimeError as error:
+            raise DataError(f"{path}: cannot be written ({one_line(error)}); free space") from error
 
 
 def _check_header(path: Path) -> str:
