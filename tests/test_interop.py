@@ -253,5 +253,25 @@ def test_an_agent_lists_and_calls_the_tools(url: str) -> None:
             wrong = await client.call_tool("click", {"session": session, "x": 900, "y": 0})
             assert wrong.is_error
             assert "outside" in wrong.content[0].text
+            boxed = await client.call_tool(
+                "box", {"session": session, "x0": 10, "y0": 8, "x1": 42, "y1": 32, "target": "bright box"}
+            )
+            assert boxed.structured_content["turns"][-1]["actions"][0]["kind"] == "box"
+            undone = await client.call_tool("undo", {"session": session})
+            assert undone.structured_content["can_redo"]
+            redone = await client.call_tool("redo", {"session": session})
+            assert not redone.structured_content["can_redo"]
+            templates = (await client.list_resource_templates()).resource_templates
+            assert {one.mime_type for one in templates} == {"image/png"}
+            read = await client.read_resource(f"ibisagent://sessions/{session}/masks/bright%20box")
+            mask = np.array(PIL.Image.open(io.BytesIO(base64.b64decode(read.contents[0].blob))))
+            assert mask.shape == SIZE
+            assert mask[20, 20] == 255
+            seen = await client.read_resource(f"ibisagent://sessions/{session}/masks")
+            assert PIL.Image.open(io.BytesIO(base64.b64decode(seen.contents[0].blob))).size == (83, 61)
+            told = next(tool for tool in (await client.list_tools()).tools if tool.name == "open_image").description
+            assert "deleted 60 minutes after" in told
+            assert (await client.call_tool("close", {"session": session})).structured_content == {"closed": session}
+            assert (await client.call_tool("look", {"session": session})).is_error
 
     asyncio.run(use())

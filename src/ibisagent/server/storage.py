@@ -62,8 +62,12 @@ def _owner(file: Path) -> str:
 
 
 def used(folder: Path) -> float:
-    """When `folder` was last used, in seconds since 1970. Its own time on the disk says so, which survives restarts."""
-    return folder.stat().st_mtime
+    """When `folder` was last used, in seconds since 1970; 0 where it is gone. Its own time on the disk says so, which
+    survives restarts."""
+    try:
+        return folder.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def note_use(folder: Path) -> None:
