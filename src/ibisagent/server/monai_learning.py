@@ -151,14 +151,15 @@ def _add_log(router: APIRouter) -> Callable[[], Any]:
     @asynccontextmanager
     async def listening() -> AsyncIterator[None]:
         log = logging.getLogger("ibisagent.server")
-        before = log.level
+        before = log.level, log.propagate
         log.setLevel(logging.INFO)
+        log.propagate = False  # these lines are for /logs, not for the terminal
         log.addHandler(recent)
         log.info("the server has started")
         try:
             yield
         finally:
             log.removeHandler(recent)
-            log.setLevel(before)
+            log.level, log.propagate = before
 
     return listening

@@ -29,7 +29,7 @@ class Ownership:
 
         ConfigError that names the owner where another process, or another server of this one, holds the folder.
         """
-        self._lock = FileLock(folder / LOCK_FILE, mode=0o600)
+        self._lock = FileLock(folder / LOCK_FILE, mode=0o600, thread_local=False)  # whichever thread closes
         try:
             self._lock.acquire(blocking=False)
         except Timeout as error:
