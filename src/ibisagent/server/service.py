@@ -189,12 +189,12 @@ class Service:
         self.limits = limits or Limits()
         self.segmenter, self.volumes = segmenter, volumes
         self.batches: list[int] = [0, 0]  # how many, and turns in them
-        self.policy = SharedPolicy(policy, max_turns=self.limits.turns, on_batch=self._note_batch)
         self.folder = Path(folder)
         if not self.folder.exists():
             make_folder(self.folder)
             self.folder.chmod(0o700)
         self._ownership = Ownership(self.folder, address)  # before anything in it is touched
+        self.policy = SharedPolicy(policy, max_turns=self.limits.turns, on_batch=self._note_batch)
         for part in ("sessions", "jobs", "uploads"):
             self.private_folder(part)
         for leftover in (self.folder / "uploads").iterdir():
