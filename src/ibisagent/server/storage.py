@@ -44,6 +44,7 @@ class Ownership:
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
         write_whole(json.dumps(facts).encode(), folder / OWNER_FILE)
+        (folder / OWNER_FILE).chmod(0o600)
 
     def release(self) -> None:
         """Let the next one in."""
