@@ -20,12 +20,13 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from ibisagent.client import Client
 from ibisagent.domain import Completion, Observation
 from ibisagent.errors import ConfigError
 from ibisagent.policies.scripted import ScriptedPolicy
 from ibisagent.segmenters.region import RegionSegmenter
 from ibisagent.server.app import create_app
-from ibisagent.server.service import FullError, Limits, MissingError, Service
+from ibisagent.server.service import IN_HAND_SECONDS, LOADED_IMAGES, FullError, Limits, MissingError, Service
 from ibisagent.session import Session
 
 CLICK = "<action>click + (0.3133, 0.3197) bright box</action>"
@@ -111,6 +112,28 @@ def test_a_page_that_idles_goes_on_where_it_was(tmp_path: Path) -> None:
     assert len(service.session(session.id).steps) == 1
     assert {untouched.id, session.id} < set(service.ids_for("somebody"))
     service.close()
+
+
+def test_memory_is_bounded_by_the_size_of_the_images(tmp_path: Path) -> None:
+    service = service_in(tmp_path, pixels=61 * 83, sessions=100)
+    sessions = [opened(service, owner="somebody") for _ in range(LOADED_IMAGES)]
+    for one in sessions[:3]:
+        service._touched[one.id] -= 2 * IN_HAND_SECONDS
+    opened(service, owner="somebody")
+    stay = [service.session(one.id) is one for one in sessions[1:]]
+    assert all(stay), "more was put away than had to be"
+    assert service.session(sessions[0].id) is not sessions[0]
+    service.close()
+
+
+def test_a_stream_says_that_it_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ibisagent.server.app.ALIVE_SECONDS", 0.1)
+    with loopback.serving(create_app(service_in(tmp_path, Slow(seconds=0.5)))) as url, Client(url, token="") as client:
+        session = client.open(png(), "bright box")
+        raw = httpx.post(f"{url}/v1/sessions/{session.id}/run/stream", json={"max_turns": 1}, timeout=60)
+        assert ": still at work" in raw.text
+        assert raw.headers["x-accel-buffering"] == "no"
+        assert len(list(session.stream())) == 1  # what it says to proxies is no turn
 
 
 def test_what_goes_is_what_nobody_worked_on(tmp_path: Path) -> None:
