@@ -343,7 +343,10 @@ def serve(
 async def _expire(service: Service) -> None:
     while True:
         await asyncio.sleep(EXPIRY_SECONDS)
-        await run_in_threadpool(service.expire)
+        try:
+            await run_in_threadpool(service.expire)
+        except (IbisError, OSError) as error:  # the next look may do better; nothing is lost by waiting
+            _log.error("what is idle could not be deleted: %s", type(error).__name__)
         await run_in_threadpool(_give_back_memory)
 
 

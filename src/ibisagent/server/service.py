@@ -398,8 +398,9 @@ class Service:
             ]
         for id_ in left:
             if self._touched.get(id_, now) < asked or self._goes_when_idle(id_):
-                self.close_session(id_)
-                deleted += 1
+                with suppress(MissingError):  # somebody closed it meanwhile
+                    self.close_session(id_)
+                    deleted += 1
             else:
                 self._put_away(id_, idle)
         for job in self._jobs.all:
