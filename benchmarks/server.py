@@ -4,7 +4,8 @@
 
 Every session has an image of its own, drawn from its number. It asks the agent once, then acts like a person: a click
 (or an undo) every `PAUSE` seconds on average. At the end each session's record is played again with a segmenter of this
-process on that session's image: a mask that came from elsewhere could not be rebuilt. Run it on an idle machine.
+process on that session's image: a mask that came from elsewhere could not be rebuilt. Run it on an idle machine. With
+`--seconds 1200` it is a soak: `server_growth_percent` says whether memory stays.
 """
 
 from __future__ import annotations
@@ -190,6 +191,7 @@ def measure(options: argparse.Namespace, url: str, process: int, folder: Path) -
         "click_p50_seconds": round(float(np.percentile(clicks, 50)), 3) if clicks else None,
         "click_p95_seconds": round(float(np.percentile(clicks, 95)), 3) if clicks else None,
         "server_megabytes": memory,
+        "server_growth_percent": round(100 * (np.mean(memory[-3:]) / np.mean(memory[3:6]) - 1), 1),
         **rates,
     }
 

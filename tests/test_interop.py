@@ -78,7 +78,12 @@ class NumpyVolumes:
             masks[..., index] = episode.masks["bright box"]
         return {"bright box": masks}
 
-    def write_masks(self, masks: Masks, volume: Any, path: Path) -> None:
+    def click(self, volume: Any, clicks: Any, segmenter: Segmenter, *, through: bool) -> dict[str, Mask]:
+        raise NotImplementedError
+
+    def write_masks(
+        self, masks: Masks, volume: Any, path: Path, *, dtype: str = "uint8", compressed: bool = True
+    ) -> None:
         labels = np.zeros(volume.shape, dtype=np.uint8)
         for number, mask in enumerate(masks.values(), 1):
             labels[mask] = number
@@ -118,7 +123,8 @@ def infer(url: str, where: str, params: dict[str, Any], **files: Any) -> tuple[d
 
 def test_info(url: str) -> None:
     info = httpx.get(f"{url}/info/").json()
-    assert info["models"]["ibisagent"]["type"] == "deepedit"
+    assert info["models"]["ibisagent"]["type"] == "deepgrow"
+    assert "label" not in info["models"]["ibisagent"]["config"], "Slicer would send it in place of the segment's name"
     assert {"name", "version", "labels", "trainers", "strategies", "scoring", "datastore"} <= set(info)
 
 
@@ -174,7 +180,9 @@ def test_the_datastore(url: str) -> None:
     got = httpx.get(f"{url}/datastore/label?label=..%2Fbrain&tag=final")
     assert got.content == b"label"
     assert "label.nii.gz" in got.headers["content-disposition"]
-    assert httpx.get(f"{url}/datastore/?output=all").json()["objects"]["../brain"]["labels"]["final"]["ext"] == ".gz"
+    assert (
+        httpx.get(f"{url}/datastore/?output=all").json()["objects"]["../brain"]["labels"]["final"]["ext"] == ".nii.gz"
+    )
     _, content = infer(url, "image=..%2Fbrain", {"query": "bright box"})
     assert np.load(io.BytesIO(content)).any()
     assert httpx.delete(f"{url}/datastore/image?id=..%2Fbrain").status_code == 200
@@ -189,7 +197,6 @@ def test_the_datastore(url: str) -> None:
         ("/infer/ibisagent?image=none", {}, 404),
         ("/infer/ibisagent", {"file": ("a.png", b"x")}, 422),
         ("/infer/ibisagent", {"file": ("a.nii", b"x")}, 422),
-        ("/infer/ibisagent", {"file": ("a.png", png())}, 422),
         ("/infer/ibisagent", {"file": ("a.png", png()), "params": (None, "[")}, 422),
         ("/infer/ibisagent", {"file": ("a.png", png()), "params": (None, '{"foreground": [[900, 1]]}')}, 422),
         ("/infer/ibisagent", {"file": ("a.png", bytes(300_000)), "params": (None, "{}")}, 413),
@@ -246,5 +253,25 @@ def test_an_agent_lists_and_calls_the_tools(url: str) -> None:
             wrong = await client.call_tool("click", {"session": session, "x": 900, "y": 0})
             assert wrong.is_error
             assert "outside" in wrong.content[0].text
+            boxed = await client.call_tool(
+                "box", {"session": session, "x0": 10, "y0": 8, "x1": 42, "y1": 32, "target": "bright box"}
+            )
+            assert boxed.structured_content["turns"][-1]["actions"][0]["kind"] == "box"
+            undone = await client.call_tool("undo", {"session": session})
+            assert undone.structured_content["can_redo"]
+            redone = await client.call_tool("redo", {"session": session})
+            assert not redone.structured_content["can_redo"]
+            templates = (await client.list_resource_templates()).resource_templates
+            assert {one.mime_type for one in templates} == {"image/png"}
+            read = await client.read_resource(f"ibisagent://sessions/{session}/masks/bright%20box")
+            mask = np.array(PIL.Image.open(io.BytesIO(base64.b64decode(read.contents[0].blob))))
+            assert mask.shape == SIZE
+            assert mask[20, 20] == 255
+            seen = await client.read_resource(f"ibisagent://sessions/{session}/masks")
+            assert PIL.Image.open(io.BytesIO(base64.b64decode(seen.contents[0].blob))).size == (83, 61)
+            told = next(tool for tool in (await client.list_tools()).tools if tool.name == "open_image").description
+            assert "deleted 60 minutes after" in told
+            assert (await client.call_tool("close", {"session": session})).structured_content == {"closed": session}
+            assert (await client.call_tool("look", {"session": session})).is_error
 
     asyncio.run(use())

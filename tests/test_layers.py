@@ -121,7 +121,7 @@ def test_the_checks_can_fail(tmp_path: Path) -> None:
         "torch.nn",
         "ibisagent.cli.app",
         "ibisagent.store",
-        "ibisagent.server.chat",
+        "ibisagent.server.policy_server",
         "ibisagent.policies.base",
     }
     assert room("ibisagent.cli.app") == room("ibisagent.cli") == "cli"

@@ -40,6 +40,7 @@ from ibisagent.server.service import LARGE_RUNS, Limits, Service, plain_name
 SIZE = (61, 83)
 CLICK = "<think>The bright one.</think><action>click + (0.3133, 0.3197) bright box</action>"
 STOP = "<think>It fits.</think><action>stop</action><answer>Done.</answer>"
+OWNERSHIP = {"server.lock", "server.json"}
 
 
 def truth(shift: int = 0) -> np.ndarray:
@@ -323,7 +324,7 @@ def test_names_never_become_paths(name: str, tmp_path: Path) -> None:
         with zipfile.ZipFile(io.BytesIO(session.export())) as archive:
             assert not any("/" in member or "\\" in member for member in archive.namelist())
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
-    assert {path.name for path in (tmp_path / "data").iterdir()} == {"sessions", "jobs", "uploads"}
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {"sessions", "jobs", "uploads", *OWNERSHIP}
 
 
 @pytest.mark.parametrize("id_", ["..", "../..", "%2e%2e", "0" * 32, "a" * 5000, "é"])

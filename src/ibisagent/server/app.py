@@ -8,24 +8,26 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import json
+import logging
 import os
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from enum import Enum
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar
 from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, FastAPI, File, Form, HTTPException, Query, Request, UploadFile
+from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from ibisagent.domain import MAX_NAME_CHARS, MAX_QUERY_CHARS, Mask, Turn
 from ibisagent.environment import package_version
@@ -35,18 +37,30 @@ from ibisagent.imaging.masks import encode_rle
 from ibisagent.inference.image import asked_objects
 from ibisagent.inference.session import BusyError, RunEnd, Session, Step
 from ibisagent.protocol import overlay
-from ibisagent.server.auth import Gate, Keys, token_for, visitor_of
+from ibisagent.server.auth import (
+    AnswersOtherPages,
+    Gate,
+    Keys,
+    OtherPages,
+    checked_origin,
+    token_for,
+    visitor_of,
+)
 from ibisagent.server.docs import docs_page
+from ibisagent.server.job_routes import Tags, add_jobs, file_answer
 from ibisagent.server.listening import listen
-from ibisagent.server.service import FullError, Job, MissingError, Service, export_zip, training_zip
+from ibisagent.server.metrics import MONAI_PATHS, Metrics
+from ibisagent.server.service import FullError, MissingError, Service, export_zip, training_zip
+from ibisagent.server.storage import no_room
 from ibisagent.store import plain_turn, record_json
 
 Returned = TypeVar("Returned")
-Tags: TypeAlias = list[str | Enum]  # as FastAPI wants them
+_log = logging.getLogger("ibisagent.server")
 
 MAX_COORDINATE = 2**20
 FORM_BYTES = 2**20  # what a request may hold beside its upload
 EXPIRY_SECONDS = 30.0  # between two looks at what is idle: sessions, jobs, memory
+ALIVE_SECONDS = 15.0  # in which a stream says something, so that no proxy takes it for dead
 
 
 class _Strict(BaseModel):
@@ -161,17 +175,6 @@ class SegmentView(BaseModel):
     turns: list[TurnView]
 
 
-class JobView(BaseModel):
-    """A batch job. failures: what went wrong, by image; the others are not stopped by it."""
-
-    id: str
-    query: str
-    state: Literal["waiting", "running", "done", "cancelled"]
-    images: int
-    done: int
-    failures: dict[str, str]
-
-
 class ErrorView(BaseModel):
     """What was wrong, where, and what to do, in one line."""
 
@@ -188,7 +191,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         413: "too large",
         422: "cannot be used as it is",
         429: "the server is full",
-        503: "a model failed",
+        503: "a model failed, or the server stops",
+        507: "the server's disk is full",
     }.items()
 }
 
@@ -230,13 +234,6 @@ def session_view(session: Session) -> SessionView:
     )
 
 
-def job_view(job: Job) -> JobView:
-    """A job, for clients."""
-    return JobView(
-        id=job.id, query=job.query, state=job.state, images=len(job.names), done=job.done, failures=dict(job.failures)
-    )
-
-
 class AgentThreads:
     """Threads of their own for what waits for the model, so that clicks and looks never wait behind runs."""
 
@@ -252,60 +249,18 @@ Mount: TypeAlias = Callable[[FastAPI, Service, AgentThreads], Callable[[], Any] 
 """Adds something to an application; what it returns, if anything, is an async context manager that runs with it."""
 
 
-class Metrics:
-    """What Prometheus sees; a registry of its own, so that several servers fit in one process."""
-
-    def __init__(self, service: Service) -> None:
-        self.registry = CollectorRegistry()
-        self._service = service
-        self._requests = Counter(
-            "ibisagent_requests",
-            "Requests by method, area and status",
-            ["method", "area", "status"],
-            registry=self.registry,
-        )
-        self._seconds = Histogram(
-            "ibisagent_request_seconds", "Time to answer", ["method", "area"], registry=self.registry
-        )
-        self.turns = Counter("ibisagent_agent_turns", "Turns that the agent took", registry=self.registry)
-        sessions = Gauge("ibisagent_sessions", "Open sessions", registry=self.registry)
-        sessions.set_function(lambda: len(service.session_ids))
-        waiting = Gauge("ibisagent_waiting_turns", "Turns that wait for the model", registry=self.registry)
-        waiting.set_function(lambda: service.policy.waiting)
-        self.registry.register(self)
-
-    def collect(self) -> list[GaugeMetricFamily]:
-        """Batches of the shared model."""
-        batches, turns = self._service.batches
-        mean = GaugeMetricFamily("ibisagent_mean_batch", "Turns that are answered together, on average")
-        mean.add_metric([], turns / batches if batches else 0.0)
-        return [mean]
-
-    def observe(self, method: str, path: str, status: int, seconds: float) -> None:
-        """Count one request. Only known words become labels, so that strangers cannot make new ones."""
-        parts = path.strip("/").split("/")
-        area = parts[1] if parts[0] == "v1" and len(parts) > 1 else parts[0]
-        area = area if area in _AREAS else "other"
-        method = method if method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE") else "other"
-        self._requests.labels(method, area, str(status)).inc()
-        self._seconds.labels(method, area).observe(seconds)
-
-
-_STATE_AREAS = ("health", "ready", "metrics", "docs")
-_WORK_AREAS = ("segment", "sessions", "jobs", "models", "info", "infer", "session", "datastore", "mcp", "gradio_api")
-_AREAS = frozenset((*_STATE_AREAS, *_WORK_AREAS))
-
-
 def create_app(
     service: Service,
     *,
     token: str | None = None,
     mounts: tuple[Mount, ...] = (),
+    origins: Iterable[str] = (),
 ) -> FastAPI:
     """The application around `service`, which it closes when it ends.
 
     token: what clients must send, see `access.Gate`; without one only loopback names are answered. mounts: add more to
-    the application (page, MONAI Label, MCP).
+    the application (page, MONAI Label, MCP). origins: of web pages from elsewhere that may use the addresses of MONAI
+    Label, as OHIF does; without a token pages of this machine may as well. ConfigError for what is no origin.
     """
     threads = AgentThreads(2 * service.limits.sessions)
     metrics = Metrics(service)
@@ -337,13 +292,15 @@ def create_app(
     _add_open(app, service, metrics)
     _add_sessions(app, service, threads, metrics)
     _add_segment(app, service, threads)
-    _add_jobs(app, service)
+    add_jobs(app, service)
     for mount in mounts:
         started = mount(app, service, threads)
         if started is not None:
             running.append(started)
+    others = OtherPages(frozenset(map(checked_origin, origins)), MONAI_PATHS, loopback=token is None)
+    app.add_middleware(AnswersOtherPages, others=others)
     limit = service.limits.upload_bytes + FORM_BYTES
-    app.add_middleware(Gate, keys=app.state.keys, max_body=limit, browsers=True, observe=metrics.observe)
+    app.add_middleware(Gate, keys=app.state.keys, max_body=limit, browsers=True, others=others, observe=metrics.observe)
     return app
 
 
@@ -352,12 +309,17 @@ def check_host(host: str) -> None:
     token_for(host)
 
 
-def standard_mounts(*, page: bool) -> tuple[Mount, ...]:
-    """What `ibisagent serve` adds to the application."""
+def standard_mounts(
+    *, page: bool, labels: Sequence[str] = ("target",), studies: str | None = None
+) -> tuple[Mount, ...]:
+    """What `ibisagent serve` adds to the application.
+
+    labels, studies: see `monai.mount_monai`.
+    """
     from ibisagent.server.mcp import mount_mcp
     from ibisagent.server.monai import mount_monai
 
-    mounts: list[Mount] = [mount_monai, mount_mcp]
+    mounts: list[Mount] = [partial(mount_monai, labels=tuple(labels), studies=studies), mount_mcp]
     if page:
         from ibisagent.server.page import mount_page
 
@@ -371,6 +333,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8002,
     mounts: tuple[Mount, ...] = (),
+    origins: Iterable[str] = (),
 ) -> None:
     """Serve until interrupted; the token comes from IBIS_TOKEN. ConfigError without one, unless `host` is loopback.
 
@@ -379,13 +342,17 @@ def serve(
     """
     os.umask(0o077)
     tempfile.tempdir = str(service.folder / "uploads")
-    listen(create_app(service, token=token_for(host), mounts=mounts), host, port)
+    app = create_app(service, token=token_for(host), mounts=mounts, origins=origins)
+    listen(app, host, port, on_stop=service.stop)
 
 
 async def _expire(service: Service) -> None:
     while True:
         await asyncio.sleep(EXPIRY_SECONDS)
-        await run_in_threadpool(service.expire)
+        try:
+            await run_in_threadpool(service.expire)
+        except (IbisError, OSError) as error:  # the next look may do better; nothing is lost by waiting
+            _log.error("what is idle could not be deleted: %s", type(error).__name__)
         await run_in_threadpool(_give_back_memory)
 
 
@@ -414,8 +381,21 @@ _STATUS: tuple[tuple[type[IbisError], int], ...] = (
 def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(IbisError)
     async def failed(_request: Request, error: IbisError) -> JSONResponse:
+        if (reason := no_room(error)) is not None:
+            _log.error("%s", reason)
+            return JSONResponse({"detail": reason}, status_code=507)
         status = next(status for kind, status in _STATUS if isinstance(error, kind))
+        _log.info("refused with %d: %s", status, type(error).__name__)
         return JSONResponse({"detail": str(error)}, status_code=status)
+
+    @app.exception_handler(OSError)
+    @app.exception_handler(StarletteHTTPException)  # what a body that could not be kept for reading becomes
+    async def broken(request: Request, error: OSError | StarletteHTTPException) -> Response:
+        if (reason := no_room(error)) is not None:
+            return JSONResponse({"detail": reason}, status_code=507)
+        if isinstance(error, OSError):
+            raise error
+        return await http_exception_handler(request, error)
 
     @app.exception_handler(RequestValidationError)
     async def refused(_request: Request, error: RequestValidationError) -> JSONResponse:
@@ -435,8 +415,8 @@ def _add_open(app: FastAPI, service: Service, metrics: Metrics) -> None:
     @app.get("/ready", tags=["state"])
     def ready() -> dict[str, str]:
         """Whether work can be taken: the models are loaded, the data folder can be written."""
-        if not service.ready():
-            raise HTTPException(503, "the data folder cannot be written")
+        if (reason := service.trouble()) is not None:
+            raise HTTPException(503, reason)
         return {"status": "ready"}
 
     @app.get("/metrics", tags=["state"], response_class=Response)
@@ -499,7 +479,7 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
         query: Annotated[str, Form(min_length=1, max_length=MAX_QUERY_CHARS)],
         start_mask: Annotated[UploadFile | None, File(description="a mask to refine, 0 outside")] = None,
     ) -> SessionView:
-        """Open a session on an image. It expires when it is idle for too long."""
+        """Open a session on an image. It is kept until it is closed, unless nobody acts in it before it is idle."""
         picture, start = await _picture(service, image, start_mask)
         return session_view(await run_in_threadpool(service.open, picture, query, start))
 
@@ -555,7 +535,7 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
         return StreamingResponse(
             _events(session, threads, lambda on_step: run_steps(session, asked, on_step)),
             media_type="text/event-stream",
-            headers={"cache-control": "no-store"},
+            headers={"cache-control": "no-store", "x-accel-buffering": "no"},  # nginx passes turns on as they are taken
         )
 
     def after(id_: str, act: Callable[[Session], object]) -> SessionView:
@@ -603,7 +583,7 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
         """A new session from the first turns of this one."""
         return session_view(service.fork(id, asked.turn))
 
-    @router.get("/mask", response_class=Response, responses=_file("image/png"))
+    @router.get("/mask", response_class=Response, responses=file_answer("image/png"))
     def mask(id: str, target: Annotated[str, Query(min_length=1, max_length=MAX_NAME_CHARS)]) -> Response:  # noqa: A002
         """One mask: the image's size, 0 outside and 255 inside."""
         session = service.session(id)
@@ -612,36 +592,36 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
             raise MissingError(f"no target '{target}' in this session")
         return _download(session, png_bytes(masks[target]), f"mask_{target}.png", "image/png")
 
-    @router.get("/image", response_class=Response, responses=_file("image/png"))
+    @router.get("/image", response_class=Response, responses=file_answer("image/png"))
     def image(id: str) -> Response:  # noqa: A002
         """The image as the agent sees it."""
         return Response(png_bytes(service.session(id).image.pixels), media_type="image/png")
 
-    @router.get("/overlay", response_class=Response, responses=_file("image/png"))
+    @router.get("/overlay", response_class=Response, responses=file_answer("image/png"))
     def picture(id: str) -> Response:  # noqa: A002
         """The image with its masks."""
         session = service.session(id)
         return Response(png_bytes(overlay(session.image, session.masks)), media_type="image/png")
 
-    @router.get("/report", response_class=Response, responses=_file("text/html"))
+    @router.get("/report", response_class=Response, responses=file_answer("text/html"))
     def report(id: str) -> Response:  # noqa: A002
         """The session as one HTML page."""
         session = service.session(id)
         return _download(session, session.report().encode(), "report.html", "text/html")
 
-    @router.get("/record", response_class=Response, responses=_file("application/json"))
+    @router.get("/record", response_class=Response, responses=file_answer("application/json"))
     def record(id: str) -> Response:  # noqa: A002
         """The latest round as a record, which 'ibisagent replay' plays again."""
         session = service.session(id)
         return _download(session, record_json(session.episodes()[-1]), "record.json", "application/json")
 
-    @router.get("/export", response_class=Response, responses=_file("application/zip"))
+    @router.get("/export", response_class=Response, responses=file_answer("application/zip"))
     def export(id: str) -> Response:  # noqa: A002
         """Masks, overlay, records and report in a zip."""
         session = service.session(id)
         return _download(session, export_zip(service, session), "session.zip", "application/zip")
 
-    @router.get("/training", response_class=Response, responses=_file("application/zip"))
+    @router.get("/training", response_class=Response, responses=file_answer("application/zip"))
     def training(id: str) -> Response:  # noqa: A002
         """What a person corrected, to train with, in a zip: episodes for SFT, image, masks and manifest for RL."""
         session = service.session(id)
@@ -657,10 +637,6 @@ def _download(session: Session, content: bytes, ending: str, media_type: str) ->
     return Response(
         content, media_type=media_type, headers={"content-disposition": f"attachment; filename*=UTF-8''{kept}"}
     )
-
-
-def _file(media_type: str) -> dict[int | str, dict[str, Any]]:
-    return {200: {"content": {media_type: {}}, "description": "the file"}}
 
 
 async def _events(
@@ -684,7 +660,14 @@ async def _events(
 
     ended: Awaitable[RunEnd] = asyncio.ensure_future(threads(work))
     try:
-        while (view := await steps.get()) is not None:
+        while True:
+            try:
+                view = await asyncio.wait_for(steps.get(), ALIVE_SECONDS)
+            except TimeoutError:
+                yield ": still at work\n\n"
+                continue
+            if view is None:
+                break
             yield _event("turn", view.model_dump())
         try:
             yield _event("end", StepView(ended=await ended, session=session_view(session)).model_dump())
@@ -697,42 +680,3 @@ async def _events(
 
 def _event(kind: str, value: Any) -> str:
     return f"event: {kind}\ndata: {json.dumps(value)}\n\n"
-
-
-def _add_jobs(app: FastAPI, service: Service) -> None:
-    tags: Tags = ["jobs"]
-
-    @app.post("/v1/jobs", tags=tags, status_code=202)
-    async def submit(
-        images: Annotated[list[UploadFile], File(description="PNG, JPEG, TIFF or BMP, any number")],
-        query: Annotated[str, Form(min_length=1, max_length=MAX_QUERY_CHARS)],
-        max_turns: Annotated[int | None, Form(ge=1, le=1000)] = None,
-    ) -> JobView:
-        """Segment many images with one query, in the background."""
-        uploads = [(image.filename or f"image-{number}", await image.read()) for number, image in enumerate(images, 1)]
-        return job_view(await run_in_threadpool(service.submit, uploads, query, max_turns))
-
-    @app.get("/v1/jobs", tags=tags)
-    def list_jobs() -> list[JobView]:
-        """All jobs, oldest first."""
-        return [job_view(job) for job in service.jobs]
-
-    @app.get("/v1/jobs/{id}", tags=tags)
-    def look(id: str) -> JobView:  # noqa: A002
-        """How far a job is."""
-        return job_view(service.job(id))
-
-    @app.post("/v1/jobs/{id}/cancel", tags=tags)
-    def cancel(id: str) -> JobView:  # noqa: A002
-        """End a job after the images under way; what is done stays."""
-        return job_view(service.cancel(id))
-
-    @app.delete("/v1/jobs/{id}", tags=tags, status_code=204)
-    def remove(id: str) -> None:  # noqa: A002
-        """Forget a job that is over, and delete its files."""
-        service.remove_job(id)
-
-    @app.get("/v1/jobs/{id}/results", tags=tags, response_class=Response, responses=_file("application/zip"))
-    def results(id: str) -> Response:  # noqa: A002
-        """A zip of what is done so far: masks, overlays, records."""
-        return Response(service.results(id), media_type="application/zip")

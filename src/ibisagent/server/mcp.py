@@ -22,7 +22,7 @@ from ibisagent.imaging.masks import encode_rle
 from ibisagent.inference.session import Session
 from ibisagent.protocol import overlay
 from ibisagent.server.app import AgentThreads, session_view
-from ibisagent.server.service import Service, export_zip
+from ibisagent.server.service import MissingError, Service, export_zip
 
 Picture = Annotated[str, Field(description="the picture file (PNG, JPEG, TIFF, BMP) in base64")]
 Query = Annotated[str, Field(description='what to segment, such as "Segment the optic disc."')]
@@ -31,14 +31,21 @@ Made = TypeVar("Made")
 
 INSTRUCTIONS = (
     "Segment objects in biomedical images. open_image starts a session; run segments what the query names;"
-    " click corrects its masks; look shows them; export gives the files. Research software: not for clinical use."
+    " click and box correct its masks; look shows them, and so does the resource ibisagent://sessions/{session}/masks;"
+    " export gives the files. A session that is idle for too long is deleted, see open_image: export first, close it"
+    " when you are done. Research software: not for clinical use."
 )
+MASK_URI = "ibisagent://sessions/{session}/masks/{target}"
+PICTURE_URI = "ibisagent://sessions/{session}/masks"
 
 
 def mount_mcp(app: FastAPI, service: Service, threads: AgentThreads) -> Callable[[], Any]:
     """Add the endpoint; its session manager runs with the application. Names and origins are checked by the gate."""
     server = MCPServer("ibisagent", instructions=INSTRUCTIONS, version=package_version(), log_level="WARNING")
-    _add_tools(server, service, threads)
+    desk = _Desk(service, threads)
+    _add_tools(server, desk)
+    _add_acts(server, desk)
+    _add_resources(server, desk)
     inner: Starlette = server.streamable_http_app(
         streamable_http_path="/mcp",
         json_response=True,
@@ -54,24 +61,46 @@ def _view(session: Session) -> dict[str, Any]:
     return session_view(session).model_dump()
 
 
-def _add_tools(server: MCPServer[Any], service: Service, threads: AgentThreads) -> None:
-    async def answered(work: Callable[[], Made]) -> Made:
+class _Desk:
+    """The sessions that other agents may use: those that belong to no visitor of the page."""
+
+    def __init__(self, service: Service, threads: AgentThreads) -> None:
+        self.service, self._threads = service, threads
+
+    async def answered(self, work: Callable[[], Made]) -> Made:
         """The result of `work`; what goes wrong becomes a message that the other agent reads."""
         try:
-            return await threads(work)
+            return await self._threads(work)
         except IbisError as error:
             raise ToolError(str(error)) from error
 
-    def shared(id_: str) -> Session:
-        service.check_visitor(id_, None)
-        return service.session(id_)
+    def shared(self, id_: str) -> Session:
+        """A session by its id."""
+        self.service.check_visitor(id_, None)
+        return self.service.session(id_)
 
-    def opened(picture: str, query: str) -> Session:
+    def opened(self, picture: str, query: str) -> Session:
+        """A new session, which goes when it is idle: agents do not come back."""
         try:
             content = base64.b64decode(picture, validate=True)
         except (binascii.Error, ValueError) as error:
             raise DataError("the picture is not base64: send the whole file in base64") from error
-        return service.open(service.read_picture(content, "image"), query)
+        return self.service.open(self.service.read_picture(content, "image"), query, passing=True)
+
+    async def acted(self, id_: str, act: Callable[[Session], object]) -> dict[str, Any]:
+        """The session after something was done in it."""
+
+        def work() -> dict[str, Any]:
+            found = self.shared(id_)
+            act(found)
+            return _view(found)
+
+        return await self.answered(work)
+
+
+def _add_tools(server: MCPServer[Any], desk: _Desk) -> None:
+    service, answered, shared, opened = desk.service, desk.answered, desk.shared, desk.opened
+    idle = f"It is deleted {service.limits.idle_seconds / 60:g} minutes after its last use."
 
     @server.tool()
     async def segment(picture: Picture, query: Query) -> dict[str, Any]:
@@ -87,21 +116,14 @@ def _add_tools(server: MCPServer[Any], service: Service, threads: AgentThreads) 
 
         return await answered(work)
 
-    @server.tool()
+    @server.tool(description=f"Open a session on a picture. {idle}")
     async def open_image(picture: Picture, query: Query) -> dict[str, Any]:
-        """Open a session on a picture."""
         return await answered(lambda: _view(opened(picture, query)))
 
     @server.tool()
     async def ask(session: SessionId, query: str | None = None) -> dict[str, Any]:
         """One turn of the segmenting agent. query: a new request, left out: the last one."""
-
-        def work() -> dict[str, Any]:
-            found = shared(session)
-            found.ask(query)
-            return _view(found)
-
-        return await answered(work)
+        return await desk.acted(session, lambda found: found.ask(query))
 
     @server.tool()
     async def run(session: SessionId, query: str | None = None) -> dict[str, Any]:
@@ -110,30 +132,6 @@ def _add_tools(server: MCPServer[Any], service: Service, threads: AgentThreads) 
         def work() -> dict[str, Any]:
             found = shared(session)
             return {"ended": found.run(query), "session": _view(found)}
-
-        return await answered(work)
-
-    @server.tool()
-    async def click(
-        session: SessionId, x: int, y: int, positive: bool = True, target: str | None = None
-    ) -> dict[str, Any]:
-        """Click on pixel column x, row y: it belongs to the target (positive), or does not."""
-
-        def work() -> dict[str, Any]:
-            found = shared(session)
-            found.click(x, y, positive=positive, target=target)
-            return _view(found)
-
-        return await answered(work)
-
-    @server.tool()
-    async def undo(session: SessionId) -> dict[str, Any]:
-        """Take back the newest turn with clicks."""
-
-        def work() -> dict[str, Any]:
-            found = shared(session)
-            found.undo()
-            return _view(found)
 
         return await answered(work)
 
@@ -157,3 +155,62 @@ def _add_tools(server: MCPServer[Any], service: Service, threads: AgentThreads) 
             return {"masks": masks, "zip": base64.b64encode(export_zip(service, found)).decode()}
 
         return await answered(work)
+
+
+def _add_acts(server: MCPServer[Any], desk: _Desk) -> None:
+    @server.tool()
+    async def click(
+        session: SessionId, x: int, y: int, positive: bool = True, target: str | None = None
+    ) -> dict[str, Any]:
+        """Click on pixel column x, row y: it belongs to the target (positive), or does not."""
+        return await desk.acted(session, lambda found: found.click(x, y, positive=positive, target=target))
+
+    @server.tool()
+    async def box(session: SessionId, x0: int, y0: int, x1: int, y1: int, target: str | None = None) -> dict[str, Any]:
+        """Draw a box around the target: columns x0 to x1 and rows y0 to y1, the last ones outside it."""
+        return await desk.acted(session, lambda found: found.box(x0, y0, x1, y1, target=target))
+
+    @server.tool()
+    async def undo(session: SessionId) -> dict[str, Any]:
+        """Take back the newest turn with clicks or boxes."""
+        return await desk.acted(session, Session.undo)
+
+    @server.tool()
+    async def redo(session: SessionId) -> dict[str, Any]:
+        """Bring back what was undone."""
+        return await desk.acted(session, Session.redo)
+
+    @server.tool()
+    async def close(session: SessionId) -> dict[str, Any]:
+        """Close a session and delete its files: export first."""
+
+        def work() -> dict[str, Any]:
+            desk.service.check_visitor(session, None)
+            desk.service.close_session(session)
+            return {"closed": session}
+
+        return await desk.answered(work)
+
+
+def _add_resources(server: MCPServer[Any], desk: _Desk) -> None:
+    @server.resource(PICTURE_URI, mime_type="image/png")
+    async def picture(session: str) -> bytes:
+        """The picture of a session with its masks."""
+
+        def work() -> bytes:
+            found = desk.shared(session)
+            return png_bytes(overlay(found.image, found.masks))
+
+        return await desk.answered(work)
+
+    @server.resource(MASK_URI, mime_type="image/png")
+    async def mask(session: str, target: str) -> bytes:
+        """One mask of a session: the picture's size, 0 outside and 255 inside."""
+
+        def work() -> bytes:
+            masks = desk.shared(session).masks
+            if target not in masks:
+                raise MissingError(f"no target '{target[:80]}' in this session")
+            return png_bytes(masks[target])
+
+        return await desk.answered(work)

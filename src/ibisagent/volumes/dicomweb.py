@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,31 @@ def fetch_series(url: str, folder: Path) -> None:
             count += 1
     if not count:
         raise DataError(f"{_safe(url)}: the server has no such series")
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """A series of images on a server: its UID and its study's, and its modality."""
+
+    uid: str
+    study: str
+    modality: str
+
+
+def find_series(url: str, series: str | None = None) -> list[Series]:
+    """The series of images on the DICOMweb server `url`: all of them, or that with the UID `series`.
+
+    Raises ConfigError without dicomweb-client, DataError where the server refuses.
+    """
+    client = _client(url.rstrip("/"))
+    asked = {} if series is None else {"SeriesInstanceUID": series}
+    with _one_line(url):
+        found = client.search_for_series(search_filters=asked, fields=["Modality", "StudyInstanceUID"])
+    listed = [
+        Series(str(_value(item, "0020000E")), str(_value(item, "0020000D")), str(_value(item, "00080060") or ""))
+        for item in found
+    ]
+    return [one for one in listed if one.modality not in _NO_IMAGES and series in (None, one.uid)]
 
 
 def store(url: str, files: Sequence[Path]) -> None:

@@ -1,4 +1,4 @@
-"""NRRD and MetaImage in, by SimpleITK."""
+"""NRRD and MetaImage in, NRRD out, by SimpleITK."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ibisagent.errors import ConfigError, DataError
+from ibisagent.files import appearing_whole, one_line
 from ibisagent.imaging import limits
 from ibisagent.volumes.grid import LPS, Volume, choose_channel
 
@@ -95,6 +96,28 @@ def read_slicer_segmentation(path: Path) -> tuple[dict[str, np.ndarray], np.ndar
     if not masks:
         raise DataError(f"{path}: names no segment; save it from 3D Slicer as a segmentation")
     return masks, next(iter(layers.values())).affine
+
+
+def write_nrrd(labels: np.ndarray, volume: Volume, path: Path, *, compressed: bool = True) -> None:
+    """Write an (I, J, K) label map of whole numbers as .nrrd on the grid of `volume`, as ITK places it in space.
+
+    Raises ConfigError without SimpleITK, DataError where the disk is full.
+    """
+    try:
+        import SimpleITK as sitk  # noqa: N813
+    except ImportError as error:
+        raise ConfigError(f"{path.name}: NRRD needs SimpleITK: pip install 'ibisagent[medical]'") from error
+    image = sitk.GetImageFromArray(np.ascontiguousarray(labels.swapaxes(0, 2)))
+    affine = LPS @ volume.affine
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    image.SetSpacing(spacing.tolist())
+    image.SetOrigin(affine[:3, 3].tolist())
+    image.SetDirection((affine[:3, :3] / spacing).ravel().tolist())
+    with appearing_whole(path, ".nrrd") as part:
+        try:
+            sitk.WriteImage(image, str(part), useCompression=compressed)
+        except RuntimeError as error:
+            raise DataError(f"{path}: cannot be written ({one_line(error)}); free space") from error
 
 
 def _check_header(path: Path) -> str:

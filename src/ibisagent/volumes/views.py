@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 
@@ -115,6 +117,20 @@ class SliceView:
         """Put a picture's (H, W) mask into slice `index` of an (I, J, K) array."""
         shown = self._shown(self._take(masks, index))  # a view: what is written there is written to `masks`
         shown[...] = self.plane(mask)
+
+    def pixel(self, voxel: Sequence[int]) -> tuple[int, int, int]:
+        """The slice that shows a voxel [i, j, k], and the column and row of its picture where the voxel's centre is.
+
+        Raises ConfigError for a voxel outside the volume.
+        """
+        shape = self.volume.shape
+        if not all(0 <= at < side for at, side in zip(voxel, shape, strict=True)):
+            raise ConfigError(f"voxel {list(voxel)} lies outside the volume of {' x '.join(map(str, shape))} voxels")
+        places = []
+        for axis, flip, side in zip((self._rows, self._columns), self._flips, self.size, strict=True):
+            at = voxel[axis] if flip > 0 else shape[axis] - 1 - voxel[axis]
+            places.append(int((at + 0.5) * side / shape[axis]))
+        return voxel[self.voxel_axis], places[1], places[0]
 
     def _take(self, voxels: np.ndarray, index: int) -> np.ndarray:
         if not 0 <= index < self.count:
