@@ -30,7 +30,7 @@ from ibisagent.training.images import read_training_cases
 
 PER_DATA_SET, HELD_OUT_PER_DATA_SET = 25, 6  # images
 WEIGHT_DECAY = 1e-3
-REFUSED = 0.04  # share of the objects that are there that may be called absent
+REFUSED = 0.01  # share of the objects that are there that may be called absent
 _FAMILIES: Mapping[str, str] = {
     **dict.fromkeys(("CT", "MRI", "X-Ray", "ultrasound"), "through the body"),
     **dict.fromkeys(("fundus", "OCT"), "eye"),
