@@ -1010,7 +1010,7 @@ def serve(
 
     The API is described at /docs. Only this machine is answered unless IBIS_TOKEN holds a secret.
     """
-    _require_server(*(["gradio"] if page else []))
+    _require_server()
     with _status("loading the models", quiet=False):
         import platformdirs
 
@@ -1147,13 +1147,12 @@ def doctor_rewards(
         raise typer.Exit(EXIT_ERROR)
 
 
-def _require_server(*more: str) -> None:
+def _require_server() -> None:
     from importlib.util import find_spec
 
-    needed = ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "mcp", *more)
+    needed = ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "mcp")
     if missing := [name for name in needed if not find_spec(name)]:
-        extra = "ui" if "gradio" in missing else "server"
-        raise ConfigError(f"serving needs {', '.join(missing)}: pip install 'ibisagent[{extra}]'")
+        raise ConfigError(f"serving needs {', '.join(missing)}: pip install 'ibisagent[server]'")
 
 
 def _require_training() -> None:

@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 
 from ibisagent.csv_tables import csv_text, plain_cell
@@ -42,6 +43,7 @@ from ibisagent.domain import (
     StopReason,
     Turn,
     Undo,
+    check_masks,
     check_query,
     stand_after,
     standing,
@@ -62,7 +64,7 @@ from ibisagent.environment import (
 from ibisagent.errors import ConfigError, DataError, PolicyError
 from ibisagent.files import make_folder, png_bytes, safe_name, write_whole
 from ibisagent.images import read_image, read_masks, write_mask_png, write_png
-from ibisagent.masks import decode_rle
+from ibisagent.masks import decode_rle, encode_rle
 from ibisagent.policies.base import Policy
 from ibisagent.protocol import overlay, target_of, write
 from ibisagent.segmenters import Segmenter
@@ -200,6 +202,8 @@ def replay_record(path: str | Path, *, image: str | Path | None = None, device: 
 
 Author = Literal["agent", "person"]
 RunEnd = Literal["stopped", "max_turns", "malformed", "repeated", "taken_over"]
+State = Literal["new", "agent", "corrected", "accepted"]
+"""How far a session is: nobody has acted, the agent alone has, a user has corrected it, a user has accepted it."""
 SESSION_FILE, IMAGE_FILE = "session.json", "image.png"
 SESSION_FORMAT, SESSION_VERSION = "ibisagent session", 1
 MANIFEST_NAME = "manifest.csv"
@@ -247,13 +251,15 @@ class Round:
     """What happened about one request: the masks that it began with, and its steps.
 
     board: the masks with all that made them, megabytes; None where the round was read from a file or is over, until
-    somebody acts again.
+    somebody acts again. edit: what a user did to the masks by hand that the round begins with, in words; "" where it
+    begins with a request.
     """
 
     query: str
     start: Masks
     steps: tuple[Step, ...] = ()
     board: Board | None = None
+    edit: str = ""
 
     @property
     def masks(self) -> Masks:
@@ -269,7 +275,7 @@ class Round:
         """The round with one more step. A session has hundreds of turns: their masks are held coded."""
         plain = {"by": by, **plain_turn(turn)}
         coded = replace(turn, before=self._left, after=_CodedMasks(plain["masks"]))
-        return Round(self.query, self.start, (*self.steps, Step(coded, by, plain)), board)
+        return replace(self, steps=(*self.steps, Step(coded, by, plain)), board=board)
 
     @property
     def turns(self) -> tuple[Turn, ...]:
@@ -281,6 +287,8 @@ class Round:
         users = [str(number) for number, step in enumerate(self.steps, 1) if step.by == "person"]
         stop: StopReason = "stopped" if self.steps and self.turns[-1].reply.stop else "open"
         facts = {**made_by, "people_turns": " ".join(users)}
+        if self.edit:
+            facts["people_edit"] = self.edit
         return Episode(
             session_id, self.query, image.size, image.sha256, image.source, self.start, self.turns, stop, facts
         )
@@ -295,7 +303,9 @@ class Session:
     """One person, one agent, one image: ask, click, undo, hand over, export.
 
     - A session goes through rounds, one for each request in words; the agent sees the turns of its round alone. A new
-      round begins with the masks that were the answer to the last one, as masks to refine.
+      round begins with the masks that were the answer to the last one, as masks to refine. What a user does to the
+      masks by hand (a brush, another name for an object, none of it any more) begins a round as well: no clicks lead
+      there, and whoever goes on, user or agent, goes on from those masks.
     - Whoever acts, agent or person, acts through the same turns. A person's undo is a turn as well, so that what was
       wrong and what put it right both stay for training; `redo` takes it away again.
     - With a folder, every change is on disk before it is seen: a process that is killed loses no finished turn.
@@ -381,6 +391,41 @@ class Session:
         return standing(self._rounds[-1].turns)
 
     @property
+    def answer_codes(self) -> Mapping[str, Mapping[str, Any]]:
+        """The run lengths (`masks.encode_rle`) of `masks`, as the steps hold them: nothing is decoded."""
+        last = self._rounds[-1]
+        held = {number: step.plain["masks"] for number, step in enumerate(last.steps)}
+        answer = last.episode(self.id, self.image, {})
+        codes = {
+            name: one["rle"]
+            for name, turn in answer.answer_turns.items()
+            for one in (last.plain_start if turn is None else held[turn])
+            if one["name"] == name
+        }
+        empty = {
+            name: encode_rle(np.zeros(self.image.size, bool)) for name in answer.answer.absent if name not in codes
+        }
+        return {**empty, **codes}
+
+    @property
+    def state(self) -> State:
+        """How far it is."""
+        last = self._rounds[-1]
+        by = [(step.by, step.turn.reply.stop is not None) for step in last.steps]
+        return _state(by, [step.by for step in self.steps], [one.edit for one in self._rounds])
+
+    @property
+    def edits(self) -> list[tuple[int, str]]:
+        """What a user did to the masks by hand, oldest first: after how many turns, and what."""
+        counts = np.cumsum([0, *(len(one.steps) for one in self._rounds)]).tolist()
+        return [(before, one.edit) for before, one in zip(counts, self._rounds, strict=False) if one.edit]
+
+    @property
+    def png(self) -> bytes:
+        """The image as a PNG file."""
+        return png_bytes(self.image.pixels) if self.folder is None else (self.folder / IMAGE_FILE).read_bytes()
+
+    @property
     def can_undo(self) -> bool:
         """Whether `undo` has something to take back."""
         return len(self._rounds) > 1 or bool(self.prompts)
@@ -463,7 +508,7 @@ class Session:
             last = replace(self._rounds[-1], board=None)
             if query == last.query:
                 return
-            earlier = (*self._rounds[:-1], last) if last.steps else self._rounds[:-1]
+            earlier = (*self._rounds[:-1], last) if last.steps or last.edit else self._rounds[:-1]
             answer = self.masks
             self._undone.clear()
             self._commit((*earlier, Round(query, {name: answer[name] for name in last.masks})))
@@ -481,6 +526,70 @@ class Session:
     def box(self, x0: int, y0: int, x1: int, y1: int, *, target: str | None = None) -> Step:
         """A person's box, half-open: x0 <= x < x1 and y0 <= y < y1, in pixels. Otherwise as `click`."""
         return self._act(Box(x0, y0, x1, y1, self._named(target)))
+
+    def preview(self, x: int, y: int, *, positive: bool = True, target: str | None = None) -> Mask:
+        """The mask that `click` would give, and nothing changes. Raises as `click`."""
+        click = Click(x, y, positive, self._named(target))
+        reply = Reply("", (click,))
+        text = write(reply, self.image.size, dialect="ibis")
+        with self._lock:
+            board = self._board()
+            self._rounds = (*self._rounds[:-1], replace(self._rounds[-1], board=board))  # open now: the next is fast
+        trial = board.copy()
+        trial.take(Completion(text), reply)
+        if click.target not in trial.masks:
+            raise ConfigError(f"'{click.target}' would be a ninth object: use one of those that there are")
+        return trial.masks[click.target]
+
+    def brush(
+        self, points: Sequence[tuple[float, float]], radius: float, *, add: bool = True, target: str | None = None
+    ) -> None:
+        """A stroke with a round brush, which adds what it goes over to the mask of `target`, or takes it away.
+
+        points: where it went, (x, y) in pixels, one or more; the middle of the first pixel is (0.5, 0.5). radius: in
+        pixels; 0 is a single pixel. Raises ConfigError for no point, one far outside, a ninth target, or a stroke that
+        changes nothing.
+        """
+        name = self._named(target)
+        stroke = _stroke(points, radius, self.image.size)
+        with self._lock:
+            masks = dict(self.masks)
+            before = masks.get(name, np.zeros(self.image.size, bool))
+            masks[name] = before | stroke if add else before & ~stroke
+            if np.array_equal(masks[name], before):
+                raise ConfigError("the stroke changes nothing: it is all inside already, or all outside")
+            self.edit(masks, f"{'brush' if add else 'eraser'}: {name}")
+
+    def rename(self, target: str, name: str) -> None:
+        """Call an object otherwise. ConfigError where there is none of that name, or one of the new one."""
+        name = self._named(name)
+        with self._lock:
+            if target not in self.masks or name in self.masks:
+                missing = target not in self.masks
+                raise ConfigError(
+                    f"there is {'no' if missing else 'already an'} object '{target if missing else name}'"
+                )
+            masks = {name if one == target else one: mask for one, mask in self.masks.items()}
+            self.edit(masks, f"rename {target}: {name}")
+
+    def remove(self, target: str) -> None:
+        """Drop an object with its mask. ConfigError where there is none of that name."""
+        with self._lock:
+            if target not in self.masks:
+                raise ConfigError(f"there is no object '{target}'")
+            self.edit({one: mask for one, mask in self.masks.items() if one != target}, f"remove: {target}")
+
+    def edit(self, masks: Masks, what: str) -> None:
+        """Begin a round with masks that a user made by hand, each (H, W) bool; `undo` takes it back.
+
+        what: what the user did, in words, for the record. DataError for masks that do not fit the image.
+        """
+        check_masks(masks, self.image.size, f"session {self.id}")
+        with self._lock:
+            self._check_room()
+            last = replace(self._rounds[-1], board=None)
+            self._commit((*self._rounds[:-1], last, Round(last.query, dict(masks), edit=what)))
+            self._undone.clear()
 
     def accept(self, answer: str = "", absent: Sequence[str] = ()) -> Step:
         """A person says that the masks are right. absent: objects that were asked for and are not in the image."""
@@ -529,9 +638,9 @@ class Session:
             raise ConfigError(f"turn {turn} cannot be forked from: the session has {len(self.steps)}")
         for one in everything:
             whole = left >= len(one.steps)
-            rounds.append(one if whole else Round(one.query, one.start, one.steps[:left]))
+            rounds.append(one if whole else replace(one, steps=one.steps[:left], board=None))
             left -= len(one.steps)
-            if left <= 0:
+            if left <= 0 and turn < len(self.steps):
                 break
         case = Case(id or uuid.uuid4().hex, self.image, rounds[0].query)
         return Session(case, self.segmenter, self.policy, folder=folder, _rounds=tuple(rounds))
@@ -565,7 +674,7 @@ class Session:
         return [
             _to_learn_from(episode, one.steps)
             for episode, one in zip(self.episodes(), self._rounds, strict=True)
-            if any(step.by == "person" for step in one.steps)
+            if any(step.by == "person" for step in one.steps) or (one.edit and one is self._rounds[-1])
         ]
 
     def export_training(self, folder: str | Path) -> int:
@@ -579,19 +688,7 @@ class Session:
         if not episodes:
             return 0
         folder = Path(folder)
-        for part in ("images", "masks"):
-            make_folder(folder / part)
-        stem = self.image.sha256[:16]
-        picture = f"images/{stem}.png"
-        write_whole(png_bytes(self.image.pixels), folder / picture)
-        rows = []
-        for target, mask in self.masks.items():
-            mask_file = ""
-            if mask.any():
-                mask_file = f"masks/{stem}_{safe_name(target, set())}_{_short_hash(target)}.png"
-                write_mask_png(mask, folder / mask_file)
-            rows.append((picture, mask_file, target, self.query))
-        _add_rows(folder / MANIFEST_NAME, rows)
+        picture = add_to_data_set(folder, self.image, self.masks, self.query)
         people = [episode.made_by["people_turns"] for episode in episodes]
         EpisodeStore(folder / "episodes").append(
             [replace(episode, case_id=f"{picture}#{self.target}", image_source=picture) for episode in episodes],
@@ -663,7 +760,7 @@ class Session:
         return board
 
     def _check_room(self) -> None:
-        if len(self.steps) >= MAX_STEPS:
+        if len(self.steps) + len(self.edits) >= MAX_STEPS:
             raise ConfigError(f"the session is full, it has {MAX_STEPS} turns: export it, and fork or open a new one")
 
     def _named(self, target: str | None) -> str:
@@ -687,7 +784,12 @@ class Session:
             "id": self.id,
             "source": self.image.source,
             "rounds": [
-                {"query": one.query, "start": one.plain_start, "steps": [step.plain for step in one.steps]}
+                {
+                    "query": one.query,
+                    "edit": one.edit,
+                    "start": one.plain_start,
+                    "steps": [step.plain for step in one.steps],
+                }
                 for one in rounds
             ],
         }
@@ -717,12 +819,71 @@ class _AtWork:
 
 
 def _read_round(plain: Mapping[str, Any], size: tuple[int, int], where: str) -> Round:
-    read = Round(check_query(plain["query"]), read_plain_masks(plain["start"], size, where))
+    start = read_plain_masks(plain["start"], size, where)
+    read = Round(check_query(plain["query"]), start, edit=str(plain.get("edit", "")))
     for one in plain["steps"]:
         if one["by"] not in ("agent", "person"):
             raise ValueError(f"a turn is by '{one['by']}'")
         read = read.extended(read_turn(one, read.masks, size, where), one["by"])
     return read
+
+
+@dataclass(frozen=True, slots=True)
+class Glance:
+    """What a list of sessions says of one, read without its image. objects: names of those with a mask."""
+
+    source: str
+    query: str
+    state: State
+    turns: int
+    objects: tuple[str, ...]
+
+
+def glance(folder: Path) -> Glance:
+    """The session that keeps itself in `folder`, at a glance. DataError where the folder holds none."""
+    path = folder / SESSION_FILE
+    try:
+        plain = json.loads(path.read_bytes())
+        rounds = plain["rounds"]
+        last = rounds[-1]
+        by = [(one["by"], any(action["kind"] == "stop" for action in one["actions"])) for one in last["steps"]]
+        everyone = [one["by"] for each in rounds for one in each["steps"]]
+        masks = last["steps"][-1]["masks"] if last["steps"] else last["start"]
+        edits = [str(each.get("edit", "")) for each in rounds]
+        state = _state(by, everyone, edits)
+        return Glance(
+            str(plain["source"]), str(last["query"]), state, len(everyone), tuple(str(one["name"]) for one in masks)
+        )
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give a folder that holds a session") from error
+    except (KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
+        raise DataError(f"{path}: is no session, or is damaged ({error})") from error
+
+
+def _state(last: Sequence[tuple[str, bool]], everyone: Sequence[str], edits: Sequence[str]) -> State:
+    """last: of the last round's turns, whose each was and whether it stopped. everyone, edits: of all rounds."""
+    if last and last[-1] == ("person", True):
+        return "accepted"
+    if "person" in everyone or any(edits):
+        return "corrected"
+    return "agent" if everyone else "new"
+
+
+def _stroke(points: Sequence[tuple[float, float]], radius: float, size: tuple[int, int]) -> Mask:
+    """The pixels (H, W) that a round brush goes over."""
+    height, width = size
+    places = np.asarray(points, dtype=np.float64).reshape(-1, 2)
+    if not len(places) or not (np.isfinite(places).all() and 0 <= radius <= max(size)):
+        raise ConfigError("a stroke needs one or more points, and a radius from 0 to the image's longer side")
+    if places.min() < -radius - 1 or (places > np.array([width, height]) + radius + 1).any():
+        raise ConfigError(f"the stroke leaves the image of {width} x {height} pixels")
+    drawn = np.zeros(size, np.uint8)
+    pixels = np.floor(places).astype(np.int32)
+    cv2.polylines(drawn, [pixels.reshape(-1, 1, 2)], False, 1, max(1, round(2 * radius)))
+    for x, y in pixels.tolist():
+        cv2.circle(drawn, (x, y), int(radius), 1, -1)
+    stroke: Mask = drawn.astype(bool)
+    return stroke
 
 
 def _to_learn_from(episode: Episode, steps: Sequence[Step]) -> Episode:
@@ -779,6 +940,28 @@ def _that_count(actions: Sequence[Action], number: int, stand: Standing, made: M
             counted.append(action)
         stand = stand_after(stand, number, (action,))
     return counted
+
+
+def add_to_data_set(folder: Path, image: Image, masks: Masks, query: str) -> str:
+    """Add an image and its masks to the data set in `folder`, in place of those of the same image and object.
+
+    Returns the image's file, relative to the folder. `datasets.read_cases` reads the manifest. DataError when it cannot
+    be written.
+    """
+    for part in ("images", "masks"):
+        make_folder(folder / part)
+    stem = image.sha256[:16]
+    picture = f"images/{stem}.png"
+    write_whole(png_bytes(image.pixels), folder / picture)
+    rows = []
+    for target, mask in masks.items():
+        mask_file = ""
+        if mask.any():
+            mask_file = f"masks/{stem}_{safe_name(target, set())}_{_short_hash(target)}.png"
+            write_mask_png(mask, folder / mask_file)
+        rows.append((picture, mask_file, target, query))
+    _add_rows(folder / MANIFEST_NAME, rows)
+    return picture
 
 
 def _add_rows(manifest: Path, rows: Sequence[tuple[str, ...]]) -> None:

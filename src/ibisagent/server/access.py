@@ -46,9 +46,8 @@ _SAFE_HEADERS = [
     (b"referrer-policy", b"no-referrer"),
     (
         b"content-security-policy",
-        b"default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:;"
-        b" style-src 'self' 'unsafe-inline'; object-src 'none'; base-uri 'self'; form-action 'self';"
-        b" frame-ancestors 'self'",
+        b"default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; object-src 'none';"
+        b" base-uri 'self'; form-action 'self'; frame-ancestors 'self'",
     ),
 ]
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")

@@ -13,9 +13,9 @@ import threading
 import time
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -168,9 +168,9 @@ class Service:
         for part in ("sessions", "jobs", "uploads"):
             self.private_folder(part)
         for leftover in (self.folder / "uploads").iterdir():
-            _remove(leftover)
+            remove(leftover)
         for folder_of_job in (self.folder / "jobs").iterdir():  # a job does not outlive its server
-            _remove(folder_of_job)
+            remove(folder_of_job)
         self._sessions: dict[str, Session | None] = {}
         self._touched: dict[str, float] = {}
         self._owners: dict[str, str] = {}  # of sessions that visitors of the page opened
@@ -182,7 +182,7 @@ class Service:
                 if (owner := kept / OWNER_FILE).is_file():
                     self._owners[kept.name] = owner.read_text(errors="replace")
             else:
-                _remove(kept)  # killed while it was opened
+                remove(kept)  # killed while it was opened
         self._jobs: dict[str, Job] = {}
         self._lock = threading.Lock()
         self._readers = threading.BoundedSemaphore(READERS)
@@ -247,12 +247,22 @@ class Service:
         path = self.scratch(next((ending for ending in VOLUME_SUFFIXES if shown.lower().endswith(ending)), ""))
         write_whole(content, path)
         try:
-            with self._readers, limits.at_most(pixels=self.limits.pixels, voxels=self.limits.voxels):
+            with self.reading():
                 return read(path)
         except DataError as error:
             raise type(error)(str(error).replace(str(path), shown)) from error
         finally:
-            _remove(path)
+            remove(path)
+
+    def within_limits(self) -> AbstractContextManager[None]:
+        """What is read in the block may have as many pixels and voxels as this server takes."""
+        return limits.at_most(pixels=self.limits.pixels, voxels=self.limits.voxels)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Room to decode one upload, and the limits for it."""
+        with self._readers, self.within_limits():
+            yield
 
     def _check_size(self, size: tuple[int, int], name: str) -> None:
         if size[0] * size[1] > self.limits.pixels:
@@ -262,13 +272,15 @@ class Service:
 
     # Sessions.
 
-    def open(self, image: Image, query: str, start: Mask | None = None, *, owner: str | None = None) -> Session:
-        """A new session. owner: the visitor of the page whose it is; None: of all who have the token.
+    def open(self, image: Image, query: str, start: Mask | Masks | None = None, *, owner: str | None = None) -> Session:
+        """A new session. start: the mask to refine of what the query names, or such masks by target. owner: the
+        visitor of the page whose it is; None: of all who have the token.
 
         FullError where there are as many as there may be.
         """
         query = check_query(query)
-        masks = {} if start is None else {target_of(query): start}
+        named = start is None or isinstance(start, Mapping)
+        masks: Masks = (start or {}) if named else {target_of(query): start}
         return self._add(lambda id_, folder: self._new(id_, image, query, masks, folder), owner)
 
     def fork(self, id_: str, turn: int) -> Session:
@@ -297,6 +309,15 @@ class Service:
                 self._sessions[id_] = session
             return session
 
+    def loaded(self, id_: str) -> Session | None:
+        """A session if it is in memory; this does not count as a use of it."""
+        with self._lock:
+            return self._sessions.get(id_)
+
+    def session_folder(self, id_: str) -> Path:
+        """Where a session keeps itself; there as long as it is open."""
+        return self._folder_of(id_)
+
     def close_session(self, id_: str) -> None:
         """Take over where it runs, forget it, and delete its files. MissingError where there is none."""
         with self._lock:
@@ -307,7 +328,7 @@ class Service:
             self._owners.pop(id_, None)
         if session is not None:
             session.discard()
-        _remove(self._folder_of(id_))
+        remove(self._folder_of(id_))
 
     @property
     def session_ids(self) -> list[str]:
@@ -384,7 +405,7 @@ class Service:
                 self._sessions.pop(id_, None)
                 self._touched.pop(id_, None)
                 self._owners.pop(id_, None)
-            _remove(self._folder_of(id_))
+            remove(self._folder_of(id_))
             raise
         with self._lock:
             self._sessions[id_] = session
@@ -442,7 +463,7 @@ class Service:
             raise ConfigError(f"job {id_} is {job.state}: cancel it first")
         with self._lock:
             self._jobs.pop(id_, None)
-        _remove(self._job_folder(job))
+        remove(self._job_folder(job))
 
     def results(self, id_: str) -> bytes:
         """A zip of what a job has made so far: masks, overlays, records."""
@@ -456,7 +477,7 @@ class Service:
             job.state = "running"
             with ThreadPoolExecutor(JOB_LANES, thread_name_prefix="job-image") as lanes:
                 list(lanes.map(lambda number: self._run_image(job, number, names[number]), range(len(names))))
-        _remove(self._job_folder(job) / "in")
+        remove(self._job_folder(job) / "in")
         job.touched = time.time()
         job.state = "cancelled" if job.cancelled.is_set() else "done"
 
@@ -497,7 +518,7 @@ class Service:
             write_whole(b"", probe)
         except DataError:
             return False
-        _remove(probe)
+        remove(probe)
         return True
 
     def _note_batch(self, size: int) -> None:
@@ -540,7 +561,7 @@ def export_zip(service: Service, session: Session) -> bytes:
         write_whole(session.report().encode(), folder / f"{name}_report.html")
         return zipped(folder)
     finally:
-        _remove(folder)
+        remove(folder)
 
 
 def training_zip(service: Service, session: Session) -> bytes:
@@ -551,10 +572,10 @@ def training_zip(service: Service, session: Session) -> bytes:
             raise ConfigError("there is nothing to learn from: no turn of this session is a person's")
         return zipped(folder)
     finally:
-        _remove(folder)
+        remove(folder)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Delete a file or a folder with all in it, if it is there."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
