@@ -6,7 +6,7 @@ What the page needs beside sessions; programs can use it as well. Whose a sessio
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, File, Form, Query, Request, UploadFile
 from fastapi.responses import FileResponse, Response
@@ -64,6 +64,12 @@ class RemoveRequest(StrictBody):
     target: TargetName
 
 
+class QueryRequest(StrictBody):
+    """A request in words."""
+
+    query: QueryText
+
+
 class PlaceRequest(StrictBody):
     """A slice of a scan. window: at which its image is made where it has none yet."""
 
@@ -105,7 +111,7 @@ class AxisView(BaseModel):
 
 
 class ScanView(BaseModel):
-    """A scan as it stands. window: level and width that "auto" comes to. progress: slices done, and of how many about,
+    """A scan as it stands. windows: level and width by name. progress: slices done, and of how many about,
     while masks are carried on or found. doubted: axis and number of slices to look at."""
 
     id: str
@@ -114,8 +120,7 @@ class ScanView(BaseModel):
     state: str
     dicom: bool
     axes: list[AxisView]
-    window: tuple[float, float]
-    windows: list[str]
+    windows: dict[str, tuple[float, float]]
     doubted: list[tuple[str, int]]
     progress: tuple[int, int] | None
     can_undo: bool
@@ -159,6 +164,12 @@ def _targets(masks: Masks) -> list[TargetView]:
 
 def _add_session_acts(app: FastAPI, service: Service, worklist: Worklist) -> None:
     router = APIRouter(prefix="/v1/sessions/{id}", tags=["sessions"])
+
+    @router.post("/query")
+    def query(session: OwnSession, asked: QueryRequest) -> SessionView:
+        """Another request in words, as 'ask' takes it, and nobody acts on it yet."""
+        session.request(asked.query)
+        return session_view(session)
 
     @router.post("/brush")
     def brush(session: OwnSession, asked: BrushRequest) -> SessionView:
@@ -208,10 +219,8 @@ def _add_worklist(app: FastAPI, worklist: Worklist) -> None:
     @app.get("/v1/worklist", tags=["worklist"])
     def items(request: Request) -> list[ItemView]:
         """The images and scans to label, oldest first: a browser's own, and those that all share."""
-        return [
-            ItemView(**{name: getattr(item, name) for name in ItemView.model_fields})
-            for item in worklist.items(visitor_of(request))
-        ]
+        found = worklist.items(visitor_of(request))
+        return [ItemView.model_validate(item, from_attributes=True) for item in found]
 
     @app.get(
         "/v1/worklist/export", tags=["worklist"], response_class=FileResponse, responses=file_answer("application/zip")
@@ -231,10 +240,10 @@ def _add_scans(app: FastAPI, scans: Scans, worklist: Worklist, threads: AgentThr
     router = APIRouter(prefix="/v1/scans", tags=["scans"])
 
     def view(scan: Scan) -> ScanView:
-        axes = [AxisView(**{name: getattr(axis, name) for name in AxisView.model_fields}) for axis in scan.axes]
-        plain = {name: getattr(scan, name) for name in ("id", "name", "query", "dicom", "window", "windows", "doubted")}
-        now = {"state": scans.state(scan), "progress": scan.progress, "can_undo": scans.can_undo(scan)}
-        return ScanView(axes=axes, **plain, **now)
+        names = ("id", "name", "query", "dicom", "windows", "doubted", "progress")
+        plain: dict[str, Any] = {name: getattr(scan, name) for name in names}
+        axes = [AxisView.model_validate(axis, from_attributes=True) for axis in scan.axes]
+        return ScanView(axes=axes, state=scans.state(scan), can_undo=scans.can_undo(scan), **plain)
 
     @router.post("", status_code=201)
     async def open_scan(
@@ -294,7 +303,7 @@ def _add_scans(app: FastAPI, scans: Scans, worklist: Worklist, threads: AgentThr
         return view(scan)
 
     @router.post("/{id}/query")
-    def query(scan: OwnScan, asked: FindRequest) -> ScanView:
+    def query(scan: OwnScan, asked: QueryRequest) -> ScanView:
         """Another request, for slices that are opened from now on."""
         scans.ask(scan, asked.query)
         return view(scan)

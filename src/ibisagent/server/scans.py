@@ -61,7 +61,7 @@ class Axis:
 class Scan:
     """One scan. Locked where it changes.
 
-    window: (level, width) that "auto" comes to. windows: names of others. slices: sessions by place. found: the agent
+    windows: level and width by name, of "auto" what it comes to. slices: sessions by place. found: the agent
     has been through the volume. doubted: places where the segmenter that carried a mask was in doubt. accepted: the
     sessions' stamps when a user accepted it; None where nobody has. saved: those that are in `masks.npz`. progress:
     slices done, and of how many about, while it is worked on.
@@ -74,8 +74,7 @@ class Scan:
     created: float
     dicom: bool
     axes: tuple[Axis, ...]
-    window: tuple[float, float]
-    windows: tuple[str, ...]
+    windows: Mapping[str, tuple[float, float]]
     slices: dict[Place, str] = field(default_factory=dict)
     found: bool = False
     carried: bool = False
@@ -482,10 +481,9 @@ class Scans:
                         continue
         axes = tuple(Axis(view.axis, view.count, *view.size) for view in views)
         low, high = main.window.low, main.window.high
-        named = tuple(HOUNSFIELD) if volume.modality in ("", "CT") and not volume.coloured else ()
-        window = ((low + high) / 2, high - low)
-        dicom = isinstance(volume.origin, DicomOrigin)
-        return Scan(id_, name, owner, query, time.time(), dicom, axes, window, ("auto", *named))
+        named = HOUNSFIELD if volume.modality in ("", "CT") and not volume.coloured else {}
+        windows = {"auto": ((low + high) / 2, high - low), **named}
+        return Scan(id_, name, owner, query, time.time(), isinstance(volume.origin, DicomOrigin), axes, windows)
 
     def _save(self, scan: Scan) -> None:
         plain = {name: getattr(scan, name) for name in _PLAIN}
@@ -494,10 +492,10 @@ class Scans:
         write_whole(json.dumps(plain).encode(), self._folder / scan.id / SCAN_FILE)
 
     def _save_masks(self, scan: Scan, loaded: _Loaded) -> None:
-        packed = {name: np.packbits(mask) for name, mask in loaded.masks.items()}
+        arrays: dict[str, Any] = {"names": np.array(list(loaded.masks), dtype=np.str_)}
+        arrays |= {f"m{number}": np.packbits(mask) for number, mask in enumerate(loaded.masks.values())}
         content = io.BytesIO()
-        names = np.array(list(packed), dtype=np.str_)
-        np.savez_compressed(content, names=names, **{f"m{number}": one for number, one in enumerate(packed.values())})
+        np.savez_compressed(content, **arrays)
         write_whole(content.getvalue(), self._folder / scan.id / MASKS_FILE)
         scan.saved = dict(loaded.written)
         self._save(scan)
@@ -518,7 +516,7 @@ class Scans:
 
 
 _PLAIN = (
-    *("id", "name", "owner", "query", "created", "dicom", "window", "windows"),
+    *("id", "name", "owner", "query", "created", "dicom", "windows"),
     *("found", "carried", "doubted", "accepted", "saved"),
 )
 
@@ -535,6 +533,6 @@ def _read(path: Path) -> Scan:
         plain["axes"] = tuple(Axis(*axis) for axis in plain["axes"])
         plain["slices"] = {(axis, index): session for axis, index, session in plain["slices"]}
         plain["doubted"] = [(axis, index) for axis, index in plain["doubted"]]
-        return Scan(**{**plain, "window": tuple(plain["window"]), "windows": tuple(plain["windows"])})
+        return Scan(**plain)
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: is no scan, or is damaged ({error})") from error

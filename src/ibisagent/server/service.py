@@ -279,8 +279,9 @@ class Service:
         FullError where there are as many as there may be.
         """
         query = check_query(query)
-        named = start is None or isinstance(start, Mapping)
-        masks: Masks = (start or {}) if named else {target_of(query): start}
+        if start is None:
+            start = {}
+        masks: Masks = start if isinstance(start, Mapping) else {target_of(query): start}
         return self._add(lambda id_, folder: self._new(id_, image, query, masks, folder), owner)
 
     def fork(self, id_: str, turn: int) -> Session:

@@ -153,7 +153,7 @@ class Worklist:
 
 def _coco(names: Sequence[str], sessions: Sequence[Session]) -> dict[str, Any]:
     """COCO's instance JSON, a run-length mask for each object that an image shows."""
-    images, annotations = [], []
+    images, annotations = list[dict[str, Any]](), list[dict[str, Any]]()
     categories: dict[str, int] = {}
     for number, (name, session) in enumerate(zip(names, sessions, strict=True), 1):
         height, width = session.image.size
