@@ -10,12 +10,13 @@ export const begin = (given) => { acts = given; };
 export function render() {
   const { view, item } = app, open = Boolean(item);
   $("welcome").hidden = open;
+  document.body.classList.toggle("idle", !open);
   document.title = open ? `${item.name} - ibisagent` : "ibisagent";
   renderObjects();
   renderTurns();
   renderScan();
   showMasks();
-  const busy = Boolean(item?.running || view?.running);
+  const busy = Boolean(item?.running);
   $("run").firstChild.textContent = busy ? "Stop " : "Run ";
   $("run").classList.toggle("busy", busy);
   for (const [id, can] of [["undo", view?.can_undo], ["redo", view?.can_redo], ["reset", view?.turns.length || view?.edits.length],
@@ -99,7 +100,7 @@ function renderTurns() {
   $("downloads").replaceChildren(...(links.length ? ["Download: ", ...links] : []));
 }
 
-const line = (by, what) => make("li", { className: by }, make("button", { disabled: true }, make("b", { textContent: "You " }), make("span", { className: "act", textContent: what })));
+const line = (by, what) => make("li", { className: by }, make("div", {}, make("b", { textContent: "You " }), make("span", { className: "act", textContent: what })));
 
 function turnLine(turn) {
   const act = turn.problem ? `could not be read: ${turn.problem}` : turn.actions.map(described).join("; ");

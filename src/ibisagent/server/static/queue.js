@@ -1,7 +1,7 @@
 // The images to label: opened, in a row, worked on ahead by the agent.
 
-import { call, get, picture, post } from "/static/api.js";
-import { $, app, asked, keep, make, report, request, say } from "/static/app.js";
+import { call, get, post } from "/static/api.js";
+import { $, app, keep, make, report, request, say } from "/static/app.js";
 
 const AT_ONCE = 2; // images that the agent works on ahead
 const IMAGES = /\.(png|jpe?g|tiff?|bmp)$/i;
@@ -14,8 +14,8 @@ let ahead = 0;
 
 export function begin(show, shown) {
   [open, changed] = [show, shown];
-  $("file").firstElementChild.onchange = (event) => chosen(event.target, false);
-  $("folder").firstElementChild.onchange = (event) => chosen(event.target, true);
+  $("file").querySelector("input").onchange = (event) => chosen(event.target, false);
+  $("folder").querySelector("input").onchange = (event) => chosen(event.target, true);
   $("order").value = app.order = localStorage.getItem("order") || "added";
   $("order").onchange = () => { localStorage.setItem("order", $("order").value); render(); };
   $("filter").onchange = render;
@@ -149,7 +149,7 @@ export function nextToDo() {
 }
 
 export function update(item, view) {
-  Object.assign(item, { state: view.state, query: view.query, running: Boolean(view.running) });
+  Object.assign(item, { state: view.state, query: view.query });
   if (view.turns) item.turns = view.turns.length;
   if (item.state !== "agent") item.reliability = null;
   render();
@@ -173,7 +173,7 @@ function thumb(item, element) {
     const image = make("img", { src: `${base(item)}/thumbnail`, alt: "", loading: "lazy" });
     const button = make("button", { onclick: () => open(item) }, image, make("span", { className: "state" }));
     if (item.kind === "scan") button.append(make("span", { className: "kind", textContent: "3D" }));
-    button.append(make("span", { className: "score" }));
+    button.append(make("span", { className: "name", textContent: item.name }), make("span", { className: "score" }));
     element = make("li", {}, button);
     element.dataset.id = item.id;
   }
@@ -186,20 +186,6 @@ function thumb(item, element) {
   if (item === app.item && app.seen !== item) button.scrollIntoView({ block: "nearest", inline: "nearest" });
   if (item === app.item) app.seen = item;
   return element;
-}
-
-export function renderMine() {
-  const newest = [...app.items].reverse();
-  $("mine-title").hidden = !newest.length;
-  $("mine").replaceChildren(...newest.map((item) => {
-    const about = `${STATES[item.state]}, ${new Date(item.created * 1000).toLocaleString([], { dateStyle: "medium", timeStyle: "short" })}`;
-    const text = make("div", { style: "min-width:0" }, make("span", { textContent: item.name }),
-      make("span", { className: "muted", textContent: asked(item.query) }),
-      make("span", { className: "muted" }, make("i", { className: "state" }), about));
-    const link = make("a", { href: `/s/${item.id}`, className: item.state }, make("img", { src: `${base(item)}/thumbnail`, alt: "", loading: "lazy" }), text);
-    link.onclick = (event) => { event.preventDefault(); open(item); };
-    return make("li", {}, link);
-  }));
 }
 
 // Ahead.
@@ -215,12 +201,8 @@ export function workAhead() {
     const next = row().concat(app.items).find((item) => isWaiting(item));
     if (!next) return;
     ahead += 1;
-    next.running = true;
-    render();
-    run(next).catch((error) => { next.failed = true; report(new Error(`${next.name}: ${error.message}`)); }).finally(() => {
+    runAhead(next).catch((error) => { next.failed = true; report(new Error(`${next.name}: ${error.message}`)); }).finally(() => {
       ahead -= 1;
-      next.running = false;
-      render();
       workAhead();
     });
   }
@@ -228,12 +210,23 @@ export function workAhead() {
 
 const isWaiting = (item) => item.kind === "image" && item.state === "new" && item !== app.item && !item.running && !item.failed;
 
-async function run(item) {
-  const { session } = await post(`${base(item)}/run`, { query: app.request });
-  update(item, session);
+async function runAhead(item) {
+  const { session } = await work(item, item.id, { query: app.request });
   if (app.item === item) changed(session);
+  else update(item, session);
   if (item.state === "agent") await judge(item);
-  picture(`${base(item)}/image`).catch(() => {}); // it is likely the next
+}
+
+// Let the agent work in a session of an item until it ends.
+export async function work(item, id, body) {
+  item.running = item.mine = true;
+  render();
+  try {
+    return await post(`/v1/sessions/${id}/run`, body);
+  } finally {
+    item.running = item.mine = false;
+    render();
+  }
 }
 
 // How far the agent's masks can be trusted.

@@ -38,12 +38,9 @@ export class Stage {
   }
 
   clear() {
-    this.image?.remove();
-    this.overlay.remove();
-    this.image = null;
-    this.width = this.height = 0;
-    this.setMasks([]);
-    this.setMarks({ prompts: [] });
+    this.stage.replaceChildren();
+    Object.assign(this, { image: null, width: 0, height: 0, targets: [], prompts: [] });
+    this.draw();
   }
 
   // targets: [{ name, mask, colour, hidden }]
@@ -174,107 +171,76 @@ export class Stage {
     context.setTransform(1, 0, 0, 1, 0, 0);
     context.clearRect(0, 0, this.marks.width, this.marks.height);
     if (!this.width) return;
-    const [left, top] = [Math.round(this.x), Math.round(this.y)];
-    context.setTransform(ratio * scale, 0, 0, ratio * scale, ratio * left, ratio * top);
+    const [left, top] = [ratio * Math.round(this.x), ratio * Math.round(this.y)];
+    context.setTransform(ratio * scale, 0, 0, ratio * scale, left, top); // in pixels of the image
+    context.lineCap = context.lineJoin = "round";
     for (const { mask, colour, hidden } of this.opacity ? this.targets : []) {
-      if (!hidden) this.line(context, this.shape(mask).outline, colour, 1.5);
+      if (!hidden) stroke(context, this.shape(mask).outline, colour, 1.5 / scale);
     }
-    if (this.preview) this.line(context, this.preview.path, this.preview.colour, 2, [5, 4]);
-    if (this.stroke) this.drawStroke(context, this.stroke);
-    context.setTransform(ratio, 0, 0, ratio, ratio * left, ratio * top);
+    if (this.preview) stroke(context, this.preview.path, this.preview.colour, 2 / scale, [5 / scale, 4 / scale]);
+    if (this.stroke) stroke(context, way(this.stroke.points), this.stroke.colour, Math.max(1, 2 * this.stroke.radius));
+    context.setTransform(ratio, 0, 0, ratio, left, top); // in those of the screen
     for (const prompt of this.prompts) {
       if (prompt.kind === "box") this.drawBox(context, prompt, prompt === this.editable);
       else this.drawClick(context, prompt);
     }
     if (this.draft) this.drawBox(context, this.draft, false);
-    if (this.cursor) {
-      const radius = Math.max(1, this.cursor.radius * scale);
-      this.ring(context, this.cursor.x * scale, this.cursor.y * scale, radius);
+    if (this.cursor) clear(context, disc(this.cursor.x * scale, this.cursor.y * scale, Math.max(1, this.cursor.radius * scale)), "#fff");
+    if (this.cross) {
+      const [x, y] = [(this.cross.x + 0.5) * scale, (this.cross.y + 0.5) * scale];
+      const arms = [[1, 0], [-1, 0], [0, 1], [0, -1]].map(([dx, dy]) => [[x + dx * 4, y + dy * 4], [x + dx * 14, y + dy * 14]]);
+      for (const arm of arms) clear(context, way(arm), "#fde047");
     }
-    if (this.cross) this.drawCross(context, (this.cross.x + 0.5) * scale, (this.cross.y + 0.5) * scale);
   }
 
-  line(context, path, colour, width, dash = []) {
-    context.setLineDash(dash.map((length) => length / this.scale));
-    context.lineWidth = width / this.scale;
-    context.strokeStyle = colour;
-    context.stroke(path);
-    context.setLineDash([]);
-  }
-
-  drawStroke(context, { points, radius, colour }) {
-    context.lineCap = context.lineJoin = "round";
-    context.lineWidth = Math.max(1, 2 * radius);
-    context.strokeStyle = colour;
-    context.beginPath();
-    points.forEach(([x, y], index) => (index ? context.lineTo(x, y) : context.moveTo(x, y)));
-    if (points.length === 1) context.lineTo(points[0][0] + 0.01, points[0][1]);
-    context.stroke();
-  }
-
-  drawBox(context, { x0, y0, x1, y1 }, handles) {
-    const [x, y, width, height] = [x0, y0, x1 - x0, y1 - y0].map((side) => side * this.scale);
-    for (const [colour, line] of [["#000a", 4], ["#fff", 1.5]]) {
-      context.strokeStyle = colour;
-      context.lineWidth = line;
-      context.strokeRect(x, y, width, height);
-    }
-    for (const [cx, cy] of handles ? [[x, y], [x + width, y], [x, y + height], [x + width, y + height]] : []) {
+  drawBox(context, box, handles) {
+    const [x0, y0, x1, y1] = [box.x0, box.y0, box.x1, box.y1].map((side) => side * this.scale);
+    clear(context, way([[x0, y0], [x1, y0], [x1, y1], [x0, y1], [x0, y0]]), "#fff");
+    for (const [x, y] of handles ? [[x0, y0], [x1, y0], [x0, y1], [x1, y1]] : []) {
       context.fillStyle = "#fff";
-      context.fillRect(cx - HANDLE / 2, cy - HANDLE / 2, HANDLE, HANDLE);
-      context.strokeStyle = "#000";
-      context.lineWidth = 1;
-      context.strokeRect(cx - HANDLE / 2, cy - HANDLE / 2, HANDLE, HANDLE);
+      context.fill(disc(x, y, HANDLE / 2));
     }
   }
 
   // Which corner of the editable box a place is at, as its opposite corner.
   grabbed({ x, y }) {
     const box = this.editable, near = (HANDLE + 2) / this.scale;
-    for (const [cx, ox] of box ? [[box.x0, box.x1], [box.x1, box.x0]] : []) {
-      for (const [cy, oy] of [[box.y0, box.y1], [box.y1, box.y0]]) {
-        if (Math.abs(x - cx) <= near && Math.abs(y - cy) <= near) return { x: ox, y: oy };
-      }
-    }
-    return null;
+    const corners = box ? [[box.x0, box.y0, box.x1, box.y1], [box.x1, box.y0, box.x0, box.y1], [box.x0, box.y1, box.x1, box.y0], [box.x1, box.y1, box.x0, box.y0]] : [];
+    const found = corners.find(([cx, cy]) => Math.abs(x - cx) <= near && Math.abs(y - cy) <= near);
+    return found ? { x: found[2], y: found[3] } : null;
   }
 
   drawClick(context, { x, y, positive }) {
     const [cx, cy] = [(x + 0.5) * this.scale, (y + 0.5) * this.scale];
-    context.beginPath();
-    context.arc(cx, cy, 7, 0, 7);
     context.fillStyle = positive ? "#059669" : "#dc2626";
-    context.fill();
-    context.lineWidth = 2;
-    context.strokeStyle = "#fff";
-    context.stroke();
-    context.beginPath();
-    context.moveTo(cx - 3, cy);
-    context.lineTo(cx + 3, cy);
-    if (positive) { context.moveTo(cx, cy - 3); context.lineTo(cx, cy + 3); }
-    context.stroke();
+    context.fill(disc(cx, cy, 7));
+    stroke(context, disc(cx, cy, 7), "#fff", 2);
+    stroke(context, way([[cx - 3, cy], [cx + 3, cy]]), "#fff", 2);
+    if (positive) stroke(context, way([[cx, cy - 3], [cx, cy + 3]]), "#fff", 2);
   }
+}
 
-  ring(context, x, y, radius) {
-    for (const [colour, line] of [["#000", 3], ["#fff", 1.5]]) {
-      context.beginPath();
-      context.arc(x, y, radius, 0, 7);
-      context.strokeStyle = colour;
-      context.lineWidth = line;
-      context.stroke();
-    }
-  }
+function stroke(context, path, colour, width, dash = []) {
+  Object.assign(context, { strokeStyle: colour, lineWidth: width });
+  context.setLineDash(dash);
+  context.stroke(path);
+}
 
-  drawCross(context, x, y) {
-    for (const [colour, line] of [["#000", 4], ["#fde047", 1.5]]) {
-      context.beginPath();
-      for (const [dx, dy] of [[1, 0], [-1, 0], [0, 1], [0, -1]]) {
-        context.moveTo(x + dx * 4, y + dy * 4);
-        context.lineTo(x + dx * 14, y + dy * 14);
-      }
-      context.strokeStyle = colour;
-      context.lineWidth = line;
-      context.stroke();
-    }
-  }
+// A line that is seen on any ground.
+function clear(context, path, colour) {
+  stroke(context, path, "#000a", 4);
+  stroke(context, path, colour, 1.5);
+}
+
+function way(points) {
+  const path = new Path2D();
+  points.forEach(([x, y], index) => (index ? path.lineTo(x, y) : path.moveTo(x, y)));
+  if (points.length === 1) path.lineTo(points[0][0] + 0.01, points[0][1]);
+  return path;
+}
+
+function disc(x, y, radius) {
+  const path = new Path2D();
+  path.arc(x, y, radius, 0, 2 * Math.PI);
+  return path;
 }
