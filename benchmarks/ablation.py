@@ -3,11 +3,12 @@
     IBIS_DATA=DATA python benchmarks/ablation.py RUNS --policy runs/ibis-nano/ibis-nano [--seeds 3] [--only "SFT + RL"]
 
 One command from image-mask pairs to the two tables in RUNS/ablation.md. No pretrained language model is behind
-ibis-nano: the paper's "prompt only" is a model with random weights, and its cold start is `ibisagent train-nano`, the
+ibis-nano: the paper's "prompt only" is a model with random weights, and its cold start is `ibisagent train nano`, the
 imitation of an expert's single turns, whose result is `--policy`. Every row is a chain of stages from there:
-`ibisagent sft` (whole episodes with the factory's thoughts, with self-reflection or without) and `ibisagent rl`, with
-the recipes of recipes/, shortened by the options below; then `ibisagent evaluate` on split "val" of DATA. Rows share
-the stages that they have in common. What is finished is not done again, a stage that was stopped goes on from its
+`ibisagent train sft` (whole episodes with the factory's thoughts, with self-reflection or without) and
+`ibisagent train rl`, with the recipes of recipes/, shortened by the options below; then `ibisagent eval run` on split
+"val" of DATA. Rows share the stages that they have in common. What is finished is not done again, a stage that was
+stopped goes on from its
 checkpoint. Rows of the training-strategy table that draw anything are run with every seed, the others with seed 0.
 Several starts with different `--only` may work side by side in RUNS if they share no unfinished stage; the tables hold
 all rows that are evaluated by then.
@@ -32,12 +33,13 @@ from ibisagent.datasets import CaseSource, read_cases
 from ibisagent.environment import package_version
 from ibisagent.evaluation import runs
 from ibisagent.evaluation.results import Evaluation, compare, summarise
-from ibisagent.factory.config import FactoryConfig
-from ibisagent.factory.stages import Plan, build
 from ibisagent.files import write_whole
+from ibisagent.generation.config import FactoryConfig
+from ibisagent.generation.stages import Plan, build
 from ibisagent.rewards import PAPER_TERMS
-from ibisagent.training import nano, rl, sft
-from ibisagent.training.click_states import is_development
+from ibisagent.training.click.states import is_development
+from ibisagent.training.finetune import rl, sft
+from ibisagent.training.nano import trainer as nano
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 REFLECTION = ("correction", "inconsistency")

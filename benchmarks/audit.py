@@ -1,4 +1,4 @@
-"""Does `ibisagent audit` find spoiled masks? Of 100 masks 20 are spoiled; how many of them are in the worst 25.
+"""Does `ibisagent data audit` find spoiled masks? Of 100 masks 20 are spoiled; how many of them are in the worst 25.
 
     IBIS_DATA=DATA python benchmarks/audit.py [--seeds 5] [--scattered] [--agent WEIGHT]
     IBIS_DATA=DATA python benchmarks/audit.py --fit      # weights, on training patients that the models never saw
@@ -29,15 +29,15 @@ from typing import Any
 import cv2
 import numpy as np
 
-from ibisagent import audit
-from ibisagent.clicks import interior_depth
 from ibisagent.datasets import CaseRow, CaseSource, read_cases
 from ibisagent.domain import Mask
-from ibisagent.images import write_mask_png
-from ibisagent.masks import iou
+from ibisagent.evaluation import audit
+from ibisagent.imaging.clicks import interior_depth
+from ibisagent.imaging.images import write_mask_png
+from ibisagent.imaging.masks import iou
 from ibisagent.policies import Policy, load_policy
 from ibisagent.segmenters import Segmenter, load_segmenter
-from ibisagent.training.click_states import is_development
+from ibisagent.training.click.states import is_development
 
 MASKS, SPOILED, WORST = 100, 20, 25
 WANTED = 0.8

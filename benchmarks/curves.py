@@ -1,4 +1,4 @@
-"""Draws how every reward term went in a run of `ibisagent rl`, from what its last checkpoint remembers.
+"""Draws how every reward term went in a run of `ibisagent train rl`, from what its last checkpoint remembers.
 
     python benchmarks/curves.py runs/rl-nano -o curves.png [--smooth 9]
 
@@ -30,7 +30,7 @@ SHOWN = {
 def main() -> None:
     """Read, draw, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder that `ibisagent rl` wrote")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder that `ibisagent train rl` wrote")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--smooth", type=int, default=9, help="updates that a thick line averages")
     options = parser.parse_args()

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from ibisagent.datasets import CaseSource, read_cases
-from ibisagent.factory.config import FactoryConfig
-from ibisagent.factory.on_ray import on_ray
-from ibisagent.factory.stages import Plan, build
+from ibisagent.generation.config import FactoryConfig
+from ibisagent.generation.on_ray import on_ray
+from ibisagent.generation.stages import Plan, build
 
 SPEED_UP = 1.7
 """What two workers on two idle cores should reach."""

@@ -20,9 +20,9 @@ import numpy as np
 from ibisagent.datasets import CaseRow, CaseSource, read_cases
 from ibisagent.evaluation import evaluate
 from ibisagent.evaluation.results import compare, summarise
+from ibisagent.generation.teacher.phrasings import Absences, phrasings, with_article
 from ibisagent.policies import load_policy
 from ibisagent.segmenters import load_segmenter
-from ibisagent.teacher.phrasings import Absences, phrasings, with_article
 
 
 class Asking:

@@ -2,7 +2,7 @@
 
     IBIS_DATA=DATA python benchmarks/loop.py [--policy ibis-nano] [--segmenter ibis-click] [--json]
 
-DATA: a labelled data set as `ibisagent evaluate` reads it; its split "val" is used. Run it on an idle machine.
+DATA: a labelled data set as `ibisagent eval run` reads it; its split "val" is used. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from ibisagent import session
 from ibisagent.datasets import CaseSource, read_cases
 from ibisagent.domain import Case
 from ibisagent.environment import SegmentationEnv, rollout, turn_limit
+from ibisagent.inference.image import export, read_case, run_case
 from ibisagent.policies import load_policy
 from ibisagent.segmenters import load_segmenter
 
@@ -54,9 +54,9 @@ def seconds_per_image(cases: CaseSource, policy: str, segmenter: str) -> dict[st
     with tempfile.TemporaryDirectory() as folder:
         for number, row in enumerate([*cases.rows[-WARM_UP:], *cases.rows[:IMAGES]]):
             started = time.perf_counter()
-            case = session.read_case(row.image, row.query)
-            episode = session.segment(case, writer, engine)
-            session.export(episode, case.image, folder, str(number))
+            case = read_case(row.image, row.query)
+            episode = run_case(case, writer, engine)
+            export(episode, case.image, folder, str(number))
             if number >= WARM_UP:
                 times.append(time.perf_counter() - started)
                 turns.append(len(episode.turns))
@@ -137,7 +137,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
     if "IBIS_DATA" not in os.environ:
-        parser.error("set IBIS_DATA to a labelled data set, as 'ibisagent evaluate' reads it")
+        parser.error("set IBIS_DATA to a labelled data set, as 'ibisagent eval run' reads it")
     cases = read_cases(os.environ["IBIS_DATA"], split="val")
     models = options.policy, options.segmenter
     figures: dict[str, Any] = {}

@@ -20,11 +20,11 @@ import numpy as np
 from ibisagent.datasets import read_cases
 from ibisagent.domain import Click, Completion, Mask, Masks, Reply, Undo
 from ibisagent.environment import SegmentationEnv, rollout, turn_limit
-from ibisagent.masks import iou
+from ibisagent.imaging.masks import iou
 from ibisagent.policies import load_policy
 from ibisagent.protocol import target_of, write
 from ibisagent.segmenters import load_segmenter
-from ibisagent.training.click_states import is_development, spoilt
+from ibisagent.training.click.states import is_development, spoilt
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--policy", default="ibis-nano")

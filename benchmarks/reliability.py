@@ -25,14 +25,15 @@ from typing import Any
 
 import numpy as np
 
-from ibisagent import evaluation, session
-from ibisagent.calibration import calibration
+from ibisagent import evaluation
 from ibisagent.datasets import CaseSource, read_cases
+from ibisagent.evaluation.calibration import calibration
+from ibisagent.evaluation.reliability import FREE_SIGNALS, Reliability, Reviewer, fit, gain_of_dropping
 from ibisagent.files import write_whole
+from ibisagent.inference.image import run_case
 from ibisagent.policies import load_policy
-from ibisagent.reliability import FREE_SIGNALS, Reliability, Reviewer, fit, gain_of_dropping
 from ibisagent.segmenters import load_segmenter
-from ibisagent.training.click_states import is_development
+from ibisagent.training.click.states import is_development
 
 WANTED_GAIN, WANTED_ERROR = 0.06, 0.08
 
@@ -50,7 +51,7 @@ def measured(cases: CaseSource, reviewer: Reviewer) -> list[Measured]:
     """All cases, in their order."""
     found = []
     for number, (row, case) in enumerate(zip(cases.rows, cases, strict=True), start=1):
-        episode = session.segment(case, reviewer.policy, reviewer.segmenter, max_turns=reviewer.max_turns)
+        episode = run_case(case, reviewer.policy, reviewer.segmenter, max_turns=reviewer.max_turns)
         reached = evaluation.agreement(episode.answer_masks, case)[0]
         found.append(Measured(row.patient or str(row.image), reviewer.signals(episode, case), reached))
         print(f"{number} of {len(cases)}", file=sys.stderr, flush=True)

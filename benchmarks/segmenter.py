@@ -2,8 +2,8 @@
 
     IBIS_DATA=DATA python benchmarks/segmenter.py [--limit 50] [--json]
 
-DATA: a labelled data set as `ibisagent evaluate` reads it; its split "val" is used, all of it for the agreement of the
-runtimes, `--limit` cases for the times. Run it on an idle machine. Accuracy is what `ibisagent ceiling` measures.
+DATA: a labelled data set as `ibisagent eval run` reads it; its split "val" is used, all of it for the agreement of the
+runtimes, `--limit` cases for the times. Run it on an idle machine. Accuracy is what `ibisagent eval ceiling` measures.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from ibisagent.clicks import next_click
 from ibisagent.datasets import CaseSource, read_cases
 from ibisagent.domain import Click, Image
-from ibisagent.masks import iou
+from ibisagent.imaging.clicks import next_click
+from ibisagent.imaging.masks import iou
 from ibisagent.segmenters import Segmenter, load_segmenter
 
 CLICKS = 5

@@ -26,11 +26,11 @@ from typing import Any
 import cv2
 import numpy as np
 
-from ibisagent.client import Client, RemoteSession
 from ibisagent.domain import Image
-from ibisagent.environment import replay
 from ibisagent.errors import IbisError
+from ibisagent.inference.replay import replay
 from ibisagent.segmenters import load_segmenter
+from ibisagent.server.client import Client, RemoteSession
 from ibisagent.store import read_record
 
 PAUSE = 5.0

@@ -24,10 +24,10 @@ from loop import groups_against_one_by_one, line, machine
 from transformers import PrinterCallback
 
 from ibisagent.datasets import read_cases
-from ibisagent.factory.config import FactoryConfig
-from ibisagent.factory.stages import Plan, build
-from ibisagent.training import rl, sft
-from ibisagent.training.stage import without_library_warnings
+from ibisagent.generation.config import FactoryConfig
+from ibisagent.generation.stages import Plan, build
+from ibisagent.training.finetune import rl, sft
+from ibisagent.training.finetune.common import without_library_warnings
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 GOALS = {"share_of_rewards": ("<=", 0.02), "2_cases_speed_up_together": (">=", 4.0)}

@@ -24,10 +24,10 @@ import nibabel as nib
 import numpy as np
 
 from ibisagent.environment import SegmentationEnv, rollout
+from ibisagent.inference.volume import SliceCases, run_volume, slice_id
+from ibisagent.inference.volume_files import VolumeWriter
 from ibisagent.policies.oracle import OraclePolicy
 from ibisagent.segmenters import Segmenter, load_segmenter
-from ibisagent.volume_agent import SliceCases, segment_volume, slice_id
-from ibisagent.volume_agent.files import VolumeWriter
 from ibisagent.volumes import SliceView, Volume, read_volume
 
 GOAL, WHERE = 0.85, 0.88
@@ -128,7 +128,7 @@ def measure(name: str, segmenter: Segmenter, step: int, sample: int, clicks: int
     every = 2 * overlap / size
     seconds_every = time.perf_counter() - started
     started = time.perf_counter()
-    found = segment_volume(
+    found = run_volume(
         view,
         TARGET,
         policy,
@@ -187,7 +187,7 @@ def large(segmenter: Segmenter, clicks: int) -> dict[str, Any]:
         policy = OraclePolicy(SliceCases(view, TARGET, {TARGET: truth}), max_clicks=clicks)
         started = time.perf_counter()
         with VolumeWriter(Path(folder) / "out", volume.name, ("nifti", "rle")) as files:
-            found = segment_volume(
+            found = run_volume(
                 view,
                 TARGET,
                 policy,

@@ -13,10 +13,10 @@ data=$(printf "'%s'," "$@")
 shared=(--set "data=[$data]" --set "licence_class=${LICENCE-ok}" --set "seed=${SEED:-0}")
 
 # What needs no segmenter's turns: names, places, sizes, what is absent, one correction at a time.
-ibisagent train-nano "$recipes/ibis-nano.toml" --set "out=$out/pretrained" "${shared[@]}"
+ibisagent train nano "$recipes/ibis-nano.toml" --set "out=$out/pretrained" "${shared[@]}"
 # Whether to correct, what to take back, when to stop.
-ibisagent train-nano "$recipes/ibis-nano-own-turns.toml" --set "out=$out/own-turns" \
+ibisagent train nano "$recipes/ibis-nano-own-turns.toml" --set "out=$out/own-turns" \
     --set "start=$out/pretrained/ibis-nano" --set "cache=$out/pretrained" "${shared[@]}"
 for one in "$@"; do
-    ibisagent evaluate "$one" --split val --policy "mllm:$out/own-turns/ibis-nano" -o "$out/val-$(basename "$one")"
+    ibisagent eval run "$one" --split val --policy "mllm:$out/own-turns/ibis-nano" -o "$out/val-$(basename "$one")"
 done

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from ibisagent.audit import MASK_COLOUR, References, audit, describe, draw, redraw, suspicion, write_report
 from ibisagent.cli import app
-from ibisagent.clicks import bounding_box
 from ibisagent.datasets import read_cases
 from ibisagent.domain import Completion, Image, Observation, Reply, Stop
 from ibisagent.errors import DataError
-from ibisagent.images import read_image, write_mask_png, write_png
+from ibisagent.evaluation.audit import MASK_COLOUR, References, audit, describe, draw, redraw, suspicion, write_report
+from ibisagent.imaging.clicks import bounding_box
+from ibisagent.imaging.images import read_image, write_mask_png, write_png
 from ibisagent.protocol import write
 from ibisagent.segmenters import load_segmenter
 
@@ -190,10 +190,12 @@ def test_redraw_and_draw() -> None:
 def test_the_command(data: Path, tmp_path: Path) -> None:
     (data / "3_liver.png").write_bytes(b"no picture")
     out = tmp_path / "out"
-    result = CliRunner().invoke(app, ["audit", str(data), "-o", str(out), "-s", "region", "--pictures", "2"])
+    result = CliRunner().invoke(app, ["data", "audit", str(data), "-o", str(out), "-s", "region", "--pictures", "2"])
     assert result.exit_code == 2  # one mask could not be looked at
     assert "27 masks, worst first" in result.output
     assert "3_liver.png" in result.output
     assert (out / "index.html").is_file()
-    result = CliRunner().invoke(app, ["audit", str(data), "-o", str(out), "-s", "region", "--limit", "5", "--json"])
+    result = CliRunner().invoke(
+        app, ["data", "audit", str(data), "-o", str(out), "-s", "region", "--limit", "5", "--json"]
+    )
     assert len(json.loads(result.stdout)["findings"]) == 5

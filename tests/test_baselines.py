@@ -11,7 +11,7 @@ import pytest
 from ibisagent.domain import Case, Click, Completion, Image, Observation, Reply, Stop, Turn
 from ibisagent.environment import SegmentationEnv, rollout
 from ibisagent.errors import ConfigError, DataError, PolicyError
-from ibisagent.masks import iou
+from ibisagent.imaging.masks import iou
 from ibisagent.policies import load_policy
 from ibisagent.policies.baselines import CentreClickPolicy, LocationPriorPolicy, OneShotPolicy, RandomClicksPolicy
 from ibisagent.policies.scripted import ScriptedPolicy

@@ -13,15 +13,14 @@ import PIL.Image
 import pytest
 from typer.testing import CliRunner, Result
 
-from ibisagent import ceiling
-from ibisagent.calibration import calibration
-from ibisagent.ceiling import Agent, Ceiling, measure_ceiling
 from ibisagent.cli import app
 from ibisagent.datasets import CaseSource, read_cases
 from ibisagent.domain import Click, Image, Mask, Prompt
 from ibisagent.errors import ConfigError, DataError, SegmenterError
-from ibisagent.evaluation import OracleCurve
-from ibisagent.images import write_mask_png, write_png
+from ibisagent.evaluation import OracleCurve, ceiling
+from ibisagent.evaluation.calibration import calibration
+from ibisagent.evaluation.ceiling import Agent, Ceiling, measure_ceiling
+from ibisagent.imaging.images import write_mask_png, write_png
 from ibisagent.segmenters import Prediction
 from ibisagent.segmenters.region import RegionSegmenter
 
@@ -301,7 +300,7 @@ def test_calibration_refuses(scores: list[float], ious: list[float]) -> None:
 
 
 def run_ceiling(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["ceiling", *map(str, arguments), "--segmenter", "region"])
+    return CliRunner().invoke(app, ["eval", "ceiling", *map(str, arguments), "--segmenter", "region"])
 
 
 def test_command(data: Path, tmp_path: Path) -> None:
@@ -324,7 +323,8 @@ def test_command(data: Path, tmp_path: Path) -> None:
 
 def test_command_compares_with_an_evaluation(data: Path, tmp_path: Path) -> None:
     arguments = [
-        "evaluate",
+        "eval",
+        "run",
         data,
         "-p",
         "centre-click",

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 from ibisagent.cli import app
 from ibisagent.domain import Action, Click, Reply, Stop
-from ibisagent.images import read_image, read_masks, write_mask_png, write_png
+from ibisagent.imaging.images import read_image, read_masks, write_mask_png, write_png
 from ibisagent.protocol import write
 from ibisagent.store import read_record
 
@@ -70,7 +70,7 @@ def run_segment(*arguments: object, policy: str, out: Path) -> Result:
 def assert_one_line(result: Result, *parts: str) -> None:
     """Exit code 2 and one line on stderr that holds all of `parts`."""
     assert result.exit_code == 2, result.output
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("pictures are sent to ")]
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("images are sent to ")]
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("error: ")
     for part in parts:
@@ -160,8 +160,10 @@ def test_question_without_pixels_writes_no_mask(image: Path, tmp_path: Path) -> 
 def test_equal_stems_do_not_overwrite(image: Path, script: str, tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     copies = [tmp_path / "b" / "box.png", tmp_path / "b" / "BOX.png", tmp_path / "b" / "box-2.png"]
-    for copy in copies:
-        copy.write_bytes(image.read_bytes())
+    for number, copy in enumerate(copies, 1):
+        pixels = read_image(image).pixels.copy()
+        pixels[0, 0] = number
+        write_png(pixels, copy)
     result = run_segment(image, *copies, QUERY, "--json", policy=script, out=tmp_path / "out")
     results = json.loads(result.stdout)["results"]
     records = [one["record"].casefold() for one in results]
@@ -266,7 +268,7 @@ def test_bad_start_mask(image: Path, script: str, tmp_path: Path) -> None:
         assert_one_line(result, name, *parts)
     result = run_segment(image, image, QUERY, "--start-mask", tmp_path / "small.png", policy=script, out=out)
     assert_one_line(result, "1 start masks for 2 images")
-    assert not out.exists()
+    assert not list(out.iterdir())
 
 
 @pytest.mark.parametrize(("query", "part"), [("", "empty"), (" \n ", "empty"), ("disc " * 2_000, "characters")])
@@ -358,7 +360,7 @@ def data(tmp_path: Path, image: Path, truth: np.ndarray) -> Path:
 
 
 def test_evaluate(data: Path, script: str, tmp_path: Path) -> None:
-    arguments = ["evaluate", data, "--policy", script, "--segmenter", "region", "-o", tmp_path / "run"]
+    arguments = ["eval", "run", data, "--policy", script, "--segmenter", "region", "-o", tmp_path / "run"]
     shown = ibisagent(*arguments)
     assert shown.exit_code == 0, shown.output
     assert "first hit" in shown.stdout
@@ -372,39 +374,41 @@ def test_evaluate(data: Path, script: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("policy", ["oracle", "location-prior", "centre-click"])
 def test_evaluate_policies_that_need_data(policy: str, data: Path) -> None:
-    result = ibisagent("evaluate", data, "-p", policy, "-s", "region", "--no-baselines", "--json")
+    result = ibisagent("eval", "run", data, "-p", policy, "-s", "region", "--no-baselines", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["summaries"]["all"]["means"]["first_hit"] == 1
 
 
 def test_evaluate_lists_failures(data: Path, tmp_path: Path) -> None:
-    result = ibisagent("evaluate", data, "-p", scripted(tmp_path, []), "-s", "region")
+    result = ibisagent("eval", "run", data, "-p", scripted(tmp_path, []), "-s", "region")
     assert result.exit_code == 2
     assert "failed, left out: box.png#bright box" in result.stderr
 
 
 def test_evaluate_bad_choices(data: Path) -> None:
-    assert_one_line(ibisagent("evaluate", data, "-s", "region", "--by", "colour"), "colour")
-    assert_one_line(ibisagent("evaluate", data, "-s", "region", "--empty", "half"), "half")
-    assert_one_line(ibisagent("evaluate", data, "-s", "region", "--split", "test"), "test")
-    assert_one_line(ibisagent("evaluate", data.with_name("none"), "-s", "region"), "none")
+    assert_one_line(ibisagent("eval", "run", data, "-s", "region", "--by", "colour"), "colour")
+    assert_one_line(ibisagent("eval", "run", data, "-s", "region", "--empty", "half"), "half")
+    assert_one_line(ibisagent("eval", "run", data, "-s", "region", "--split", "test"), "test")
+    assert_one_line(ibisagent("eval", "run", data.with_name("none"), "-s", "region"), "none")
 
 
 def test_trajectories(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    first = ibisagent("trajectories", data, "-o", out, "-s", "region", "--iou-threshold", 0.8, "--json")
+    first = ibisagent("data", "trajectories", data, "-o", out, "-s", "region", "--iou-threshold", 0.8, "--json")
     assert first.exit_code == 0, first.output
     assert json.loads(first.stdout)["overall"]["episodes"] == 2
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert ibisagent("trajectories", data, "-o", out, "-s", "region", "--iou-threshold", 0.8).exit_code == 0
+    assert ibisagent("data", "trajectories", data, "-o", out, "-s", "region", "--iou-threshold", 0.8).exit_code == 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    assert_one_line(ibisagent("trajectories", data, "-o", out, "-s", "region", "--iou-threshold", 0.7), "iou_threshold")
+    assert_one_line(
+        ibisagent("data", "trajectories", data, "-o", out, "-s", "region", "--iou-threshold", 0.7), "iou_threshold"
+    )
 
 
 def test_servers_refuse_what_cannot_be_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("IBIS_TOKEN", raising=False)
-    assert_one_line(ibisagent("serve-policy", "--policy", "centre-click"), "centre-click")
-    assert_one_line(ibisagent("serve-segmenter", "-s", "region", "--host", "0.0.0.0"), "0.0.0.0", "IBIS_TOKEN")
+    assert_one_line(ibisagent("serve", "policy", "--policy", "centre-click"), "centre-click")
+    assert_one_line(ibisagent("serve", "segmenter", "-s", "region", "--host", "0.0.0.0"), "0.0.0.0", "IBIS_TOKEN")
 
 
 def test_models_lists_every_spec() -> None:
@@ -448,7 +452,7 @@ def test_help_is_quick() -> None:
 
 def test_heavy_modules_stay_out() -> None:
     code = (
-        "import sys, ibisagent, ibisagent.cli, ibisagent.policies, ibisagent.segmenters, ibisagent.session\n"
+        "import sys, ibisagent, ibisagent.cli, ibisagent.policies, ibisagent.segmenters, ibisagent.inference.session\n"
         "print([name for name in ('torch', 'transformers', 'openvino', 'timm') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from ibisagent.clicks import bounding_box, deepest_pixel, ellipse, interior_depth, next_click
 from ibisagent.domain import Box, Click
-from ibisagent.masks import iou
+from ibisagent.imaging.clicks import bounding_box, deepest_pixel, ellipse, interior_depth, next_click
+from ibisagent.imaging.masks import iou
 
 SIZE = (61, 83)
 shapes = arrays.array_shapes(min_dims=2, max_dims=2, max_side=17)

@@ -12,7 +12,7 @@ import pytest
 
 from ibisagent.datasets import CaseRow, read_cases, split_by_patient
 from ibisagent.errors import ConfigError, DataError
-from ibisagent.images import write_mask_png, write_png
+from ibisagent.imaging.images import write_mask_png, write_png
 
 SIZE = (61, 83)
 

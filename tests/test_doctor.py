@@ -1,4 +1,4 @@
-"""What 'doctor rewards' tells of a batch: terms that vary, terms that do not, and which one decides."""
+"""What 'check-rewards' tells of a batch: terms that vary, terms that do not, and which one decides."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typer.testing import CliRunner, Result
 
 from ibisagent.cli import app
 from ibisagent.datasets import read_cases
-from ibisagent.doctor import check_rewards, read_episodes, read_truth
 from ibisagent.domain import Case, Click, Completion, Episode, Image, Mask, Reply, Stop, Turn
 from ibisagent.errors import DataError
-from ibisagent.images import write_mask_png, write_png
+from ibisagent.imaging.images import write_mask_png, write_png
 from ibisagent.rewards import RewardWeights
 from ibisagent.store import EpisodeStore, write_record
+from ibisagent.training.reward_check import check_rewards, read_episodes, read_truth
 
 SIZE = (41, 60)
 
@@ -118,7 +118,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["doctor", "rewards", *map(str, arguments)])
+    return CliRunner().invoke(app, ["train", "check-rewards", *map(str, arguments)])
 
 
 def test_the_command_reads_stores_and_records_and_fails_loudly(data: Path, tmp_path: Path) -> None:
@@ -158,9 +158,9 @@ def test_the_command_takes_weights_and_tells_what_is_missing(data: Path, tmp_pat
 
 
 def test_truth_may_be_what_build_data_exported(tmp_path: Path) -> None:
-    from ibisagent.factory.config import FactoryConfig
-    from ibisagent.factory.exports import prompt_case, read_grpo, read_verl
-    from ibisagent.factory.stages import Plan, build
+    from ibisagent.generation.config import FactoryConfig
+    from ibisagent.generation.exports import prompt_case, read_grpo, read_verl
+    from ibisagent.generation.stages import Plan, build
 
     rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]
     lines = ["image,mask,object,modality,split"]

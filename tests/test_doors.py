@@ -30,9 +30,10 @@ from ibisagent.domain import Image
 from ibisagent.errors import ConfigError
 from ibisagent.policies.scripted import ScriptedPolicy
 from ibisagent.segmenters.region import RegionSegmenter
-from ibisagent.server import access, listening
-from ibisagent.server.access import COOKIE, Keys, WrongTokens, token_for, url_of
+from ibisagent.server import auth as access
+from ibisagent.server import listening
 from ibisagent.server.app import create_app, standard_mounts
+from ibisagent.server.auth import COOKIE, Keys, WrongTokens, token_for, url_of
 from ibisagent.server.service import Limits, Service
 
 pytest.importorskip("gradio", reason="the page needs gradio")

@@ -28,8 +28,9 @@ from ibisagent.domain import (
     standing_by_turn,
 )
 from ibisagent.domain import standing as kept
-from ibisagent.environment import KEPT_STATES, MAX_TURNS, Board, SegmentationEnv, replay, rollout, turn_limit
+from ibisagent.environment import KEPT_STATES, MAX_TURNS, Board, SegmentationEnv, rollout, turn_limit
 from ibisagent.errors import ConfigError, DataError, PolicyError, SegmenterError
+from ibisagent.inference.replay import replay
 from ibisagent.policies import NANO_FOLDER
 from ibisagent.policies.oracle import OraclePolicy
 from ibisagent.policies.scripted import ScriptedPolicy

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ibisagent import evaluation, metrics
+from ibisagent import evaluation
 from ibisagent.datasets import CaseSource, read_cases
 from ibisagent.domain import Action, Box, Case, Click, Completion, Episode, Image, Mask, Reply, Stop, Turn, Undo
 from ibisagent.errors import ConfigError, DataError, PolicyError
-from ibisagent.images import write_mask_png, write_png
+from ibisagent.evaluation import metrics
+from ibisagent.imaging.images import write_mask_png, write_png
 from ibisagent.policies.baselines import CentreClickPolicy
 from ibisagent.policies.oracle import OraclePolicy
 from ibisagent.policies.scripted import ScriptedPolicy

@@ -25,7 +25,7 @@ from ibisagent.errors import ConfigError, DataError, IbisError
 from ibisagent.evaluation import MAX_FAILURES, Evaluation, compare
 from ibisagent.evaluation.report import coverage_curve, iou_by_turn, write_report
 from ibisagent.evaluation.runs import Run, Setup, run
-from ibisagent.images import write_mask_png, write_png
+from ibisagent.imaging.images import write_mask_png, write_png
 from ibisagent.protocol import write
 
 SIZE = (37, 53)
@@ -99,7 +99,7 @@ def cli(*arguments: object) -> Result:
 
 def evaluate_command(setup: Setup, folder: Path) -> list[str]:
     options = ["-p", setup.policy, "-s", setup.segmenter, "--batch-size", "2", "-o", str(folder)]
-    return ["evaluate", str(setup.data), *options]
+    return ["eval", "run", str(setup.data), *options]
 
 
 def test_killed_run_ends_with_the_same_figures(setup: Setup, finished: Path, tmp_path: Path) -> None:
@@ -205,12 +205,12 @@ def test_no_run(tmp_path: Path, finished: Path) -> None:
 def test_compare(setup: Setup, finished: Path, tmp_path: Path) -> None:
     other = Setup(setup.data, policy="oracle", segmenter="region", limit=10)
     run(other, tmp_path / "oracle")
-    shown = cli("compare", finished, tmp_path / "oracle", "-o", tmp_path / "compared.md")
+    shown = cli("eval", "compare", finished, tmp_path / "oracle", "-o", tmp_path / "compared.md")
     assert shown.exit_code == 0, shown.output
     assert (tmp_path / "compared.md").read_text() == shown.stdout
     assert "10 cases in both; left out: 3 only in A, 0 only in B" in shown.stdout
     assert shown.stderr.count("only in A, left out: ") == 3
-    loaded = json.loads(cli("compare", finished, tmp_path / "oracle", "--json").stdout)
+    loaded = json.loads(cli("eval", "compare", finished, tmp_path / "oracle", "--json").stdout)
     one = loaded["figures"]["positive_iou"]
     assert one["difference"] == pytest.approx(one["b"] - one["a"])
     assert one["interval"][0] <= one["difference"] <= one["interval"][1]
@@ -257,7 +257,7 @@ def browser() -> Iterator[Any]:
 
 
 def test_report_in_a_browser(finished: Path, browser: Any, tmp_path: Path) -> None:
-    shown = cli("report", finished, "-o", tmp_path / "report.html", "--cases", 2)
+    shown = cli("eval", "report", finished, "-o", tmp_path / "report.html", "--cases", 2)
     assert shown.exit_code == 0, shown.output
     page = browser.new_page(viewport={"width": 1366, "height": 900})
     troubles: list[str] = []

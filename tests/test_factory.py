@@ -19,15 +19,15 @@ from ibisagent.datasets import CaseRow, CaseSource, read_cases
 from ibisagent.datasets.leaks import fingerprint
 from ibisagent.domain import Click, Image, Stop, Undo
 from ibisagent.errors import ConfigError
-from ibisagent.factory import exports, filters
-from ibisagent.factory.config import FactoryConfig, read_questions
-from ibisagent.factory.raw import RecallingSegmenter, foreign, imperfect
-from ibisagent.factory.stages import Plan, Worker, build, estimate
-from ibisagent.images import write_mask_png, write_png
-from ibisagent.masks import iou
+from ibisagent.generation import exports, filters
+from ibisagent.generation.config import FactoryConfig, read_questions
+from ibisagent.generation.expert_episodes import RecallingSegmenter, foreign, imperfect
+from ibisagent.generation.stages import Plan, Worker, build, estimate
+from ibisagent.generation.teacher.phrasings import FAMILIES, PHRASINGS, phrasings
+from ibisagent.imaging.images import write_mask_png, write_png
+from ibisagent.imaging.masks import iou
 from ibisagent.segmenters import load_segmenter
 from ibisagent.store import EpisodeStore
-from ibisagent.teacher.phrasings import FAMILIES, PHRASINGS, phrasings
 
 SIZE = (61, 83)
 CONFIG = FactoryConfig(
@@ -173,7 +173,7 @@ def test_start_masks_are_imperfect_and_foreign_ones_are_elsewhere() -> None:
 def test_a_killed_run_ends_with_the_same_bytes(data: Path, made: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from ibisagent.datasets import read_cases;"
-        "from ibisagent.factory.config import FactoryConfig; from ibisagent.factory.stages import Plan, build;"
+        "from ibisagent.generation.config import FactoryConfig; from ibisagent.generation.stages import Plan, build;"
         f"build(Plan(read_cases({str(data)!r}), Path(sys.argv[1]), FactoryConfig.model_validate_json(sys.argv[2])),"
         "progress=lambda *said: print(*said, flush=True))"
     )
@@ -265,7 +265,7 @@ def test_conversations_come_back_with_the_same_actions(data: Path, made: Path, t
 
 
 def test_pictures_show_the_masks_of_their_turn(made: Path) -> None:
-    from ibisagent.images import read_image
+    from ibisagent.imaging.images import read_image
     from ibisagent.protocol import overlay
 
     episodes = {episode.case_id: episode for episode in EpisodeStore(made / "filter").read()}
@@ -297,7 +297,7 @@ def test_sharegpt_comes_back_and_never_teaches_a_mistake(made: Path) -> None:
 
 
 def test_prompts_carry_the_truth_that_rewards_need(data: Path, made: Path) -> None:
-    from ibisagent.masks import decode_rle
+    from ibisagent.imaging.masks import decode_rle
 
     cases = read_cases(data).by_id
     questions = {question.id: question for question in all_questions(data, made)}
@@ -355,8 +355,8 @@ def test_ray_gives_the_same_bytes(data: Path, made: Path, tmp_path: Path) -> Non
     pytest.importorskip("ray")
     code = (
         "import sys; from pathlib import Path; from ibisagent.datasets import read_cases;"
-        "from ibisagent.factory.config import FactoryConfig; from ibisagent.factory.stages import Plan, build;"
-        "from ibisagent.factory.on_ray import on_ray;"
+        "from ibisagent.generation.config import FactoryConfig; from ibisagent.generation.stages import Plan, build;"
+        "from ibisagent.generation.on_ray import on_ray;"
         f"build(Plan(read_cases({str(data)!r}), Path(sys.argv[1]), FactoryConfig.model_validate_json(sys.argv[2])),"
         "run_shards=on_ray(2))"
     )
@@ -380,7 +380,7 @@ def test_the_command_and_its_recipe(data: Path, tmp_path: Path) -> None:
     recipe = Path(__file__).parent.parent / "recipes" / "data.toml"
     assert FactoryConfig.read(recipe) == FactoryConfig()
     (tmp_path / "own.toml").write_text('segmenter = "region"\nshard_pictures = 3\nformats = ["grpo"]\n')
-    given = ["build-data", str(data), "-o", str(tmp_path / "out"), "-c", str(tmp_path / "own.toml"), "--limit", "4"]
+    given = ["data", "build", str(data), "-o", str(tmp_path / "out"), "-c", str(tmp_path / "own.toml"), "--limit", "4"]
     done = CliRunner().invoke(app, [*given, "--stage", "trajectories", "--stage", "questions", "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["pairs"] == 4
@@ -388,7 +388,7 @@ def test_the_command_and_its_recipe(data: Path, tmp_path: Path) -> None:
     assert json.loads(CliRunner().invoke(app, [*given, "--dry-run"]).stdout)["price"] == 0
     assert "# Data card" in CliRunner().invoke(app, given).stdout
     assert [path.name for path in (tmp_path / "out" / "export").iterdir() if path.is_dir()].count("trl") == 0
-    part = ["build-data", str(data), "-o", str(tmp_path / "part"), "--dry-run", "--split"]
+    part = ["data", "build", str(data), "-o", str(tmp_path / "part"), "--dry-run", "--split"]
     assert CliRunner().invoke(app, [*part, "val"]).exit_code == 0
     assert "no row has split 'test'" in " ".join(CliRunner().invoke(app, [*part, "test"]).output.split())
     unlicensed = CliRunner().invoke(app, [*part, "train", "--licence-class", "ok"])

@@ -29,20 +29,20 @@ from ibisagent.cli import app
 from ibisagent.datasets import read_cases
 from ibisagent.domain import Observation, Stop
 from ibisagent.errors import ConfigError, DataError, SegmenterError
-from ibisagent.factory.config import FactoryConfig
-from ibisagent.factory.exports import read_trl
-from ibisagent.factory.stages import Plan, build
-from ibisagent.images import write_mask_png, write_png
+from ibisagent.generation.config import FactoryConfig
+from ibisagent.generation.exports import read_trl
+from ibisagent.generation.stages import Plan, build
+from ibisagent.generation.trajectories import TrajectoryConfig, generate
+from ibisagent.imaging.images import write_mask_png, write_png
 from ibisagent.policies import load_policy
 from ibisagent.policies.nano import IbisNanoForConditionalGeneration, LikelyPlaces
 from ibisagent.protocol import parse, render, target_of
 from ibisagent.rewards import PAPER, RewardWeights
 from ibisagent.segmenters import load_segmenter
 from ibisagent.store import EpisodeStore
-from ibisagent.training import rl, sft
-from ibisagent.training.lessons import TAKEN_BACK, plainly
-from ibisagent.training.stage import ScoredReplies, load_student, without_library_warnings
-from ibisagent.trajectories import TrajectoryConfig, generate
+from ibisagent.training.finetune import rl, sft
+from ibisagent.training.finetune.common import ScoredReplies, load_student, without_library_warnings
+from ibisagent.training.nano.curriculum import TAKEN_BACK, plainly
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -450,6 +450,77 @@ def test_what_the_machinery_fails_at_is_left_out(data, tmp_path):
         judge([[]], tools[1:], lambda name, value: None)
 
 
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_a_group_teaches_only_where_its_rewards_differ(count):
+    """Of TRL's advantages, which rounding keeps from 0 where all rewards are the same."""
+    constant = torch.linspace(0.05, 2.3, 40)[:, None].expand(40, count).contiguous()
+    differing = constant.clone()
+    differing[:, 0] += 1e-3
+    for rewards, expected in ((constant, []), (differing, list(range(40)))):
+        mean, deviation = rewards.mean(dim=1, keepdim=True), rewards.std(dim=1, keepdim=True)
+        advantages = ((rewards - mean) / (deviation + 1e-4)).view(-1)
+        assert rl.groups_that_teach(advantages, count) == expected
+
+
+def test_a_batch_whose_paths_all_end_with_their_first_turn_is_learnt_from(data, start, tmp_path):
+    recipe = rl_recipe(data, start, tmp_path, max_turns=1, rewards=RewardWeights(length=0), steps=1, report_to=[])
+    logs = []
+    rl.train(recipe, lambda step, steps, told: logs.append(told))
+    assert [told["path/turns"] for told in logs if "reward" in told] == [1]
+
+
+TWO_PROCESSES = """
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+dist.init_process_group("gloo", timeout=timedelta(seconds=40))
+
+from ibisagent.rewards import RewardWeights
+from ibisagent.training.finetune import rl
+
+data, policy, out = (Path(name) for name in sys.argv[1:])
+rank = dist.get_rank()
+recipe = rl.RlRecipe(
+    data=data, out=out, policy=str(policy), batch=2, paths=2, steps=2, segmenter="region", device="cpu", save_every=9,
+    max_turns=(1, 2)[rank], reply_tokens=8, rewards=RewardWeights(length=0), report_to=[], path_tokens=4000,
+)
+trainer, student = rl.make_trainer(recipe)
+generate, written = student.model.generate, 0
+
+def collective(*args, **options):
+    global written
+    written += 1
+    dist.all_reduce(torch.ones(1))  # as ZeRO-3, FSDP and a vLLM server do in one way or another
+    return generate(*args, **options)
+
+student.model.generate = collective
+trainer.train()
+counts = [None, None]
+dist.all_gather_object(counts, (written, trainer.state.global_step))
+assert counts == [(4, 2), (4, 2)], counts
+dist.destroy_process_group()
+"""
+
+
+def test_processes_whose_paths_are_of_different_lengths_stay_in_step(data, qwen, tmp_path):
+    """One turn a path on the first process, two on the second, and a collective operation in each generation."""
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    done = subprocess.run(
+        [*command, str(data), str(qwen), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_groups_of_different_batches_join():
     def batch(prompt, completion, first):
         rows = 4
@@ -519,13 +590,13 @@ def test_the_command_line(episodes, qwen, tmp_path, capsys):
     path = tmp_path / "recipe.toml"
     lines = [f'data = "{episodes}"', f'out = "{tmp_path / "run"}"', 'device = "cpu"', "steps = 1", "batch = 1"]
     path.write_text("\n".join([*lines, f'policy = "{qwen}"', 'history = "full"', "report_to = []"]))
-    assert app(["sft", str(path), "--set", "steps=2", "--json"], standalone_mode=False) is None
+    assert app(["train", "sft", str(path), "--set", "steps=2", "--json"], standalone_mode=False) is None
     assert json.loads((tmp_path / "run/recipe.json").read_bytes())["recipe"]["steps"] == 2
     folder = Path(json.loads(capsys.readouterr().out)["policy"])
     assert (folder / "model.safetensors").is_file()
     path.write_text(path.read_text() + "\npath = 4")
     with pytest.raises(SystemExit) as caught:
-        app(["rl", str(path)])
+        app(["train", "rl", str(path)])
     assert caught.value.code == 2
     assert "there is no such setting" in capsys.readouterr().err
 

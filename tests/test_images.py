@@ -14,7 +14,7 @@ import tifffile
 
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.files import write_whole
-from ibisagent.images import read_image, read_masks, write_mask_png, write_png
+from ibisagent.imaging.images import read_image, read_masks, write_mask_png, write_png
 
 SIZE = (61, 83)
 ORIENTATION = 274

@@ -21,7 +21,8 @@ from volume_phantoms import GRIDS
 
 from ibisagent.domain import Case, Image, Mask, Masks
 from ibisagent.errors import DataError
-from ibisagent.masks import decode_rle, iou
+from ibisagent.imaging.masks import decode_rle, iou
+from ibisagent.inference.image import run_case
 from ibisagent.policies.base import Policy
 from ibisagent.policies.scripted import ScriptedPolicy
 from ibisagent.segmenters import Segmenter
@@ -29,7 +30,6 @@ from ibisagent.segmenters.region import RegionSegmenter
 from ibisagent.server.app import create_app, standard_mounts
 from ibisagent.server.service import Limits, Service
 from ibisagent.server.volumes import PackageVolumes
-from ibisagent.session import segment
 
 SIZE = (61, 83)
 CLICK = "<think>The bright one.</think><action>click + (0.3133, 0.3197) bright box</action>"
@@ -74,7 +74,7 @@ class NumpyVolumes:
     def segment(self, volume: Any, query: str, policy: Policy, segmenter: Segmenter) -> dict[str, Mask]:
         masks = np.zeros(volume.shape, dtype=bool)
         for index in range(volume.shape[2]):
-            episode = segment(Case(str(index), volume.slice(2, index, "auto"), query), policy, segmenter)
+            episode = run_case(Case(str(index), volume.slice(2, index, "auto"), query), policy, segmenter)
             masks[..., index] = episode.masks["bright box"]
         return {"bright box": masks}
 

@@ -26,12 +26,12 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 
-from ibisagent import limits
 from ibisagent.datasets import read_cases
 from ibisagent.datasets.members import npz_array, npz_shapes, read_target
 from ibisagent.errors import ConfigError, DataError, TooLargeError
-from ibisagent.images import decode_picture, read_image, read_masks
-from ibisagent.masks import decode_rle, decode_runs
+from ibisagent.imaging import limits
+from ibisagent.imaging.images import decode_picture, read_image, read_masks
+from ibisagent.imaging.masks import decode_rle, decode_runs
 from ibisagent.store import read_plain_record
 from ibisagent.volumes import read_volume
 
@@ -42,9 +42,9 @@ import sys, time
 from pathlib import Path
 import nibabel, pydicom.pixels, SimpleITK, tifffile
 import ibisagent.volumes.dicom, ibisagent.volumes.itk, ibisagent.volumes.nifti
-from ibisagent import limits
+from ibisagent.imaging import limits
 from ibisagent.errors import DataError
-from ibisagent.images import read_image
+from ibisagent.imaging.images import read_image
 from ibisagent.volumes import is_volume, read_volume
 
 def peak_kb():

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import yaml
 
-from ibisagent import lmms_eval_plugin as plugin
 from ibisagent.datasets import read_cases
 from ibisagent.errors import DataError
-from ibisagent.images import write_mask_png, write_png
-from ibisagent.lmms_eval_plugin.__main__ import main
-from ibisagent.masks import encode_rle, iou
+from ibisagent.imaging.images import write_mask_png, write_png
+from ibisagent.imaging.masks import encode_rle, iou
+from ibisagent.integrations import lmms_eval as plugin
+from ibisagent.integrations.lmms_eval.__main__ import main
 
 SIZE = (61, 83)
 
@@ -61,7 +61,7 @@ def test_the_task_holds_all_masks(data: Path, tmp_path: Path) -> None:
     assert Path(task["dataset_kwargs"]["data_files"]["test"]) == tmp_path / "task" / "cases.jsonl"
     assert [metric["metric"] for metric in task["metric_list"]] == list(plugin.METRICS)
     for name in (task["doc_to_visual"], task["process_results"], task["metric_list"][0]["aggregation"]):
-        assert callable(getattr(plugin, name.removeprefix("ibisagent.lmms_eval_plugin.")))
+        assert callable(getattr(plugin, name.removeprefix("ibisagent.integrations.lmms_eval.")))
 
 
 def test_answers_are_scored(data: Path, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_nothing_to_score(data: Path, tmp_path: Path) -> None:
 
 def test_the_agent_answers_the_harness(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("lmms_eval")
-    from ibisagent.lmms_eval_plugin.model import IbisAgent
+    from ibisagent.integrations.lmms_eval.model import IbisAgent
 
     assert plugin.model_manifest().model_id == "ibisagent"
     main(data, tmp_path / "task")

@@ -11,7 +11,7 @@ from pycocotools import mask as coco
 
 from ibisagent.domain import MAX_PIXELS
 from ibisagent.errors import DataError
-from ibisagent.masks import decode_rle, dice, encode_rle, iou
+from ibisagent.imaging.masks import decode_rle, dice, encode_rle, iou
 
 shapes = arrays.array_shapes(min_dims=2, max_dims=2, max_side=40)
 masks = shapes.flatmap(lambda shape: arrays.arrays(bool, shape))

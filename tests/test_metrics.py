@@ -12,11 +12,11 @@ import cv2
 import numpy as np
 import pytest
 
-from ibisagent import metrics
 from ibisagent.domain import Mask
 from ibisagent.errors import ConfigError, DataError
-from ibisagent.masks import Overlap, overlap
-from ibisagent.metrics import figure
+from ibisagent.evaluation import metrics
+from ibisagent.evaluation.metrics import figure
+from ibisagent.imaging.masks import Overlap, overlap
 
 PAIRS = 1_000
 SIZE = (23, 31)

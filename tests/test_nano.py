@@ -20,7 +20,7 @@ from ibisagent.policies.nano import (
     snap_locations,
 )
 from ibisagent.protocol import parse
-from ibisagent.training.nano import build_model, build_processor
+from ibisagent.training.nano.trainer import build_model, build_processor
 
 NAMES = ["bright disc", "left lung"]
 

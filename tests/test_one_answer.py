@@ -23,25 +23,26 @@ import pytest
 from loopback import serving
 from volume_phantoms import GRIDS
 
-from ibisagent import evaluation, session
-from ibisagent.client import Client
+from ibisagent import evaluation
 from ibisagent.datasets import read_cases
 from ibisagent.domain import Action, Case, Click, Image, Mask, MaskSelection, Prompt, Reply, Stop, Undo
 from ibisagent.environment import SegmentationEnv, rollout
 from ibisagent.errors import ConfigError
-from ibisagent.images import read_masks, write_mask_png, write_png
-from ibisagent.masks import decode_rle
+from ibisagent.evaluation.reliability import Reviewer
+from ibisagent.imaging.images import read_masks, write_mask_png, write_png
+from ibisagent.imaging.masks import decode_rle
+from ibisagent.inference.image import export, run_case
+from ibisagent.inference.session import Session
+from ibisagent.inference.volume import run_volume
+from ibisagent.inference.volume_files import VolumeWriter
 from ibisagent.policies.scripted import ScriptedPolicy
 from ibisagent.protocol import write
-from ibisagent.reliability import Reviewer
 from ibisagent.rewards import score
 from ibisagent.segmenters import Prediction
 from ibisagent.server.app import create_app, standard_mounts
+from ibisagent.server.client import Client
 from ibisagent.server.service import Limits, Service
-from ibisagent.session import Session
 from ibisagent.store import read_record
-from ibisagent.volume_agent import segment_volume
-from ibisagent.volume_agent.files import VolumeWriter
 from ibisagent.volumes import SliceView, Volume
 
 SIZE = (61, 83)
@@ -110,16 +111,16 @@ def is_good(mask: Mask) -> bool:
 
 
 def test_the_phantom_tells_the_three_apart() -> None:
-    episode = session.segment(case(), policy(), BandSegmenter())
+    episode = run_case(case(), policy(), BandSegmenter())
     assert [turn.segmenter_score for turn in episode.turns] == [0.6, 0.9, 0.6, 0.3, None]
     assert np.array_equal(episode.masks["band"], band(WORSE))
 
 
 @pytest.mark.parametrize(("selection", "width"), [("best", GOOD), ("last", WORSE)])
 def test_python_and_files(tmp_path: Path, selection: MaskSelection, width: int) -> None:
-    episode = session.segment(case(), policy(), BandSegmenter(), mask_selection=selection)
+    episode = run_case(case(), policy(), BandSegmenter(), mask_selection=selection)
     assert np.array_equal(episode.answer_masks["band"], band(width))
-    outputs = session.export(episode, image(), tmp_path, "eye")
+    outputs = export(episode, image(), tmp_path, "eye")
     assert np.array_equal(read_masks(outputs.masks["band"])["mask"], band(width))
     assert np.array_equal(read_record(outputs.record).answer_masks["band"], band(width))
 
@@ -162,7 +163,7 @@ def test_a_user_has_the_last_word() -> None:
 
 def test_evaluation_reward_and_review(tmp_path: Path) -> None:
     labelled = case(targets={"band": band(GOOD)})
-    episode = session.segment(labelled, policy(), BandSegmenter())
+    episode = run_case(labelled, policy(), BandSegmenter())
     judged = score(episode, labelled)
     assert (judged.iou, judged.answer) == (1.0, 3.0)
     assert Reviewer(policy(), BandSegmenter()).signals(episode, labelled)["quality"] == 0.6
@@ -179,12 +180,10 @@ def test_volumes(tmp_path: Path) -> None:
     view = SliceView(volume, "axial")
     assert view.size == SIZE
     with VolumeWriter(tmp_path, "phantom", ["nifti"]) as files:
-        found = segment_volume(
-            view, QUERY, policy(), BandSegmenter(), keys=range(3), recheck=0, on_episode=files.episode
-        )
+        found = run_volume(view, QUERY, policy(), BandSegmenter(), keys=range(3), recheck=0, on_episode=files.episode)
     for index in range(3):
         assert is_good(view.read_mask(found.masks["band"], index))
-    last = segment_volume(view, QUERY, policy(), BandSegmenter(), keys=range(3), recheck=0, mask_selection="last")
+    last = run_volume(view, QUERY, policy(), BandSegmenter(), keys=range(3), recheck=0, mask_selection="last")
     assert np.array_equal(view.read_mask(last.masks["band"], 1), band(WORSE))
 
 
@@ -198,8 +197,8 @@ class Brief(ScriptedPolicy):
 
 
 def test_a_policys_own_turn_limit_holds_everywhere(tmp_path: Path) -> None:
-    assert len(session.segment(case(), Brief(), BandSegmenter()).turns) == 2
-    assert len(session.segment(case(), Brief(), BandSegmenter(), max_turns=3).turns) == 3
+    assert len(run_case(case(), Brief(), BandSegmenter()).turns) == 2
+    assert len(run_case(case(), Brief(), BandSegmenter(), max_turns=3).turns) == 3
     it = Session(case(), BandSegmenter(), Brief())
     assert (it.run(), len(it.steps)) == ("max_turns", 2)
     service = Service(Brief(), BandSegmenter(), tmp_path / "data")
@@ -214,7 +213,7 @@ def test_a_policys_own_turn_limit_holds_everywhere(tmp_path: Path) -> None:
         service.close()
         strict.close()
     view = SliceView(Volume(np.zeros((*SIZE[::-1], 3), dtype=np.int16), GRIDS["LPS-even"], "phantom"), "axial")
-    found = segment_volume(view, QUERY, Brief(), BandSegmenter(), keys=range(3), recheck=0)
+    found = run_volume(view, QUERY, Brief(), BandSegmenter(), keys=range(3), recheck=0)
     assert (found.max_turns, [asked.turns for asked in found.asked]) == (2, [2, 2, 2])
     write_png(image().pixels, tmp_path / "eye.png")
     write_mask_png(band(GOOD), tmp_path / "mask.png")
@@ -225,7 +224,7 @@ def test_a_policys_own_turn_limit_holds_everywhere(tmp_path: Path) -> None:
 
 def test_lmms_eval() -> None:
     pytest.importorskip("lmms_eval")
-    from ibisagent.lmms_eval_plugin.model import IbisAgent
+    from ibisagent.integrations.lmms_eval.model import IbisAgent
 
     agent = IbisAgent(policy="centre-click", segmenter="region")
     agent.policy, agent.segmenter, agent.max_turns = policy(), BandSegmenter(), 20

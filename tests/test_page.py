@@ -30,14 +30,14 @@ from loopback import serving
 from volume_phantoms import GRIDS, blob, hounsfield
 
 from ibisagent.datasets import read_cases
-from ibisagent.images import write_png
-from ibisagent.masks import decode_rle
+from ibisagent.imaging.images import write_png
+from ibisagent.imaging.masks import decode_rle
+from ibisagent.inference.session import Session
 from ibisagent.policies.scripted import ScriptedPolicy
 from ibisagent.segmenters import load_segmenter
 from ibisagent.server.app import create_app, standard_mounts
 from ibisagent.server.service import Limits, Service
 from ibisagent.server.volumes import PackageVolumes
-from ibisagent.session import Session
 from ibisagent.volumes import SliceView, read_volume
 
 BROWSERS = ("chromium", "chromium-headless-shell", "google-chrome", "chrome")
@@ -202,7 +202,7 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.command = [sys.executable, "-m", "ibisagent", "serve", "--page", "--policy", f"scripted:{script}"]
+        self.command = [sys.executable, "-m", "ibisagent", "serve", "api", "--page", "--policy", f"scripted:{script}"]
         self.command += ["-s", "region", "--data", str(folder / "data"), "--port", str(self.port)]
 
     def start(self) -> None:

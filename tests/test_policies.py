@@ -40,7 +40,7 @@ from ibisagent.policies.baselines import LocationPriorPolicy
 from ibisagent.policies.endpoint import EndpointPolicy
 from ibisagent.policies.mllm import MllmPolicy
 from ibisagent.protocol import DIALECTS, parse
-from ibisagent.server.chat import create_app, serve
+from ibisagent.server.policy_server import create_app, serve
 
 SIZE = (61, 83)
 VISION = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")  # ids 0 to 3

@@ -23,6 +23,7 @@ from ibisagent.domain import (
     Undo,
 )
 from ibisagent.errors import ConfigError, DataError
+from ibisagent.generation.teacher.phrasings import phrasings
 from ibisagent.protocol import (
     COLOURS,
     DIALECTS,
@@ -35,7 +36,6 @@ from ibisagent.protocol import (
     target_of,
     write,
 )
-from ibisagent.teacher.phrasings import phrasings
 
 FUZZ = int(os.environ.get("IBIS_FUZZ", "2000"))
 SIZE = (61, 83)

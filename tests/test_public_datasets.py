@@ -19,7 +19,7 @@ from ibisagent.datasets.catalogue import BENCHMARKS, check_copy
 from ibisagent.datasets.leaks import find_leaks, fingerprint, near_duplicates
 from ibisagent.domain import Mask
 from ibisagent.errors import ConfigError, DataError
-from ibisagent.images import write_mask_png, write_png
+from ibisagent.imaging.images import write_mask_png, write_png
 
 SIZE = (61, 83)
 
@@ -447,12 +447,12 @@ def test_nearest_fingerprint_within_reach() -> None:
 
 def test_the_command_lists_checks_and_compares(tmp_path: Path) -> None:
     def run(*arguments: object) -> tuple[int, str]:
-        result = CliRunner().invoke(app, ["datasets", *map(str, arguments)])
+        result = CliRunner().invoke(app, ["data", "check", *map(str, arguments)])
         return result.exit_code, result.output
 
-    code, text = run()
-    assert code == 0
-    assert all(name in text for name in BENCHMARKS)
+    listed = CliRunner().invoke(app, ["data", "list"])
+    assert listed.exit_code == 0
+    assert all(name in listed.output for name in BENCHMARKS)
     train, val = manifest(tmp_path / "train", {"a": 1, "b": 2}), manifest(tmp_path / "val", {"x": 2, "y": 7})
     assert run(train, "--json")[0] == 0
     code, text = run(val, "--against", train, "--json")

@@ -48,7 +48,17 @@ def test_importing_the_package_loads_next_to_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["environment", "rewards", "store", "datasets", "policies", "segmenters", "trajectories"]
+    "module",
+    [
+        "environment",
+        "rewards",
+        "store",
+        "datasets",
+        "policies",
+        "segmenters",
+        "generation.trajectories",
+        "inference.api",
+    ],
 )
 def test_importing_a_module_loads_no_torch(module: str) -> None:
     loaded = loaded_by(f"import ibisagent.{module}")

@@ -14,12 +14,12 @@ from ibisagent.cli import app
 from ibisagent.domain import Action, Box, Case, Completion, Image, Observation, Reply, Stop
 from ibisagent.environment import SegmentationEnv, rollout
 from ibisagent.errors import ConfigError, DataError
-from ibisagent.images import write_mask_png, write_png
-from ibisagent.masks import iou
+from ibisagent.evaluation.reliability import Queue, Reliability, Reviewer, fit, gain_of_dropping, signals
+from ibisagent.imaging.images import write_mask_png, write_png
+from ibisagent.imaging.masks import iou
 from ibisagent.policies import load_policy
 from ibisagent.policies.scripted import ScriptedPolicy
 from ibisagent.protocol import write
-from ibisagent.reliability import Queue, Reliability, Reviewer, fit, gain_of_dropping, signals
 from ibisagent.segmenters import load_segmenter
 
 SIZE = (61, 83)
@@ -107,7 +107,7 @@ def test_twenty_cases_mend_an_overconfident_score() -> None:
     fitted = fit(found, ious)
     assert fitted.cases == 20
     new, measured = made_up(400, seed=5)
-    from ibisagent.calibration import calibration
+    from ibisagent.evaluation.calibration import calibration
 
     plain = [Reliability.plain(["quality", "stability"]).score(one) for one in new]
     scores = [fitted.score(one) for one in new]
@@ -197,7 +197,7 @@ def test_calibrate_then_segment_with_a_review_queue(tmp_path: Path) -> None:
         return result.exit_code, result.output
 
     made = str(tmp_path / "c.json")
-    code, text = run("calibrate", str(tmp_path), "-o", made)
+    code, text = run("eval", "calibrate", str(tmp_path), "-o", made)
     assert code == 0, text
     assert "fitted on 12 cases" in text
     pictures = [str(tmp_path / f"{number}.png") for number in (0, 11)]

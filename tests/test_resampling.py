@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from ibisagent.resampling import Row, differences, intervals, patient_interval
+from ibisagent.evaluation.statistics import Row, differences, intervals, patient_interval
 
 
 def rows(values: list[float], name: str = "iou", patients: list[str] | None = None) -> list[Row]:

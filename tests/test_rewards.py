@@ -21,7 +21,7 @@ from ibisagent.rewards import (
     turns_score,
     weights_of,
 )
-from ibisagent.training.recipes import RlRecipe
+from ibisagent.training.finetune.recipes import RlRecipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SIZE = (40, 60)

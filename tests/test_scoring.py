@@ -1,4 +1,4 @@
-"""`ibisagent score`: masks of all kinds, figures by hand, and everything that does not fit named one by one."""
+"""`ibisagent eval score`: masks of all kinds, figures by hand, and everything that does not fit named one by one."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ibisagent.datasets import CaseSource, read_cases
 from ibisagent.datasets.catalogue import BENCHMARKS
 from ibisagent.domain import Mask
 from ibisagent.errors import ConfigError, DataError
+from ibisagent.evaluation.metrics import EmptyRule, figure, giou_share
 from ibisagent.evaluation.scoring import Scores, score
-from ibisagent.images import write_mask_png, write_png
-from ibisagent.masks import encode_rle, overlap
-from ibisagent.metrics import EmptyRule, figure, giou_share
+from ibisagent.imaging.images import write_mask_png, write_png
+from ibisagent.imaging.masks import encode_rle, overlap
 
 SIZE = (40, 60)
 NAMES = ("one", "two", "three")
@@ -353,7 +353,7 @@ def test_nothing_to_score(data: Path, made: Path) -> None:
 def test_command(data: Path, made: Path, tmp_path: Path) -> None:
     write_mask_png(HALF, made / "one_left_lung.png")
     out = tmp_path / "out"
-    arguments = [str(one) for one in ("score", made, data, "-o", out)]
+    arguments = [str(one) for one in ("eval", "score", made, data, "-o", out)]
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 2, shown.output
     assert "1 of 4 cases scored; with 0 for each of the others: mean IoU 0.125" in shown.stdout

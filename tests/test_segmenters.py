@@ -23,7 +23,7 @@ from loopback import serving
 
 from ibisagent.domain import Box, Click, Image, Prompt
 from ibisagent.errors import ConfigError, SegmenterError
-from ibisagent.masks import iou
+from ibisagent.imaging.masks import iou
 from ibisagent.segmenters import (
     SEGMENTERS,
     Prediction,
@@ -34,16 +34,16 @@ from ibisagent.segmenters import (
     predict_together,
 )
 from ibisagent.segmenters.cache import EmbeddingCache
-from ibisagent.segmenters.frame import Window, letterbox, letterbox_size, unletterbox
-from ibisagent.segmenters.glance import GlanceEncoder, Glances, glance_input, places_seen
+from ibisagent.segmenters.context_features import GlanceEncoder, Glances, glance_input, places_seen
 from ibisagent.segmenters.ibis_click import IbisClick
+from ibisagent.segmenters.letterbox import Window, letterbox, letterbox_size, unletterbox
 from ibisagent.segmenters.litemedsam import LiteMedSam, LiteMedSamEncoder, encoder_input
+from ibisagent.segmenters.postprocess import fill_small_holes, keep_prompted, obey
 from ibisagent.segmenters.region import RegionSegmenter
 from ibisagent.segmenters.remote import RemoteSegmenter
 from ibisagent.segmenters.runtime import one_thread
 from ibisagent.segmenters.sam2 import Sam2
-from ibisagent.segmenters.tidy import fill_small_holes, keep_prompted, obey
-from ibisagent.server.segmenter_app import create_app
+from ibisagent.server.segmenter_server import create_app
 
 SOURCE = Path(__file__).parent.parent / "src"
 OPENVINO = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
@@ -1186,7 +1186,7 @@ class TestRemote:
         remote.close()
 
     def test_only_with_a_token_beyond_this_machine(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from ibisagent.server.access import token_for
+        from ibisagent.server.auth import token_for
 
         monkeypatch.delenv("IBIS_TOKEN", raising=False)
         assert token_for("127.0.0.1") is None

@@ -26,15 +26,15 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from ibisagent.client import Client
 from ibisagent.domain import Completion, Image, Observation
 from ibisagent.errors import ConfigError, DataError, PolicyError
-from ibisagent.masks import iou
+from ibisagent.imaging.masks import iou
 from ibisagent.policies.base import Policy
 from ibisagent.policies.scripted import ScriptedPolicy
 from ibisagent.segmenters.region import RegionSegmenter
 from ibisagent.server.app import create_app
 from ibisagent.server.batching import SharedPolicy
+from ibisagent.server.client import Client
 from ibisagent.server.service import LARGE_RUNS, Limits, Service, plain_name
 
 SIZE = (61, 83)
@@ -550,7 +550,9 @@ def test_a_damaged_session_is_no_500(tmp_path: Path) -> None:
 
 
 def test_the_client_needs_no_torch() -> None:
-    code = "import sys, ibisagent.client; print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    code = (
+        "import sys, ibisagent.server.client; print([one for one in ('torch', 'transformers') if one in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
 

@@ -22,13 +22,15 @@ import pytest
 
 from ibisagent.datasets import read_cases
 from ibisagent.domain import Action, Case, Click, Completion, Image, Masks, Observation, Prompt, Reply, Stop, Undo
-from ibisagent.environment import Board, replay
+from ibisagent.environment import Board
 from ibisagent.errors import ConfigError, DataError, SegmenterError
+from ibisagent.inference.image import describe_actions
+from ibisagent.inference.replay import replay, replay_record
+from ibisagent.inference.session import Session
 from ibisagent.policies.scripted import ScriptedPolicy
 from ibisagent.protocol import parse, write
 from ibisagent.segmenters import Prediction
 from ibisagent.segmenters.region import RegionSegmenter
-from ibisagent.session import Session, describe_actions, replay_record
 from ibisagent.store import EpisodeStore, read_record
 
 SIZE = (61, 83)
@@ -367,7 +369,7 @@ def test_killed_while_it_works(tmp_path: Path) -> None:
         import numpy as np
         from ibisagent.domain import Case, Image
         from ibisagent.segmenters.region import RegionSegmenter
-        from ibisagent.session import Session
+        from ibisagent.inference.session import Session
         pixels = np.random.default_rng(0).integers(0, 255, (61, 83, 3), dtype=np.uint8)
         it = Session(Case("s", Image(pixels), "thing"), RegionSegmenter(), folder=sys.argv[1])
         for turn in range(300):
@@ -421,7 +423,7 @@ def test_export_writes_masks_overlay_and_records(tmp_path: Path) -> None:
         "eye_record-1.json",
     }
     assert read_record(outputs.record).stop == "open"
-    from ibisagent.images import write_png
+    from ibisagent.imaging.images import write_png
 
     write_png(it.image.pixels, tmp_path / "phantom.png")
     episode, _ = replay_record(outputs.record)

@@ -17,13 +17,13 @@ import pytest
 from ibisagent.datasets import CaseRow
 from ibisagent.domain import Click, Image, Reply, Stop, Undo
 from ibisagent.errors import PolicyError
-from ibisagent.factory.config import EndpointConfig
-from ibisagent.teacher.base import Refusal
-from ibisagent.teacher.checks import disagreement, leak
-from ibisagent.teacher.endpoint import EndpointTeacher
-from ibisagent.teacher.phrasings import Absences
-from ibisagent.teacher.rules import RulesTeacher
-from ibisagent.teacher.scenes import Scene, error_sight, first_sight, place_of, side_of
+from ibisagent.generation.config import EndpointConfig
+from ibisagent.generation.teacher.base import Refusal
+from ibisagent.generation.teacher.checks import disagreement, leak
+from ibisagent.generation.teacher.endpoint import EndpointTeacher
+from ibisagent.generation.teacher.phrasings import Absences
+from ibisagent.generation.teacher.rules import RulesTeacher
+from ibisagent.generation.teacher.visual_facts import Scene, error_sight, first_sight, place_of, side_of
 
 SIZE = (60, 90)
 ROWS, COLUMNS = np.mgrid[: SIZE[0], : SIZE[1]]

@@ -13,27 +13,27 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from ibisagent.cli import app
-from ibisagent.clicks import next_click
 from ibisagent.datasets import read_cases
 from ibisagent.domain import Box, Case, Click, Completion, Image, Observation, Reply, Stop, Undo
 from ibisagent.environment import SegmentationEnv
 from ibisagent.errors import ConfigError, DataError
+from ibisagent.imaging.clicks import next_click
 from ibisagent.policies import load_policy
 from ibisagent.policies.nano import LOCATIONS
 from ibisagent.protocol import START_LINE, parse, render, write
 from ibisagent.segmenters import load_segmenter
 from ibisagent.segmenters.click_network import ClickNetwork
-from ibisagent.segmenters.frame import letterbox, letterbox_scale, prompt_maps
 from ibisagent.segmenters.ibis_click import PACKAGED_WEIGHTS, read_click_network
-from ibisagent.training import click as click_recipe
-from ibisagent.training import nano as nano_recipe
-from ibisagent.training import own_turns
-from ibisagent.training.click_states import Pair, new_state
-from ibisagent.training.click_states import pairs_from as click_pairs
+from ibisagent.segmenters.letterbox import letterbox, letterbox_scale, prompt_maps
+from ibisagent.training.click import trainer as click_recipe
+from ibisagent.training.click.states import Pair, new_state
+from ibisagent.training.click.states import pairs_from as click_pairs
+from ibisagent.training.finetune.recipes import RlRecipe
 from ibisagent.training.images import TrainingImages, context_features, random_turn
-from ibisagent.training.lessons import Example, Lessons, pairs_of
-from ibisagent.training.own_turns import OwnTurns, own_first_turn, sure_part, told
-from ibisagent.training.recipes import RlRecipe
+from ibisagent.training.nano import on_policy as own_turns
+from ibisagent.training.nano import trainer as nano_recipe
+from ibisagent.training.nano.curriculum import Example, Lessons, pairs_of
+from ibisagent.training.nano.on_policy import OwnTurns, own_first_turn, sure_part, told
 from ibisagent.training.views import SIDE, Bank
 
 
@@ -85,7 +85,7 @@ def recipe(tmp_path_factory):
 
 
 def test_a_click_network_is_trained_from_a_recipe_and_used(recipe, cases, capsys):
-    assert app(["train-segmenter", str(recipe), "--json"], standalone_mode=False) is None
+    assert app(["train", "click", str(recipe), "--json"], standalone_mode=False) is None
     weights = Path(json.loads(capsys.readouterr().out)["weights"])
     segmenter = load_segmenter(f"ibis-click:{weights}", device="cpu", runtime="torch")
     truth = cases[0].targets["disc"]
@@ -444,7 +444,7 @@ def test_the_nano_recipe_runs_goes_on_and_refuses_another(recipe, tmp_path, caps
     plan.write_text(
         "\n".join([*lines, "backbone_examples = 16", "batch = 2", "examples = 4", "look_every = 2", "seed = 3"])
     )
-    assert app(["train-nano", str(plan), "--json"], standalone_mode=False) is None
+    assert app(["train", "nano", str(plan), "--json"], standalone_mode=False) is None
     model = json.loads(capsys.readouterr().out)["model"]
     [reply] = load_policy(model, device="cpu", max_new_tokens=3).respond(
         [Observation("one", disc_case(0).image, "Segment the disc.")]

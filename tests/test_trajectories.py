@@ -14,13 +14,13 @@ from killed import killed
 
 from ibisagent.datasets import CaseSource, read_cases
 from ibisagent.domain import Click, Completion, Episode, Image, Reply, Stop, Turn, Undo
-from ibisagent.environment import replay
 from ibisagent.errors import ConfigError, SegmenterError
-from ibisagent.images import read_image, write_mask_png, write_png
+from ibisagent.generation.trajectories import TrajectoryConfig, generate
+from ibisagent.imaging.images import read_image, write_mask_png, write_png
+from ibisagent.inference.replay import replay
 from ibisagent.segmenters import SegmenterSession, load_segmenter
 from ibisagent.segmenters.region import RegionSegmenter
 from ibisagent.store import EpisodeStore
-from ibisagent.trajectories import TrajectoryConfig, generate
 
 SIZE = (61, 83)
 CONFIG = TrajectoryConfig(
@@ -121,7 +121,7 @@ import sys
 from ibisagent.datasets import read_cases
 from ibisagent.segmenters import load_segmenter
 from ibisagent.segmenters.region import RegionSegmenter
-from ibisagent.trajectories import TrajectoryConfig, generate
+from ibisagent.generation.trajectories import TrajectoryConfig, generate
 
 class Announcing(RegionSegmenter):
     def open(self, image):

@@ -25,13 +25,13 @@ import pytest
 from ibisagent.datasets import read_cases
 from ibisagent.domain import Action, Box, Case, Click, Completion, Episode, Image, Reply, Stop, Turn
 from ibisagent.errors import ConfigError, DataError, PolicyError
-from ibisagent.factory.config import FactoryConfig
-from ibisagent.factory.exports import read_verl
-from ibisagent.factory.stages import Plan, build
-from ibisagent.images import write_mask_png, write_png
+from ibisagent.generation.config import FactoryConfig
+from ibisagent.generation.exports import read_verl
+from ibisagent.generation.stages import Plan, build
+from ibisagent.imaging.images import write_mask_png, write_png
+from ibisagent.integrations.verl.reward import compute_score, episode_reward
 from ibisagent.protocol import write
 from ibisagent.rewards import RewardWeights
-from ibisagent.verl.reward import compute_score, episode_reward
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes" / "verl"
@@ -60,7 +60,7 @@ def test_text_alone_is_refused() -> None:
 
 
 def test_the_package_does_not_need_verl() -> None:
-    code = "import sys, ibisagent, ibisagent.verl.reward, ibisagent.cli; sys.exit('verl' in sys.modules)"
+    code = "import sys, ibisagent, ibisagent.integrations.verl.reward, ibisagent.cli; sys.exit('verl' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

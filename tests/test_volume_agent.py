@@ -10,21 +10,21 @@ from volume_phantoms import GRIDS, blob
 
 from ibisagent.domain import Click, Image, Masks, Reply, Stop
 from ibisagent.errors import ConfigError
-from ibisagent.masks import dice
-from ibisagent.policies.oracle import OraclePolicy
-from ibisagent.policies.scripted import ScriptedPolicy
-from ibisagent.protocol import write
-from ibisagent.segmenters import Memory, Prediction, SegmenterSession, load_segmenter
-from ibisagent.volume_agent import (
+from ibisagent.imaging.masks import dice
+from ibisagent.inference.volume import (
     Look,
     SliceCases,
     VolumeSegmentation,
     between,
     parse_slices,
-    segment_volume,
+    run_volume,
     slice_id,
     vanishing,
 )
+from ibisagent.policies.oracle import OraclePolicy
+from ibisagent.policies.scripted import ScriptedPolicy
+from ibisagent.protocol import write
+from ibisagent.segmenters import Memory, Prediction, SegmenterSession, load_segmenter
 from ibisagent.volumes import SliceView, Volume
 
 SHAPE = (47, 61, 40)
@@ -42,7 +42,7 @@ def volume(*objects: np.ndarray, grid: str = "LPS-even") -> Volume:
 def run(view: SliceView, truths: dict[str, np.ndarray], **options: object) -> VolumeSegmentation:
     oracle = OraclePolicy(SliceCases(view, "liver", truths))  # it knows when to stop: its last masks are its answer
     options = {"mask_selection": "last", **options}
-    return segment_volume(view, "liver", oracle, load_segmenter("region"), **options)  # type: ignore[arg-type]
+    return run_volume(view, "liver", oracle, load_segmenter("region"), **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("grid", ["LPS-even", "PIR-uneven", "oblique-uneven"])
@@ -127,7 +127,7 @@ def test_a_segmenter_with_a_memory_follows_with_it() -> None:
     view = SliceView(Volume(np.where(inside, 200, 0).astype(np.int16), GRIDS["LPS-even"], "bar"))
     segmenter = Remembering()
     oracle = OraclePolicy(SliceCases(view, "liver", {"liver": inside}))
-    found = segment_volume(view, "liver", oracle, segmenter, keys=[4, 16], recheck=8, mask_selection="last")
+    found = run_volume(view, "liver", oracle, segmenter, keys=[4, 16], recheck=8, mask_selection="last")
     assert dice(found.masks["liver"].reshape(31, -1), inside.reshape(31, -1)) > 0.95
     assert len(segmenter.shown) >= 2  # both key slices
     assert all(shown.keys() == {"liver"} for shown in segmenter.shown)
@@ -161,7 +161,7 @@ def test_start_masks_are_refined() -> None:
     view = SliceView(volume(INSIDE))
     seen: list[int] = []
     stop = write(Reply("", (Stop("Done."),)), view.size, dialect="ibis")
-    found = segment_volume(
+    found = run_volume(
         view,
         "liver",
         ScriptedPolicy([stop]),
@@ -181,7 +181,7 @@ def test_an_episode_is_reported_with_its_slice() -> None:
     told: list[tuple[int, str, str]] = []
     click = write(Reply("", (Click(19, 33, True, "liver"),)), view.size, dialect="ibis")
     policy = ScriptedPolicy([click, write(Reply("", (Stop(""),)), view.size, dialect="ibis")])
-    found = segment_volume(
+    found = run_volume(
         view,
         "liver",
         policy,

@@ -19,14 +19,14 @@ import pytest
 from typer.testing import CliRunner, Result
 from volume_phantoms import GRIDS, blob, hounsfield, slice_files
 
-from ibisagent import pacs
 from ibisagent.cli import app
 from ibisagent.domain import Click, Reply, Stop
 from ibisagent.errors import ConfigError, DataError
-from ibisagent.masks import dice
+from ibisagent.imaging.masks import dice
 from ibisagent.protocol import write
 from ibisagent.store import read_record
 from ibisagent.volumes import SliceView, Volume, read_volume
+from ibisagent.volumes import dicomweb as pacs
 from ibisagent.volumes.writing import masks_on, read_volume_masks, write_nifti
 
 SHAPE = (47, 61, 24)
@@ -93,6 +93,30 @@ def test_a_volume_is_segmented(tmp_path: Path, scan: Path, script: str) -> None:
     }
 
 
+def test_the_result_of_a_volume_is_kept_and_another_is_never_replaced(tmp_path: Path, scan: Path, script: str) -> None:
+    out = tmp_path / "out"
+
+    def run(source: Path, *more: object) -> Result:
+        return segment(source, "the liver", "-o", out, "--slices", "8,12", "--json", *more, script=script)
+
+    assert run(scan).exit_code == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    [kept] = json.loads(run(scan).stdout)["results"]
+    assert kept == {"image": str(scan), "record": str(out / "scan_record.json"), "kept": True}
+    [refused] = json.loads(run(scan, "--window", "lung").stdout)["results"]
+    assert "window" in refused["error"]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    other = tmp_path / "other" / "scan.nii.gz"
+    other.parent.mkdir()
+    nib.save(nib.Nifti1Image(hounsfield(INSIDE) + 1, GRIDS["LPS-uneven"]), other)
+    [made] = json.loads(run(other).stdout)["results"]
+    assert Path(made["record"]).name.startswith("scan_liver-")
+    assert before.items() <= {path.name: path.read_bytes() for path in out.iterdir()}.items()
+    [again] = json.loads(run(scan, "--window", "lung", "--overwrite").stdout)["results"]
+    assert again["record"] == str(out / "scan_record.json")
+    assert (out / "scan_record.json").read_bytes() != before["scan_record.json"]
+
+
 def test_dicom_comes_out_of_dicom_and_names_nobody_elsewhere(tmp_path: Path, script: str) -> None:
     slice_files(tmp_path / "Doe_Jane_MRN77", hounsfield(INSIDE), GRIDS["LPS-uneven"])
     out = tmp_path / "out"
@@ -140,7 +164,7 @@ def test_a_start_mask_is_refined(tmp_path: Path, scan: Path, script: str) -> Non
     write_nifti(INSIDE[:, :, :-1], wrong, tmp_path / "wrong.nii.gz")
     result = segment(scan, "liver", "-o", tmp_path / "no", "--start-mask", tmp_path / "wrong.nii.gz", script=script)
     assert_one_line(result, "wrong.nii.gz", "resample the mask onto its grid")
-    assert not (tmp_path / "no").exists()
+    assert not list((tmp_path / "no").iterdir())
 
 
 def test_a_record_is_replayed_without_its_policy(tmp_path: Path, scan: Path, script: str) -> None:
@@ -208,9 +232,9 @@ def test_a_remote_model_is_said_to_get_pictures(tmp_path: Path, scan: Path, scri
     options = ("--policy", script, "--segmenter", "remote:http://127.0.0.1:9")
     result = ibisagent("segment", scan, "liver", "-o", tmp_path, *options)
     assert result.exit_code == 2
-    assert result.stderr.splitlines()[0] == "pictures are sent to http://127.0.0.1:9"
+    assert result.stderr.splitlines()[0] == "images are sent to http://127.0.0.1:9"
     result = ibisagent("segment", scan, "liver", "-o", tmp_path, "--policy", "one-shot:endpoint:http://127.0.0.1:9#m")
-    assert result.stderr.splitlines()[0] == "pictures are sent to http://127.0.0.1:9"
+    assert result.stderr.splitlines()[0] == "images are sent to http://127.0.0.1:9"
 
 
 def test_addresses_are_checked(tmp_path: Path, script: str) -> None:

@@ -16,9 +16,9 @@ import pytest
 from volume_phantoms import GRIDS, SHAPE, blob, changed, hounsfield, slice_files, world_points
 
 from ibisagent.errors import ConfigError, DataError
-from ibisagent.images import read_masks
+from ibisagent.imaging.images import read_masks
 from ibisagent.volumes import SliceView, Volume, read_volume
-from ibisagent.volumes.clinic import coded, write_report, write_segmentation
+from ibisagent.volumes.dicom_output import coded, write_report, write_segmentation
 from ibisagent.volumes.grid import LPS
 from ibisagent.volumes.measures import longest_diameter, measure, write_measures
 from ibisagent.volumes.writing import masks_on, read_volume_masks, write_nifti, write_png_stack, write_rle

@@ -17,7 +17,7 @@ from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless
 from volume_phantoms import GRIDS, SHAPE, blob, changed, hounsfield, slice_files, world_points
 
 from ibisagent.errors import ConfigError, DataError, IbisError
-from ibisagent.images import read_image, write_png
+from ibisagent.imaging.images import read_image, write_png
 from ibisagent.volumes import SliceView, Volume, is_volume, parse_window, read_volume
 from ibisagent.volumes.grid import LPS
 from ibisagent.volumes.windows import Percentiles, Window, sigmoid

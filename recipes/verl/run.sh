@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # GRPO on verl: recipes/verl/run.sh EXPORT MODEL [verl overrides ...]
-# EXPORT: the folder "export" that `ibisagent build-data` wrote, with format "verl". MODEL: the SFT start.
+# EXPORT: the folder "export" that `ibisagent data build` wrote, with format "verl". MODEL: the SFT start.
 # For more machines start Ray on them first (https://docs.ray.io) and add trainer.nnodes=N.
 set -euo pipefail
 if [ $# -lt 2 ]; then

@@ -33,11 +33,10 @@ from ibisagent.domain import (
     Turn,
     stand_after,
 )
-from ibisagent.errors import ConfigError, DataError, PolicyError, SegmenterError
-from ibisagent.masks import iou
+from ibisagent.errors import ConfigError, PolicyError, SegmenterError
+from ibisagent.imaging.masks import iou
 from ibisagent.policies.base import Policy, Proposer
-from ibisagent.segmenters import Prediction, Segmenter, SegmenterSession, load_segmenter
-from ibisagent.segmenters.runtime import RUNTIMES
+from ibisagent.segmenters import Prediction, Segmenter, SegmenterSession
 
 MAX_TURNS = 20
 """Most turns of an episode where the policy states no limit of its own, as in the paper; see `turn_limit`."""
@@ -369,36 +368,3 @@ def _agreement(masks: Masks, others: Masks) -> float:
     """The mean IoU of masks with others of the same targets; a target that only one of them has agrees in nothing."""
     names = {*masks, *others}
     return float(np.mean([iou(masks[name], others[name]) if name in masks and name in others else 0 for name in names]))
-
-
-def replay(episode: Episode, image: Image, segmenter: Segmenter) -> Masks:
-    """The final masks, made again from the recorded actions alone; bit for bit with the same segmenter.
-
-    Raises DataError if `image` is not the one of the record, ConfigError if `segmenter` is not, SegmenterError if it
-    fails.
-    """
-    if image.sha256 != episode.image_sha256:
-        raise DataError(f"{image.source or 'image'}: is not the image of this record, {episode.image_source}")
-    recorded = episode.made_by.get("segmenter", segmenter.name)
-    if recorded != segmenter.name:
-        raise ConfigError(f"the record was made with segmenter {recorded}, not {segmenter.name}; load that one")
-    board = Board(image, segmenter, episode.start)
-    for turn in episode.turns:
-        board.apply(turn.reply.actions)
-    return dict(board.masks)
-
-
-def load_recorded_segmenter(made_by: Mapping[str, str], where: str, device: str) -> Segmenter:
-    """The segmenter that a record names, on the runtime that it names. DataError where it names none."""
-    if not made_by.get("segmenter"):
-        raise DataError(f"{where}: does not name its segmenter; make the record again")
-    runtime = made_by.get("runtime", "").partition(" ")[0]  # "openvino 2026.4.1 f32", "opencv 5.0.0"
-    return load_segmenter(made_by["segmenter"], device=device, runtime=runtime if runtime in RUNTIMES else "auto")
-
-
-def cannot_be_rebuilt(where: object, target: str, made_by: Mapping[str, str], segmenter: Segmenter) -> DataError:
-    """What to raise where a record's mask comes out otherwise; says what has changed, as far as is known."""
-    now = segmenter.describe()
-    changed = [key for key in now if key in made_by and made_by[key] != now[key]]
-    hint = f"{', '.join(changed)} is not what it was" if changed else "hardware or library versions may differ"
-    return DataError(f"{where}: the mask of '{target}' cannot be rebuilt bit for bit ({hint})")

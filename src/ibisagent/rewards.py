@@ -35,7 +35,7 @@ import cv2
 import numpy as np
 from pydantic import ValidationError
 
-from ibisagent.clicks import bounding_box
+from ibisagent.config import Recipe, first_fault
 from ibisagent.domain import (
     Box,
     Case,
@@ -51,8 +51,8 @@ from ibisagent.domain import (
     standing_by_turn,
 )
 from ibisagent.errors import ConfigError, DataError
-from ibisagent.masks import iou
-from ibisagent.recipe import Recipe, first_fault
+from ibisagent.imaging.clicks import bounding_box
+from ibisagent.imaging.masks import iou
 
 PAPER_TERMS = ("answer", "format", "click", "progress", "length")
 MORE_TERMS = ("border_progress", "predicted_quality", "turns")

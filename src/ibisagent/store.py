@@ -21,7 +21,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ibisagent import limits
 from ibisagent.domain import (
     Action,
     Box,
@@ -41,7 +40,8 @@ from ibisagent.domain import (
 )
 from ibisagent.errors import DataError, TooLargeError
 from ibisagent.files import make_folder, one_line, write_whole
-from ibisagent.masks import decode_rle, encode_rle
+from ibisagent.imaging import limits
+from ibisagent.imaging.masks import decode_rle, encode_rle
 
 SCHEMA_VERSION = 2
 """2 has the column `mask_selection`. Version 1, which said the same in `made_by`, is read as well."""
@@ -146,7 +146,7 @@ class EpisodeStore:
         DataError for a damaged or foreign shard, one of a newer version, or no folder at all.
         """
         if not self.folder.is_dir():
-            raise DataError(f"{self.folder}: no such folder; give one that 'ibisagent trajectories' wrote")
+            raise DataError(f"{self.folder}: no such folder; give one that 'ibisagent data trajectories' wrote")
         for shard in self.shards:
             yield from self.read_shard(shard)
 
@@ -161,7 +161,7 @@ class EpisodeStore:
     def open(self) -> StoredEpisodes:
         """Every episode by its number, each decoded when asked for. DataError as `read`."""
         if not self.folder.is_dir():
-            raise DataError(f"{self.folder}: no such folder; give one that 'ibisagent trajectories' wrote")
+            raise DataError(f"{self.folder}: no such folder; give one that 'ibisagent data trajectories' wrote")
         return StoredEpisodes(self.shards.values())
 
     def case_ids(self) -> set[str]:

@@ -7,10 +7,10 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ibisagent.csv_tables import plain_cell
 from ibisagent.datasets.rows import CaseRow, refuse_duplicates
 from ibisagent.domain import check_query
 from ibisagent.errors import DataError
+from ibisagent.files import plain_cell
 
 COLUMNS: Mapping[str, str] = {
     "image": "file of the image (required)",

@@ -24,11 +24,11 @@ from typing import IO, Any, cast
 import numpy as np
 from pycocotools import mask as coco
 
-from ibisagent import limits
 from ibisagent.domain import Image, Mask
 from ibisagent.errors import DataError, TooLargeError
-from ibisagent.images import read_image, read_masks
-from ibisagent.masks import decode_runs
+from ibisagent.imaging import limits
+from ibisagent.imaging.images import read_image, read_masks
+from ibisagent.imaging.masks import decode_runs
 from ibisagent.volumes import SliceView, Volume, read_volume
 from ibisagent.volumes.grid import scratch
 

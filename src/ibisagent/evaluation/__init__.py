@@ -33,12 +33,11 @@ from typing import TypeVar
 
 import numpy as np
 
-from ibisagent import metrics
-from ibisagent.clicks import bounding_box, ellipse
 from ibisagent.datasets import CaseSource
 from ibisagent.domain import MASK_SELECTION, Box, Case, Click, Episode, Mask, Masks, MaskSelection, Stop
 from ibisagent.environment import SegmentationEnv, rollout, turn_limit
 from ibisagent.errors import DataError, IbisError, PolicyError, SegmenterError
+from ibisagent.evaluation import metrics
 from ibisagent.evaluation.results import (
     CaseResult,
     Comparison,
@@ -50,7 +49,8 @@ from ibisagent.evaluation.results import (
     compare,
     summarise,
 )
-from ibisagent.masks import Overlap, overlap
+from ibisagent.imaging.clicks import bounding_box, ellipse
+from ibisagent.imaging.masks import Overlap, overlap
 from ibisagent.policies.base import Policy
 from ibisagent.policies.baselines import LocationPriorPolicy
 from ibisagent.policies.oracle import OraclePolicy

@@ -20,13 +20,13 @@ import numpy as np
 from ibisagent.datasets.members import read_picture
 from ibisagent.domain import Box, Click, Episode, Image, Masks, Turn
 from ibisagent.errors import DataError
+from ibisagent.evaluation.metrics import EMPTY_RULE, EmptyRule
 from ibisagent.evaluation.results import CaseResult, Evaluation, GroupBy, summarise
 from ibisagent.evaluation.runs import Run
 from ibisagent.evaluation.tables import HEADINGS, MAIN, interval_text, ordered
 from ibisagent.files import write_whole
-from ibisagent.metrics import EMPTY_RULE, EmptyRule
+from ibisagent.inference.image import describe_actions
 from ibisagent.protocol import overlay
-from ibisagent.session import describe_actions
 
 SIDE = 320  # pixels of a picture's longer side
 QUALITY = 82

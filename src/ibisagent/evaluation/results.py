@@ -22,12 +22,12 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from ibisagent import metrics
 from ibisagent.domain import StopReason
 from ibisagent.errors import ConfigError, DataError
-from ibisagent.masks import Overlap
-from ibisagent.metrics import EMPTY_RULE, EmptyRule, SizeClass
-from ibisagent.resampling import Difference, Interval, Row, differences, intervals
+from ibisagent.evaluation import metrics
+from ibisagent.evaluation.metrics import EMPTY_RULE, EmptyRule, SizeClass
+from ibisagent.evaluation.statistics import Difference, Interval, Row, differences, intervals
+from ibisagent.imaging.masks import Overlap
 
 GroupBy = Literal["modality", "object", "size", "dataset"]
 Size = SizeClass | Literal["absent", ""]

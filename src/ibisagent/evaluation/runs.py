@@ -28,14 +28,14 @@ from ibisagent.domain import MASK_SELECTION, Episode, Masks, MaskSelection
 from ibisagent.environment import package_version, turn_limit
 from ibisagent.errors import ConfigError, DataError, IbisError, PolicyError
 from ibisagent.evaluation import MAX_FAILURES, Judge, judge_cases, location_prior
+from ibisagent.evaluation.metrics import EMPTY_RULE, EmptyRule
 from ibisagent.evaluation.results import CaseResult, Evaluation, Failure
 from ibisagent.files import claim, make_folder, write_whole
-from ibisagent.metrics import EMPTY_RULE, EmptyRule
+from ibisagent.inference.image import provenance
 from ibisagent.policies import load_policy
 from ibisagent.policies.base import Policy
 from ibisagent.protocol import History
 from ibisagent.segmenters import load_segmenter
-from ibisagent.session import provenance
 from ibisagent.store import plain_masks, plain_record, read_plain_masks, read_plain_record
 
 RUN_NAME, CASES_NAME, RESULT_NAME = "run.json", "cases.jsonl", "evaluation.json"
@@ -207,13 +207,13 @@ class Run:
     """A run on disk, finished or not. DataError if the folder holds none or it is damaged."""
 
     def __init__(self, folder: Path) -> None:
-        """folder: what 'ibisagent evaluate -o' or 'ibisagent score -o' wrote."""
+        """folder: what 'ibisagent eval run -o' or 'ibisagent eval score -o' wrote."""
         try:
             facts = json.loads((folder / RUN_NAME).read_bytes())
             self.cases = int(facts["cases"])
         except OSError as error:
             raise DataError(
-                f"{folder}: holds no run ({error.strerror}); give a folder of 'ibisagent evaluate -o'"
+                f"{folder}: holds no run ({error.strerror}); give a folder of 'ibisagent eval run -o'"
             ) from error
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{folder / RUN_NAME}: is damaged ({error}); evaluate again") from error

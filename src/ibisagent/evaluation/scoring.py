@@ -5,7 +5,7 @@ Which file belongs to which case, first rule that fits (blanks, "+" and case do 
 1. the path of the case's own mask, relative to the data, in the folder of masks (a mirrored tree);
 2. the name of the case's mask; 3. IMAGE_mask_OBJECT, as `ibisagent segment` names them; 4. IMAGE_OBJECT.
 
-A `.jsonl` file, or those in the folder, holds one JSON object a line: "case_id" (as `ibisagent evaluate` has it:
+A `.jsonl` file, or those in the folder, holds one JSON object a line: "case_id" (as `ibisagent eval run` has it:
 IMAGE#OBJECT), or "image" and "object"; and "segmentation" or "rle", a COCO run-length code {"size": [H, W], "counts":
 text, or a list of runs}. A truth in NIfTI (a folder of such masks, or a manifest that names them) wants NIfTI.
 
@@ -25,18 +25,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ibisagent.csv_tables import csv_text
 from ibisagent.datasets import IMAGE_SUFFIXES, CaseRow, CaseSource, cases_to_judge
 from ibisagent.domain import Mask, Masks
 from ibisagent.environment import package_version
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.evaluation import mask_measures, size_of
+from ibisagent.evaluation.metrics import EMPTY_RULE, EmptyRule, resize_target
 from ibisagent.evaluation.results import CaseResult, Evaluation, Failure
 from ibisagent.evaluation.runs import CASES_NAME, RUN_NAME, write_results
-from ibisagent.files import claim, make_folder, write_whole
-from ibisagent.images import read_masks
-from ibisagent.masks import decode_runs, overlap
-from ibisagent.metrics import EMPTY_RULE, EmptyRule, resize_target
+from ibisagent.files import claim, csv_text, make_folder, write_whole
+from ibisagent.imaging.images import read_masks
+from ibisagent.imaging.masks import decode_runs, overlap
 from ibisagent.store import plain_masks
 
 log = logging.getLogger(__name__)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
-from ibisagent.csv_tables import csv_text, markdown_cell
+from ibisagent.evaluation.metrics import EMPTY_RULE, EmptyRule
 from ibisagent.evaluation.results import CaseResult, Comparison, Evaluation, GroupBy, Summary, summarise
-from ibisagent.metrics import EMPTY_RULE, EmptyRule
+from ibisagent.files import csv_text, markdown_cell
 
 HEADINGS: Mapping[str, str] = {
     "iou": "IoU",

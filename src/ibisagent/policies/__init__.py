@@ -125,7 +125,7 @@ def load_policy(
         boxed: dict[str, Any] = {"box_first": 1.0, "max_clicks": 1} if spec == "oracle-box" else {}
         return OraclePolicy(cases, dialect=dialect or "ibis", seed=seed, name=spec, **boxed)
     if spec == "location-prior":
-        raise ConfigError("location-prior learns from training masks: `ibisagent evaluate` prints it beside any policy")
+        raise ConfigError("location-prior learns from training masks: `ibisagent eval run` prints it beside any policy")
     is_model = spec == "ibis-nano" or kind == "mllm" or _HUB_ID.fullmatch(spec) or Path(spec).is_dir()
     if not spec or not is_model:
         raise ConfigError(f"unknown policy '{spec}': give one of {', '.join(POLICIES)}")

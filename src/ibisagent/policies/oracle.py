@@ -9,7 +9,6 @@ import cv2
 import numpy as np
 
 from ibisagent import protocol
-from ibisagent.clicks import bounding_box, interior_depth, next_click
 from ibisagent.domain import (
     Action,
     Box,
@@ -26,7 +25,8 @@ from ibisagent.domain import (
     standing,
 )
 from ibisagent.errors import ConfigError, PolicyError
-from ibisagent.masks import iou
+from ibisagent.imaging.clicks import bounding_box, interior_depth, next_click
+from ibisagent.imaging.masks import iou
 
 IOU_THRESHOLD = 0.9
 MAX_CLICKS = 20

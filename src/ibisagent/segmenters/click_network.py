@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ibisagent.segmenters.glance import FEATURES, STRIDE
+from ibisagent.segmenters.context_features import FEATURES, STRIDE
 
 CHANNELS = 7  # RGB, previous mask probability, positive clicks, negative clicks, box
 _LEVEL = STRIDE.bit_length() - 2  # of the stages, the one at STRIDE

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ibisagent.clicks import ellipse
 from ibisagent.domain import Click, Image, Mask, Prompt
+from ibisagent.imaging.clicks import ellipse
 from ibisagent.segmenters import Prediction, check_prior, check_prompts
-from ibisagent.segmenters.tidy import obey, split_prompts
+from ibisagent.segmenters.postprocess import obey, split_prompts
 
 CLICK_RADIUS = 0.1  # of the picture's shorter side: the disc around a click without any box
 SCORE = 0.5  # it has no idea how good it is

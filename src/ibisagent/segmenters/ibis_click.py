@@ -18,10 +18,10 @@ from ibisagent.domain import Box, Image, Mask, Prompt
 from ibisagent.errors import ConfigError, SegmenterError
 from ibisagent.files import one_line
 from ibisagent.segmenters import Prediction, Request, check_prior, check_prompts
-from ibisagent.segmenters.frame import Window, letterbox, letterbox_scale, letterbox_size, prompt_maps, unletterbox
-from ibisagent.segmenters.glance import FEATURES, GRID, STRIDE, GlanceEncoder, Glances, places_seen
+from ibisagent.segmenters.context_features import FEATURES, GRID, STRIDE, GlanceEncoder, Glances, places_seen
+from ibisagent.segmenters.letterbox import Window, letterbox, letterbox_scale, letterbox_size, prompt_maps, unletterbox
+from ibisagent.segmenters.postprocess import fill_small_holes, keep_prompted
 from ibisagent.segmenters.runtime import Network, choose_device, choose_runtime, load_network
-from ibisagent.segmenters.tidy import fill_small_holes, keep_prompted
 
 if TYPE_CHECKING:
     from ibisagent.segmenters.click_network import ClickNetwork, ClickNetworkConfig
@@ -246,7 +246,7 @@ class _Weights:
         description = path.with_suffix(".json")
         for file in (path, description):
             if not file.is_file():
-                remedy = "reinstall ibisagent, or train: ibisagent train-segmenter RECIPE"
+                remedy = "reinstall ibisagent, or train: ibisagent train click RECIPE"
                 raise ConfigError(f"{file}: the weights of ibis-click are not there: {remedy}")
         try:
             said = json.loads(description.read_text())

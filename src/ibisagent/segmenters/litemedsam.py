@@ -29,9 +29,9 @@ from ibisagent.domain import Box, Click, Image, Prompt
 from ibisagent.errors import ConfigError, SegmenterError
 from ibisagent.segmenters import Prediction, check_prior, check_prompts
 from ibisagent.segmenters.cache import EmbeddingCache
-from ibisagent.segmenters.frame import letterbox, letterbox_scale, letterbox_size, unletterbox
+from ibisagent.segmenters.letterbox import letterbox, letterbox_scale, letterbox_size, unletterbox
+from ibisagent.segmenters.postprocess import obey, split_prompts
 from ibisagent.segmenters.runtime import Network, choose_device, choose_runtime, load_network
-from ibisagent.segmenters.tidy import obey, split_prompts
 
 if TYPE_CHECKING:
     from torch import nn

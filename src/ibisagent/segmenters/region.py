@@ -9,7 +9,7 @@ import numpy as np
 
 from ibisagent.domain import Box, Click, Image, Mask, Prompt
 from ibisagent.segmenters import Prediction, check_prior, check_prompts
-from ibisagent.segmenters.tidy import obey, split_prompts
+from ibisagent.segmenters.postprocess import obey, split_prompts
 
 TOLERANCE = 0.12  # of the picture's brightness range: how far a region may be from the pixel it grows from
 

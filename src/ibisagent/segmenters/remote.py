@@ -16,7 +16,7 @@ from ibisagent.domain import Image, Prompt
 from ibisagent.errors import ConfigError, DataError, SegmenterError
 from ibisagent.files import png_bytes
 from ibisagent.segmenters import Prediction, check_prior, check_prompts
-from ibisagent.segmenters.wire import ErrorReply, PredictReply, decode_prediction, encode_request
+from ibisagent.segmenters.remote_schema import ErrorReply, PredictReply, decode_prediction, encode_request
 
 TIMEOUT_S = 120.0
 CONNECT_TIMEOUT_S = 5.0

@@ -23,8 +23,8 @@ from ibisagent.errors import ConfigError, SegmenterError
 from ibisagent.files import one_line
 from ibisagent.segmenters import Prediction, check_prior, check_prompts
 from ibisagent.segmenters.cache import EmbeddingCache
+from ibisagent.segmenters.postprocess import split_prompts
 from ibisagent.segmenters.runtime import choose_device
-from ibisagent.segmenters.tidy import split_prompts
 
 if TYPE_CHECKING:
     import torch

@@ -16,8 +16,8 @@ from starlette.concurrency import run_in_threadpool
 
 from ibisagent.domain import MAX_QUERY_CHARS, Masks
 from ibisagent.files import png_bytes
-from ibisagent.masks import encode_rle, rle_area
-from ibisagent.server.access import visitor_of
+from ibisagent.imaging.masks import encode_rle, rle_area
+from ibisagent.inference.session import Session
 from ibisagent.server.app import (
     KEPT,
     AgentThreads,
@@ -31,10 +31,10 @@ from ibisagent.server.app import (
     kept_as,
     session_view,
 )
+from ibisagent.server.auth import visitor_of
 from ibisagent.server.scans import Scan, Scans
 from ibisagent.server.service import Service
 from ibisagent.server.worklist import Worklist
-from ibisagent.session import Session
 
 MAX_POINTS = 5000  # of one stroke
 AxisName = Annotated[str, Query(max_length=20)]

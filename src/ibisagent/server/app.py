@@ -31,13 +31,14 @@ from ibisagent.domain import MAX_QUERY_CHARS, Completion, Mask, Reply, Turn
 from ibisagent.environment import package_version
 from ibisagent.errors import IbisError, PolicyError, SegmenterError, TooLargeError
 from ibisagent.files import file_names, png_bytes
-from ibisagent.masks import encode_rle, rle_area
+from ibisagent.imaging.masks import encode_rle, rle_area
+from ibisagent.inference.rounds import Step
+from ibisagent.inference.session import BusyError, RunEnd, Session
 from ibisagent.protocol import MAX_NAME_CHARS, overlay
-from ibisagent.server.access import Gate, Keys, token_for, visitor_of
+from ibisagent.server.auth import Gate, Keys, token_for, visitor_of
 from ibisagent.server.docs import docs_page
 from ibisagent.server.listening import listen
 from ibisagent.server.service import FullError, Job, MissingError, Service, export_zip, training_zip
-from ibisagent.session import BusyError, RunEnd, Session, Step
 from ibisagent.store import plain_turn, record_json
 
 Returned = TypeVar("Returned")

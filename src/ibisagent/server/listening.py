@@ -11,7 +11,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ibisagent.server.access import bare_host
+from ibisagent.server.auth import bare_host
 
 MOST_CONNECTIONS = 1000
 IDLE_SECONDS = 8.0  # for a whole header, from the first byte or the answer before it

@@ -18,11 +18,11 @@ from starlette.applications import Starlette
 from ibisagent.environment import package_version
 from ibisagent.errors import DataError, IbisError
 from ibisagent.files import png_bytes
-from ibisagent.masks import encode_rle
+from ibisagent.imaging.masks import encode_rle
+from ibisagent.inference.session import Session
 from ibisagent.protocol import overlay
 from ibisagent.server.app import AgentThreads, session_view
 from ibisagent.server.service import Service, export_zip
-from ibisagent.session import Session
 
 Picture = Annotated[str, Field(description="the picture file (PNG, JPEG, TIFF, BMP) in base64")]
 Query = Annotated[str, Field(description='what to segment, such as "Segment the optic disc."')]

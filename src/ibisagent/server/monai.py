@@ -26,10 +26,10 @@ from ibisagent.domain import MAX_QUERY_CHARS, Image, Masks
 from ibisagent.environment import package_version
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.files import png_bytes
+from ibisagent.inference.session import Session
 from ibisagent.protocol import target_of
 from ibisagent.server.app import AgentThreads
 from ibisagent.server.service import VOLUME_SUFFIXES, FullError, MissingError, Service, VolumeLike, plain_name
-from ibisagent.session import Session
 
 MODEL = "ibisagent"
 PICTURE = ".png"

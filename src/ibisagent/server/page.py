@@ -17,8 +17,8 @@ from fastapi.responses import HTMLResponse, Response
 
 from ibisagent.domain import Image
 from ibisagent.errors import IbisError
-from ibisagent.server.access import again, set_cookie, visitor_of
 from ibisagent.server.app import AgentThreads
+from ibisagent.server.auth import again, set_cookie, visitor_of
 from ibisagent.server.service import Service
 
 log = logging.getLogger(__name__)

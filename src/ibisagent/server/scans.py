@@ -25,11 +25,14 @@ from ibisagent.domain import Image, Mask, check_query
 from ibisagent.environment import package_version
 from ibisagent.errors import DataError, TooLargeError
 from ibisagent.files import file_names, make_folder, safe_name, write_whole
+from ibisagent.inference.corrections import add_to_data_set
+from ibisagent.inference.image import provenance
+from ibisagent.inference.rounds import SESSION_FILE, State, glance
+from ibisagent.inference.session import BusyError, Session
+from ibisagent.inference.volume import RECHECK, run_volume
 from ibisagent.policies.base import Policy
 from ibisagent.policies.scripted import ScriptedPolicy
 from ibisagent.server.service import VOLUME_SUFFIXES, FullError, MissingError, Service, plain_name, remove
-from ibisagent.session import SESSION_FILE, BusyError, Session, State, add_to_data_set, glance, provenance
-from ibisagent.volume_agent import RECHECK, segment_volume
 from ibisagent.volumes import SliceView, Volume, read_volume
 from ibisagent.volumes.grid import DicomOrigin, scratch
 from ibisagent.volumes.windows import HOUNSFIELD
@@ -360,7 +363,7 @@ class Scans:
         recheck = RECHECK if start is None else 0
         segmenter = self._service.segmenter
         with self._service.within_limits():
-            found = segment_volume(
+            found = run_volume(
                 view, scan.query, policy, segmenter, keys=keys, recheck=recheck, start=start, on_slice=count
             )
         with scan.lock:

@@ -21,18 +21,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from ibisagent import limits
 from ibisagent.domain import Case, Image, Mask, Masks, check_query
 from ibisagent.environment import MAX_TURNS, package_version
 from ibisagent.errors import ConfigError, DataError, IbisError, TooLargeError
 from ibisagent.files import file_names, make_folder, write_whole
-from ibisagent.images import read_image, read_masks
-from ibisagent.inventory import Model, models
+from ibisagent.imaging import limits
+from ibisagent.imaging.images import read_image, read_masks
+from ibisagent.inference.models import Model, models
+from ibisagent.inference.rounds import SESSION_FILE
+from ibisagent.inference.session import Session
 from ibisagent.policies.base import Policy
 from ibisagent.protocol import target_of
 from ibisagent.segmenters import Segmenter
 from ibisagent.server.batching import SharedPolicy
-from ibisagent.session import SESSION_FILE, Session
 
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".dcm", ".mha", ".mhd", ".nrrd")
 _ID = re.compile(r"[0-9a-f]{32}")

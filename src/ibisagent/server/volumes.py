@@ -10,10 +10,10 @@ import numpy as np
 
 from ibisagent.domain import Image, Mask, Masks
 from ibisagent.errors import ConfigError
+from ibisagent.inference.volume import run_volume
 from ibisagent.policies.base import Policy
 from ibisagent.segmenters import Segmenter
 from ibisagent.server.service import VolumeLike
-from ibisagent.volume_agent import segment_volume
 from ibisagent.volumes import SliceView, Volume, read_volume
 from ibisagent.volumes.windows import HOUNSFIELD
 from ibisagent.volumes.writing import write_nifti
@@ -48,8 +48,8 @@ class PackageVolumes:
         return ShownVolume(read_volume(path))
 
     def segment(self, volume: VolumeLike, query: str, policy: Policy, segmenter: Segmenter) -> dict[str, Mask]:
-        """As `volume_agent.segment_volume`, searching for the object."""
-        return dict(segment_volume(SliceView(_package(volume)), query, policy, segmenter).masks)
+        """As `volume_agent.run_volume`, searching for the object."""
+        return dict(run_volume(SliceView(_package(volume)), query, policy, segmenter).masks)
 
     def write_masks(self, masks: Masks, volume: VolumeLike, path: Path) -> None:
         """All masks as one label map in NIfTI, on the volume's grid."""

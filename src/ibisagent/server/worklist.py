@@ -17,12 +17,13 @@ import cv2
 import numpy as np
 
 from ibisagent.errors import ConfigError, DataError
+from ibisagent.evaluation.reliability import FREE_SIGNALS, Reliability, signals
 from ibisagent.files import file_names, make_folder, write_whole
-from ibisagent.masks import rle_area, rle_box
-from ibisagent.reliability import FREE_SIGNALS, Reliability, signals
+from ibisagent.imaging.masks import rle_area, rle_box
+from ibisagent.inference.rounds import SESSION_FILE, Glance, State, glance
+from ibisagent.inference.session import IMAGE_FILE, Session
 from ibisagent.server.scans import Scan, Scans
 from ibisagent.server.service import Service, remove
-from ibisagent.session import IMAGE_FILE, SESSION_FILE, Glance, Session, State, glance
 
 ExportKind = Literal["coco", "png", "nifti", "seg", "training"]
 THUMBNAIL_SIDE = 160  # pixels

@@ -19,12 +19,12 @@ from safetensors.torch import save as save_to_bytes
 from torch import nn
 from torch.nn import functional as F
 
+from ibisagent.config import Recipe
 from ibisagent.errors import DataError
 from ibisagent.files import write_whole
-from ibisagent.recipe import Recipe
+from ibisagent.generation.teacher.phrasings import Absences
 from ibisagent.segmenters.backbone import GRID, SIDE, WIDTH, Backbone
-from ibisagent.teacher.phrasings import Absences
-from ibisagent.training.click_states import is_development
+from ibisagent.training.click.states import is_development
 from ibisagent.training.images import (
     TrainingImages,
     balanced_weights,
@@ -32,7 +32,7 @@ from ibisagent.training.images import (
     random_turn,
     recolored,
 )
-from ibisagent.training.run import Report, load_checkpoint, rate_factor, save_checkpoint, unheard, update_average
+from ibisagent.training.loop import Report, load_checkpoint, rate_factor, save_checkpoint, unheard, update_average
 
 IMAGENET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 AVERAGE_DECAY = 0.998

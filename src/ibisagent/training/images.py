@@ -17,8 +17,8 @@ from ibisagent.datasets import CaseRow, CaseSource, read_cases
 from ibisagent.domain import Mask
 from ibisagent.errors import DataError
 from ibisagent.segmenters.backbone import SIDE
-from ibisagent.segmenters.glance import FEATURES, GlanceEncoder, glance_input
-from ibisagent.segmenters.glance import GRID as CONTEXT_GRID
+from ibisagent.segmenters.context_features import FEATURES, GlanceEncoder, glance_input
+from ibisagent.segmenters.context_features import GRID as CONTEXT_GRID
 
 # Images of these have no up or down, left or right; of those, no left or right.
 TURNABLE = {"microscopy", "pathology", "dermoscopy", "endoscope", "electron microscopy"}

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 
 from ibisagent.domain import Case
-from ibisagent.segmenters.glance import FEATURES, GRID, GlanceEncoder, glance_input
+from ibisagent.segmenters.context_features import FEATURES, GRID, GlanceEncoder, glance_input
 
 SIDE = 256  # pixels of the squashed views
 FULL_GROUP = 40  # pictures of a data set that get every augmented view

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from ibisagent import limits
 from ibisagent.errors import DataError, IbisError, TooLargeError
 from ibisagent.files import one_line
-from ibisagent.limits.headers import check_codestream
+from ibisagent.imaging import limits
+from ibisagent.imaging.limits.headers import check_codestream
 from ibisagent.volumes.grid import LPS, DicomOrigin, Volume, choose_channel, scratch
 from ibisagent.volumes.windows import Window, level_width, sigmoid
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import tempfile
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ibisagent import limits
 from ibisagent.errors import DataError
+from ibisagent.imaging import limits
 from ibisagent.volumes.windows import Window
 
 SCRATCH_BYTES = 64 * 2**20
@@ -69,6 +70,15 @@ class Volume:
         affine = self.affine
         if affine.shape != (4, 4) or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
             raise DataError(f"{self.name}: its affine does not place voxels in space; correct the header")
+
+    @property
+    def sha256(self) -> str:
+        """Hash of voxels, their meaning and their place."""
+        digest = hashlib.sha256(repr((self.shape, str(self.voxels.dtype), self.slope, self.intercept)).encode())
+        digest.update(np.ascontiguousarray(self.affine, dtype="<f8").tobytes())
+        for plane in self.voxels:
+            digest.update(np.ascontiguousarray(plane).tobytes())
+        return digest.hexdigest()
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ibisagent import limits
 from ibisagent.errors import ConfigError, DataError
+from ibisagent.imaging import limits
 from ibisagent.volumes.grid import LPS, Volume, choose_channel
 
 _MOST_SIDES = 5

@@ -10,9 +10,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ibisagent.csv_tables import csv_text
 from ibisagent.domain import Mask
-from ibisagent.files import write_whole
+from ibisagent.files import csv_text, write_whole
 from ibisagent.volumes.views import SliceView
 
 

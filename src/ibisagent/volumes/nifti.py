@@ -10,9 +10,9 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from ibisagent import limits
 from ibisagent.errors import DataError, IbisError, TooLargeError
 from ibisagent.files import one_line
+from ibisagent.imaging import limits
 from ibisagent.volumes.grid import NiftiOrigin, Volume, choose_channel, scratch
 
 _MM_PER_UNIT = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}

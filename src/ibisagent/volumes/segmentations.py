@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ibisagent import limits
 from ibisagent.errors import DataError
+from ibisagent.imaging import limits
 from ibisagent.volumes.dicom import (
     SEGMENTATIONS,
     attribute,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from ibisagent import limits
 from ibisagent.domain import Image, Mask
 from ibisagent.errors import ConfigError, DataError, TooLargeError
+from ibisagent.imaging import limits
 from ibisagent.volumes.grid import Volume
 from ibisagent.volumes.windows import HOUNSFIELD, PERCENTILES, Percentiles, Window, level_width, parse_window
 

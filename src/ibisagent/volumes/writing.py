@@ -18,8 +18,8 @@ import numpy as np
 
 from ibisagent.errors import DataError
 from ibisagent.files import appearing_whole, write_whole
-from ibisagent.images import read_masks, write_mask_png
-from ibisagent.masks import decode_rle, encode_rle
+from ibisagent.imaging.images import read_masks, write_mask_png
+from ibisagent.imaging.masks import decode_rle, encode_rle
 from ibisagent.volumes.grid import NiftiOrigin, Volume, scratch
 
 RLE_FORMAT = "ibisagent volume masks"

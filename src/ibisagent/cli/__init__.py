@@ -1,0 +1,3 @@
+"""The command line, `ibisagent`."""
+
+from ibisagent.cli.app import app as app

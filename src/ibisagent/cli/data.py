@@ -1,0 +1,283 @@
+"""`ibisagent data`: which benchmarks there are, what is wrong with a copy or with masks, training data from masks."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from ibisagent.cli.options import DeviceOption, JsonOption, SeedOption, SegmenterOption
+from ibisagent.cli.output import EXIT_ERROR, print_json, progress, status, stderr, stdout
+from ibisagent.errors import ConfigError
+from ibisagent.files import one_line
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Labelled data: list, check, audit, build.")
+
+
+@app.command("list")
+def list_benchmarks(as_json: JsonOption = False) -> None:
+    """List the public benchmarks that can be read: their sources, licences and rules."""
+    from ibisagent.datasets.catalogue import BENCHMARKS
+
+    if as_json:
+        print_json({name: asdict(benchmark) for name, benchmark in BENCHMARKS.items()})
+        return
+    for name, one in BENCHMARKS.items():
+        stdout.print(f"{name:12} {one.title}")
+        facts = {
+            "from": one.source,
+            "licence": one.licence,
+            "get it": one.how_to_get,
+            "files": one.layout,
+            "scored on": one.test_split or "nothing public",
+            "rules": one.rules,
+        }
+        for word, fact in facts.items():
+            stdout.print(f"{'':12} {word + ':':10} {fact}")
+
+
+@app.command()
+def check(
+    data: Annotated[Path, typer.Argument(help="A local copy of a benchmark, a data set folder, or a manifest.")],
+    against: Annotated[
+        Path | None, typer.Option(help="Look for pictures and patients that DATA shares with this.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Decode this many cases of DATA, spread over it; 0: all.", min=0)] = 50,
+    bits: Annotated[
+        int | None, typer.Option(help="Pictures whose 256-bit fingerprints differ so little are the same (default 6).")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a local copy of a public benchmark, or of any DATA: what is in it, and whether it can be read.
+
+    With --against: also pictures that look alike and patients in both; give it the data that a model was trained on.
+    Exit code 2 if cases cannot be read, or something is shared.
+    """
+    from ibisagent.datasets import read_cases
+    from ibisagent.datasets.catalogue import BENCHMARKS, check_copy
+    from ibisagent.datasets.leaks import NEAR_BITS, find_leaks
+
+    with status("reading the data", quiet=as_json):
+        copy = check_copy(data, limit=limit or None)
+    leaks = None
+    if against is not None:
+        mine, theirs = read_cases(data), read_cases(against)
+        total = len({row.image for row in mine.rows}) + len({row.image for row in theirs.rows})
+        with progress(total, "pictures", quiet=as_json) as advance:
+            leaks = find_leaks(mine, theirs, bits=NEAR_BITS if bits is None else bits, on_picture=advance)
+    if as_json:
+        print_json({"copy": asdict(copy), "leaks": None if leaks is None else asdict(leaks)})
+    else:
+        known = BENCHMARKS.get(copy.layout)
+        stdout.print(f"{data}: {known.title if known else 'a manifest'}")
+        stdout.print(
+            f"  {copy.pairs} pairs, {copy.pictures} pictures, {copy.objects} objects, {copy.patients} patients named"
+        )
+        for title, counts in (("splits", copy.splits), ("modalities", copy.modalities)):
+            stdout.print(f"  {title}: {', '.join(f'{one_line(name, 40)} {count}' for name, count in counts.items())}")
+        if known:
+            stdout.print(f"  rules: {known.rules}")
+        stdout.print(f"  decoded {copy.checked} cases, {len(copy.problems)} could not be read")
+        for problem in copy.problems:
+            stderr.print(f"  {one_line(problem, 300)}")
+        if leaks is not None:
+            stdout.print(f"  compared {leaks.compared[0]} pictures with {leaks.compared[1]} of {against}")
+            stdout.print(f"  pictures that look alike: {len(leaks.pictures)}, patients in both: {len(leaks.patients)}")
+            if not all(leaks.patients_known):
+                stdout.print("  patients cannot be compared: not both name them")
+            for name, other, distance in leaks.pictures:
+                stdout.print(f"  {one_line(name, 200)} = {one_line(other, 200)} ({distance} of 256 bits differ)")
+            for patient in leaks.patients:
+                stdout.print(f"  patient {one_line(patient)}")
+            for problem in leaks.unread:
+                stderr.print(f"  {one_line(problem, 300)}")
+    shared = leaks is not None and (leaks.pictures or leaks.patients or leaks.unread)
+    if copy.problems or shared:
+        raise typer.Exit(EXIT_ERROR)
+
+
+@app.command()
+def audit(
+    data: Annotated[Path, typer.Argument(help="Data set folder, a manifest, or a public benchmark's files.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the page, the table and the pictures.")],
+    split: Annotated[str | None, typer.Option(help="Only these masks; they are held against all of DATA.")] = None,
+    segmenter: Annotated[str, typer.Option("--segmenter", "-s", help="Draws what leaks and is missed.")] = "ibis-click",
+    policy: Annotated[
+        str, typer.Option("--policy", "-p", help="Ask this agent, too: a signal beside the others, without weight yet.")
+    ] = "none",
+    limit: Annotated[int | None, typer.Option(help="Only this many masks, spread over the data.", min=1)] = None,
+    pictures: Annotated[int, typer.Option(help="Pictures of so many of the worst.", min=0)] = 50,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """List the masks of DATA that disagree with their name or their picture, worst first.
+
+    Writes index.html with pictures of the worst, findings.csv and findings.json with all. Masks that cannot be read are
+    listed and make the exit code 2.
+    """
+    with status("reading the data and loading the segmenter", quiet=as_json):
+        from ibisagent.datasets import read_cases
+        from ibisagent.evaluation import audit as auditing
+        from ibisagent.files import make_folder
+        from ibisagent.policies import load_policy
+        from ibisagent.segmenters import load_segmenter
+
+        everything = read_cases(data)
+        cases = everything if split is None else read_cases(data, split=split)
+        cases = cases.filter(lambda row: row.mask is not None).spread(limit)
+        make_folder(output)
+        engine = load_segmenter(segmenter, device=device)
+        agent = None if policy == "none" else load_policy(policy, device=device)
+    with progress(len(cases), "masks", quiet=as_json) as advance:
+        found = auditing.audit(cases, engine, agent, among=everything, on_mask=advance)
+    page = auditing.write_report(found, cases, output, pictures=pictures)
+    if as_json:
+        print_json({"findings": [one.to_json() for one in found.findings], "failures": dict(found.failures)})
+    else:
+        for number, one in enumerate(found.findings[:20], start=1):
+            reasons = "; ".join(one.reasons) or "nothing weighs much"
+            stdout.print(f"{number:3}  {one.suspicion:.2f}  {one_line(one.case_id, 90)}: {one_line(reasons, 200)}")
+        stdout.print(f"{len(found.findings)} masks, worst first: {page}")
+        for why in found.failures.values():
+            stderr.print(f"could not be looked at: {one_line(why, 300)}")
+    if found.failures:
+        raise typer.Exit(EXIT_ERROR)
+
+
+@app.command()
+def trajectories(
+    data: Annotated[Path, typer.Argument(help="Data set folder, or a manifest (.csv, .jsonl).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an unfinished one is continued.")],
+    split: Annotated[str | None, typer.Option(help="Only the rows of this split.")] = None,
+    segmenter: SegmenterOption = "ibis-click",
+    iou_threshold: Annotated[float, typer.Option(help="IoU at which the expert is content.")] = 0.9,
+    max_clicks: Annotated[int, typer.Option(help="Most clicks and boxes per target.", min=1)] = 20,
+    mistakes: Annotated[float, typer.Option(help="Chance that a click is wrong on purpose and then taken back.")] = 0.0,
+    jitter: Annotated[float, typer.Option(help="0 clicks the deepest pixel of an error, 1 any of its pixels.")] = 0.0,
+    box_first: Annotated[float, typer.Option(help="Share of the cases that begin with a box.")] = 0.0,
+    seed: SeedOption = 0,
+    dialect: Annotated[str, typer.Option(help="Language of the turns: ibis, paper, released.")] = "ibis",
+    batch_size: Annotated[int, typer.Option(help="Episodes run together; changes no result.", min=1)] = 16,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Write an expert's episode for every image-mask pair of DATA.
+
+    A run that was killed goes on where it stopped, and ends with the same files as one that was not.
+    """
+    with status("reading the data and loading the segmenter", quiet=as_json):
+        from ibisagent.datasets import read_cases
+        from ibisagent.generation import trajectories as maker
+        from ibisagent.segmenters import load_segmenter
+
+        config = maker.TrajectoryConfig(
+            iou_threshold=iou_threshold,
+            max_clicks=max_clicks,
+            mistakes=mistakes,
+            jitter=jitter,
+            box_first=box_first,
+            seed=seed,
+            dialect=dialect,
+        )
+        cases = read_cases(data, split=split)
+        engine = load_segmenter(segmenter, device=device)
+    with progress(len(cases), "cases", quiet=as_json) as advance:
+        done = 0
+
+        def report(now: int, _total: int) -> None:
+            nonlocal done
+            advance(now - done)
+            done = now
+
+        summary = maker.generate(cases, engine, output, config, report, batch_size=batch_size)
+    if as_json:
+        print_json(asdict(summary))
+    else:
+        table = Table(
+            "",
+            "episodes",
+            "IoU",
+            "turns",
+            "clicks",
+            f"IoU >= {iou_threshold:g}",
+            title=str(output),
+            title_justify="left",
+            box=SIMPLE_HEAD,
+        )
+        groups = {"all": summary.overall, **summary.by_modality}
+        for name, group in groups.items():
+            if group is not None:
+                numbers = (group.mean_iou, group.mean_turns, group.mean_clicks, group.reached)
+                table.add_row(name, str(group.episodes), *(f"{number:.3f}" for number in numbers))
+        stdout.print(table)
+        if summary.failed:
+            stderr.print(f"{summary.failed} of {summary.cases} cases failed, see {output / maker.FAILURES_NAME}")
+    if summary.failed:
+        raise typer.Exit(EXIT_ERROR)
+
+
+@app.command()
+def build(
+    data: Annotated[Path, typer.Argument(help="Data set folder, or a manifest (.csv, .jsonl).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an unfinished one is continued.")],
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="TOML file, such as recipes/data.toml.")] = None,
+    stage: Annotated[list[str] | None, typer.Option(help="Only this stage; give it several times for several.")] = None,
+    split: Annotated[str | None, typer.Option(help="Only the pairs of this split.")] = None,
+    licence_class: Annotated[str | None, typer.Option(help="Only pairs of this class, from that column.")] = None,
+    hold_out: Annotated[
+        bool, typer.Option(help="Without the patients, one in sixteen, that train-nano keeps to choose settings on.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(help="Only this many pairs, spread over the data.", min=1)] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes, on Ray; default: this one alone.", min=1)] = None,
+    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster that sees DATA and OUT.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Only say what the teacher would cost.")] = False,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Make training data from image-mask pairs: questions, expert episodes with thoughts, files for SFT and RL.
+
+    Stages: trajectories, questions, thoughts, reflection, filter, export. A run that was killed goes on where it
+    stopped and ends with the same bytes. OUT/card.md says what was made, and what was rejected and why.
+    """
+    with status("reading the data", quiet=as_json):
+        from ibisagent.datasets import read_cases
+        from ibisagent.generation import stages as factory
+        from ibisagent.generation.config import STAGES, FactoryConfig, Stage
+
+        settings = FactoryConfig() if config is None else FactoryConfig.read(config)
+        if unknown := next((name for name in stage or () if name not in STAGES), None):
+            raise ConfigError(f"unknown stage '{unknown}'; there are: {', '.join(STAGES)}")
+        chosen: list[Stage] = [name for name in STAGES if not stage or name in stage]
+        licences = {licence_class} if licence_class else None
+        cases = read_cases(data, split=split, licence_classes=licences)
+        if hold_out:
+            from ibisagent.training.click.states import is_development
+
+            cases = cases.filter(lambda row: not is_development(row.patient))
+        cases = cases.spread(limit)
+        plan = factory.Plan(cases, output, settings, device)
+    if dry_run:
+        print_json(factory.estimate(plan))
+        return
+    run_shards = None
+    if workers is not None or ray is not None:
+        from ibisagent.generation.on_ray import on_ray
+
+        run_shards = on_ray(workers or 2, ray)
+    card = factory.build(
+        plan,
+        chosen,
+        progress=None if as_json else lambda name, done, total: stderr.print(f"{name}: {done} of {total} shards"),
+        run_shards=run_shards,
+    )
+    if as_json:
+        print_json(card)
+    else:
+        stdout.print((output / "card.md").read_text(encoding="utf-8"))
+    if card["failed_pairs"]:
+        stderr.print(f"{card['failed_pairs']} pairs could not be used; {output / 'card.json'} says why")
+        raise typer.Exit(EXIT_ERROR)

@@ -1,0 +1,473 @@
+"""`ibisagent eval`: measure policies, segmenters and masks against labelled data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.bar import Bar
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from ibisagent.cli.options import (
+    DeviceOption,
+    Drawing,
+    EmptyOption,
+    JsonOption,
+    PolicyChoice,
+    RunFolder,
+    SeedOption,
+    SegmenterOption,
+    SelectionOption,
+    TurnsOption,
+    spread_options,
+)
+from ibisagent.cli.output import EXIT_ERROR, print_json, progress, status, stderr, stdout
+from ibisagent.domain import MASK_SELECTION, Case, check_mask_selection
+from ibisagent.files import one_line
+
+if TYPE_CHECKING:
+    from ibisagent.evaluation import Evaluation, GroupBy, Summary
+    from ibisagent.evaluation.ceiling import Agent, Ceiling, Group
+    from ibisagent.evaluation.metrics import EmptyRule
+
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Measure policies, segmenters and masks on labelled data."
+)
+
+
+@app.command()
+@spread_options
+def run(
+    data: Annotated[Path, typer.Argument(help="Data set folder, or a manifest (.csv, .jsonl).")],
+    choice: PolicyChoice,
+    drawing: Drawing,
+    split: Annotated[
+        str | None, typer.Option(help="Rows to evaluate. Default: val, else test, else all but train.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Folder of the run; an unfinished one is continued. See docs/evaluation.md."
+        ),
+    ] = None,
+    segmenter: SegmenterOption = "ibis-click",
+    max_turns: TurnsOption = None,
+    mask_selection: SelectionOption = MASK_SELECTION,
+    batch_size: Annotated[int, typer.Option(help="Episodes run together.", min=1)] = 16,
+    workers: Annotated[int, typer.Option(help="Processes; each loads the models.", min=1)] = 1,
+    limit: Annotated[int | None, typer.Option(help="Only this many cases, spread over the data.", min=1)] = None,
+    baselines: Annotated[bool, typer.Option(help="Also run the oracle's clicks and the blind clicks.")] = True,
+    by: Annotated[str, typer.Option(help="Group the table by modality, object, size or dataset.")] = "modality",
+    empty: EmptyOption = "one",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a policy with a segmenter on labelled DATA, beside the baselines.
+
+    The location prior is learned from the rows of split 'train'. Cases that fail are listed and left out. A run that
+    was killed goes on where it stopped, and ends with the same figures.
+    """
+    with status("loading", quiet=as_json):
+        from ibisagent.evaluation import runs
+        from ibisagent.evaluation.metrics import check_empty_rule
+        from ibisagent.evaluation.results import check_group
+
+        rule, group, selection = check_empty_rule(empty), check_group(by), check_mask_selection(mask_selection)
+        setup = runs.Setup(
+            data,
+            split,
+            limit,
+            **asdict(choice),
+            **asdict(drawing),
+            segmenter=segmenter,
+            max_turns=max_turns,
+            mask_selection=selection,
+            baselines=baselines,
+            batch_size=batch_size,
+        )
+    with progress(None, "cases", quiet=as_json) as advance:
+        result = runs.run(
+            setup,
+            output,
+            workers=workers,
+            empty=rule,
+            on_start=lambda total, done: advance(done, total=total),
+            on_case=advance,
+        )
+    _show_evaluation(result, group, rule, as_json)
+
+
+@app.command()
+def compare(
+    run_a: RunFolder,
+    run_b: RunFolder,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the tables to this Markdown file.")
+    ] = None,
+    empty: EmptyOption = "one",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare two runs on the cases that both have: difference, 95% interval, permutation p; patients are the unit."""
+    from ibisagent.evaluation import compare as compare_runs
+    from ibisagent.evaluation import runs, tables
+    from ibisagent.evaluation.metrics import check_empty_rule
+    from ibisagent.files import write_whole
+
+    evaluations = [runs.Run(folder).evaluation for folder in (run_a, run_b)]
+    found = compare_runs(*evaluations, empty=check_empty_rule(empty), seed=seed)
+    if output is not None:
+        write_whole(tables.comparison_markdown(found).encode(), output)
+    if as_json:
+        print_json(asdict(found))
+    else:
+        stdout.print(tables.comparison_markdown(found), end="")
+    for name, lacking in (("only in A", found.only_a), ("only in B", found.only_b)):
+        for case_id in lacking:
+            stderr.print(f"{name}, left out: {one_line(case_id)}")
+
+
+@app.command()
+def score(
+    made: Annotated[
+        Path, typer.Argument(metavar="PRED_DIR", help="Folder of masks (PNG, NIfTI, ...), or a .jsonl file.")
+    ],
+    data: Annotated[Path, typer.Argument(help="Data set folder, a manifest, or a folder of NIfTI masks.")],
+    split: Annotated[
+        str | None, typer.Option(help="Rows to score. Default: val, else test, else all but train.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for a run that 'eval compare' and 'eval report' read.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only this many cases, spread over the data.", min=1)] = None,
+    resize_targets: Annotated[
+        bool, typer.Option(help="Compare masks of another size with the truth resized to theirs (nearest neighbour).")
+    ] = False,
+    by: Annotated[str, typer.Option(help="Group the table by modality, object, size or dataset.")] = "modality",
+    empty: EmptyOption = "one",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure masks that anything made against the masks of DATA; docs/evaluation.md says how they are to be named.
+
+    Masks of wrong size or place, missing, double or unknown ones are listed one by one, never averaged away; then the
+    exit code is 2.
+    """
+    from ibisagent.evaluation import scoring
+    from ibisagent.evaluation.metrics import check_empty_rule
+    from ibisagent.evaluation.results import check_group
+
+    group, rule = check_group(by), check_empty_rule(empty)
+    with status("comparing the masks", quiet=as_json):
+        found = scoring.score(made, data, output, split=split, limit=limit, resize_targets=resize_targets, empty=rule)
+    if as_json:
+        print_json(
+            {
+                **found.evaluation.to_json(rule),
+                "strict": found.strict,
+                "problems": [asdict(one) for one in found.problems],
+            }
+        )
+    else:
+        _print_evaluation(replace(found.evaluation, failures=()), group, rule)
+        count, total = len(found.evaluation.results), int(found.evaluation.made_by["cases"])
+        stdout.print(
+            f"{count} of {total} cases scored; with 0 for each of the others: mean IoU {found.strict['iou']:.3f},"
+            f" Dice {found.strict['dice']:.3f}"
+        )
+        for problem in found.problems:
+            stderr.print(one_line(f"{problem.kind}: {problem.case_id or problem.file}: {problem.message}", 400))
+    if found.problems:
+        raise typer.Exit(EXIT_ERROR)
+
+
+@app.command()
+def report(
+    run: RunFolder,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The page. Default: report.html in RUN.")
+    ] = None,
+    shown: Annotated[
+        int, typer.Option("--cases", help="So many best, median and worst cases with pictures.", min=1)
+    ] = 6,
+    empty: EmptyOption = "one",
+) -> None:
+    """Write one HTML page about RUN that needs nothing else: tables, plots, the best, median and worst cases."""
+    from ibisagent.evaluation.metrics import check_empty_rule
+    from ibisagent.evaluation.report import write_report
+
+    page = output or run / "report.html"
+    missing = write_report(run, page, cases=shown, empty=check_empty_rule(empty))
+    for name in missing:
+        stderr.print(f"without its picture, as the file is not there any more or has changed: {one_line(name)}")
+    stdout.print(str(page))
+
+
+@app.command()
+def ceiling(
+    data: Annotated[Path, typer.Argument(help="Data set folder, or a manifest (.csv, .jsonl).")],
+    split: Annotated[
+        str | None, typer.Option(help="Rows to measure. Default: val, else test, else all but train.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for ceiling.json, with every case, and ceiling.png.")
+    ] = None,
+    segmenter: SegmenterOption = "ibis-click",
+    clicks: Annotated[int, typer.Option(help="Most clicks per object; NoC counts a failure as so many.", min=1)] = 20,
+    limit: Annotated[int | None, typer.Option(help="Only this many cases, spread over the data.", min=1)] = None,
+    agent: Annotated[
+        Path | None,
+        typer.Option(help="Folder that 'eval run -o' wrote: tells whether policy or segmenter limits that agent."),
+    ] = None,
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what SEGMENTER can reach on the masks of DATA when an expert who sees them clicks.
+
+    Run it before any training: no policy that only prompts this segmenter can be expected to do better. Cases that fail
+    are listed and left out.
+    """
+    with status("reading the data and loading the segmenter", quiet=as_json):
+        from importlib.util import find_spec
+
+        from ibisagent.datasets import cases_to_judge
+        from ibisagent.evaluation import ceiling as measuring
+        from ibisagent.segmenters import load_segmenter
+
+        drawable = find_spec("matplotlib") is not None
+        if output is not None:
+            from ibisagent.files import make_folder
+
+            make_folder(output)
+            if not drawable:
+                stderr.print("matplotlib is not installed, so no ceiling.png: pip install 'ibisagent[plot]'")
+        _, cases = cases_to_judge(data, split, limit)
+        engine = load_segmenter(segmenter, device=device)
+        compared = None if agent is None else measuring.read_agent(agent, engine, cases)
+    with progress(len(cases), "cases", quiet=as_json) as advance:
+        result = measuring.measure_ceiling(
+            cases,
+            engine,
+            max_clicks=clicks,
+            seed=seed,
+            made_by={"data": str(data), "split": split or "", **engine.describe()},
+            on_case=advance,
+        )
+    plain = result.to_json(compared)
+    if output is not None:
+        from ibisagent.files import write_whole
+
+        write_whole((json.dumps(plain, indent=1) + "\n").encode(), output / "ceiling.json")
+        if drawable and result.results:
+            write_whole(measuring.draw(result), output / "ceiling.png")
+    if as_json:
+        print_json(plain)
+    else:
+        _print_ceiling(result, compared)
+    if result.failures:
+        raise typer.Exit(EXIT_ERROR)
+
+
+_TABLES = {
+    "{policy} with {segmenter}": ("iou", "dice", "turns", "seconds", "first_hit", "answer_correct"),
+    "the same: by pixels, over positives (pos.: cases that show their object), by cases": (
+        *("ciou", "positive_iou", "positive_dice", "precision_50", "presence_f1", "match_f1"),
+    ),
+    "the same: borders and noise": ("hd95_mm", "nsd_2mm", "hd95_px", "nsd_2px", "extra_components", "speck_share"),
+    "the same: how it works": ("clicks", "redundant_clicks", "stop_gap", "parse_failures", "tokens"),
+    "blind clicks with {segmenter}": ("prior_iou", "prior_hit", "centre_iou", "centre_hit"),
+    "seeing the truth: its box's ellipse, an expert's clicks with {segmenter} (IoU)": (
+        "ellipse_iou",
+        *(f"oracle_iou_{count}" for count in (1, 2, 3, 5, 10)),
+    ),
+}
+
+
+def _show_evaluation(result: Evaluation, by: GroupBy, empty: EmptyRule, as_json: bool) -> None:
+    """Print an evaluation; exit code 2 if a case failed."""
+    if as_json:
+        print_json(result.to_json(empty))
+    else:
+        _print_evaluation(result, by, empty)
+    if result.failures:
+        raise typer.Exit(EXIT_ERROR)
+
+
+def _print_evaluation(result: Evaluation, by: GroupBy, empty: EmptyRule) -> None:
+    from ibisagent.evaluation.tables import HEADINGS
+
+    summaries: dict[str, Summary] = result.summaries(by, empty)
+    overall = summaries["all"]
+    for title, names in _TABLES.items():
+        shown = {HEADINGS[name]: name for name in names if name in overall.means}
+        if not shown:
+            continue
+        table = Table(
+            *("", "cases", *shown),
+            title=title.format(**result.made_by),
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,  # fits into 80 columns
+        )
+        for group, summary in summaries.items():
+            cells = [f"{summary.means[name]:.3f}" if name in summary.means else "" for name in shown.values()]
+            table.add_row(one_line(group, 20), str(summary.cases), *cells)
+        stdout.print(table)
+    for name, words in (("iou", f"mean IoU, two empty masks count as {empty}"), ("positive_iou", "positives only")):
+        if (interval := overall.intervals.get(name)) is not None:
+            low, high = interval
+            value = f"{overall.means[name]:.3f}, 95% interval {low:.3f} to {high:.3f}"
+            stdout.print(f"{words}: {value} ({overall.patients} patients resampled)")
+    if overall.stops:
+        stdout.print("episodes ended: " + ", ".join(f"{name} {count}" for name, count in overall.stops.items()))
+    for failure in result.failures:
+        stderr.print(f"failed, left out: {failure.case_id}: {one_line(failure.error, 300)}")
+
+
+def _print_ceiling(result: Ceiling, agent: Agent | None) -> None:
+    if groups := result.groups():
+        _print_groups(result.made_by["segmenter"], result.max_clicks, groups)
+    for kind, times in result.milliseconds().items():
+        stdout.print(f"{kind}: {times.median:.1f} ms median, {times.p95:.1f} ms p95 ({times.count})")
+    if result.peak_memory_bytes is not None:
+        stdout.print(f"peak memory of this process: {result.peak_memory_bytes / 1e6:.0f} MB")
+    if result.absent:
+        stdout.print(f"left out, as they have no mask: {result.absent}")
+    for failure in result.failures:
+        stderr.print(f"failed, left out: {failure.case_id}: {one_line(failure.error, 300)}")
+    stdout.print(result.verdict(agent))
+
+
+def _print_groups(segmenter: str, max_clicks: int, groups: Mapping[str, Group]) -> None:
+    means = groups["all"].means
+    clicks = {name.removeprefix("click_"): name for name in means if name.startswith("click_")}
+    boxes = {"ellipse": "ellipse", "box": "box", "±10%": "box_off_10", "±20%": "box_off_20"}
+    boxes |= {f"+{name.removeprefix('box_click_')}": name for name in means if name.startswith("box_click_")}
+    goals = [name.removeprefix("noc_") for name in means if name.startswith("noc_")]
+    middle = "5" if "5" in clicks else str(max_clicks)
+
+    def table(
+        title: str, columns: Mapping[str, str], more: Mapping[str, Callable[[Group], str]], digits: int = 3
+    ) -> None:
+        shown = Table(
+            *("", "cases", *columns, *more),
+            title=title,
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,  # fits into 80 columns
+        )
+        for name, group in groups.items():
+            cells = [f"{group.means[measure]:.{digits}f}" for measure in columns.values()]
+            cells += [cell(group) for cell in more.values()]
+            shown.add_row(one_line(name, 20).removeprefix("area "), str(group.cases), *cells)
+        stdout.print(shown)
+
+    def never(goal: str) -> Callable[[Group], str]:
+        return lambda group: f"{group.means[f'nof_{goal}'] * group.cases:.0f} ({group.means[f'nof_{goal}']:.0%})"
+
+    table(
+        f"{segmenter}: mean IoU after so many clicks of an expert",
+        clicks,
+        {f"95% at {middle}": lambda group: _interval_text(group, clicks[middle])},
+    )
+    table("the true box: its ellipse, alone, moved, and with so many clicks (mean IoU)", boxes, {})
+    table(
+        f"clicks to an IoU in % (NoC; {max_clicks} for each of the cases that never reach it, NoF)",
+        {f"NoC{goal}": f"noc_{goal}" for goal in goals},
+        {f"NoF{goal}": never(goal) for goal in goals},
+        digits=1,
+    )
+    table(
+        "which mask to keep (mean IoU), and the calibration error of the estimated IoU (ECE)",
+        {"last mask": "last", "best scored": "best_scored", "best": "best"},
+        {"ECE": lambda group: f"{group.calibration.expected_error:.3f}"},
+    )
+    shown = {f"{number} click{'s' * (number != '1')}": name for number, name in clicks.items()}
+    if falls := groups["all"].falls:
+        stdout.print(f"the mean IoU is lower than before after click {', '.join(map(str, falls))}")
+    _print_bars(groups["all"], {**shown, "true box": "box", "ellipse in it": "ellipse"})
+
+
+def _print_bars(group: Group, measures: Mapping[str, str]) -> None:
+    """Mean IoUs as bars from 0 to 1."""
+    title = f"mean IoU, {group.cases} case{'s' * (group.cases != 1)} (95% interval, patients resampled)"
+    table = Table("", "", "", "", title=title, title_justify="left", box=None, show_header=False)
+    for label, name in measures.items():
+        bar = Bar(1, 0, group.means[name], width=40)
+        table.add_row(label, bar, f"{group.means[name]:.3f}", _interval_text(group, name))
+    stdout.print(table)
+
+
+def _interval_text(group: Group, measure: str) -> str:
+    interval = group.intervals[measure]
+    return "" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
+
+
+@app.command()
+def calibrate(
+    data: Annotated[Path, typer.Argument(help="20, better 40 labelled cases like those to be scored, in any layout.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The JSON file to write.")],
+    split: Annotated[str | None, typer.Option(help="Only the rows of this split.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only this many cases, spread over the data.", min=1)] = None,
+    policy: Annotated[str, typer.Option("--policy", "-p", help="Who clicks.")] = "ibis-nano",
+    segmenter: Annotated[str, typer.Option("--segmenter", "-s", help="What turns clicks into masks.")] = "ibis-click",
+    mask_selection: Annotated[
+        str, typer.Option(help="Which mask of an episode counts: best, or last.")
+    ] = MASK_SELECTION,
+    samples: Annotated[int, typer.Option(help="Further episodes a case, for their agreement; slower.", min=0)] = 0,
+    max_turns: Annotated[
+        int | None, typer.Option(help="Most turns of one episode (default: the policy's own limit).", min=1)
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of whatever is drawn.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Learn on labelled DATA how good a mask is, for 'segment --review-queue --calibration OUTPUT'.
+
+    Use the policy, segmenter, --mask-selection and --samples that will make the masks. Cases that fail are left out
+    and told.
+    """
+    selection = check_mask_selection(mask_selection)
+    with status("reading the data and loading the models", quiet=as_json):
+        from ibisagent import evaluation
+        from ibisagent.datasets import read_cases
+        from ibisagent.evaluation import reliability
+        from ibisagent.inference.image import run_case
+        from ibisagent.policies import load_policy
+        from ibisagent.segmenters import load_segmenter
+
+        cases = read_cases(data, split=split).filter(lambda row: row.mask is not None).spread(limit)
+        writer = load_policy(policy, device=device, seed=seed, cases=cases.by_id)
+        engine = load_segmenter(segmenter, device=device)
+        reviewer = reliability.Reviewer(writer, engine, selection, samples, max_turns, seed)
+
+    def judge(batch: Sequence[Case]) -> list[tuple[dict[str, float], float]]:
+        judged = []
+        for case in batch:
+            episode = run_case(case, writer, engine, max_turns=max_turns, mask_selection=selection)
+            judged.append((reviewer.signals(episode, case), evaluation.agreement(episode.answer_masks, case)[0]))
+        return judged
+
+    with progress(len(cases), "cases", quiet=as_json) as advance:
+        results, failures = evaluation.judge_cases(cases, judge, on_case=lambda _: advance())
+    found = reliability.fit([one for one, _ in results], [reached for _, reached in results], reviewer.identity)
+    found.write(output)
+    if as_json:
+        print_json({**asdict(found), "failures": [asdict(failure) for failure in failures]})
+    else:
+        stdout.print(f"{output}: fitted on {found.cases} cases, mean IoU {mean(reached for _, reached in results):.3f}")
+        stdout.print(
+            f"each case scored by the others: expected calibration error {found.error:.3f},"
+            f" dropping the worst 20% changes the mean IoU by {found.kept_gain:+.3f}"
+        )
+        for failure in failures:
+            stderr.print(f"failed, left out: {failure.case_id}: {one_line(failure.error, 300)}")
+    if failures:
+        raise typer.Exit(EXIT_ERROR)

@@ -1,0 +1,300 @@
+"""`ibisagent segment` and `ibisagent replay`: masks of files, and the same masks once more from their records."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ibisagent.cli.options import (
+    DeviceOption,
+    Drawing,
+    JsonOption,
+    PolicyChoice,
+    SegmenterOption,
+    SelectionOption,
+    TurnsOption,
+    spread_options,
+)
+from ibisagent.cli.output import EXIT_ERROR, JsonStream, print_error, print_json, progress, status, stderr, stdout
+from ibisagent.domain import MASK_SELECTION, check_mask_selection
+from ibisagent.errors import ConfigError, IbisError
+from ibisagent.files import one_line
+
+if TYPE_CHECKING:
+    from ibisagent.domain import Turn
+    from ibisagent.evaluation.reliability import Queue
+    from ibisagent.inference.batch import Batch, ImageResult, Listener, Result, VolumeResult
+
+
+@spread_options
+def segment(
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGE",
+            help="Images (PNG, JPEG, TIFF, BMP), volumes (NIfTI, DICOM, NRRD, MHA), folders with a DICOM series, or"
+            " the DICOMweb address of one.",
+        ),
+    ],
+    query: Annotated[str, typer.Argument(metavar="QUERY", help='What to segment, such as "the optic disc".')],
+    choice: PolicyChoice,
+    drawing: Drawing,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("ibisagent-output"),
+    segmenter: SegmenterOption = "ibis-click",
+    max_turns: TurnsOption = None,
+    mask_selection: SelectionOption = MASK_SELECTION,
+    start_mask: Annotated[
+        list[Path] | None, typer.Option(help="Mask to refine (0 outside); once per image, in their order.")
+    ] = None,
+    axis: Annotated[str, typer.Option(help="Volumes: slices to look at: auto, axial, coronal, sagittal.")] = "auto",
+    slices: Annotated[
+        str | None, typer.Option(help="Volumes: key slices, such as 12,40,77 or ::10. Default: searched for.")
+    ] = None,
+    window: Annotated[
+        str, typer.Option(help="Volumes: auto, lung, bone, 'soft tissue', brain, ..., LEVEL/WIDTH, or 1-99%.")
+    ] = "auto",
+    channel: Annotated[int | None, typer.Option(help="Volumes: which of several on one grid, from 0.", min=0)] = None,
+    series: Annotated[str | None, typer.Option(help="Volumes: which DICOM series of a folder: number or UID.")] = None,
+    recheck: Annotated[
+        int, typer.Option(help="Volumes: ask the agent again after so many slices; 0 never asks again.", min=0)
+    ] = 10,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="Volumes: nifti (default), seg and sr (DICOM), png, rle; may be repeated."),
+    ] = None,
+    store: Annotated[
+        str | None, typer.Option(help="Volumes: DICOMweb server to send seg and sr to; the images stay here.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option(help="Make results that are there already again, in their place. Default: they are kept.")
+    ] = False,
+    review_queue: Annotated[
+        bool, typer.Option(help="Images: score every mask; review.csv and .json list them worst first.")
+    ] = False,
+    calibration: Annotated[
+        Path | None, typer.Option(help="What 'eval calibrate' wrote: makes scores expected IoUs, in the review queue.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Review queue: further episodes an image, as for 'eval calibrate'.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Segment what QUERY names in each IMAGE.
+
+    Writes for each image NAME_mask_TARGET.png (its size, 255 inside), NAME_overlay.png and NAME_record.json, from
+    which 'ibisagent replay' rebuilds the mask. For each volume NAME_mask_TARGET.nii.gz on its grid, or the formats
+    asked for, NAME_measures.json and .csv, NAME_overlay.png, NAME_record.json, and a record per slice that was asked.
+
+    NAME is that of the image. Results of other images and queries are never replaced: where NAME is taken, the object
+    and a hash are added. A result that is there already is kept, so a stopped run resumes; one of other settings is
+    refused without --overwrite. A failing image does not stop the others; the exit code is then 2.
+
+    With --json each result is one line, as soon as it is there.
+    """
+    query, selection = _check_query(query), check_mask_selection(mask_selection)
+    if not review_queue and (calibration is not None or samples):
+        raise ConfigError("--calibration and --samples are for the review queue: give --review-queue")
+    for spec in (choice.policy.removeprefix("one-shot:"), segmenter):
+        if spec.startswith(("endpoint:", "remote:")):
+            stderr.print(f"images are sent to {one_line(spec.partition(':')[2].partition('#')[0])}")
+    with status("loading the models", quiet=as_json):
+        from ibisagent.inference.batch import Batch, VolumeOptions
+        from ibisagent.segmenters import load_segmenter
+
+        options = VolumeOptions(axis, slices, window, channel, series, recheck, tuple(formats or ("nifti",)), store)
+        writer = choice.load(**asdict(drawing))
+        engine = load_segmenter(segmenter, device=choice.device)
+        batch = Batch(writer, engine, query, output, max_turns, selection, options, overwrite)
+    queue = None
+    if review_queue:
+        from ibisagent.evaluation.reliability import Queue, Reliability, Reviewer
+
+        reviewer = Reviewer(writer, engine, selection, samples, max_turns, drawing.seed)
+        batch.review = queue = Queue(reviewer, None if calibration is None else Reliability.read(calibration))
+    failed = _run_batch(batch, images, start_mask or [], queue, as_json)
+    if queue is not None and not as_json:
+        stdout.print(f"to be reviewed, worst first ({output / 'review.csv'}):")
+        for entry in queue.worst_first:
+            stdout.print(f"  {entry['score']:.2f}  {one_line(str(entry['image']), 200)}")
+    if failed:
+        raise typer.Exit(EXIT_ERROR)
+
+
+def _run_batch(batch: Batch, images: list[str], starts: list[Path], queue: Queue | None, as_json: bool) -> int:
+    """Print every result as it comes; how many inputs failed."""
+    failed = kept = 0
+    if not as_json:
+        batch.listener = _printer(batch.query)
+    with (
+        _results(batch.query, as_json) as stream,
+        progress(len(images), "images", quiet=as_json or len(images) == 1) as advance,
+    ):
+        for result in batch.run(images, starts):
+            value = result.to_json()
+            failed += "error" in value
+            kept += "kept" in value
+            if stream is not None:
+                stream.add(value)
+            else:
+                _print_result(result)
+            advance()
+        if queue is not None:
+            queue.write(batch.folder)
+            if stream is not None:
+                stream.after["review"] = queue.worst_first
+    if kept:
+        stderr.print(f"{kept} of {len(images)} results were there already and are kept (--overwrite makes them again)")
+    return failed
+
+
+@contextmanager
+def _results(query: str, as_json: bool) -> Iterator[JsonStream | None]:
+    if not as_json:
+        yield None
+        return
+    with JsonStream("results", {"query": query}) as stream:
+        yield stream
+
+
+def replay(
+    records: Annotated[list[Path], typer.Argument(metavar="RECORD...", help="Records that 'segment' wrote.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the rebuilt files here.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Where the image or volume is now, or the folder of several images.")
+    ] = None,
+    series: Annotated[str | None, typer.Option(help="Volumes: which DICOM series of a folder: number or UID.")] = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Rebuild the masks of each RECORD from its clicks, without the policy, and check them bit for bit.
+
+    The record of a volume needs those of its slices beside it. Images and volumes are looked for beside their record,
+    images also one folder higher and where you are.
+    """
+    from ibisagent.inference.replay import replay_records
+
+    results: list[dict[str, Any]] = []
+    for replayed in replay_records(records, output, image=image, series=series, device=device):
+        result: dict[str, Any] = {"record": str(replayed.record)}
+        if isinstance(replayed.found, IbisError):
+            result["error"] = str(replayed.found)
+            if not as_json:
+                print_error(replayed.found)
+        else:
+            found = replayed.found
+            result |= {"targets": list(found.targets), "turns": found.turns, "identical": True}
+            if output is not None:
+                result["masks"] = {target: str(path) for target, path in found.masks.items()}
+            if not as_json:
+                listed = ", ".join(one_line(target, 60) for target in found.targets) or "no mask"
+                stdout.print(f"{replayed.record}: {found.turns} turns give the recorded masks bit for bit ({listed})")
+        results.append(result)
+    if as_json:
+        print_json({"results": results})
+    if any("error" in result for result in results):
+        raise typer.Exit(EXIT_ERROR)
+
+
+def _check_query(query: str) -> str:
+    from ibisagent.domain import check_query
+
+    query = check_query(query)
+    if os.path.isfile(query):
+        raise ConfigError(f'{query}: is a file, and the last argument is the query; end with, say, "optic disc"')
+    return query
+
+
+def _printer(query: str) -> Listener:
+    """Prints what happens in a batch as it happens: turns, slices, what leaves the machine."""
+    from ibisagent.domain import Episode
+    from ibisagent.inference.batch import Listener
+    from ibisagent.inference.image import describe_actions
+    from ibisagent.inference.volume import Why
+    from ibisagent.volumes import SliceView
+
+    class Printer(Listener):
+        number = 0
+
+        def started(self, path: str) -> None:
+            self.number = 0
+            stdout.print(f"{path}: {one_line(query, 200)}")
+
+        def turn(self, turn: Turn) -> None:
+            self.number += 1
+            said = [describe_actions(turn.reply.actions)] if turn.reply.actions else []
+            if turn.reply.problem is not None:
+                said.append(f"malformed: {turn.reply.problem}")
+            score = "" if turn.segmenter_score is None else f" [mask score {turn.segmenter_score:.2f}]"
+            thought = f' "{one_line(turn.reply.thought)}"' if turn.reply.thought else ""
+            stdout.print(f"  turn {self.number}:{thought} -> {one_line('; '.join(said), 300)}{score}")
+
+        def opened(self, view: SliceView) -> None:
+            volume = view.volume
+            sides = " x ".join(str(side) for side in volume.shape)
+            spacing = " x ".join(f"{side:.3g}" for side in volume.spacing_mm)
+            size = f"{sides} voxels of {spacing} mm" if volume.spacing_known else f"{sides} voxels"
+            stdout.print(f"  {volume.name}: {size}, {view.count} {view.axis} slices, window {view.window_source}")
+
+        def asked(self, index: int, why: Why, episode: Episode) -> None:
+            found = ", ".join(one_line(name, 60) for name, mask in episode.answer_masks.items() if mask.any())
+            turns = len(episode.turns)
+            stdout.print(f"  slice {index} ({why}): {episode.stop} after {turns} turns, {found or 'nothing'}")
+
+        def sending(self, address: str) -> None:
+            stderr.print(f"masks and measurements are sent to {one_line(address)}, under the source's patient")
+
+    return Printer()
+
+
+def _print_result(result: Result) -> None:
+    from ibisagent.inference.batch import Failed, ImageResult, VolumeResult
+
+    if isinstance(result, Failed):
+        print_error(result.error)
+    elif isinstance(result, ImageResult):
+        _print_image(result)
+    elif isinstance(result, VolumeResult):
+        _print_volume(result)
+    else:
+        stdout.print(f"  kept:    {result.record} (was there already)")
+
+
+def _print_image(result: ImageResult) -> None:
+    episode, outputs = result.episode, result.outputs
+    if result.kept:
+        stdout.print(f"  kept:    {outputs.record} (was there already)")
+        return
+    count = len(episode.turns)
+    answer = f' "{one_line(episode.answer.answer)}"' if episode.answer.answer else ""
+    stdout.print(f"  {episode.stop} after {count} turn{'s' * (count != 1)} in {result.seconds:.1f} s{answer}")
+    masks = episode.answer_masks
+    for target, file in outputs.masks.items():
+        pixels = int(masks[target].sum())
+        stdout.print(f"  mask:    {file} ({one_line(target, 60)}, {pixels} pixels)")
+    if not outputs.masks:
+        stdout.print("  mask:    none was made")
+    stdout.print(f"  overlay: {outputs.overlay}")
+    stdout.print(f"  record:  {outputs.record}")
+
+
+def _print_volume(result: VolumeResult) -> None:
+    outputs, cost = result.outputs, result.cost
+    stdout.print(
+        f"  {cost.policy_calls} turns, {cost.encoder_calls} slices opened, {cost.predictions} masks"
+        f" in {result.seconds:.1f} s"
+    )
+    for target, files in outputs.masks.items():
+        values = outputs.measures[target]
+        size = f"{values.voxels} voxels" if values.volume_ml is None else f"{values.volume_ml:.3g} ml"
+        for file in files.values() or ("in the DICOM objects",):
+            stdout.print(f"  mask:    {file} ({one_line(target, 60)}, {size})")
+    if not outputs.masks:
+        stdout.print("  mask:    none was made")
+    for file in outputs.dicom:
+        stdout.print(f"  DICOM:   {file} (names the patient as its source does)")
+    stdout.print(f"  overlay: {outputs.overview}")
+    stdout.print(f"  record:  {outputs.record}")

@@ -1,0 +1,358 @@
+"""One calibrated score per mask: how good it probably is, without knowing the truth.
+
+Four signals of an episode, each in [0, 1]:
+
+| signal | what |
+|---|---|
+| quality | the segmenter's own estimate of the IoU of the masks that are handed out |
+| stability | their mean IoU with the masks from the same prompts moved a little, JITTERS times |
+| settling | the smallest mean IoU of the masks after one turn with those after the next: did it have to mend much? |
+| agreement | their mean IoU with those of further episodes of the policy, drawn at random; only where asked for |
+
+`Reliability` turns them into an expected IoU: a logistic regression on their log odds whose target is the measured IoU
+itself (Papke and Wooldridge, Econometric Methods for Fractional Response Variables, 1996), pulled towards the plain
+mean of the signals, so that 20 to 40 labelled cases are enough. `fit` makes one; without any, the mean is the score.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ibisagent.domain import (
+    MASK_SELECTION,
+    Action,
+    Box,
+    Case,
+    Click,
+    Episode,
+    Image,
+    Masks,
+    MaskSelection,
+    Stop,
+    Turn,
+    Undo,
+)
+from ibisagent.environment import Board, SegmentationEnv, rollout, turn_limit
+from ibisagent.errors import ConfigError, DataError
+from ibisagent.evaluation.calibration import calibration
+from ibisagent.files import csv_text, write_whole
+from ibisagent.imaging.masks import iou
+from ibisagent.policies.base import Policy
+from ibisagent.segmenters import Segmenter
+
+FREE_SIGNALS = ("quality", "stability", "settling")  # that need no further episodes
+SIGNALS = (*FREE_SIGNALS, "agreement")
+JITTERS = 3
+JITTER = 0.05  # of the mask's mean side: how far a click, or an edge of a box, is moved at most
+SAMPLING_TEMPERATURE = 0.8
+MIN_CASES = 10
+PULL = 10.0  # how many cases the plain mean of the signals is worth
+USUAL = 0.75  # most of the cases in which a signal may have one and the same value
+_EDGE = 0.01  # log odds of signals are those of values clipped to [_EDGE, 1 - _EDGE]
+KIND = "ibisagent reliability 2"  # 1 cut the log odds elsewhere
+Signals = Mapping[str, float]
+
+
+def signals(
+    episode: Episode,
+    image: Image,
+    segmenter: Segmenter,
+    *,
+    others: Sequence[Episode] = (),
+    seed: int = 0,
+) -> dict[str, float]:
+    """The signals of an episode that `segmenter` drew on `image`; all 0 where it handed out nothing.
+
+    others: further episodes of the same case, for the agreement; without any it is left out. seed: of the jitter.
+    Raises SegmenterError.
+    """
+    kept = _shown(episode.answer_masks)
+    found = dict.fromkeys(SIGNALS if others else FREE_SIGNALS, 0.0)
+    if not kept:
+        return found
+    found["quality"] = episode.answer_score or 0.0
+    key = hashlib.sha256(f"{seed}:{episode.case_id}:{episode.image_sha256}".encode()).digest()
+    random = np.random.default_rng(int.from_bytes(key[:8], "little"))
+    moved = [_replayed(episode, image, segmenter, kept, random) for _ in range(JITTERS)]
+    found["stability"] = float(np.mean([_likeness(kept, masks) for masks in moved]))
+    steps = [(before.after, after.after) for before, after in pairwise(episode.turns) if after.after]
+    found["settling"] = min((_likeness(after, before) for before, after in steps), default=1.0)
+    if others:
+        found["agreement"] = float(np.mean([_likeness(kept, _shown(other.answer_masks)) for other in others]))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Reviewer:
+    """Scores the episodes of one policy with one segmenter.
+
+    samples: further episodes for the agreement, drawn at SAMPLING_TEMPERATURE; 0 leaves it out. mask_selection:
+    which masks of them are their answer. max_turns: default the policy's own limit. seed: of the jitter.
+    Raises ConfigError if samples are asked of a policy that does not draw its text.
+    """
+
+    policy: Policy
+    segmenter: Segmenter
+    mask_selection: MaskSelection = MASK_SELECTION
+    samples: int = 0
+    max_turns: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples and not hasattr(self.policy, "temperature"):
+            raise ConfigError(f"policy {self.policy.name} draws nothing, so its samples agree: leave --samples at 0")
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a calibration holds for: names and hashes of policy and segmenter, and what is handed out."""
+        facts = {**self.segmenter.describe(), **getattr(self.policy, "describe", dict)()}
+        hashes = {name: value for name, value in facts.items() if name.endswith("sha256")}
+        names = {"policy": self.policy.name, "segmenter": self.segmenter.name}
+        return {**names, "mask_selection": self.mask_selection, **hashes}
+
+    def signals(self, episode: Episode, case: Case) -> dict[str, float]:
+        """The signals of an episode of `case`. Raises PolicyError and SegmenterError."""
+        others: list[Episode] = []
+        if self.samples:
+            drawing = copy(self.policy)  # shares the model
+            drawing.temperature = SAMPLING_TEMPERATURE  # type: ignore[attr-defined]
+            envs = [
+                SegmentationEnv(
+                    case,
+                    self.segmenter,
+                    dialect=drawing.dialect,
+                    max_turns=self.max_turns or turn_limit(drawing),
+                    mask_selection=self.mask_selection,
+                )
+                for _ in range(self.samples)
+            ]
+            others = rollout(drawing, envs)
+        return signals(episode, case.image, self.segmenter, others=others, seed=self.seed)
+
+
+@dataclass(frozen=True, slots=True)
+class Reliability:
+    """How signals become a score. weights: by signal, on log odds, and bias. cases: how many it was fitted on.
+
+    made_by: `Reviewer.identity`, which must be the same where it is used. error, kept_gain: each case scored without
+    it: expected calibration error, and what dropping the worst 20% adds to the mean IoU.
+    """
+
+    weights: Mapping[str, float]
+    bias: float
+    cases: int = 0
+    error: float | None = None
+    kept_gain: float | None = None
+    made_by: Mapping[str, str] | None = None
+
+    @classmethod
+    def plain(cls, names: Sequence[str]) -> Reliability:
+        """The mean log odds of these signals, fitted on nothing."""
+        return cls(dict.fromkeys(names, 1 / len(names)), 0.0)
+
+    def score(self, found: Signals) -> float:
+        """The expected IoU in [0, 1]; 0 for nothing handed out. ConfigError if a signal is missing."""
+        if missing := [name for name in self.weights if name not in found]:
+            raise ConfigError(f"the calibration needs the signal {missing[0]}: give --samples as for 'eval calibrate'")
+        if not any(found.values()):
+            return 0.0
+        total = self.bias + sum(weight * float(_log_odds(found[name])) for name, weight in self.weights.items())
+        return float(1 / (1 + np.exp(-total)))
+
+    def write(self, path: Path) -> None:
+        """Write it as a small JSON file, whole or not at all."""
+        write_whole((json.dumps({"kind": KIND, **asdict(self)}, indent=1) + "\n").encode(), path)
+
+    @classmethod
+    def read(cls, path: Path) -> Reliability:
+        """What `write` wrote. DataError for anything else."""
+        try:
+            loaded = json.loads(path.read_bytes())
+            if loaded.pop("kind") != KIND:
+                raise KeyError("kind")
+            found = cls(**loaded)
+            return replace(found, weights={str(name): float(value) for name, value in found.weights.items()})
+        except OSError as error:
+            raise DataError(
+                f"{path}: cannot be read ({error.strerror}); 'ibisagent eval calibrate' makes one"
+            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise DataError(f"{path}: is no calibration; make one with 'ibisagent eval calibrate'") from error
+
+    def check(self, made_by: Mapping[str, str]) -> None:
+        """ConfigError if it was fitted with another policy or segmenter, or other weights of them."""
+        for name, value in (self.made_by or {}).items():
+            if made_by.get(name, value) != value:
+                raise ConfigError(f"the calibration was made with {name} {value}, this run has {made_by[name]}")
+
+
+class Queue:
+    """The masks of a batch with their scores, to be reviewed worst first."""
+
+    def __init__(self, reviewer: Reviewer, reliability: Reliability | None = None) -> None:
+        """reliability: None scores by the plain mean of the signals. ConfigError if it was made for something else."""
+        names = SIGNALS if reviewer.samples else FREE_SIGNALS
+        self._reviewer = reviewer
+        self._reliability = reliability or Reliability.plain(names)
+        self._reliability.check(reviewer.identity)
+        if unknown := set(self._reliability.weights) - set(names):
+            raise ConfigError(
+                f"the calibration needs the signal {min(unknown)}: give --samples as for 'eval calibrate'"
+            )
+        self._entries: list[dict[str, Any]] = []
+
+    def add(self, image: str, episode: Episode, case: Case) -> float:
+        """Score an episode; the score. Raises PolicyError and SegmenterError."""
+        found = self._reviewer.signals(episode, case)
+        score = self._reliability.score(found)
+        rounded = {name: round(value, 4) for name, value in found.items()}
+        self._entries.append({"image": image, "score": round(score, 4), **rounded})
+        return score
+
+    @property
+    def worst_first(self) -> list[dict[str, Any]]:
+        """{"image", "score", and the signals} of all, lowest score first."""
+        return sorted(self._entries, key=lambda entry: (entry["score"], entry["image"]))
+
+    def write(self, folder: Path) -> None:
+        """Write review.csv and review.json to a folder that exists, or is made."""
+        folder.mkdir(parents=True, exist_ok=True)
+        entries = self.worst_first
+        columns = ["image", "score", *SIGNALS]
+        table = csv_text([columns, *([entry.get(column, "") for column in columns] for entry in entries)])
+        write_whole(table.encode(), folder / "review.csv")
+        content = {"calibrated": self._reliability.cases > 0, "worst_first": entries}
+        write_whole((json.dumps(content, indent=1) + "\n").encode(), folder / "review.json")
+
+
+def fit(found: Sequence[Signals], ious: Sequence[float], made_by: Mapping[str, str] | None = None) -> Reliability:
+    """The calibration of measured `ious` (N,) in [0, 1] by their signals, all with the same names.
+
+    A signal that is the same in more than USUAL of the cases is left out: of a policy that nearly always stops after
+    its first masks, settling says nothing, and its sure 1 would be believed as the mean of the signals is.
+
+    Raises DataError for fewer than MIN_CASES, or what does not fit together.
+    """
+    if len(found) != len(ious) or len(found) < MIN_CASES:
+        raise DataError(f"{len(found)} cases to calibrate on: give at least {MIN_CASES}, 20 to 40 are enough")
+    names = list(found[0])
+    if any(list(one) != names for one in found):
+        raise DataError("calibration: the cases have different signals; use one number of samples")
+    values = np.array([[one[name] for name in names] for one in found])
+    usual = [np.unique(column, return_counts=True)[1].max() for column in values.T]
+    if saying := [index for index, count in enumerate(usual) if count <= USUAL * len(found)]:
+        names, values = [names[index] for index in saying], values[:, saying]
+    values = _log_odds(values)
+    targets = np.asarray(ious, dtype=float)
+    coefficients = _regress(values, targets)
+    left_out = []
+    for index in range(len(targets)):
+        rest = np.arange(len(targets)) != index
+        left_out.append(float(_sigmoid(_with_one(values[[index]]) @ _regress(values[rest], targets[rest]))[0]))
+    return Reliability(
+        dict(zip(names, coefficients[:-1].tolist(), strict=True)),
+        float(coefficients[-1]),
+        len(targets),
+        calibration(left_out, targets.tolist()).expected_error,
+        gain_of_dropping(left_out, targets.tolist()),
+        dict(made_by or {}),
+    )
+
+
+def gain_of_dropping(scores: Sequence[float], ious: Sequence[float], share: float = 0.2) -> float:
+    """What leaving out the `share` of cases with the lowest scores adds to the mean IoU."""
+    kept = np.argsort(np.asarray(scores), kind="stable")[round(share * len(scores)) :]
+    measured = np.asarray(ious, dtype=float)
+    return float(measured[kept].mean() - measured.mean())
+
+
+def _log_odds(values: Any) -> np.ndarray:
+    clipped = np.clip(np.asarray(values, dtype=float), _EDGE, 1 - _EDGE)
+    odds: np.ndarray = np.log(clipped / (1 - clipped))
+    return odds
+
+
+def _sigmoid(values: np.ndarray) -> np.ndarray:
+    result: np.ndarray = 1 / (1 + np.exp(-values))
+    return result
+
+
+def _with_one(values: np.ndarray) -> np.ndarray:
+    return np.hstack([values, np.ones((len(values), 1))])
+
+
+def _regress(values: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Weights and bias (last) by Newton's method; the weights are pulled to their plain mean, the bias hardly.
+
+    A step that goes too far is halved: full steps do not converge where the start is overconfident by far.
+    """
+    inputs = _with_one(values)
+    count = values.shape[1]
+    start = np.array([1 / count] * count + [0.0])
+    pull = np.array([PULL] * count + [0.1])
+
+    def loss(at: np.ndarray) -> float:
+        total = inputs @ at
+        return float((np.logaddexp(0, total) - targets * total).sum() + pull @ (at - start) ** 2 / 2)
+
+    at = start
+    for _ in range(50):
+        chance = _sigmoid(inputs @ at)
+        slope = inputs.T @ (chance - targets) + pull * (at - start)
+        curve = (inputs * (chance * (1 - chance))[:, None]).T @ inputs + np.diag(pull)
+        step = np.linalg.solve(curve, slope)
+        while loss(at - step) > loss(at) and np.abs(step).max() > 1e-9:
+            step = step / 2
+        at = at - step
+        if np.abs(step).max() < 1e-9:
+            break
+    return at
+
+
+def _shown(masks: Masks) -> Masks:
+    return {name: mask for name, mask in masks.items() if mask.any()}
+
+
+def _likeness(kept: Masks, others: Masks) -> float:
+    """Mean IoU over the names of `kept`; a name that the others lack counts 0."""
+    return float(np.mean([iou(mask, others[name]) if name in others else 0.0 for name, mask in kept.items()]))
+
+
+def _replayed(episode: Episode, image: Image, segmenter: Segmenter, kept: Masks, random: np.random.Generator) -> Masks:
+    """What the episode hands out when every click and box is moved a little; turns and undos stay as they are."""
+    board = Board(image, segmenter, episode.start)
+    turns: list[Turn] = []
+    for turn in episode.turns:
+        actions = tuple(_moved(action, kept, image.size, random) for action in turn.reply.actions)
+        turns.append(board.take(turn.completion, replace(turn.reply, actions=actions))[0])
+    return replace(episode, turns=tuple(turns)).answer_masks
+
+
+def _moved(action: Action, kept: Masks, size: tuple[int, int], random: np.random.Generator) -> Action:
+    if isinstance(action, Stop | Undo):
+        return action
+    mask = kept.get(action.target)
+    reach = JITTER * float(np.sqrt(mask.sum() if mask is not None else size[0] * size[1] / 16))
+    reach = max(1.0, reach)
+    height, width = size
+    if isinstance(action, Click):
+        shift = random.uniform(-reach, reach, 2)
+        x = int(np.clip(round(action.x + shift[0]), 0, width - 1))
+        y = int(np.clip(round(action.y + shift[1]), 0, height - 1))
+        crosses = mask is not None and mask[action.y, action.x] != mask[y, x]  # would say something else
+        return action if crosses else Click(x, y, action.positive, action.target)
+    shifts = random.uniform(-reach, reach, 4)
+    x0 = int(np.clip(round(action.x0 + shifts[0]), 0, width - 1))
+    y0 = int(np.clip(round(action.y0 + shifts[1]), 0, height - 1))
+    x1 = int(np.clip(round(action.x1 + shifts[2]), x0 + 1, width))
+    y1 = int(np.clip(round(action.y1 + shifts[3]), y0 + 1, height))
+    return Box(x0, y0, x1, y1, action.target)

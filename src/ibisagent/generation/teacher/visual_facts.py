@@ -1,0 +1,181 @@
+"""What can be seen at one turn, in words: sizes, places, brightness. The numbers behind them stay here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import cv2
+import numpy as np
+
+from ibisagent.domain import Box, Click, Image, Mask, Masks, Prompt, Reply, Stop
+from ibisagent.imaging.clicks import bounding_box
+from ibisagent.imaging.masks import iou
+
+Moment = Literal["first", "missed", "leaked", "wrong", "undo", "done", "absent", "words", "foreign", "claim"]
+WELL_COVERED = 0.91
+MOMENTS: tuple[Moment, ...] = (
+    "first", "missed", "leaked", "wrong", "undo", "done", "absent", "words", "foreign", "claim",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """One object at one turn. Texts are "" where nothing certain can be said.
+
+    place: of the click or object in the picture; side: of the click within the object; extent: how large the error or
+    object is; tone: brightness against the surroundings; contrast: brightness of an error against the object's rest.
+    """
+
+    name: str
+    moment: Moment
+    place: str = ""
+    side: str = ""
+    extent: str = ""
+    tone: str = ""
+    shape: str = ""
+    contrast: str = ""
+    boxed: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scene:
+    """All that a teacher gets for one thought: the question, the right reply without its thought, what is to be seen.
+
+    image, masks: what the student sees. claim: what the user said that is not so. key: makes draws repeatable.
+    """
+
+    key: str
+    query: str
+    kind: str
+    reply: Reply
+    sights: tuple[Sight, ...]
+    image: Image
+    masks: Masks
+    claim: str = ""
+    modality: str = ""
+
+
+def place_of(x: float, y: float, size: tuple[int, int]) -> str:
+    """Where a point lies in a picture of `size` (H, W), in words of three columns and three rows."""
+    column = min(int(3 * x / size[1]), 2)
+    row = min(int(3 * y / size[0]), 2)
+    if (row, column) == (1, 1):
+        return "in the middle of the picture"
+    vertical, horizontal = ("upper", "", "lower")[row], ("left", "", "right")[column]
+    if vertical and horizontal:
+        return f"in the {vertical} {horizontal} of the picture"
+    return f"in the {vertical} part of the picture" if vertical else f"on the {horizontal} of the picture"
+
+
+def side_of(x: float, y: float, around: Mask) -> str:
+    """Where a point lies within the extent of `around`: "on the left", "at the lower right", ... or "in the middle"."""
+    box = bounding_box(around, "")
+    if box is None:
+        return ""
+    across = (x + 0.5 - (box.x0 + box.x1) / 2) / ((box.x1 - box.x0) / 2)
+    down = (y + 0.5 - (box.y0 + box.y1) / 2) / ((box.y1 - box.y0) / 2)
+    horizontal = "left" if across < -0.35 else "right" if across > 0.35 else ""
+    vertical = "top" if down < -0.35 else "bottom" if down > 0.35 else ""
+    if horizontal and vertical:
+        return f"at the {'upper' if vertical == 'top' else 'lower'} {horizontal}"
+    if horizontal:
+        return f"on the {horizontal}"
+    return f"at the {vertical}" if vertical else "in the middle"
+
+
+def _grey(image: Image) -> np.ndarray:
+    """(H, W) uint8 brightness."""
+    grey: np.ndarray = cv2.cvtColor(image.pixels, cv2.COLOR_RGB2GRAY)
+    return grey
+
+
+def _ring(region: Mask) -> Mask:
+    """The pixels just outside `region`, as wide as a tenth of its extent."""
+    width = max(2, int(0.1 * np.sqrt(np.count_nonzero(region))))
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * width + 1, 2 * width + 1))
+    ring: Mask = (cv2.dilate(region.astype(np.uint8), kernel) > 0) & ~region
+    return ring
+
+
+def look(name: str, image: Image, truth: Mask) -> dict[str, str]:
+    """place, extent, tone and shape of a whole object; only what is clear."""
+    box = bounding_box(truth, "")
+    if box is None:
+        return {}
+    moments = cv2.moments(truth.astype(np.uint8), binaryImage=True)
+    centre_x, centre_y = moments["m10"] / moments["m00"], moments["m01"] / moments["m00"]
+    share = float(np.count_nonzero(truth)) / truth.size
+    extent = "tiny" if share < 0.005 else "small" if share < 0.03 else "large" if share > 0.15 else ""
+    pieces = int(cv2.connectedComponents(truth.astype(np.uint8))[0]) - 1
+    wide, high = box.x1 - box.x0, box.y1 - box.y0
+    filled = np.count_nonzero(truth) / (wide * high)
+    shape = ""
+    if pieces == 1 and filled > 0.68:
+        ratio = wide / high
+        shape = "wide" if ratio > 1.7 else "tall" if ratio < 0.6 else "roundish" if 0.8 < ratio < 1.25 else "oval"
+    compact = pieces == 1 and wide * high < 0.5 * truth.size
+    place = place_of(centre_x, centre_y, image.size) if compact else ""
+    return {"place": place, "extent": extent, "tone": _tone(image, truth), "shape": shape}
+
+
+def _tone(image: Image, region: Mask) -> str:
+    grey, ring = _grey(image), _ring(region)
+    if not ring.any():
+        return ""
+    gap = float(grey[region].mean()) - float(grey[ring].mean())
+    return "brighter" if gap > 20 else "darker" if gap < -20 else ""
+
+
+def first_sight(name: str, image: Image, truth: Mask, prompt: Prompt) -> Sight:
+    """What is seen before the first prompt on an object."""
+    facts = look(name, image, truth)
+    if isinstance(prompt, Click) and not facts.get("place"):
+        facts = {**facts, "side": "in its middle" if _central(prompt, truth) else ""}
+    return Sight(name, "first", boxed=isinstance(prompt, Box), **facts)
+
+
+def _central(click: Click, truth: Mask) -> bool:
+    return side_of(click.x, click.y, truth) == "in the middle"
+
+
+def error_sight(name: str, image: Image, truth: Mask, current: Mask, prompt: Prompt) -> Sight:
+    """What is seen of the error that `prompt` corrects: a missed part, or a leak."""
+    if isinstance(prompt, Box):
+        return Sight(name, "missed", boxed=True)
+    error = truth & ~current if prompt.positive else current & ~truth
+    _, parts = cv2.connectedComponents(error.astype(np.uint8), connectivity=4)
+    part = parts == parts[prompt.y, prompt.x] if error[prompt.y, prompt.x] else error
+    whole = int(np.count_nonzero(truth if prompt.positive else current))
+    share = float(np.count_nonzero(part)) / max(whole, 1)
+    extent = "a little" if share < 0.04 else "a part" if share < 0.3 else "much"
+    side = side_of(prompt.x, prompt.y, truth | current)
+    grey, right = _grey(image), truth & current
+    contrast = ""
+    if part.any() and np.count_nonzero(right) > 20:
+        gap = float(grey[part].mean()) - float(grey[right].mean())
+        if abs(gap) < 8:
+            contrast = "alike"
+        elif abs(gap) > 20:
+            contrast = "brighter" if gap > 0 else "darker"
+    detached = not prompt.positive and not (cv2.dilate(part.astype(np.uint8), np.ones((3, 3))) > 0)[right].any()
+    return Sight(
+        name,
+        "missed" if prompt.positive else "leaked",
+        place_of(prompt.x, prompt.y, image.size),
+        side,
+        extent,
+        shape="detached" if detached else "",
+        contrast=contrast,
+    )
+
+
+def stop_sights(stop: Stop, masks: Masks, truths: Masks) -> tuple[Sight, ...]:
+    """What is seen at the end; extent "nearly" for a mask that leaves something to be wished for."""
+    nearly = {name for name, mask in masks.items() if name in truths and iou(mask, truths[name]) < WELL_COVERED}
+    done = [
+        Sight(name, "done", extent="nearly" if name in nearly else "")
+        for name, mask in masks.items()
+        if mask.any() and name not in stop.absent
+    ]
+    return (*done, *(Sight(name, "absent") for name in stop.absent))

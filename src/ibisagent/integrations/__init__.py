@@ -1,0 +1,1 @@
+"""The agent inside other frameworks: lmms-eval and verl."""

@@ -1,0 +1,1 @@
+"""Training of `ibis-click`: states of clicking, and the loop over them."""

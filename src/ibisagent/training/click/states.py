@@ -1,0 +1,281 @@
+"""What `ibis-click` is trained on: views of image-mask pairs, and episodes of simulated clicks in them.
+
+Each view is an episode: it starts with a click, a box or both (or a mask to refine), the network's own mask is fed
+back, and the next click goes where `clicks.next_click` or a random wrong pixel says (RITM, Sofiiuk et al. 2022).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import cv2
+import numpy as np
+from skimage.segmentation import felzenszwalb
+
+from ibisagent.domain import Box, Case, Click, Mask, Prompt
+from ibisagent.errors import DataError
+from ibisagent.imaging.clicks import bounding_box, interior_depth, next_click
+from ibisagent.segmenters.context_features import places_seen
+from ibisagent.segmenters.letterbox import prompt_maps
+from ibisagent.training.views import SIDE as VIEW_SIDE
+from ibisagent.training.views import Bank
+
+STORED_SIDE = 512  # pictures are kept in memory at this longer side
+TARGET = "object"
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """One picture and one of its masks, as kept in memory. group: what sampling is balanced over. picture: the number
+    of its picture in the bank."""
+
+    pixels: np.ndarray
+    mask: Mask
+    group: str
+    regions: np.ndarray = field(repr=False)
+    picture: int = 0
+
+
+def is_development(patient: str) -> bool:
+    """Whether a training patient is held out for choosing settings: one in sixteen, by the hash of its name."""
+    return hashlib.sha256(patient.encode()).digest()[0] % 16 == 0
+
+
+def pairs_from(cases: Iterable[Case], place: Mapping[str, int]) -> list[Pair]:
+    """The pairs of `cases`, shrunk to STORED_SIDE, with superpixels of each picture for made-up targets.
+
+    place: the number of a picture by its content hash.
+    """
+    pairs: list[Pair] = []
+    pictures: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for case in cases:
+        if not case.targets:
+            continue
+        if case.image.sha256 not in pictures:
+            scale = min(1.0, STORED_SIDE / max(case.image.size))
+            pixels = cv2.resize(case.image.pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+            coarse = cv2.resize(pixels, None, fx=0.4, fy=0.4, interpolation=cv2.INTER_AREA)
+            coarse_regions = felzenszwalb(coarse, scale=100, sigma=0.6, min_size=20).astype(np.int16)
+            regions = cv2.resize(coarse_regions, pixels.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+            pictures[case.image.sha256] = (pixels, regions)
+        pixels, regions = pictures[case.image.sha256]
+        for name, mask in case.targets.items():
+            small = cv2.resize(mask.astype(np.uint8), pixels.shape[1::-1], interpolation=cv2.INTER_NEAREST) > 0
+            pairs.append(
+                Pair(pixels, small, f"{case.meta.get('dataset', '')}/{name}", regions, place[case.image.sha256])
+            )
+    return pairs
+
+
+@dataclass(eq=False)
+class State:
+    """An episode in the pool, on the network's grid.
+
+    planes (3, S, S) float32; truth and probability (S, S). glance: round and number of a view in the bank; places:
+    where in that view the cells of the episode's view lie (`places_seen`).
+    """
+
+    planes: np.ndarray
+    truth: Mask
+    prompts: list[Prompt]
+    probability: np.ndarray
+    clicks_left: int
+    glance: tuple[int, int]
+    places: np.ndarray
+
+    def network_input(self) -> np.ndarray:
+        """(CHANNELS, S, S) float32, as `ClickNetwork` wants it."""
+        side = self.truth.shape[0]
+        maps = prompt_maps(self.prompts, side, scale=1.0)
+        return np.concatenate([self.planes, self.probability[None], maps])
+
+
+def _augment_colours(pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """(S, S, 3) float32 in [0, 1] with random contrast, gamma, colour cast, inversion, grey, blur and noise."""
+    if random.random() < 0.15:
+        pixels = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2)
+    if random.random() < 0.06:
+        pixels = 1 - pixels
+    if random.random() < 0.7:
+        pixels = np.clip(pixels, 1e-4, 1) ** np.float32(math.exp(random.uniform(-0.5, 0.5)))
+        pixels = pixels * np.float32(random.uniform(0.7, 1.3)) + np.float32(random.uniform(-0.12, 0.12))
+    if random.random() < 0.3:
+        pixels = pixels * random.uniform(0.85, 1.15, size=3).astype(np.float32)
+    if random.random() < 0.2:
+        pixels = cv2.GaussianBlur(pixels, (0, 0), random.uniform(0.4, 1.5))
+    if random.random() < 0.3:
+        pixels = pixels + random.normal(0, random.uniform(0.01, 0.06), pixels.shape).astype(np.float32)
+    return np.clip(pixels, 0, 1)
+
+
+def _made_up_target(pair: Pair, random: np.random.Generator) -> Mask:
+    """A superpixel, or a few neighbouring ones: an object that no data set names."""
+    seed = pair.regions[tuple(random.integers(0, side) for side in pair.regions.shape)]
+    mask = pair.regions == seed
+    for _ in range(random.integers(0, 3)):
+        around = pair.regions[cv2.dilate(mask.astype(np.uint8), np.ones((5, 5), np.uint8)).astype(bool) & ~mask]
+        if around.size:
+            mask |= pair.regions == random.choice(around)
+    return mask
+
+
+def _view(
+    pair: Pair, side: int, random: np.random.Generator, made_up: float, window_share: float
+) -> tuple[np.ndarray, Mask, np.ndarray] | None:
+    """A random view of a pair on the network's grid, its mask in it, and the affine map that leads there: the whole
+    picture, or a window on the object as the second look of `ibis-click` takes it; flipped and turned. None if the
+    object is not to be seen in it."""
+    mask = _made_up_target(pair, random) if random.random() < made_up else pair.mask
+    box = bounding_box(mask, TARGET)
+    if box is None:
+        return None
+    size = np.array([mask.shape[1], mask.shape[0]])
+    middle = np.array([box.x0 + box.x1, box.y0 + box.y1]) / 2
+    if random.random() >= window_share:
+        window = max(size) * (1.0 if random.random() < 0.5 else math.exp(random.uniform(-0.35, 0.3)))
+        middle = size / 2 + (middle - size / 2) * random.random()
+    else:
+        extent = max(box.x1 - box.x0, box.y1 - box.y0)
+        window = np.clip(extent * math.exp(random.uniform(-0.1, 1.15)), 0.12 * max(size), max(size))
+        middle = middle + random.uniform(-0.15, 0.15, size=2) * window
+    scale = side / window
+    angle = 0.0 if random.random() < 0.4 else random.uniform(-30, 30) + 90 * random.integers(0, 4)
+    turn: np.ndarray = cv2.getRotationMatrix2D(tuple(middle), angle, scale)
+    turn[:, 2] = turn[:, 2] + side / 2 - middle
+    if angle == 0:  # as at inference: the window lies inside the picture, or the picture in the upper left corner
+        turn[:, 2] = np.clip(turn[:, 2], np.minimum(side - scale * size, 0), 0)
+    if random.random() < 0.5:
+        turn[0] = [-turn[0, 0], -turn[0, 1], side - 1 - turn[0, 2]]
+    shrink = scale < 0.8
+    pixels = cv2.GaussianBlur(pair.pixels, (0, 0), 0.35 / scale) if shrink else pair.pixels
+    view = cv2.warpAffine(pixels, turn, (side, side), flags=cv2.INTER_LINEAR).astype(np.float32) / 255
+    truth = cv2.warpAffine(mask.astype(np.uint8), turn, (side, side), flags=cv2.INTER_NEAREST) > 0
+    inside = np.count_nonzero(truth)
+    if inside < max(6, 0.25 * mask.sum() * scale * scale) or inside > 0.95 * side * side:
+        return None
+    return _augment_colours(view, random), truth, turn
+
+
+def _random_pixel(region: Mask, random: np.random.Generator) -> tuple[int, int]:
+    """(x, y) of a pixel of `region`, inner ones more often."""
+    depth = interior_depth(region).ravel()
+    index = int(np.searchsorted(np.cumsum(depth), random.random() * float(depth.sum())))
+    y, x = divmod(min(index, depth.size - 1), region.shape[1])
+    return x, y
+
+
+def jittered_box(truth: Mask, random: np.random.Generator, spread: float) -> Box:
+    """The box of a mask that is not empty, its sides moved by `spread` of its size (one standard deviation)."""
+    box = bounding_box(truth, TARGET)
+    assert box is not None
+    width, height, side = box.x1 - box.x0, box.y1 - box.y0, truth.shape[0]
+    moves = random.normal(0, spread, 4) * [width, height, width, height]
+    x0, y0 = int(np.clip(box.x0 + moves[0], 0, side - 2)), int(np.clip(box.y0 + moves[1], 0, side - 2))
+    x1, y1 = int(np.clip(box.x1 + moves[2], x0 + 1, side)), int(np.clip(box.y1 + moves[3], y0 + 1, side))
+    return Box(x0, y0, x1, y1, TARGET)
+
+
+def spoilt(truth: Mask, random: np.random.Generator) -> Mask:
+    """An imperfect start mask: eroded, dilated, shifted or with a bite taken out."""
+    kind, side = random.integers(4), truth.shape[0]
+    radius = int(random.integers(1, max(2, side // 20)))
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
+    if kind == 0:
+        return cv2.erode(truth.astype(np.uint8), kernel) > 0
+    if kind == 1:
+        return cv2.dilate(truth.astype(np.uint8), kernel) > 0
+    if kind == 2:
+        return np.roll(truth, random.integers(-2 * radius, 2 * radius + 1, size=2), axis=(0, 1))
+    x, y = _random_pixel(truth, random)
+    bite = np.zeros_like(truth, dtype=np.uint8)
+    cv2.circle(bite, (x, y), 2 * radius, 1, cv2.FILLED)
+    return truth & (bite == 0) if random.random() < 0.5 else truth | (bite > 0)
+
+
+def coarsened(probability: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """A mask probability as a look from farther away leaves it: half of the time blurred by a smaller grid."""
+    if random.random() < 0.5:
+        return probability
+    side = probability.shape[0]
+    small = int(random.integers(side // 6, side // 2))
+    shrunk = cv2.resize(probability, (small, small), interpolation=cv2.INTER_AREA)
+    return cv2.resize(shrunk, (side, side), interpolation=cv2.INTER_LINEAR)
+
+
+def correct(state: State, random: np.random.Generator) -> bool:
+    """Append the next corrective click to `state`; False when nothing is left to correct."""
+    current = state.probability > 0.5
+    past = [prompt for prompt in state.prompts if isinstance(prompt, Click)]
+    click = next_click(state.truth, current, TARGET, past)
+    if click is None:
+        return False
+    if random.random() < 0.3:
+        wrong = state.truth & ~current if click.positive else current & ~state.truth
+        x, y = _random_pixel(wrong, random)
+        click = Click(x, y, click.positive, TARGET)
+    state.prompts.append(click)
+    return True
+
+
+def _glance_at(
+    pair: Pair, turn: np.ndarray, side: int, bank: Bank, random: np.random.Generator
+) -> tuple[int, np.ndarray]:
+    """Round of a bank view of the pair's picture, and the places in it of a (side, side) view, given by its affine map
+    from the picture's pixels. A view that lacks much of what is to be seen is left for the plain one."""
+    to_picture = cv2.invertAffineTransform(turn)
+    plain = places_seen(to_picture, pair.mask.shape, side)
+    shown = (np.abs(plain) < 1).all(axis=-1)
+    round_ = bank.draw(pair.picture, random)
+    further = bank.turns[round_, pair.picture].astype(np.float64)
+    unit = (plain + 1) / 2 * VIEW_SIDE - 0.5
+    places = (np.concatenate([unit, np.ones_like(unit[..., :1])], axis=-1) @ further.T + 0.5) / VIEW_SIDE * 2 - 1
+    places[~shown] = plain[~shown]
+    lost = shown & ~(np.abs(places) < 1).all(axis=-1)
+    if lost.sum() > 0.1 * shown.sum():
+        return 0, plain
+    return round_, places.astype(np.float32)
+
+
+def new_state(
+    pairs: Sequence[Pair],
+    weights: np.ndarray,
+    bank: Bank,
+    side: int,
+    random: np.random.Generator,
+    made_up: float = 0.15,
+    window_share: float = 0.7,
+) -> State:
+    """A fresh episode: a random view of a pair, drawn by `weights`, with its first prompt(s).
+
+    made_up, window_share: see `click.ClickRecipe`. DataError where no view shows an object.
+    """
+    for _ in range(1000):
+        pair = pairs[random.choice(len(pairs), p=weights)]
+        view = _view(pair, side, random, made_up, window_share)
+        if view is not None:
+            break
+    else:
+        raise DataError(
+            "1000 views of the training pictures show no object: are the masks empty, or all of the picture?"
+        )
+    pixels, truth, turn = view
+    round_, places = _glance_at(pair, turn, side, bank, random)
+    planes = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    clicks = int(random.choice([0, 1, 2, 3, 4, 6, 9, 14], p=[0.16, 0.16, 0.16, 0.15, 0.13, 0.12, 0.08, 0.04]))
+    state = State(planes, truth, [], np.zeros(truth.shape, np.float32), clicks, (round_, pair.picture), places)
+    start = random.random()
+    if start < 0.1:
+        state.probability = spoilt(truth, random).astype(np.float32)
+        if correct(state, random):
+            return state
+    if start < 0.5:
+        state.prompts.append(jittered_box(truth, random, random.choice([0.0, 0.0, 0.04, 0.1, 0.2])))
+    if start < 0.28 or start >= 0.5:
+        centred = random.random() < 0.5
+        point = next_click(truth, np.zeros_like(truth), TARGET) if centred else None
+        x, y = (point.x, point.y) if point else _random_pixel(truth, random)
+        state.prompts.append(Click(x, y, True, TARGET))
+    return state

@@ -1,0 +1,1 @@
+"""Fine-tuning of any policy on TRL: supervised and by rewards."""

@@ -1,0 +1,474 @@
+"""Agentic reinforcement learning: `ibisagent train rl recipes/rl-nano.toml` (paper, section 3.3).
+
+The policy plays whole episodes with a segmenter, several paths for each case, and its replies are weighted by what
+their path earned above the others of the case (GRPO, without a KL term). TRL plays: an episode is one conversation, and
+what TRL calls a tool is the one environment of this package. Each reply, whatever it says, goes to `SegmentationEnv`,
+which alone decides what it means, what is shown next and when the episode is over; `rewards.score` judges the episode.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.nn import functional as F
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
+
+from ibisagent.datasets import read_cases
+from ibisagent.domain import Case, Completion, Episode, Observation
+from ibisagent.environment import SegmentationEnv, turn_limit
+from ibisagent.errors import ConfigError, PolicyError, SegmenterError
+from ibisagent.files import one_line
+from ibisagent.generation.exports import read_grpo
+from ibisagent.imaging.masks import decode_rle, iou
+from ibisagent.protocol import render, target_of
+from ibisagent.rewards import RewardWeights, Score, match_names, score
+from ibisagent.segmenters import Segmenter, load_segmenter
+from ibisagent.store import EpisodeStore
+from ibisagent.training.finetune.common import (
+    Report,
+    Student,
+    Told,
+    find_image,
+    load_student,
+    lora_config,
+    run,
+    score_by_own_logits,
+    trainer_settings,
+    without_library_warnings,
+)
+from ibisagent.training.finetune.recipes import RlRecipe
+
+MAX_FAILED_BATCHES = 3
+INFORMATIVE = 0.01
+"""Least deviation of a group's advantages for it to teach: that of rewards which deviate by 1e-6."""
+_CASES_KEPT = 16  # decoded, for the paths of one case
+_PROBED_CASES = 8  # to see how many tokens a turn shows
+_SPARE_TOKENS = 64  # a turn may show more than on the probed cases: longer queries, a line about an unreadable reply
+_OVER = [{"type": "text", "text": "(the episode is over)"}]  # shown to nobody
+
+
+# --------------------------------------------------------------------------------------------------------- cases
+
+
+class _Questions(Sequence[Case]):
+    """The questions that `build-data` exported for RL, as cases; pictures are read when asked for."""
+
+    def __init__(self, folder: Path, split: str, licence_class: str) -> None:
+        self._folder = folder
+        self._records = [
+            record for record in read_grpo(folder, split) if licence_class in ("", record["licence_class"])
+        ]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: Any) -> Any:
+        """The case of one question."""
+        record = self._records[index]
+        image = find_image(record["image"], self._folder)
+        targets = {entry["name"]: decode_rle(entry) for entry in record["targets"]}
+        targets |= {name: np.zeros(image.size, dtype=bool) for name in record["absent"]}
+        return Case(
+            record["id"],
+            image,
+            record["query"],
+            targets or None,
+            {entry["name"]: decode_rle(entry) for entry in record["start"]},
+            record["answer"],
+            record["patient"],
+            {"dataset": record["dataset"], "modality": record["modality"], "family": record["family"]},
+        )
+
+
+def read_training_cases(recipe: RlRecipe) -> Sequence[Case]:
+    """The cases that `recipe` plays, decoded when asked for. DataError where there are none."""
+    for folder in (recipe.data / "export", recipe.data):
+        if (folder / "grpo").is_dir():
+            cases = _Questions(folder, recipe.split, recipe.licence_class)
+            if not len(cases):
+                raise ConfigError(f"{folder}: no question has licence class '{recipe.licence_class}'")
+            return cases
+    return read_cases(
+        recipe.data,
+        split=recipe.split or None,
+        licence_classes={recipe.licence_class} if recipe.licence_class else None,
+    )
+
+
+# --------------------------------------------------------------------------------------------------- environment
+
+
+class SegmentationTool:
+    """One path at a time, as TRL wants its environments. Its public methods are what TRL shows the model as tools.
+
+    path: the episode under way; case: what it is about; failure: of the segmenter, which ends the path unjudged.
+    """
+
+    path: SegmentationEnv
+    case: Case
+
+    def __init__(self, cases: Callable[[int], Case], segmenter: Segmenter, student: Student, max_turns: int) -> None:
+        self._cases, self._segmenter, self._student, self._max_turns = cases, segmenter, student, max_turns
+        specials = student.processor.tokenizer.all_special_tokens
+        self._specials = re.compile("|".join(re.escape(token) for token in specials))
+        self.failure: SegmenterError | None = None
+
+    def reset(self, case: int, **_: Any) -> list[dict[str, Any]]:
+        """Begin a path of case number `case`; what the policy sees first."""
+        self.case, self.failure = self._cases(case), None
+        made_by = {"policy": self._student.name, "stage": "rl"}
+        self.path = SegmentationEnv(
+            self.case, self._segmenter, dialect=self._student.dialect, max_turns=self._max_turns, made_by=made_by
+        )
+        return self._shown()
+
+    def act(self, reply: str) -> list[dict[str, Any]]:
+        """Do what a reply says and look at the picture again.
+
+        Args:
+            reply: Everything that was written, thought and action.
+
+        Returns:
+            The picture with the masks as they stand.
+        """
+        try:
+            self.path.step(Completion(self._specials.sub("", reply)))
+        except SegmenterError as error:
+            self.failure = error
+            return _OVER
+        return _OVER if self.path.done else self._shown()
+
+    def _shown(self) -> list[dict[str, Any]]:
+        student = self._student
+        messages = render(self.path.observation, dialect=student.dialect, history=student.history, style=student.style)
+        return list(messages[-1]["content"])
+
+
+def judge(weights: RewardWeights, keep: Callable[[Sequence[Episode]], None]) -> Callable[..., list[float | None]]:
+    """A reward function for TRL: the score of each path's episode, None where the segmenter failed.
+
+    Logs the mean of every term. keep: given the episodes. SegmenterError if every path of so many batches in a row
+    failed that it cannot be the pictures: MAX_FAILED_BATCHES.
+    """
+    failed_batches = 0
+
+    def path_reward(
+        completions: Sequence[Sequence[Mapping[str, Any]]],
+        environments: Sequence[SegmentationTool],
+        log_metric: Callable[[str, float], None],
+        **_: Any,
+    ) -> list[float | None]:
+        nonlocal failed_batches
+        for message in (message for messages in completions for message in messages):
+            if message["role"] == "tool" and isinstance(message["content"], str):  # TRL makes text of exceptions
+                raise PolicyError(f"the environment failed: {message['content']}")
+        judged: list[tuple[SegmentationTool, Episode, Score] | None] = []
+        for tool in environments:
+            cut = not tool.path.done
+            tool.path.cut()
+            episode = tool.path.episode()
+            log_metric("path/cut", float(cut and tool.failure is None))
+            log_metric("path/failed", float(tool.failure is not None))
+            judged.append(None if tool.failure else (tool, episode, score(episode, tool.case, weights)))
+        scored = [one for one in judged if one is not None]
+        failed_batches = 0 if scored else failed_batches + 1
+        if failed_batches == MAX_FAILED_BATCHES:
+            raise SegmenterError(f"every path fails, the last one: {environments[-1].failure}")
+        for tool, episode, result in scored:
+            for name, value in _figures(tool.case, episode, result):
+                log_metric(name, value)
+        keep([episode for _, episode, _ in scored])
+        return [one and one[2].total for one in judged]
+
+    return path_reward
+
+
+def _figures(case: Case, episode: Episode, result: Score) -> Iterator[tuple[str, float]]:
+    """What is logged of a path: every term of its score, and how it went."""
+    for term in fields(result):
+        if isinstance(value := getattr(result, term.name), float):
+            yield f"score/{term.name}", value
+    yield "path/turns", float(len(episode.turns))
+    yield "path/clicks", float(episode.clicks)
+    yield "path/stopped", float(episode.stop == "stopped")
+    truths = {name: truth for name, truth in (case.targets or {}).items() if truth.any()}
+    masks = episode.answer_masks
+    shown = [name for name, mask in masks.items() if mask.any()]
+    meant = {truth: said for said, truth in match_names(shown, case.targets or {}).items()}
+    for name, truth in truths.items():
+        yield "path/iou", iou(masks[meant[name]], truth) if name in meant else 0.0
+
+
+# ------------------------------------------------------------------------------------------------------ training
+
+
+class _Shown(list[Any]):
+    """The images that a path was shown after its first.
+
+    Also true where there are none: TRL marks the image tokens of the batch by their ids where a path was shown images,
+    else by its prompt, which lacks what the environment showed first; where every path of a batch ends with its first
+    turn, those marks would not fit.
+    """
+
+    def __bool__(self) -> bool:
+        return True
+
+
+class _Trainer(GRPOTrainer):
+    """TRL's, which ends a path when its episode is over, and can replace cases that teach nothing."""
+
+    def __init__(self, resample: int, **options: Any) -> None:
+        self._resample = resample
+        self._turn: tuple[Any, ...] = ()  # the latest that this process wrote
+        self._in_step = False  # whether its turns wait for those of the other processes
+        super().__init__(**options)
+
+    def _send_telemetry(self) -> None:
+        """Nobody is told that somebody trains."""
+
+    def _tool_call_loop(self, *paths: Any) -> Any:
+        """TRL's turns after the first. On several processes all of them write as many turns as the longest path has.
+
+        TRL generates once a turn on each process, and paths end after different numbers of turns; but generating is
+        collective wherever weights are gathered for it (ZeRO-3, FSDP) or one vLLM server writes for all. So a process
+        whose paths are over repeats its last turn, to no effect, until all are done.
+        """
+        self._in_step = self.accelerator.num_processes > 1
+        *played, shown = super()._tool_call_loop(*paths)
+        while self._in_step and (most := self._most_unfinished(0)):
+            self._write_turn(*self._turn, most=most)
+        self._in_step = False
+        return *played, [_Shown(images) for images in shown]
+
+    def _generate_single_turn(
+        self, prompt_ids: Any, images: Any, multimodal_fields: Any, num_generations: int, has_tool_images: bool = False
+    ) -> Any:
+        self._turn = (prompt_ids, images, multimodal_fields, has_tool_images)
+        if self._in_step:
+            return self._write_turn(*self._turn, most=self._most_unfinished(len(prompt_ids)))
+        return super()._generate_single_turn(
+            prompt_ids, images, multimodal_fields, num_generations, has_tool_images=has_tool_images
+        )
+
+    def _write_turn(self, prompt_ids: Any, images: Any, fields: Any, has_tool_images: bool, most: int = 0) -> Any:
+        """One turn of each of these paths, while every other process writes one of its own.
+
+        most: paths of any process. A vLLM server hands out its replies by equal shares, so there each asks for as many.
+        """
+        count = len(prompt_ids)
+        if self.use_vllm and self.vllm_mode == "server":
+            more = max(most, count) - count
+            prompt_ids = [*prompt_ids, *prompt_ids[:1] * more]
+            images = images and [*images, *images[:1] * more]
+        written, logprobs = super()._generate_single_turn(
+            prompt_ids, images, fields, 1, has_tool_images=has_tool_images
+        )
+        return written[:count], logprobs and logprobs[:count]
+
+    def _most_unfinished(self, own: int) -> int:
+        """The largest number of paths that a process is about to go on with; waits until all have said theirs."""
+        told = torch.tensor([own], device=self.accelerator.device)
+        return int(self.accelerator.gather(told).max())
+
+    def _get_tool_suffix_ids(self, tool_messages: Any) -> list[int]:
+        """Tokens of what is shown next. After the end: more than a path may hold, whereupon TRL leaves the path as it
+        is, without what would be shown."""
+        if tool_messages[-1]["content"] == _OVER:
+            return [0] * (self.max_completion_length + 1)
+        return list(super()._get_tool_suffix_ids(tool_messages))
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        """TRL's batch of paths; groups without variance are replaced by those of other cases, as far as these go."""
+        batch = super()._generate_and_score_completions(inputs)
+        if not self._resample or not self.model.training:
+            return batch
+        batches, kept = [split_pixel_values_by_grid(batch)], [self._groups_that_teach(batch)]
+        wanted = len(inputs) // self.num_generations
+        for attempt in range(self._resample):
+            missing = wanted - sum(map(len, kept))
+            if not self.accelerator.gather(torch.tensor([max(missing, 0)], device=self.accelerator.device)).any():
+                break
+            draw = np.random.default_rng([self.args.seed, self._step, attempt, self.accelerator.process_index])
+            rows = draw.choice(len(self.train_dataset), wanted, replace=len(self.train_dataset) < wanted)
+            fresh = [self.train_dataset[int(row)] for row in rows for _ in range(self.num_generations)]
+            batches.append(split_pixel_values_by_grid(super()._generate_and_score_completions(fresh)))
+            kept.append(self._groups_that_teach(batches[-1]))
+        chosen = [(number, group) for number, groups in enumerate(kept) for group in groups][:wanted]
+        spare = [(0, group) for group in range(wanted) if group not in kept[0]]
+        chosen += spare[: wanted - len(chosen)]
+        self._log_now("sampling/batches", float(len(batches)))
+        return join_groups(batches, chosen, self.num_generations, self._tokenizer.pad_token_id)
+
+    def _groups_that_teach(self, batch: Mapping[str, Any]) -> list[int]:
+        return groups_that_teach(batch["advantages"], self.num_generations)
+
+    def _log_now(self, name: str, value: float) -> None:
+        self._metrics["train"][name].append(value)
+
+
+def groups_that_teach(advantages: torch.Tensor, rollouts: int) -> list[int]:
+    """The groups, of so many rollouts each, in whose `advantages` (N,) there is anything to learn from.
+
+    TRL divides what a reward is above its group's mean by the deviation s of the group plus 1e-4. Where all rewards are
+    the same, rounding leaves about 1e-7 for s, so advantages deviate by up to 1e-3, not by 0; by s / (s + 1e-4) else.
+    """
+    deviations = advantages.view(-1, rollouts).std(dim=1, correction=0)
+    return [int(group) for group in (deviations > INFORMATIVE).nonzero()[:, 0]]
+
+
+def join_groups(
+    batches: Sequence[Mapping[str, Any]], chosen: Sequence[tuple[int, int]], paths: int, pad_token_id: int
+) -> dict[str, Any]:
+    """One batch of GRPO from the `chosen` groups, (batch, group) each, of batches that are padded differently.
+
+    Prompts are padded on the left, completions on the right; what spans both is padded on either side.
+    """
+    prompt = max(one["prompt_ids"].shape[1] for one in batches)
+    completion = max(one["completion_ids"].shape[1] for one in batches)
+    joined: dict[str, Any] = {}
+    for key, value in batches[0].items():
+        if isinstance(value, torch.Tensor) and value.ndim == 0:
+            continue
+        rows: list[Any] = []
+        for number, group in chosen:
+            one = batches[number]
+            part = one[key][group * paths : (group + 1) * paths]
+            if isinstance(part, torch.Tensor) and part.ndim == 2:
+                missing = (prompt - one["prompt_ids"].shape[1], completion - one["completion_ids"].shape[1])
+                before = missing[0] if key.startswith("prompt") or key.endswith("token_type_ids") else 0
+                after = missing[1] if not key.startswith("prompt") else 0
+                part = F.pad(
+                    part, (before, after), value=pad_token_id if key in ("prompt_ids", "completion_ids") else 0
+                )
+            rows.append(part)
+        joined[key] = torch.cat(rows) if isinstance(rows[0], torch.Tensor) else [one for part in rows for one in part]
+    learnt = joined["completion_mask"] * joined.get("tool_mask", 1)
+    joined["num_items_in_batch"] = learnt.sum()
+    return unsplit_pixel_values_by_grid(joined)
+
+
+def train(recipe: RlRecipe, report: Report = lambda step, steps, logs: None) -> Path:
+    """Train as `recipe` says, going on from its last checkpoint if there is one; returns the policy's folder.
+
+    Raises ConfigError for settings that do not fit, DataError for missing data, PolicyError for missing weights,
+    SegmenterError where the segmenter fails on every path of a batch.
+    """
+    trainer, student = make_trainer(recipe, report)
+    return run(trainer, student, recipe, "rl")
+
+
+@without_library_warnings()
+def make_trainer(recipe: RlRecipe, report: Report = lambda step, steps, logs: None) -> tuple[GRPOTrainer, Student]:
+    """TRL's trainer for `recipe`, ready to train, and the model in it."""
+    arguments = _grpo_config(recipe)  # first: it sets up distributed loading
+    student = load_student(recipe, "full")
+    max_turns = recipe.max_turns or turn_limit(student)
+    recipe.check_turns(max_turns)
+    cases = read_training_cases(recipe)
+    read = lru_cache(maxsize=_CASES_KEPT)(lambda index: cases[index])
+    segmenter = load_segmenter(recipe.segmenter, device=recipe.device)
+    tokenizer = student.processor.tokenizer
+    tokenizer.padding_side = "left"
+    tokenizer.response_template = _everything_is_an_action(student.reply_start)
+    arguments.max_completion_length = recipe.path_tokens or max_turns * (
+        recipe.reply_tokens + _shown_tokens(student, cases)
+    )
+    arguments.generation_kwargs = _writing(recipe, student)
+    store, first = EpisodeStore(recipe.out / "episodes"), arguments.process_index == 0
+
+    def keep(episodes: Sequence[Episode]) -> None:
+        if recipe.episodes_every and first and trainer.state.global_step % recipe.episodes_every == 0:
+            store.append(episodes, notes={"step": trainer.state.global_step})
+
+    trainer = _Trainer(
+        recipe.resample,
+        model=student.model,
+        reward_funcs=judge(recipe.rewards, keep),
+        args=arguments,
+        train_dataset=_rows(student, cases),
+        processing_class=student.processor,
+        peft_config=lora_config(student, recipe),
+        callbacks=[Told(report)],
+        environment_factory=lambda: SegmentationTool(read, segmenter, student, max_turns),
+    )
+    score_by_own_logits(student, recipe.temperature)
+    return trainer, student
+
+
+def _everything_is_an_action(reply_start: str) -> dict[str, Any]:
+    """How TRL reads a reply: all of it is a call of `SegmentationTool.act`."""
+    call = {"type": "function", "function": {"name": "act", "arguments": {"reply": "{content}"}}}
+    field = {"content": "text", "content_args": {"strip": False}, "transform": [call]}
+    return {"start_anchor": reply_start, "defaults": {"role": "assistant"}, "fields": {"tool_calls": field}}
+
+
+def _grpo_config(recipe: RlRecipe) -> GRPOConfig:
+    settings = trainer_settings(recipe)
+    if recipe.vllm:
+        settings |= {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": recipe.vllm}
+    try:
+        return GRPOConfig(
+            **settings,
+            num_generations=recipe.paths,
+            temperature=recipe.temperature,
+            top_p=recipe.top_p,
+            beta=0.0,
+            epsilon=recipe.clip,
+            epsilon_high=recipe.clip_high,
+            loss_type=recipe.loss,
+            num_iterations=recipe.iterations,
+            scale_rewards="group",
+            log_completions=False,
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"batch {recipe.batch} * accumulate {recipe.accumulate} * processes does not hold whole groups of"
+            f" {recipe.paths} paths: {one_line(error, 200)}"
+        ) from error
+
+
+def _writing(recipe: RlRecipe, student: Student) -> dict[str, Any]:
+    """How replies are written: none too long, none with a vision token, which would stand for a picture."""
+    vision = student.model.generation_config.suppress_tokens or []
+    if not recipe.vllm:
+        return {"max_new_tokens": recipe.reply_tokens, "suppress_tokens": vision or None}
+    if not find_spec("vllm"):
+        raise ConfigError("the recipe names a vLLM server: pip install 'trl[vllm]', or leave vllm out")
+    if not student.model.config.model_type.startswith("qwen"):
+        raise ConfigError(f"{student.name}: vLLM does not know this model; leave vllm out")
+    words = student.processor.tokenizer.convert_ids_to_tokens(vision)
+    return {"max_tokens": recipe.reply_tokens, "bad_words": words}
+
+
+def _shown_tokens(student: Student, cases: Sequence[Case]) -> int:
+    """An upper bound, as far as some of the cases tell, of the tokens that a turn shows."""
+    longest = 0
+    for index in np.linspace(0, len(cases) - 1, min(len(cases), _PROBED_CASES)).astype(int):
+        case = cases[int(index)]
+        seen = Observation(case.id, case.image, case.query, {target_of(case.query): np.ones(case.image.size, bool)})
+        messages = render(seen, dialect=student.dialect, history="full", style=student.style)[-1:]
+        read = student.processor.apply_chat_template(
+            [messages], add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        longest = max(longest, len(read["input_ids"][0]))
+    return longest + _SPARE_TOKENS
+
+
+def _rows(student: Student, cases: Sequence[Case]) -> Dataset:
+    """What TRL draws from: for each case its number and what comes before the first picture."""
+    case = cases[0]
+    told = render(Observation("", case.image, "?"), dialect=student.dialect, history="full", style=student.style)
+    before = [{"role": m["role"], "content": "".join(part["text"] for part in m["content"])} for m in told[:-1]]
+    prompt = [*before, {"role": "user", "content": ""}]
+    numbers = Dataset.from_dict({"case": list(range(len(cases)))})
+    return numbers.with_transform(lambda rows: {**rows, "prompt": [prompt] * len(rows["case"])})

@@ -1,0 +1,1 @@
+"""Training of `ibis-nano`: what it is taught, from whose states, and the loop."""
