@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -57,10 +58,13 @@ REPLIES = [
 
 
 class Thinking(ScriptedPolicy):
-    """Takes its time over every turn, so that a browser can see one before the next."""
+    """Takes its second turn when it may, so that a browser can see the first one before."""
+
+    may_go_on = threading.Event()
 
     def respond(self, observations: Any) -> Any:
-        time.sleep(0.6)
+        if any(observation.turns for observation in observations):
+            assert self.may_go_on.wait(60)
         return super().respond(observations)
 
 
@@ -356,10 +360,13 @@ def test_the_agent_is_seen_at_work_and_the_session_is_downloaded(page: Any, serv
     page.click("#sample")
     page.locator("#picture img").wait_for()
     assert page.input_value("#query") == "Segment the optic disc."
+    Thinking.may_go_on.clear()
     page.keyboard.press("Space")
     wait_for_turns(page, 1)
     session = session_of(page, served)
-    assert session.running, "the first turn was seen only after the run had ended"
+    assert session.running
+    assert page.inner_text("#run").startswith("Stop")
+    Thinking.may_go_on.set()
     says(page, "The agent says that it is done.")
     assert page.locator("#status").get_attribute("aria-live") == "polite"
     assert np.array_equal(shown(page), session.masks["bright cell"])
@@ -380,7 +387,7 @@ def test_what_goes_wrong_is_said_in_plain_words(page: Any, tmp_path: Path) -> No
     says(page, "Open an image first")
     (tmp_path / "eye.png").write_bytes(b"no image")
     take(page, tmp_path / "eye.png")
-    says(page, "eye.png: is not a readable PNG")
+    says(page, "eye.png: not a readable PNG")
     (tmp_path / "large.png").write_bytes(bytes(2**20 + 1))
     take(page, tmp_path / "large.png")
     says(page, "large.png: too large, 1.0 MB; the limit of this server is 1.0 MB")
@@ -465,21 +472,22 @@ def test_objects_boxes_and_what_a_click_would_give(page: Any, served: tuple[str,
     assert len(session.steps) == 4, "a preview changed something"
     page.mouse.move(*at(page, 64, 60))
     page.mouse.wheel(0, -600)
-    wide = page.locator("#picture img").bounding_box()
-    assert wide["width"] > 2 * 1000
+    image = page.locator("#picture img")
+    until(page, lambda: image.bounding_box()["width"] > 2000, "the wheel does not bring it closer")
+    wide = image.bounding_box()
     page.keyboard.press("m")
     x, y = at(page, 64, 60)
     page.mouse.move(x, y)
     page.mouse.down()
     page.mouse.move(x + 50, y - 30, steps=4)
     page.mouse.up()
-    moved = page.locator("#picture img").bounding_box()
+    moved = image.bounding_box()
     assert abs(moved["x"] - wide["x"] - 50) <= 1
     assert abs(moved["y"] - wide["y"] + 30) <= 1
     page.keyboard.press("l")
     drag(page, (64, 60), (70, 60))
     assert "/" in page.input_value("#window input")
-    assert "levels" in page.locator("#picture img").get_attribute("style")
+    assert "levels" in image.get_attribute("style")
     page.click("#delete")
     page.wait_for_url(lambda url: item_free(url, session.id))
     assert session.id not in served[1].session_ids

@@ -47,6 +47,7 @@ async function open(item, push = true) {
   if (turn !== opening) return;
   $("query").value = asked((app.scan || app.view).query) || $("query").value;
   levels.set(app.scan ? "auto" : "full", false);
+  if (document.activeElement.matches("button, input[type=file]")) $("picture").focus({ preventScroll: true });
   say(summary());
   const here = standing();
   if (item.running) watch(item, item.id, here).then(() => here() && say(summary())).catch(report);
@@ -72,6 +73,14 @@ function show(view) {
   panel.render();
 }
 
+// The same; of a scan, with the masks as they lie in the volume.
+async function told(view) {
+  show(view);
+  if (!app.scan) return;
+  await scan.showSlice(true);
+  scan.countShown();
+}
+
 // Whether what is open now is still open later: the item, and of a scan the slice.
 function standing() {
   const { item } = app, place = app.scan && JSON.stringify(scan.where());
@@ -90,8 +99,7 @@ function act(path, body = {}, said = null) {
     if (here()) Object.assign(app, { view: session, targets: session.targets });
     const view = await post(`/v1/sessions/${session.id}/${path}`, typeof body === "function" ? body() : body);
     if (!here()) return queue.update(item, place ? { state: "corrected", query: item.query } : view);
-    show(view);
-    if (place) scan.countShown();
+    await told(view);
     say(said || summary());
   }).catch((error) => { report(error); panel.render(); });
   return chain;
@@ -123,10 +131,9 @@ async function run(turns) {
     watch(item, id, here).catch(() => {}); // what fails there fails here as well
     const { ended, session } = await working;
     if (!here()) return queue.update(item, session);
-    show(session);
+    await told(session);
     say(turns && ended === "max_turns" ? summary() : ENDS[ended]);
-    if (place) scan.countShown();
-    else if (item.state === "agent") queue.judge(item).catch(report);
+    if (!place && item.state === "agent") queue.judge(item).catch(report);
   } finally {
     panel.render();
     queue.workAhead();
@@ -298,7 +305,7 @@ function wire() {
   for (const [id, does] of Object.entries(clicked)) $(id).onclick = () => Promise.resolve(does()).catch(report);
   $("home").onclick = (event) => { event.preventDefault(); queue.load().then(() => shown(null)); };
   $("ask").onsubmit = (event) => { event.preventDefault(); $("picture").focus(); run().catch(report); };
-  $("new-object").onsubmit = (event) => { event.preventDefault(); if ($("target").value.trim()) acts.choose($("target").value.trim()); $("target").value = ""; };
+  $("new-object").onsubmit = (event) => { event.preventDefault(); if ($("target").value.trim()) acts.choose($("target").value.trim()); $("target").value = ""; $("picture").focus(); };
   for (const button of document.querySelectorAll("[data-tool]")) button.onclick = tool(button.dataset.tool);
   $("opacity").oninput = () => { stage.setOpacity(Number($("opacity").value) / 100); localStorage.setItem("opacity", $("opacity").value); };
   $("radius").oninput = () => { $("radius-value").value = $("radius").value; if (stage.cursor) stage.setMarks({ cursor: { ...stage.cursor, radius: acts.radius() } }); };
