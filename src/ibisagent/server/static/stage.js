@@ -103,8 +103,8 @@ export class Stage {
 
   fit() {
     const { clientWidth, clientHeight } = this.root;
-    if (!this.width || !clientWidth) return;
     this.fitted = true;
+    if (!this.width || !clientWidth) return; // it is done as soon as there is room
     this.scale = Math.min(LARGEST, clientWidth / this.width, clientHeight / this.height);
     this.x = (clientWidth - this.width * this.scale) / 2;
     this.y = (clientHeight - this.height * this.scale) / 2;
