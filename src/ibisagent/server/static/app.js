@@ -27,22 +27,12 @@ export const app = {
 export function stored(name, otherwise) {
   try {
     return JSON.parse(localStorage.getItem(name)) ?? otherwise;
-  } catch {
-    return otherwise;
-  }
+  } catch { return otherwise; }
 }
 
 export const keep = (name, value) => localStorage.setItem(name, JSON.stringify(value));
-
-export function say(text, kind = "") {
-  $("status").textContent = text;
-  $("status").className = kind;
-}
-
-export const report = (error) => {
-  if (error.name !== "AbortError") say(`That did not work: ${error.message}`, "bad");
-};
-
+export function say(text, kind = "") { $("status").textContent = text; $("status").className = kind; }
+export const report = (error) => { if (error.name !== "AbortError") say(`That did not work: ${error.message}`, "bad"); };
 export const asked = (query) => (query === UNNAMED ? "" : query);
 export const request = () => $("query").value.trim() || UNNAMED;
 export const target = () => app.chosen || app.view?.target || (app.scan && named(request())) || UNNAMED;

@@ -31,11 +31,7 @@ async function open(item, push = true) {
   const address = item ? `/s/${item.id}` : "/";
   if (push && location.pathname !== address) history.pushState(null, "", address);
   queue.render();
-  if (!item) {
-    stage.clear();
-    panel.render();
-    return say("Open an image to begin.");
-  }
+  if (!item) { stage.clear(); panel.render(); return say("Open an image to begin."); }
   if (item.kind === "scan") await scan.openScan(item);
   else {
     const [image, view] = await Promise.all([picture(`${queue.base(item)}/image`), get(queue.base(item))]);
@@ -117,10 +113,7 @@ async function run(turns) {
   const { item } = app, place = app.scan && scan.where();
   if (!item) return say("Open an image first, or take the sample.", "bad");
   if (item.running) return act("take-over", {}, "You have taken over: click, or let the agent work again.");
-  if (!$("query").value.trim()) {
-    $("query").focus();
-    return say("Say what is to be segmented first.", "bad");
-  }
+  if (!$("query").value.trim()) { $("query").focus(); return say("Say what is to be segmented first.", "bad"); }
   const here = standing();
   queue.askedFor(request());
   say("The agent is thinking ...", "busy");
@@ -134,10 +127,7 @@ async function run(turns) {
     await told(session);
     say(turns && ended === "max_turns" ? summary() : ENDS[ended]);
     if (!place && item.state === "agent") queue.judge(item).catch(report);
-  } finally {
-    panel.render();
-    queue.workAhead();
-  }
+  } finally { panel.render(); queue.workAhead(); }
 }
 
 // Follow what the agent does in a session as long as it is open, whoever let it work.
@@ -169,10 +159,7 @@ async function look(turn) {
   say(`The masks as they were after turn ${turn}.`);
 }
 
-function back() {
-  Object.assign(app, { looking: null, targets: app.view.targets });
-  panel.render();
-}
+function back() { Object.assign(app, { looking: null, targets: app.view.targets }); panel.render(); }
 
 async function fork() {
   const view = await post(`/v1/sessions/${app.view.id}/fork`, { turn: app.looking });

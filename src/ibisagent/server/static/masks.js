@@ -15,10 +15,7 @@ export function runs({ counts }) {
   }
   const inside = [];
   let start = 0;
-  lengths.forEach((length, index) => {
-    if (index % 2 && length) inside.push([start, length]);
-    start += length;
-  });
+  lengths.forEach((length, index) => { if (index % 2 && length) inside.push([start, length]); start += length; });
   return inside;
 }
 
@@ -41,37 +38,17 @@ export function fill(context, found, colour) {
   for (const [x, top, bottom] of found) context.fillRect(x, top, 1, bottom - top);
 }
 
-// The outline of a mask as a path in pixels of the image.
+// The outline of a mask as a path in pixels of the image. On a vertical line, what one side shows and the other does not
+// lies between the ends of the bars of both sides, taken in pairs.
 export function outline(found) {
-  const path = new Path2D();
-  const columns = new Map();
+  const path = new Path2D(), ends = new Map();
   for (const [x, top, bottom] of found) {
-    if (!columns.has(x)) columns.set(x, []);
-    columns.get(x).push([top, bottom]);
     for (const y of [top, bottom]) { path.moveTo(x, y); path.lineTo(x + 1, y); }
+    for (const line of [x, x + 1]) ends.has(line) ? ends.get(line).push(top, bottom) : ends.set(line, [top, bottom]);
   }
-  for (const [x, spans] of columns) {
-    for (const side of [-1, 1]) {
-      const line = side < 0 ? x : x + 1;
-      for (const [top, bottom] of without(spans, columns.get(x + side) || [])) {
-        path.moveTo(line, top);
-        path.lineTo(line, bottom);
-      }
-    }
+  for (const [x, places] of ends) {
+    places.sort((a, b) => a - b);
+    for (let at = 0; at < places.length; at += 2) { path.moveTo(x, places[at]); path.lineTo(x, places[at + 1]); }
   }
   return path;
-}
-
-// What of `spans` is not covered by `others`; both sorted and apart.
-function without(spans, others) {
-  const left = [];
-  for (let [top, bottom] of spans) {
-    for (const [from, to] of others) {
-      if (to <= top || from >= bottom) continue;
-      if (from > top) left.push([top, from]);
-      top = Math.max(top, to);
-    }
-    if (top < bottom) left.push([top, bottom]);
-  }
-  return left;
 }

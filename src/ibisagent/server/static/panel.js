@@ -84,10 +84,7 @@ function renderTurns() {
   const { view } = app, lines = [];
   const edits = [...(view?.edits || [])];
   const before = (turn) => { while (edits.length && edits[0].after < turn) lines.push(line("person", edits.shift().what)); };
-  for (const turn of view?.turns || []) {
-    before(turn.number);
-    lines.push(turnLine(turn));
-  }
+  for (const turn of view?.turns || []) { before(turn.number); lines.push(turnLine(turn)); }
   before(Infinity);
   $("turns").replaceChildren(...lines);
   $("history").hidden = !lines.length;

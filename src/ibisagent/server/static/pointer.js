@@ -16,11 +16,7 @@ export function listen(stage, acts) {
     root.setPointerCapture(event.pointerId);
     pointers.set(event.pointerId, event);
     stage.setMarks({ cross: null });
-    if (pointers.size === 2) {
-      stage.setMarks({ draft: null, stroke: null });
-      drag = { kind: "pinch" };
-      return;
-    }
+    if (pointers.size === 2) { stage.setMarks({ draft: null, stroke: null }); drag = { kind: "pinch" }; return; }
     drag = begun(event, stage.at(event));
     if (drag.kind === "stroke") stroke(drag, stage.at(event));
   });
@@ -71,10 +67,7 @@ export function listen(stage, acts) {
   };
   root.addEventListener("pointerup", up);
   root.addEventListener("pointercancel", up);
-  root.addEventListener("pointerleave", () => {
-    stage.setMarks({ cursor: null });
-    acts.hover(null);
-  });
+  root.addEventListener("pointerleave", () => { stage.setMarks({ cursor: null }); acts.hover(null); });
 
   function stroke(one, { x, y }) {
     const radius = acts.radius();

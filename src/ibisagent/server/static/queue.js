@@ -24,10 +24,7 @@ export function begin(show, shown) {
   for (const kind of ["dragover", "dragleave", "drop"]) addEventListener(kind, (event) => dropped(event, kind));
 }
 
-export async function load() {
-  app.items = await get("/v1/worklist");
-  render();
-}
+export async function load() { app.items = await get("/v1/worklist"); render(); }
 
 // What is opened.
 
@@ -84,18 +81,14 @@ async function take(files, folder) {
       app.items.push(item);
       render();
       if (!first) await open((first = item));
-    } catch (error) {
-      failed.push(error.message);
-    }
+    } catch (error) { failed.push(error.message); }
   }
   if (failed.length) report(new Error(failed.slice(0, 3).join(" | ") + (failed.length > 3 ? ` and ${failed.length - 3} more` : "")));
   else if (loads.length > 1) say(`${loads.length} opened. Say what is to be segmented, and run.`);
   workAhead();
 }
 
-async function isDicom(file) {
-  return (await file.slice(128, 132).text()) === "DICM";
-}
+async function isDicom(file) { return (await file.slice(128, 132).text()) === "DICM"; }
 
 async function send(kind, files) {
   const most = app.limits?.upload_bytes, size = files.reduce((sum, file) => sum + file.size, 0);
@@ -190,10 +183,7 @@ function thumb(item, element) {
 
 // Ahead.
 
-export function askedFor(query) {
-  app.request = query;
-  keep("request", query);
-}
+export function askedFor(query) { app.request = query; keep("request", query); }
 
 // The agent takes new images one after another, as long as they are there, with the last request.
 export function workAhead() {
@@ -223,14 +213,8 @@ export async function work(item, id, body) {
   render();
   try {
     return await post(`/v1/sessions/${id}/run`, body);
-  } finally {
-    item.running = item.mine = false;
-    render();
-  }
+  } finally { item.running = item.mine = false; render(); }
 }
 
 // How far the agent's masks can be trusted.
-export async function judge(item) {
-  item.reliability = await get(`${base(item)}/reliability`);
-  render();
-}
+export async function judge(item) { item.reliability = await get(`${base(item)}/reliability`); render(); }

@@ -67,9 +67,7 @@ export async function showSlice(stay) {
       shown();
       if (wanted === JSON.stringify([scan.axis, scan.index, scan.window])) break;
     }
-  } finally {
-    loading = false;
-  }
+  } finally { loading = false; }
   history.replaceState(history.state, "", `#${scan.axis}/${scan.index}`);
   for (let step = 1; step <= NEAR; step++) {
     for (const index of [scan.index + step, scan.index - step]) {
@@ -125,10 +123,7 @@ async function change(what, body, said) {
   } catch (error) {
     scan.progress = null;
     report(error);
-  } finally {
-    clearInterval(watch);
-    if (app.item === item) renderScan();
-  }
+  } finally { clearInterval(watch); if (app.item === item) renderScan(); }
 }
 
 export const propagate = () => change("propagate", where(), "Carried on. Look through the slices; what is wrong is corrected and carried on again.");

@@ -51,34 +51,25 @@ export class Stage {
     const used = new Map();
     for (const { mask, colour, hidden } of targets) {
       const shape = this.shape(mask);
-      used.set(mask.counts, shape);
+      used.set(`${mask.size} ${mask.counts}`, shape);
       if (!hidden) fill(context, shape.bars, colour);
     }
     this.shapes = used;
+    this.overlay.hidden = targets.every((one) => one.hidden); // nothing to move about
     this.draw();
   }
 
   shape(mask) {
-    let shape = this.shapes.get(mask.counts);
-    if (!shape) {
-      const found = bars(mask);
-      shape = { bars: found, outline: outline(found) };
-    }
+    let shape = this.shapes.get(`${mask.size} ${mask.counts}`);
+    if (!shape) { const found = bars(mask); shape = { bars: found, outline: outline(found) }; }
     return shape;
   }
 
-  setOpacity(share) {
-    this.opacity = share;
-    this.overlay.style.opacity = share;
-    this.draw();
-  }
+  setOpacity(share) { this.opacity = share; this.overlay.style.opacity = share; this.draw(); }
 
   // What lies over the masks: prompts, draft (a box), stroke ({ points, radius, colour }), cursor ({ x, y, radius }),
   // cross ({ x, y }), preview ({ mask, colour }); those not named stay.
-  setMarks(marks) {
-    Object.assign(this, marks);
-    this.draw();
-  }
+  setMarks(marks) { Object.assign(this, marks); this.draw(); }
 
   // Grey levels from `low` to `high` (0 to 255) over the whole range; null shows the image as it is.
   setLevels(low, high) {
@@ -97,9 +88,7 @@ export class Stage {
     return { x: (event.clientX - box.left - this.x) / this.scale, y: (event.clientY - box.top - this.y) / this.scale };
   }
 
-  inside({ x, y }) {
-    return x >= 0 && y >= 0 && x < this.width && y < this.height;
-  }
+  inside({ x, y }) { return x >= 0 && y >= 0 && x < this.width && y < this.height; }
 
   fit() {
     const { clientWidth, clientHeight } = this.root;
@@ -154,17 +143,8 @@ export class Stage {
     this.moved();
   }
 
-  moved() {
-    this.stage.style.transform = `translate(${Math.round(this.x)}px, ${Math.round(this.y)}px)`;
-    this.draw();
-  }
-
-  draw() {
-    this.frame ??= requestAnimationFrame(() => {
-      this.frame = null;
-      this.drawMarks();
-    });
-  }
+  moved() { this.stage.style.transform = `translate(${Math.round(this.x)}px, ${Math.round(this.y)}px)`; this.draw(); }
+  draw() { this.frame ??= requestAnimationFrame(() => { this.frame = null; this.drawMarks(); }); }
 
   drawMarks() {
     const context = this.marks.getContext("2d"), ratio = window.devicePixelRatio || 1, { scale } = this;
@@ -227,10 +207,7 @@ function stroke(context, path, colour, width, dash = []) {
 }
 
 // A line that is seen on any ground.
-function clear(context, path, colour) {
-  stroke(context, path, "#000a", 4);
-  stroke(context, path, colour, 1.5);
-}
+function clear(context, path, colour) { stroke(context, path, "#000a", 4); stroke(context, path, colour, 1.5); }
 
 function way(points) {
   const path = new Path2D();
@@ -239,8 +216,4 @@ function way(points) {
   return path;
 }
 
-function disc(x, y, radius) {
-  const path = new Path2D();
-  path.arc(x, y, radius, 0, 2 * Math.PI);
-  return path;
-}
+function disc(x, y, radius) { const path = new Path2D(); path.arc(x, y, radius, 0, 2 * Math.PI); return path; }
