@@ -12,6 +12,7 @@ export const app = {
   limits: null, // of the server
   items: [], // of the worklist
   item: null, // the one that is open
+  chain: Promise.resolve(), // acts in sessions, one after another
   view: null, // its session as the server told it last; of a scan, that of the slice, or null
   targets: [], // the masks that are shown
   scan: null, // the scan that is open: its view, axis, index, window
@@ -52,7 +53,6 @@ export function colour(name) {
 
 export function make(tag, properties = {}, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
-  for (const [name, value] of Object.entries(properties.aria || {})) element.setAttribute(`aria-${name}`, value);
   element.append(...children);
   return element;
 }

@@ -19,7 +19,6 @@ const ENDS = {
 };
 
 let opening = 0; // counts what was opened, so that what comes late is not shown
-let chain = Promise.resolve(); // acts, one after another
 
 // Opening.
 
@@ -90,7 +89,7 @@ function act(path, body = {}, said = null) {
   const { item } = app, place = app.scan && scan.where(), here = item && standing();
   if (!item) return say("Open an image first, or take the sample.", "bad");
   stage.setMarks({ preview: null });
-  chain = chain.then(async () => {
+  app.chain = app.chain.then(async () => {
     const session = await sessionOf(item, place);
     if (here()) Object.assign(app, { view: session, targets: session.targets });
     const view = await post(`/v1/sessions/${session.id}/${path}`, typeof body === "function" ? body() : body);
@@ -98,7 +97,7 @@ function act(path, body = {}, said = null) {
     await told(view);
     say(said || summary());
   }).catch((error) => { report(error); panel.render(); });
-  return chain;
+  return app.chain;
 }
 
 // The session to act in; what was typed since it was opened counts from the first act on.
@@ -319,7 +318,7 @@ async function route() {
 
 async function begin() {
   queue.begin(shown, (view) => { show(view); say(summary()); });
-  scan.begin(panel.render);
+  scan.begin(panel.render, () => say(summary()));
   panel.begin(acts);
   listen(stage, acts);
   levels.begin();

@@ -38,7 +38,6 @@ export function showMasks() {
 function renderObjects() {
   const names = app.targets.map((one) => one.name);
   if (app.item && !names.includes(target())) names.push(target());
-  if ($("objects").querySelector("input[type=text]")) return; // a name is being typed
   $("objects").replaceChildren(...(app.item ? names : []).map((name, index) => {
     const found = app.targets.find((one) => one.name === name);
     const paint = make("input", { type: "color", value: colour(name), title: "Colour", ariaLabel: `Colour of ${name}` });
@@ -46,11 +45,11 @@ function renderObjects() {
     const seen = make("input", { type: "checkbox", checked: !app.hidden.has(name), title: "Show", ariaLabel: `Show ${name}` });
     seen.onchange = () => { app.hidden[seen.checked ? "delete" : "add"](name); showMasks(); };
     const choose = make("button", { className: "name", textContent: name, title: index < 8 ? `Clicks mean this object (${index + 1})` : name, onclick: () => acts.choose(name) });
-    choose.ondblclick = () => rename(line, name);
+    choose.ondblclick = () => rename(name);
     const line = make("li", { className: name === target() ? "chosen" : "" }, paint, seen, choose);
     if (found) {
       const tell = make("span", { className: "pixels", textContent: found.pixels.toLocaleString("en") });
-      const edit = make("button", { className: "quiet", textContent: "✎", title: "Rename (F2)", ariaLabel: `Rename ${name}`, onclick: () => rename(line, name) });
+      const edit = make("button", { className: "quiet", textContent: "✎", title: "Rename (F2)", ariaLabel: `Rename ${name}`, onclick: () => rename(name) });
       const drop = make("button", { className: "quiet", textContent: "✕", title: "Remove (del)", ariaLabel: `Remove ${name}`, onclick: () => acts.remove(name) });
       line.append(tell, edit, drop);
     }
@@ -58,26 +57,11 @@ function renderObjects() {
   }));
 }
 
-export function renameChosen() {
-  const line = $("objects").querySelector(".chosen");
-  if (line && app.targets.some((one) => one.name === target())) rename(line, target());
-}
+export function renameChosen() { if (app.targets.some((one) => one.name === target())) rename(target()); }
 
-function rename(line, name) {
-  const input = make("input", { type: "text", value: name, maxLength: 200, ariaLabel: `Another name for ${name}` });
-  const leave = (done) => {
-    input.onblur = null;
-    input.remove();
-    if (done && input.value.trim() && input.value.trim() !== name) acts.rename(name, input.value.trim());
-    else renderObjects();
-  };
-  input.onkeydown = (event) => {
-    event.stopPropagation();
-    if (event.key === "Enter" || event.key === "Escape") leave(event.key === "Enter");
-  };
-  input.onblur = () => leave(true);
-  line.querySelector(".name").replaceWith(input);
-  input.select();
+function rename(name) {
+  const other = prompt("Another name for this object", name)?.trim();
+  if (other && other !== name) acts.rename(name, other);
 }
 
 function renderTurns() {

@@ -6,11 +6,11 @@ import { update } from "/static/queue.js";
 
 const NEAR = 3; // slices that are fetched beforehand
 
-let shown = () => {}; // renders what is known
+let shown, told; // render what is known; say what is shown
 let loading = false;
 
-export function begin(render) {
-  shown = render;
+export function begin(render, tell) {
+  [shown, told] = [render, tell];
   $("slice").oninput = () => goTo(Number($("slice").value));
   $("propagate").onclick = propagate;
   $("find").onclick = find;
@@ -38,7 +38,7 @@ export async function openScan(item) {
 function along_(one) {
   app.scan.axis = one.name;
   app.scan.index = Math.floor(one.count / 2);
-  showSlice(false).then(countShown).catch(report);
+  showSlice(false).then(countShown).then(told).catch(report);
 }
 
 export function goTo(index) {
@@ -47,7 +47,7 @@ export function goTo(index) {
   app.scan.index = within;
   $("slice").value = within;
   $("slice-number").value = `${within + 1} of ${axis().count}`;
-  if (!loading) showSlice(true).catch(report); // else the one under way goes on to it
+  if (!loading) showSlice(true).then(told).catch(report); // else the one under way goes on to it
 }
 
 // Show the slice that is wanted, until that is the one that is shown.
@@ -113,6 +113,7 @@ async function change(what, body, said) {
     if (view?.progress && app.item === item) say(`${view.progress[0]} of about ${view.progress[1]} slices`, "busy");
   }, 700);
   try {
+    await app.chain; // what was done on the slice counts
     const view = await post(`/v1/scans/${item.id}/${what}`, body);
     Object.assign(scan, view);
     update(item, view);
@@ -135,6 +136,7 @@ async function find() {
 }
 
 export async function acceptScan() {
+  await app.chain;
   const view = await post(path("accept"));
   Object.assign(app.scan, view);
   update(app.item, view);
