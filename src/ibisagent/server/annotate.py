@@ -236,14 +236,15 @@ def _add_worklist(app: FastAPI, worklist: Worklist) -> None:
         return FileResponse(path, media_type="application/zip", headers=headers, background=BackgroundTask(there.close))
 
 
+def _scan_view(scans: Scans, scan: Scan) -> ScanView:
+    names = ("id", "name", "query", "dicom", "windows", "doubted", "progress")
+    plain: dict[str, Any] = {name: getattr(scan, name) for name in names}
+    axes = [AxisView.model_validate(axis, from_attributes=True) for axis in scan.axes]
+    return ScanView(axes=axes, state=scans.state(scan), can_undo=scans.can_undo(scan), **plain)
+
+
 def _add_scans(app: FastAPI, scans: Scans, worklist: Worklist, threads: AgentThreads) -> None:
     router = APIRouter(prefix="/v1/scans", tags=["scans"])
-
-    def view(scan: Scan) -> ScanView:
-        names = ("id", "name", "query", "dicom", "windows", "doubted", "progress")
-        plain: dict[str, Any] = {name: getattr(scan, name) for name in names}
-        axes = [AxisView.model_validate(axis, from_attributes=True) for axis in scan.axes]
-        return ScanView(axes=axes, state=scans.state(scan), can_undo=scans.can_undo(scan), **plain)
 
     @router.post("", status_code=201)
     async def open_scan(
@@ -253,12 +254,12 @@ def _add_scans(app: FastAPI, scans: Scans, worklist: Worklist, threads: AgentThr
     ) -> ScanView:
         """Open a scan, to be labelled slice by slice. It is kept until it is deleted."""
         uploads = [(file.filename or "scan", await file.read()) for file in files]
-        return view(await run_in_threadpool(scans.open, uploads, query, visitor_of(request)))
+        return _scan_view(scans, await run_in_threadpool(scans.open, uploads, query, visitor_of(request)))
 
     @router.get("/{id}")
     def look(scan: OwnScan) -> ScanView:
         """A scan as it stands."""
-        return view(scan)
+        return _scan_view(scans, scan)
 
     @router.delete("/{id}", status_code=204)
     def close(scan: OwnScan) -> None:
@@ -284,6 +285,18 @@ def _add_scans(app: FastAPI, scans: Scans, worklist: Worklist, threads: AgentThr
         """The slices that show a mask, or on which somebody acted, by number: whether somebody did."""
         return scans.shown_slices(scan, axis)
 
+    @router.get("/{id}/thumbnail", response_class=Response, responses=file_answer("image/jpeg"))
+    def thumbnail(scan: OwnScan) -> Response:
+        """The middle slice, small."""
+        main = scan.axes[0]
+        pixels = lambda: scans.image(scan, main.name, main.count // 2, "auto").pixels  # noqa: E731
+        return Response(worklist.thumbnail(scans.folder(scan), pixels), media_type="image/jpeg", headers=KEPT)
+
+    _add_scan_acts(router, scans, threads)
+    app.include_router(router)
+
+
+def _add_scan_acts(router: APIRouter, scans: Scans, threads: AgentThreads) -> None:
     @router.post("/{id}/session")
     def session(scan: OwnScan, asked: PlaceRequest) -> SessionView:
         """The session of a slice, to act in; opened if need be, with the masks that the volume has there."""
@@ -293,38 +306,29 @@ def _add_scans(app: FastAPI, scans: Scans, worklist: Worklist, threads: AgentThr
     async def propagate(scan: OwnScan, asked: PlaceRequest) -> ScanView:
         """Carry the masks of a slice, and of those that were worked on along this axis, to all others."""
         await threads(lambda: scans.propagate(scan, asked.axis, asked.index))
-        return view(scan)
+        return _scan_view(scans, scan)
 
     @router.post("/{id}/find")
     async def find(scan: OwnScan, asked: FindRequest) -> ScanView:
         """Let the agent look for an object in the whole scan."""
         scans.ask(scan, asked.query)
         await threads(lambda: scans.find(scan, asked.axis or scan.axes[0].name))
-        return view(scan)
+        return _scan_view(scans, scan)
 
     @router.post("/{id}/query")
     def query(scan: OwnScan, asked: QueryRequest) -> ScanView:
         """Another request, for slices that are opened from now on."""
         scans.ask(scan, asked.query)
-        return view(scan)
+        return _scan_view(scans, scan)
 
     @router.post("/{id}/undo")
     def undo(scan: OwnScan) -> ScanView:
         """Take back what was carried on or found last."""
         scans.undo(scan)
-        return view(scan)
+        return _scan_view(scans, scan)
 
     @router.post("/{id}/accept")
     def accept(scan: OwnScan) -> ScanView:
         """A user says that the masks of the whole scan are right."""
         scans.accept(scan)
-        return view(scan)
-
-    @router.get("/{id}/thumbnail", response_class=Response, responses=file_answer("image/jpeg"))
-    def thumbnail(scan: OwnScan) -> Response:
-        """The middle slice, small."""
-        main = scan.axes[0]
-        pixels = lambda: scans.image(scan, main.name, main.count // 2, "auto").pixels  # noqa: E731
-        return Response(worklist.thumbnail(scans.folder(scan), pixels), media_type="image/jpeg", headers=KEPT)
-
-    app.include_router(router)
+        return _scan_view(scans, scan)
