@@ -24,8 +24,11 @@ from ibisagent.datasets import read_cases
 from ibisagent.domain import Action, Case, Click, Completion, Image, Masks, Observation, Prompt, Reply, Stop, Undo
 from ibisagent.environment import Board
 from ibisagent.errors import ConfigError, DataError, SegmenterError
+from ibisagent.imaging.images import write_png
+from ibisagent.imaging.masks import decode_rle
 from ibisagent.inference.image import describe_actions
 from ibisagent.inference.replay import replay, replay_record
+from ibisagent.inference.rounds import glance
 from ibisagent.inference.session import Session
 from ibisagent.policies.scripted import ScriptedPolicy
 from ibisagent.protocol import parse, write
@@ -623,3 +626,71 @@ def test_threads_do_not_lose_each_others_clicks() -> None:
     assert not errors
     assert len(it.prompts) == 20
     assert time.perf_counter() - started < 20
+
+
+def test_what_a_hand_does_begins_a_round(tmp_path: Path) -> None:
+    """Brush, eraser, another name, nothing any more: undone, saved, recorded and replayed like clicks."""
+    it = session([said(20, 20), STOP], tmp_path)
+    assert it.state == "new"
+    it.run()
+    assert it.state == "agent"
+    drawn = it.masks["bright box"]
+    it.brush([(60.5, 45.5), (70.5, 45.5)], 2, target="bright box")
+    painted = it.masks["bright box"]
+    assert it.state == "corrected"
+    assert painted[45, 60:71].all()
+    assert not painted[50].any()
+    assert np.array_equal(painted & drawn, drawn)
+    it.brush([(60.5, 45.5)], 0, add=False, target="bright box")
+    assert painted.sum() - it.masks["bright box"].sum() == 1
+    it.undo()
+    assert np.array_equal(it.masks["bright box"], painted)
+    it.redo()
+    it.rename("bright box", "plate")
+    it.click(60, 45, positive=True, target="disc")
+    it.remove("plate")
+    assert list(it.masks) == ["disc"]
+    it.undo()
+    assert list(it.masks) == ["plate", "disc"]
+    it.accept()
+    assert it.state == "accepted"
+    back = Session.load(tmp_path, RegionSegmenter(), ScriptedPolicy([]))
+    assert same(back.masks, it.masks)
+    assert back.state == glance(tmp_path).state == "accepted"
+    assert [what for _, what in back.edits] == ["brush: bright box", "eraser: bright box", "rename bright box: plate"]
+    assert same({name: decode_rle(code) for name, code in back.answer_codes.items()}, back.masks)
+    back.export(tmp_path / "out", "phantom")
+    write_png(picture().pixels, tmp_path / "out" / "phantom.png")
+    episode, _ = replay_record(tmp_path / "out" / "phantom_record.json")
+    assert same(episode.masks, back.masks)
+    assert episode.made_by["people_edit"] == "rename bright box: plate"
+
+
+@pytest.mark.parametrize(
+    ("points", "radius", "said"),
+    [
+        ([], 1, "one or more points"),
+        ([(1, 1)], -1, "a radius"),
+        ([(500, 1)], 1, "leaves the image"),
+        ([(4, 4)], 1, "nothing"),
+    ],
+)
+def test_strokes_that_are_refused(points: list[tuple[float, float]], radius: float, said: str) -> None:
+    it = session()
+    it.brush([(3, 3), (6, 6)], 4, target="box")
+    before = it.masks["box"]
+    with pytest.raises(ConfigError, match=said):
+        it.brush(points, radius, target="box")
+    with pytest.raises(ConfigError, match="no object 'other'"):
+        it.rename("other", "box")
+    with pytest.raises(ConfigError, match="already an object 'box'"):
+        it.rename("box", "box")
+    assert np.array_equal(it.masks["box"], before)
+
+
+def test_a_preview_is_the_click_and_changes_nothing() -> None:
+    it = session()
+    given = it.preview(20, 20, target="box")
+    assert not it.steps
+    assert not it.masks
+    assert np.array_equal(it.click(20, 20, target="box").turn.after["box"], given)

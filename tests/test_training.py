@@ -25,15 +25,15 @@ from ibisagent.segmenters import load_segmenter
 from ibisagent.segmenters.click_network import ClickNetwork
 from ibisagent.segmenters.ibis_click import PACKAGED_WEIGHTS, read_click_network
 from ibisagent.segmenters.letterbox import letterbox, letterbox_scale, prompt_maps
+from ibisagent.training.click import trainer as click_recipe
 from ibisagent.training.click.states import Pair, new_state
 from ibisagent.training.click.states import pairs_from as click_pairs
-from ibisagent.training.click import trainer as click_recipe
 from ibisagent.training.finetune.recipes import RlRecipe
 from ibisagent.training.images import TrainingImages, context_features, random_turn, read_training_cases
-from ibisagent.training.nano.curriculum import Example, Lessons, pairs_of
-from ibisagent.training.nano.on_policy import OwnTurns, own_first_turn, sure_part, told
 from ibisagent.training.nano import on_policy as own_turns
 from ibisagent.training.nano import trainer as nano_recipe
+from ibisagent.training.nano.curriculum import Example, Lessons, pairs_of
+from ibisagent.training.nano.on_policy import OwnTurns, own_first_turn, sure_part, told
 from ibisagent.training.views import SIDE, Bank
 
 

@@ -109,7 +109,7 @@ def api(
 
     The API is described at /docs. Only this machine is answered unless IBIS_TOKEN holds a secret.
     """
-    _require_server(*(["gradio"] if page else []))
+    _require_server()
     with status("loading the models", quiet=False):
         import platformdirs
 
@@ -169,10 +169,9 @@ def ui(
     )
 
 
-def _require_server(*more: str) -> None:
+def _require_server() -> None:
     from importlib.util import find_spec
 
-    needed = ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "mcp", *more)
+    needed = ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "mcp")
     if missing := [name for name in needed if not find_spec(name)]:
-        extra = "ui" if "gradio" in missing else "server"
-        raise ConfigError(f"serving needs {', '.join(missing)}: pip install 'ibisagent[{extra}]'")
+        raise ConfigError(f"serving needs {', '.join(missing)}: pip install 'ibisagent[server]'")

@@ -80,6 +80,17 @@ def encode_rle(mask: Mask) -> dict[str, Any]:
     return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
 
 
+def rle_area(rle: Mapping[str, Any]) -> int:
+    """How many pixels a mask has that `encode_rle` encoded; it is not decoded."""
+    return int(coco.area({"size": list(rle["size"]), "counts": rle["counts"].encode("ascii")}))
+
+
+def rle_box(rle: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    """The smallest box around a mask that `encode_rle` encoded: left, top, width, height in pixels; 0 where empty."""
+    x, y, width, height = coco.toBbox({"size": list(rle["size"]), "counts": rle["counts"].encode("ascii")})
+    return int(x), int(y), int(width), int(height)
+
+
 def decode_rle(rle: Mapping[str, Any]) -> Mask:
     """The (H, W) bool mask that `encode_rle` encoded.
 

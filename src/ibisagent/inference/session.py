@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 
 from ibisagent.domain import (
@@ -21,27 +20,26 @@ from ibisagent.domain import (
     Click,
     Completion,
     Episode,
-    Image,
     Mask,
     Masks,
     Observation,
     Reply,
-    Standing,
     Stop,
-    StopReason,
     Turn,
     Undo,
+    check_masks,
     check_query,
-    stand_after,
     standing,
     standing_by_turn,
 )
 from ibisagent.environment import Board, package_version, read_reply, stop_reason, turn_limit
 from ibisagent.errors import ConfigError, DataError, IbisError, PolicyError
-from ibisagent.files import csv_text, make_folder, plain_cell, png_bytes, safe_name, write_whole
-from ibisagent.imaging.images import read_image, write_mask_png
-from ibisagent.imaging.masks import decode_rle
+from ibisagent.files import make_folder, png_bytes, write_whole
+from ibisagent.imaging.images import read_image
+from ibisagent.imaging.masks import encode_rle
+from ibisagent.inference.corrections import add_to_data_set, to_learn_from
 from ibisagent.inference.image import Outputs, asked_facts, export, provenance
+from ibisagent.inference.rounds import SESSION_FILE, Author, Round, State, Step, read_round, state_of
 from ibisagent.inference.session_report import session_report
 from ibisagent.policies.base import Knowing, Policy
 from ibisagent.protocol import write
@@ -49,10 +47,6 @@ from ibisagent.query import target_of
 from ibisagent.segmenters import Segmenter
 from ibisagent.store import (
     EpisodeStore,
-    plain_masks,
-    plain_turn,
-    read_plain_masks,
-    read_turn,
     write_record,
 )
 
@@ -62,104 +56,22 @@ MAX_STEPS = 400
 
 # ------------------------------------------------------------------------------------------ a person and an agent
 
-Author = Literal["agent", "person"]
 RunEnd = Literal["stopped", "max_turns", "malformed", "repeated", "taken_over"]
-SESSION_FILE, IMAGE_FILE = "session.json", "image.png"
+IMAGE_FILE = "image.png"
 SESSION_FORMAT, SESSION_VERSION = "ibisagent session", 1
-MANIFEST_NAME = "manifest.csv"
-_MANIFEST_COLUMNS = ("image", "mask", "object", "query")
 
 
 class BusyError(ConfigError):
     """The agent is at work in a session, and was asked once more."""
 
 
-class _CodedMasks(Mapping[str, Mask]):
-    """Masks that are held as run-length codes, a few hundred bytes in place of all pixels; each look decodes one."""
-
-    def __init__(self, plain: Sequence[Mapping[str, Any]]) -> None:
-        """plain: as `plain_masks` gives them."""
-        self._codes = {one["name"]: one["rle"] for one in plain}
-
-    def __getitem__(self, name: str) -> Mask:
-        return decode_rle(self._codes[name])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._codes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._codes)
-
-    def __len__(self) -> int:
-        return len(self._codes)
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """One turn of a session, and whose it was. A person's turn is written in the dialect "ibis".
-
-    plain: the step for the session's file; its codes are what `turn` holds as masks.
-    """
-
-    turn: Turn
-    by: Author
-    plain: Mapping[str, Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Round:
-    """What happened about one request: the masks that it began with, and its steps.
-
-    board: the masks with all that made them, megabytes; None where the round was read from a file or is over, until
-    somebody acts again.
-    """
-
-    query: str
-    start: Masks
-    steps: tuple[Step, ...] = ()
-    board: Board | None = None
-
-    @property
-    def masks(self) -> Masks:
-        """The masks as they stand."""
-        return self._left if self.board is None else self.board.masks
-
-    @property
-    def _left(self) -> Masks:
-        """The same, as the steps hold them."""
-        return self.steps[-1].turn.after if self.steps else self.start
-
-    def extended(self, turn: Turn, by: Author, board: Board | None = None) -> Round:
-        """The round with one more step. A session has hundreds of turns: their masks are held coded."""
-        plain = {"by": by, **plain_turn(turn)}
-        coded = replace(turn, before=self._left, after=_CodedMasks(plain["masks"]))
-        return Round(self.query, self.start, (*self.steps, Step(coded, by, plain)), board)
-
-    @property
-    def turns(self) -> tuple[Turn, ...]:
-        """The turns of the steps."""
-        return tuple(step.turn for step in self.steps)
-
-    def episode(self, session_id: str, image: Image, made_by: Mapping[str, str]) -> Episode:
-        """The round as a record; its `made_by` says as well which turns (from 1) a user took."""
-        users = [str(number) for number, step in enumerate(self.steps, 1) if step.by == "person"]
-        stop: StopReason = "stopped" if self.steps and self.turns[-1].reply.stop else "open"
-        facts = {**made_by, "people_turns": " ".join(users)}
-        return Episode(
-            session_id, self.query, image.size, image.sha256, image.source, self.start, self.turns, stop, facts
-        )
-
-    @cached_property
-    def plain_start(self) -> list[dict[str, Any]]:
-        """For the session's file."""
-        return plain_masks(self.start)
-
-
 class Session:
     """One person, one agent, one image: ask, click, undo, hand over, export.
 
     - A session goes through rounds, one for each request in words; the agent sees the turns of its round alone. A new
-      round begins with the masks that were the answer to the last one, as masks to refine.
+      round begins with the masks that were the answer to the last one, as masks to refine. What a user does to the
+      masks by hand (a brush, another name for an object, none of it any more) begins a round as well: no clicks lead
+      there, and whoever goes on, user or agent, goes on from those masks.
     - Whoever acts, agent or person, acts through the same turns. A person's undo is a turn as well, so that what was
       wrong and what put it right both stay for training; `redo` takes it away again.
     - With a folder, every change is on disk before it is seen: a process that is killed loses no finished turn.
@@ -207,7 +119,7 @@ class Session:
             if plain["format"] != SESSION_FORMAT or plain["version"] != SESSION_VERSION:
                 raise ValueError("it is of another format or version")
             image = replace(read_image(folder / IMAGE_FILE), source=str(plain["source"]))
-            rounds = tuple(_read_round(one, image.size, str(path)) for one in plain["rounds"])
+            rounds = tuple(read_round(one, image.size, str(path)) for one in plain["rounds"])
             case = Case(str(plain["id"]), image, rounds[0].query)
         except IbisError:
             raise
@@ -245,6 +157,41 @@ class Session:
     def prompts(self) -> list[Click | Box]:
         """The clicks and boxes of this round that stand, oldest first."""
         return standing(self._rounds[-1].turns)
+
+    @property
+    def answer_codes(self) -> Mapping[str, Mapping[str, Any]]:
+        """The run lengths (`masks.encode_rle`) of `masks`, as the steps hold them: nothing is decoded."""
+        last = self._rounds[-1]
+        held = {number: step.plain["masks"] for number, step in enumerate(last.steps)}
+        answer = last.episode(self.id, self.image, {})
+        codes = {
+            name: one["rle"]
+            for name, turn in answer.answer_turns.items()
+            for one in (last.plain_start if turn is None else held[turn])
+            if one["name"] == name
+        }
+        empty = {
+            name: encode_rle(np.zeros(self.image.size, bool)) for name in answer.answer.absent if name not in codes
+        }
+        return {**empty, **codes}
+
+    @property
+    def state(self) -> State:
+        """How far it is."""
+        last = self._rounds[-1]
+        by = [(step.by, step.turn.reply.stop is not None) for step in last.steps]
+        return state_of(by, [step.by for step in self.steps], [one.edit for one in self._rounds])
+
+    @property
+    def edits(self) -> list[tuple[int, str]]:
+        """What a user did to the masks by hand, oldest first: after how many turns, and what."""
+        counts = np.cumsum([0, *(len(one.steps) for one in self._rounds)]).tolist()
+        return [(before, one.edit) for before, one in zip(counts, self._rounds, strict=False) if one.edit]
+
+    @property
+    def png(self) -> bytes:
+        """The image as a PNG file."""
+        return png_bytes(self.image.pixels) if self.folder is None else (self.folder / IMAGE_FILE).read_bytes()
 
     @property
     def can_undo(self) -> bool:
@@ -329,7 +276,7 @@ class Session:
             last = replace(self._rounds[-1], board=None)
             if query == last.query:
                 return
-            earlier = (*self._rounds[:-1], last) if last.steps else self._rounds[:-1]
+            earlier = (*self._rounds[:-1], last) if last.steps or last.edit else self._rounds[:-1]
             answer = self.masks
             self._undone.clear()
             self._commit((*earlier, Round(query, {name: answer[name] for name in last.masks})))
@@ -347,6 +294,70 @@ class Session:
     def box(self, x0: int, y0: int, x1: int, y1: int, *, target: str | None = None) -> Step:
         """A person's box, half-open: x0 <= x < x1 and y0 <= y < y1, in pixels. Otherwise as `click`."""
         return self._act(Box(x0, y0, x1, y1, self._named(target)))
+
+    def preview(self, x: int, y: int, *, positive: bool = True, target: str | None = None) -> Mask:
+        """The mask that `click` would give, and nothing changes. Raises as `click`."""
+        click = Click(x, y, positive, self._named(target))
+        reply = Reply("", (click,))
+        text = write(reply, self.image.size, dialect="ibis")
+        with self._lock:
+            board = self._board()
+            self._rounds = (*self._rounds[:-1], replace(self._rounds[-1], board=board))  # open now: the next is fast
+        trial = board.copy()
+        trial.take(Completion(text), reply)
+        if click.target not in trial.masks:
+            raise ConfigError(f"'{click.target}' would be a ninth object: use one of those that there are")
+        return trial.masks[click.target]
+
+    def brush(
+        self, points: Sequence[tuple[float, float]], radius: float, *, add: bool = True, target: str | None = None
+    ) -> None:
+        """A stroke with a round brush, which adds what it goes over to the mask of `target`, or takes it away.
+
+        points: where it went, (x, y) in pixels, one or more; the middle of the first pixel is (0.5, 0.5). radius: in
+        pixels; 0 is a single pixel. Raises ConfigError for no point, one far outside, a ninth target, or a stroke that
+        changes nothing.
+        """
+        name = self._named(target)
+        stroke = _stroke(points, radius, self.image.size)
+        with self._lock:
+            masks = dict(self.masks)
+            before = masks.get(name, np.zeros(self.image.size, bool))
+            masks[name] = before | stroke if add else before & ~stroke
+            if np.array_equal(masks[name], before):
+                raise ConfigError("the stroke changes nothing: it is all inside already, or all outside")
+            self.edit(masks, f"{'brush' if add else 'eraser'}: {name}")
+
+    def rename(self, target: str, name: str) -> None:
+        """Call an object otherwise. ConfigError where there is none of that name, or one of the new one."""
+        name = self._named(name)
+        with self._lock:
+            if target not in self.masks or name in self.masks:
+                missing = target not in self.masks
+                raise ConfigError(
+                    f"there is {'no' if missing else 'already an'} object '{target if missing else name}'"
+                )
+            masks = {name if one == target else one: mask for one, mask in self.masks.items()}
+            self.edit(masks, f"rename {target}: {name}")
+
+    def remove(self, target: str) -> None:
+        """Drop an object with its mask. ConfigError where there is none of that name."""
+        with self._lock:
+            if target not in self.masks:
+                raise ConfigError(f"there is no object '{target}'")
+            self.edit({one: mask for one, mask in self.masks.items() if one != target}, f"remove: {target}")
+
+    def edit(self, masks: Masks, what: str) -> None:
+        """Begin a round with masks that a user made by hand, each (H, W) bool; `undo` takes it back.
+
+        what: what the user did, in words, for the record. DataError for masks that do not fit the image.
+        """
+        check_masks(masks, self.image.size, f"session {self.id}")
+        with self._lock:
+            self._check_room()
+            last = replace(self._rounds[-1], board=None)
+            self._commit((*self._rounds[:-1], last, Round(last.query, dict(masks), edit=what)))
+            self._undone.clear()
 
     def accept(self, answer: str = "", absent: Sequence[str] = ()) -> Step:
         """A person says that the masks are right. absent: objects that were asked for and are not in the image."""
@@ -395,9 +406,9 @@ class Session:
             raise ConfigError(f"turn {turn} cannot be forked from: the session has {len(self.steps)}")
         for one in everything:
             whole = left >= len(one.steps)
-            rounds.append(one if whole else Round(one.query, one.start, one.steps[:left]))
+            rounds.append(one if whole else replace(one, steps=one.steps[:left], board=None))
             left -= len(one.steps)
-            if left <= 0:
+            if left <= 0 and turn < len(self.steps):
                 break
         case = Case(id or uuid.uuid4().hex, self.image, rounds[0].query)
         return Session(case, self.segmenter, self.policy, folder=folder, _rounds=tuple(rounds))
@@ -429,9 +440,9 @@ class Session:
         or changed nothing, stops that a user did not leave it at, and what the agent did to an object after its answer.
         """
         return [
-            _to_learn_from(episode, one.steps)
+            to_learn_from(episode, one.steps)
             for episode, one in zip(self.episodes(), self._rounds, strict=True)
-            if any(step.by == "person" for step in one.steps)
+            if any(step.by == "person" for step in one.steps) or (one.edit and one is self._rounds[-1])
         ]
 
     def export_training(self, folder: str | Path) -> int:
@@ -445,19 +456,7 @@ class Session:
         if not episodes:
             return 0
         folder = Path(folder)
-        for part in ("images", "masks"):
-            make_folder(folder / part)
-        stem = self.image.sha256[:16]
-        picture = f"images/{stem}.png"
-        write_whole(png_bytes(self.image.pixels), folder / picture)
-        rows = []
-        for target, mask in self.masks.items():
-            mask_file = ""
-            if mask.any():
-                mask_file = f"masks/{stem}_{safe_name(target, set())}_{_short_hash(target)}.png"
-                write_mask_png(mask, folder / mask_file)
-            rows.append((picture, mask_file, target, self.query))
-        _add_rows(folder / MANIFEST_NAME, rows)
+        picture = add_to_data_set(folder, self.image, self.masks, self.query)
         people = [episode.made_by["people_turns"] for episode in episodes]
         EpisodeStore(folder / "episodes").append(
             [replace(episode, case_id=f"{picture}#{self.target}", image_source=picture) for episode in episodes],
@@ -537,7 +536,7 @@ class Session:
         return board
 
     def _check_room(self) -> None:
-        if len(self.steps) >= MAX_STEPS:
+        if len(self.steps) + len(self.edits) >= MAX_STEPS:
             raise ConfigError(f"the session is full, it has {MAX_STEPS} turns: export it, and fork or open a new one")
 
     def _named(self, target: str | None) -> str:
@@ -561,7 +560,12 @@ class Session:
             "id": self.id,
             "source": self.image.source,
             "rounds": [
-                {"query": one.query, "start": one.plain_start, "steps": [step.plain for step in one.steps]}
+                {
+                    "query": one.query,
+                    "edit": one.edit,
+                    "start": one.plain_start,
+                    "steps": [step.plain for step in one.steps],
+                }
                 for one in rounds
             ],
         }
@@ -590,86 +594,21 @@ class _AtWork:
         self._session._running = False
 
 
-def _read_round(plain: Mapping[str, Any], size: tuple[int, int], where: str) -> Round:
-    read = Round(check_query(plain["query"]), read_plain_masks(plain["start"], size, where))
-    for one in plain["steps"]:
-        if one["by"] not in ("agent", "person"):
-            raise ValueError(f"a turn is by '{one['by']}'")
-        read = read.extended(read_turn(one, read.masks, size, where), one["by"])
-    return read
-
-
-def _to_learn_from(episode: Episode, steps: Sequence[Step]) -> Episode:
-    """The turns that led to the answer, and a stop. Its last masks are the answer: what the user saw and left it at.
-
-    Of each target, what was given after its answer was made has no part in it and goes, and so do the steps of an Undo
-    that took that back. A target's mask is made of its own prompts alone, so the masks of all others stay as they were.
-    """
-    made = {name: number for name, number in episode.answer_turns.items() if number is not None}
-    answer = {one["name"]: one for name, at in made.items() for one in steps[at].plain["masks"] if one["name"] == name}
-    stand: Standing = ()
-    turns: list[Turn] = []
-    users: list[int] = []
-    for number, step in enumerate(steps):
-        reply, before = step.turn.reply, stand
-        stand = stand_after(before, number, reply.actions)
-        actions = [] if stand is before else _that_count(reply.actions, number, before, made)
-        if reply.stop is not None and step is steps[-1]:
-            actions.append(reply.stop)
-        if actions:
-            reply = replace(reply, actions=tuple(actions))
-            masks = [
-                answer[one["name"]] if number > made.get(one["name"], number) else one for one in step.plain["masks"]
-            ]
-            completion = replace(step.turn.completion, text=write(reply, episode.size, dialect="ibis"))
-            left = turns[-1].after if turns else episode.start
-            turns.append(replace(step.turn, completion=completion, reply=reply, before=left, after=_CodedMasks(masks)))
-            if step.by == "person":
-                users.append(len(turns))
-    if not turns or turns[-1].reply.stop is None:
-        stop = Reply("", (Stop(),))
-        left = turns[-1].after if turns else episode.start
-        turns.append(Turn(Completion(write(stop, episode.size, dialect="ibis")), stop, left, left))
-        users.append(len(turns))
-    facts = {**episode.made_by, "dialect": "ibis", "people_turns": " ".join(map(str, users))}
-    return replace(episode, turns=tuple(turns), stop="stopped", made_by=facts, mask_selection="last")
-
-
-def _that_count(actions: Sequence[Action], number: int, stand: Standing, made: Mapping[str, int]) -> list[Action]:
-    """The actions of turn `number`, up to a Stop, without prompts after the turns that `made` names for their targets.
-
-    stand: what stood before. An Undo takes back as many fewer as there are such prompts among those that it took.
-    """
-    counted: list[Action] = []
-    for action in actions:
-        if isinstance(action, Stop):
-            break
-        if isinstance(action, Undo):
-            taken = stand[max(0, len(stand) - action.steps) :]
-            steps = sum(given <= made.get(prompt.target, given) for given, prompt in taken)
-            if steps:
-                counted.append(action if steps == len(taken) else Undo(steps))
-        elif number <= made.get(action.target, number):
-            counted.append(action)
-        stand = stand_after(stand, number, (action,))
-    return counted
-
-
-def _add_rows(manifest: Path, rows: Sequence[tuple[str, ...]]) -> None:
-    """Add rows to a manifest, in place of those about the same image and object."""
-    new = {(row[0], row[2]): row for row in rows}
-    kept: list[tuple[str, ...]] = []
-    if manifest.exists():
-        with manifest.open(newline="", encoding="utf-8") as file:
-            for old in csv.DictReader(file):
-                row = tuple(plain_cell(old.get(column) or "") for column in _MANIFEST_COLUMNS)
-                if (row[0], row[2]) not in new:
-                    kept.append(row)
-    write_whole(csv_text([_MANIFEST_COLUMNS, *kept, *new.values()]).encode(), manifest)
-
-
-def _short_hash(text: str) -> str:
-    return uuid.uuid5(uuid.NAMESPACE_OID, text).hex[:8]
+def _stroke(points: Sequence[tuple[float, float]], radius: float, size: tuple[int, int]) -> Mask:
+    """The pixels (H, W) that a round brush goes over."""
+    height, width = size
+    places = np.asarray(points, dtype=np.float64).reshape(-1, 2)
+    if not len(places) or not (np.isfinite(places).all() and 0 <= radius <= max(size)):
+        raise ConfigError("a stroke needs one or more points, and a radius from 0 to the image's longer side")
+    if places.min() < -radius - 1 or (places > np.array([width, height]) + radius + 1).any():
+        raise ConfigError(f"the stroke leaves the image of {width} x {height} pixels")
+    drawn = np.zeros(size, np.uint8)
+    pixels = np.floor(places).astype(np.int32)
+    cv2.polylines(drawn, [pixels.reshape(-1, 1, 2)], False, 1, max(1, round(2 * radius)))
+    for x, y in pixels.tolist():
+        cv2.circle(drawn, (x, y), int(radius), 1, -1)
+    stroke: Mask = drawn.astype(bool)
+    return stroke
 
 
 def _same(a: Masks, b: Masks) -> bool:

@@ -29,13 +29,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from ibisagent.domain import MAX_NAME_CHARS, MAX_QUERY_CHARS, Mask, Turn
+from ibisagent.domain import MAX_NAME_CHARS, MAX_QUERY_CHARS, Completion, Mask, Reply, Turn
 from ibisagent.environment import package_version
 from ibisagent.errors import IbisError, PolicyError, SegmenterError, TooLargeError
 from ibisagent.files import file_names, png_bytes
-from ibisagent.imaging.masks import encode_rle
+from ibisagent.imaging.masks import encode_rle, rle_area
 from ibisagent.inference.image import asked_objects
-from ibisagent.inference.session import BusyError, RunEnd, Session, Step
+from ibisagent.inference.rounds import Step
+from ibisagent.inference.session import BusyError, RunEnd, Session
 from ibisagent.protocol import overlay
 from ibisagent.server.auth import (
     AnswersOtherPages,
@@ -58,12 +59,13 @@ Returned = TypeVar("Returned")
 _log = logging.getLogger("ibisagent.server")
 
 MAX_COORDINATE = 2**20
+KEPT = {"cache-control": "private, max-age=3600, immutable"}  # what never changes at its address
 FORM_BYTES = 2**20  # what a request may hold beside its upload
 EXPIRY_SECONDS = 30.0  # between two looks at what is idle: sessions, jobs, memory
 ALIVE_SECONDS = 15.0  # in which a stream says something, so that no proxy takes it for dead
 
 
-class _Strict(BaseModel):
+class StrictBody(BaseModel):
     """Unknown fields are refused: a setting that would be ignored must not look as if it had worked."""
 
     model_config = ConfigDict(extra="forbid")
@@ -74,7 +76,7 @@ TargetName = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
 QueryText = Annotated[str, Field(min_length=1, max_length=MAX_QUERY_CHARS)]
 
 
-class AskRequest(_Strict):
+class AskRequest(StrictBody):
     """A turn of the agent. query: a new request, which begins a new round; left out, the last one stands."""
 
     query: QueryText | None = None
@@ -86,7 +88,7 @@ class RunRequest(AskRequest):
     max_turns: Annotated[int, Field(ge=1, le=1000)] | None = None
 
 
-class ClickRequest(_Strict):
+class ClickRequest(StrictBody):
     """A person's click on a pixel; `target` left out means the object clicked last."""
 
     x: Coordinate
@@ -95,7 +97,7 @@ class ClickRequest(_Strict):
     target: TargetName | None = None
 
 
-class BoxRequest(_Strict):
+class BoxRequest(StrictBody):
     """A person's box, half-open, in pixels."""
 
     x0: Coordinate
@@ -105,14 +107,14 @@ class BoxRequest(_Strict):
     target: TargetName | None = None
 
 
-class AcceptRequest(_Strict):
+class AcceptRequest(StrictBody):
     """A person says that the masks are right; `absent` names objects that the image does not show."""
 
     answer: Annotated[str, Field(max_length=MAX_QUERY_CHARS)] = ""
     absent: Annotated[list[TargetName], Field(max_length=8)] = []
 
 
-class ForkRequest(_Strict):
+class ForkRequest(StrictBody):
     """A new session from the first `turn` turns of this one."""
 
     turn: Annotated[int, Field(ge=0, le=100_000)]
@@ -131,23 +133,38 @@ class TurnView(BaseModel):
 
 
 class TargetView(BaseModel):
-    """One object as it stands. pixels: how many its mask has."""
+    """One object as it stands. pixels: how many its mask has. mask: COCO run lengths."""
 
     name: str
     pixels: int
+    mask: dict[str, Any]
+
+
+class EditView(BaseModel):
+    """What a user did to the masks by hand (brush, rename, ...), after `after` turns."""
+
+    after: int
+    what: str
 
 
 class SessionView(BaseModel):
-    """A session as it stands; masks and pictures have addresses of their own below it."""
+    """A session as it stands; pictures have addresses of their own below it.
+
+    state: "new", "agent" (nobody else has acted), "corrected" or "accepted" by a user. prompts: the clicks and boxes
+    that stand.
+    """
 
     id: str
     query: str
+    state: str
     image: str
     width: int
     height: int
     target: str
     targets: list[TargetView]
+    prompts: list[dict[str, Any]]
     turns: list[TurnView]
+    edits: list[EditView]
     running: bool
     can_undo: bool
     can_redo: bool
@@ -204,15 +221,16 @@ def turn_view(number: int, step: Step) -> TurnView:
         number=number,
         by=step.by,
         thought=turn.reply.thought,
-        actions=_actions(turn),
+        actions=plain_actions(turn.reply),
         problem=turn.reply.problem,
         predicted_quality=turn.segmenter_score,
         seconds=turn.completion.seconds,
     )
 
 
-def _actions(turn: Turn) -> list[dict[str, Any]]:
-    actions: list[dict[str, Any]] = plain_turn(Turn(turn.completion, turn.reply, {}, {}))["actions"]
+def plain_actions(reply: Reply) -> list[dict[str, Any]]:
+    """The actions of a reply, as in records."""
+    actions: list[dict[str, Any]] = plain_turn(Turn(Completion(""), reply, {}, {}))["actions"]
     return actions
 
 
@@ -222,12 +240,17 @@ def session_view(session: Session) -> SessionView:
     return SessionView(
         id=session.id,
         query=session.query,
+        state=session.state,
         image=session.image.source,
         width=width,
         height=height,
         target=session.target,
-        targets=[TargetView(name=name, pixels=int(mask.sum())) for name, mask in session.masks.items()],
+        targets=[
+            TargetView(name=name, pixels=rle_area(code), mask=dict(code)) for name, code in session.answer_codes.items()
+        ],
+        prompts=plain_actions(Reply("", tuple(session.prompts))),
         turns=[turn_view(number, step) for number, step in enumerate(session.steps, 1)],
+        edits=[EditView(after=after, what=what) for after, what in session.edits],
         running=session.running,
         can_undo=session.can_undo,
         can_redo=session.can_redo,
@@ -316,14 +339,15 @@ def standard_mounts(
 
     labels, studies: see `monai.mount_monai`.
     """
+    from ibisagent.server.annotate import mount_annotate
     from ibisagent.server.mcp import mount_mcp
     from ibisagent.server.monai import mount_monai
 
-    mounts: list[Mount] = [partial(mount_monai, labels=tuple(labels), studies=studies), mount_mcp]
+    mounts: list[Mount] = [mount_annotate, partial(mount_monai, labels=tuple(labels), studies=studies), mount_mcp]
     if page:
         from ibisagent.server.page import mount_page
 
-        mounts.append(mount_page)  # last: it takes every address that nobody else has
+        mounts.append(mount_page)
     return tuple(mounts)
 
 
@@ -475,13 +499,18 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
 
     @app.post("/v1/sessions", tags=tags, status_code=201)
     async def open_session(
+        request: Request,
         image: Annotated[UploadFile, File(description="PNG, JPEG, TIFF or BMP")],
         query: Annotated[str, Form(min_length=1, max_length=MAX_QUERY_CHARS)],
         start_mask: Annotated[UploadFile | None, File(description="a mask to refine, 0 outside")] = None,
     ) -> SessionView:
-        """Open a session on an image. It is kept until it is closed, unless nobody acts in it before it is idle."""
+        """Open a session on an image. It is kept until it is closed, unless nobody acts in it before it is idle.
+
+        A browser's is its own alone.
+        """
         picture, start = await _picture(service, image, start_mask)
-        return session_view(await run_in_threadpool(service.open, picture, query, start))
+        owner = visitor_of(request)
+        return session_view(await run_in_threadpool(lambda: service.open(picture, query, start, owner=owner)))
 
     @app.get("/v1/sessions", tags=tags)
     def list_sessions(request: Request) -> list[str]:
@@ -595,7 +624,7 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
     @router.get("/image", response_class=Response, responses=file_answer("image/png"))
     def image(id: str) -> Response:  # noqa: A002
         """The image as the agent sees it."""
-        return Response(png_bytes(service.session(id).image.pixels), media_type="image/png")
+        return Response(service.session(id).png, media_type="image/png", headers=KEPT)
 
     @router.get("/overlay", response_class=Response, responses=file_answer("image/png"))
     def picture(id: str) -> Response:  # noqa: A002
@@ -633,10 +662,12 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
 def _download(session: Session, content: bytes, ending: str, media_type: str) -> Response:
     """A file that a browser keeps, named after the image."""
     name = file_names([f"{Path(session.image.source or 'image').stem}_{Path(ending).stem}.x"])[0]
-    kept = quote(name + Path(ending).suffix, safe="")
-    return Response(
-        content, media_type=media_type, headers={"content-disposition": f"attachment; filename*=UTF-8''{kept}"}
-    )
+    return Response(content, media_type=media_type, headers=kept_as(name + Path(ending).suffix))
+
+
+def kept_as(name: str) -> dict[str, str]:
+    """The header that makes a browser keep an answer as a file of this name."""
+    return {"content-disposition": f"attachment; filename*=UTF-8''{quote(name, safe='')}"}
 
 
 async def _events(

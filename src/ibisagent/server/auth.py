@@ -49,9 +49,8 @@ _SAFE_HEADERS = [
     (b"referrer-policy", b"no-referrer"),
     (
         b"content-security-policy",
-        b"default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:;"
-        b" style-src 'self' 'unsafe-inline'; object-src 'none'; base-uri 'self'; form-action 'self';"
-        b" frame-ancestors 'self'",
+        b"default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; object-src 'none';"
+        b" base-uri 'self'; form-action 'self'; frame-ancestors 'self'",
     ),
 ]
 LOOPBACK_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?"

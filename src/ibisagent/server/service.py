@@ -15,8 +15,8 @@ import threading
 import time
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -29,7 +29,8 @@ from ibisagent.files import file_names, make_folder, write_whole
 from ibisagent.imaging import limits
 from ibisagent.imaging.images import read_image, read_masks
 from ibisagent.inference.models import Model, models
-from ibisagent.inference.session import SESSION_FILE, Session
+from ibisagent.inference.rounds import SESSION_FILE
+from ibisagent.inference.session import Session
 from ibisagent.policies.base import Policy
 from ibisagent.query import target_of
 from ibisagent.segmenters import Segmenter
@@ -198,7 +199,7 @@ class Service:
         for part in ("sessions", "jobs", "uploads"):
             self.private_folder(part)
         for leftover in (self.folder / "uploads").iterdir():
-            _remove(leftover)
+            remove(leftover)
         self._sessions: dict[str, Session | None] = {}
         self._touched: dict[str, float] = {}
         self._owners: dict[str, str] = {}  # of sessions that visitors of the page opened
@@ -212,7 +213,7 @@ class Service:
                 if (owner := kept / OWNER_FILE).is_file():
                     self._owners[kept.name] = owner.read_text(errors="replace")
             else:
-                _remove(kept)  # killed while it was opened
+                remove(kept)  # killed while it was opened
         self._lock = threading.Lock()
         self._readers = threading.BoundedSemaphore(READERS)
         self._room = _Room(LARGE_RUNS * self.limits.pixels)
@@ -290,12 +291,16 @@ class Service:
         except DataError as error:
             raise type(error)(str(error).replace(str(path), shown)) from error
         finally:
-            _remove(path)
+            remove(path)
+
+    def within_limits(self) -> AbstractContextManager[None]:
+        """What is read in the block may have as many pixels and voxels as this server takes."""
+        return limits.at_most(pixels=self.limits.pixels, voxels=self.limits.voxels)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Room to decode one upload, and the limits for it."""
-        with self._readers, limits.at_most(pixels=self.limits.pixels, voxels=self.limits.voxels):
+        with self._readers, self.within_limits():
             yield
 
     def check_bytes(self, content: bytes, shown: str) -> None:
@@ -317,14 +322,23 @@ class Service:
     # Sessions.
 
     def open(
-        self, image: Image, query: str, start: Mask | None = None, *, owner: str | None = None, passing: bool = False
+        self,
+        image: Image,
+        query: str,
+        start: Mask | Masks | None = None,
+        *,
+        owner: str | None = None,
+        passing: bool = False,
     ) -> Session:
-        """A new session. owner: the visitor of the page whose it is; None: of all who have the token.
+        """A new session. start: the mask to refine of what the query names, or such masks by target. owner: the
+        visitor of the page whose it is; None: of all who have the token.
 
         passing: of a program that does not come back to it once it is idle. FullError where as many are in use as may.
         """
         query = check_query(query)
-        masks = {} if start is None else {target_of(query): start}
+        if start is None:
+            start = {}
+        masks: Masks = start if isinstance(start, Mapping) else {target_of(query): start}
         return self._add(lambda id_, folder: self._new(id_, image, query, masks, folder), owner, passing)
 
     def fork(self, id_: str, turn: int) -> Session:
@@ -355,6 +369,15 @@ class Service:
             note_use(self._folder_of(id_))
             return session
 
+    def loaded(self, id_: str) -> Session | None:
+        """A session if it is in memory; this does not count as a use of it."""
+        with self._lock:
+            return self._sessions.get(id_)
+
+    def session_folder(self, id_: str) -> Path:
+        """Where a session keeps itself; there as long as it is open."""
+        return self._folder_of(id_)
+
     def close_session(self, id_: str) -> None:
         """Take over where it runs, forget it, and delete its files. MissingError where there is none."""
         with self._lock:
@@ -366,7 +389,7 @@ class Service:
             self._worked.discard(id_)
         if session is not None:
             session.discard()
-        _remove(self._folder_of(id_))
+        remove(self._folder_of(id_))
 
     @property
     def session_ids(self) -> list[str]:
@@ -493,7 +516,7 @@ class Service:
                 self._sessions.pop(id_, None)
                 self._touched.pop(id_, None)
                 self._owners.pop(id_, None)
-            _remove(self._folder_of(id_))
+            remove(self._folder_of(id_))
             raise
         with self._lock:
             self._sessions[id_] = session
@@ -618,7 +641,7 @@ def export_zip(service: Service, session: Session) -> bytes:
         write_whole(session.report().encode(), folder / f"{name}_report.html")
         return zipped(folder)
     finally:
-        _remove(folder)
+        remove(folder)
 
 
 def training_zip(service: Service, session: Session) -> bytes:
@@ -629,10 +652,10 @@ def training_zip(service: Service, session: Session) -> bytes:
             raise ConfigError("there is nothing to learn from: no turn of this session is a person's")
         return zipped(folder)
     finally:
-        _remove(folder)
+        remove(folder)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Delete a file or a folder with all in it, if it is there."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)

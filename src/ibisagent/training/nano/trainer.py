@@ -54,9 +54,9 @@ from ibisagent.training.loop import (
     update_average,
     warn_without_figure,
 )
+from ibisagent.training.nano import curriculum as lessons
 from ibisagent.training.nano.curriculum import CELL, VIEW, Example, Lessons, Pair, pairs_of
 from ibisagent.training.nano.on_policy import OwnTurns
-from ibisagent.training.nano import curriculum as lessons
 from ibisagent.training.nano.vocabulary import write_vocabulary
 
 FEATURE_DROPOUT = 0.2  # of the backbone's channels in each example, against learning images by heart
