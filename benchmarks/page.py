@@ -29,11 +29,11 @@ from playwright.sync_api import sync_playwright
 
 BROWSERS = ("chromium", "chromium-headless-shell", "google-chrome", "chrome")
 PANNING = """async () => {
-    const picture = document.querySelector("#picture"), box = picture.getBoundingClientRect(), times = [];
-    const tell = (kind, x, y) => picture.dispatchEvent(new PointerEvent(kind, {
+    const image = document.querySelector("#image"), box = image.getBoundingClientRect(), times = [];
+    const tell = (kind, x, y) => image.dispatchEvent(new PointerEvent(kind, {
         pointerId: 1, clientX: box.left + x, clientY: box.top + y, button: kind === "pointermove" ? -1 : 1,
         bubbles: true}));
-    picture.setPointerCapture = () => {};
+    image.setPointerCapture = () => {};
     tell("pointerdown", 300, 300);
     const began = performance.now();
     while (performance.now() - began < 3000) {
@@ -65,7 +65,7 @@ def wait(holds: Callable[[], bool], seconds: float = 180) -> None:
 
 
 def measure(page: Any, files: list[Path], large: Path, clicks: int) -> dict[str, float]:
-    """The three figures."""
+    """The three results."""
     page.set_input_files("#file input", [str(file) for file in files])
     wait(lambda: page.locator("#strip li").count() == len(files))
     page.fill("#query", "Segment the polyp.")
@@ -76,11 +76,11 @@ def measure(page: Any, files: list[Path], large: Path, clicks: int) -> dict[str,
         title = page.title()
         page.evaluate("performance.mark('next')")
         page.keyboard.press(".")
-        wait(lambda before=title: page.title() != before and page.locator("#picture img").count() == 1)
+        wait(lambda before=title: page.title() != before and page.locator("#image img").count() == 1)
         nexts.append(page.evaluate("performance.now() - performance.getEntriesByName('next').at(-1).startTime"))
         time.sleep(0.4)  # somebody looks at it
     random, taken = np.random.default_rng(0), []
-    box = page.locator("#picture img").bounding_box()
+    box = page.locator("#image img").bounding_box()
     for _ in range(clicks):
         turns = page.locator("#turns li").count()
         x, y = random.uniform(0.1, 0.9, 2)
@@ -90,7 +90,7 @@ def measure(page: Any, files: list[Path], large: Path, clicks: int) -> dict[str,
         taken.append(1000 * (time.perf_counter() - began))
     page.set_input_files("#file input", str(large))
     wait(lambda: page.title().startswith(large.name))
-    page.locator("#picture img").wait_for()
+    page.locator("#image img").wait_for()
     for _ in range(6):
         page.keyboard.press("+")
     time.sleep(1)

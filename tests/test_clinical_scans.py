@@ -29,7 +29,7 @@ from ibisagent.volumes.writing import masks_on, write_nifti
 
 INSIDE = blob()
 VALUES = hounsfield(INSIDE) // 2 * 2
-MADE_BY = {"policy": "oracle", "segmenter": "region", "ibisagent": "0.1.0"}
+PROVENANCE = {"policy": "oracle", "segmenter": "region", "ibisagent": "0.1.0"}
 UNEVEN = np.array([0.0, 4, 8, 12, 16, 20, 27, 34, 41, 48, 55])
 
 
@@ -78,11 +78,11 @@ def test_irregular_text_withholds_no_mask(
 ) -> None:
     slice_files(tmp_path / "s", VALUES, GRIDS["LPS-even"], **header)
     volume = read_volume(tmp_path / "s")
-    notes = check_source(volume, tmp_path / "seg.dcm", MADE_BY)
+    notes = check_source(volume, tmp_path / "seg.dcm", PROVENANCE)
     assert told in " ".join(notes)
     assert bool(notes) == bool(told)
-    seg = write_segmentation({"liver": INSIDE}, volume, tmp_path / "seg.dcm", MADE_BY)
-    write_report({"liver": measure(SliceView(volume), INSIDE)}, seg, volume, tmp_path / "sr.dcm", MADE_BY)
+    seg = write_segmentation({"liver": INSIDE}, volume, tmp_path / "seg.dcm", PROVENANCE)
+    write_report({"liver": measure(SliceView(volume), INSIDE)}, seg, volume, tmp_path / "sr.dcm", PROVENANCE)
     np.testing.assert_array_equal(masks_on(volume, tmp_path / "seg.dcm")["liver"], masks_of(volume))
     for name in ("seg.dcm", "sr.dcm"):
         made = pydicom.dcmread(tmp_path / name)
@@ -101,9 +101,10 @@ def test_a_frame_of_reference_is_made_where_there_is_none(tmp_path: Path) -> Non
         del dataset.FrameOfReferenceUID
         dataset.save_as(file)
     volume = read_volume(tmp_path / "s")
-    assert "FrameOfReferenceUID" in check_source(volume, tmp_path / "seg.dcm", MADE_BY)[0]
+    assert "FrameOfReferenceUID" in check_source(volume, tmp_path / "seg.dcm", PROVENANCE)[0]
     frames = {
-        write_segmentation({"liver": INSIDE}, volume, tmp_path / f"{n}.dcm", MADE_BY).FrameOfReferenceUID for n in "ab"
+        write_segmentation({"liver": INSIDE}, volume, tmp_path / f"{n}.dcm", PROVENANCE).FrameOfReferenceUID
+        for n in "ab"
     }
     assert len(frames) == 1  # of one series, so that viewers lay them over each other
 
@@ -111,7 +112,7 @@ def test_a_frame_of_reference_is_made_where_there_is_none(tmp_path: Path) -> Non
 @pytest.mark.parametrize("per_frame", [False, True])
 def test_pixel_measures_may_stand_with_each_frame(tmp_path: Path, per_frame: bool) -> None:
     volume = read_volume(enhanced(tmp_path / "e.dcm", [VALUES], [(500, 900)], per_frame=per_frame))
-    write_segmentation({"a": INSIDE, "b": INSIDE}, volume, tmp_path / "seg.dcm", MADE_BY)
+    write_segmentation({"a": INSIDE, "b": INSIDE}, volume, tmp_path / "seg.dcm", PROVENANCE)
     read = hd.seg.segread(tmp_path / "seg.dcm")
     assert read.SegmentsOverlap == "YES"
     np.testing.assert_array_equal(masks_on(volume, tmp_path / "seg.dcm")["b"], INSIDE)
@@ -303,7 +304,7 @@ def test_a_grid_that_is_read_takes_its_own_masks_back(tmp_path: Path, grid: str)
         dataset.PixelSpacing = [dataset.PixelSpacing[0], f"{float(dataset.PixelSpacing[1]) + 1e-6 * k:.6f}"]
         dataset.save_as(file)
     volume = read_volume(tmp_path / "s")
-    write_segmentation({"liver": INSIDE}, volume, tmp_path / "seg.dcm", MADE_BY)
+    write_segmentation({"liver": INSIDE}, volume, tmp_path / "seg.dcm", PROVENANCE)
     np.testing.assert_array_equal(masks_on(volume, tmp_path / "seg.dcm")["liver"], INSIDE)
     moved = Volume(VALUES, volume.affine + np.array([[0, 0, 0, 0.1], [0] * 4, [0] * 4, [0] * 4]), "moved")
     write_nifti(INSIDE, moved, tmp_path / "moved.nii.gz")
@@ -335,7 +336,7 @@ def test_a_segmentation_across_another_axis_is_laid_on_the_voxels(tmp_path: Path
     slice_files(tmp_path / "t", np.ascontiguousarray(VALUES.transpose(1, 2, 0)), affine)
     turned = read_volume(tmp_path / "t")
     inside = masks_on(turned, _nifti(tmp_path / "m.nii.gz", INSIDE, volume.affine))["mask"]
-    write_segmentation({"liver": inside}, turned, tmp_path / "seg.dcm", MADE_BY)
+    write_segmentation({"liver": inside}, turned, tmp_path / "seg.dcm", PROVENANCE)
     np.testing.assert_array_equal(masks_on(volume, tmp_path / "seg.dcm")["liver"], INSIDE)
 
 
@@ -353,7 +354,7 @@ def test_a_mosaic_is_unpacked(tmp_path: Path, grid: str) -> None:
     assert volume.shape == VALUES.shape
     np.testing.assert_allclose(volume.affine, GRIDS[grid], atol=1e-4)
     np.testing.assert_array_equal(volume.values(np.asarray(volume.voxels)), VALUES)
-    write_segmentation({"liver": INSIDE}, volume, tmp_path / "seg.dcm", MADE_BY)
+    write_segmentation({"liver": INSIDE}, volume, tmp_path / "seg.dcm", PROVENANCE)
     np.testing.assert_array_equal(masks_on(volume, tmp_path / "seg.dcm")["liver"], INSIDE)
     with pytest.raises(DataError, match="is a mosaic of slices without the private header"):
         read_volume(mosaic(tmp_path / "n", VALUES, GRIDS[grid], told=False))
@@ -384,7 +385,7 @@ def test_uneven_slices_are_segmented_each_for_itself(tmp_path: Path) -> None:
         SliceView(volume, "coronal")
     with pytest.raises(DataError, match="unevenly spaced"):
         write_nifti(INSIDE, volume, tmp_path / "m.nii.gz")
-    write_segmentation({"liver": INSIDE}, volume, tmp_path / "seg.dcm", MADE_BY)
+    write_segmentation({"liver": INSIDE}, volume, tmp_path / "seg.dcm", PROVENANCE)
     np.testing.assert_array_equal(masks_on(volume, tmp_path / "seg.dcm")["liver"], INSIDE)
     heights = {
         float(group.PlanePositionSequence[0].ImagePositionPatient[2])
@@ -433,7 +434,7 @@ def test_an_archive_of_a_series_is_read_and_bounded(tmp_path: Path) -> None:
             archive.write(file, f"STUDY/{file.name}")
     volume = read_volume(tmp_path / "s.zip")
     np.testing.assert_array_equal(volume.voxels, read_volume(tmp_path / "s").voxels)
-    write_segmentation({"liver": INSIDE}, volume, tmp_path / "seg.dcm", MADE_BY)  # its files are still there
+    write_segmentation({"liver": INSIDE}, volume, tmp_path / "seg.dcm", PROVENANCE)  # its files are still there
     folder = volume.origin.frames[0][0].parent
     assert folder.exists()
     del volume

@@ -60,7 +60,7 @@ SERVER = {
     "POST /v1/sessions/{id}/click": "session",
     "POST /v1/sessions/{id}/box": "session",
     "POST /v1/sessions/{id}/accept": "session",
-    "POST /v1/sessions/{id}/take-over": "session",
+    "POST /v1/sessions/{id}/interrupt": "session",
     "POST /v1/sessions/{id}/undo": "session",
     "POST /v1/sessions/{id}/redo": "session",
     "POST /v1/sessions/{id}/reset": "session",
@@ -126,7 +126,7 @@ SERVER = {
 }
 
 
-def picture(seed: int = 0) -> bytes:
+def image(seed: int = 0) -> bytes:
     pixels = np.full((61, 83, 3), 30, dtype=np.uint8)
     pixels[10:30, 12:40] = 200
     pixels[0] = np.random.default_rng(seed).integers(0, 255, (83, 3))
@@ -198,9 +198,9 @@ class House:
         self.data = folder / "data"
         self.canary = folder / "outside" / "canary.png"
         self.canary.parent.mkdir()
-        self.canary.write_bytes(picture(seed=1))
+        self.canary.write_bytes(image(seed=1))
         self.other = Visitor(url)
-        self.session, self.scan = self.other.open(picture(seed=2)), self.other.open_scan(scan(seed=2))
+        self.session, self.scan = self.other.open(image(seed=2)), self.other.open_scan(scan(seed=2))
         self.image = self.data / "sessions" / self.session / "image.png"
         [self.volume] = (self.data / "scans" / self.scan / "in").iterdir()
         self.theirs = self.image.read_bytes(), self.volume.read_bytes()
@@ -293,7 +293,7 @@ def test_a_file_is_its_content_and_never_its_name(address: str, house: House, vi
         field = {"/v1/jobs": "images", "/session/": "files", "/v1/scans": "files"}.get(
             path, "image" if path.startswith("/v1") else "file"
         )
-        files = {field: (name.replace("\0", "%00") or "x", b"no picture"), "label": ("x", b"")}
+        files = {field: (name.replace("\0", "%00") or "x", b"no image"), "label": ("x", b"")}
         query = {"image": name, "session_id": name, "params": "{}"}
         answer = visitor.web.request(
             method, path.replace("{model}", "ibisagent"), params=query, data={"query": name or "x"}, files=files
@@ -324,7 +324,7 @@ def test_a_session_of_the_page_is_its_visitors_alone(token: str | None, tmp_path
     headers = {"authorization": f"Bearer {token}"} if token else {}
     with serving(tmp_path / "data", token) as (url, _, _):
         first, second = Visitor(url, **headers), Visitor(url, **headers)
-        id_, scan_id = first.open(picture()), first.open_scan(scan())
+        id_, scan_id = first.open(image()), first.open_scan(scan())
         program = client(url, **headers)
         for web in (second.web, program):
             assert web.get("/v1/sessions").json() == web.get("/v1/worklist").json() == []
@@ -349,7 +349,7 @@ def test_a_session_of_the_page_is_its_visitors_alone(token: str | None, tmp_path
         assert first.web.get(f"/v1/sessions/{id_}/export").status_code == 200
         fork = first.web.post(f"/v1/sessions/{id_}/fork", json={"turn": 0}).json()["id"]
         assert second.web.get(f"/v1/sessions/{fork}").status_code == 404
-        shared = program.post("/v1/sessions", data={"query": "box"}, files={"image": ("a.png", picture())}).json()["id"]
+        shared = program.post("/v1/sessions", data={"query": "box"}, files={"image": ("a.png", image())}).json()["id"]
         assert second.web.get(f"/v1/sessions/{shared}").status_code == 200
     with serving(tmp_path / "data", token) as (url, _, _):  # also after a restart
         for one, status in ((first, 200), (second, 404)):
@@ -622,9 +622,9 @@ def test_bytes_are_counted_as_they_come() -> None:
         answered.append(message)
 
     read, answered = list[int](), list[dict[str, Any]]()
-    gate = access.Gate(reading, keys=Keys(None), max_body=5000)
+    middleware = access.AuthMiddleware(reading, keys=Keys(None), max_body=5000)
     scope = {"type": "http", "method": "POST", "path": "/x", "headers": [(b"host", b"localhost")], "scheme": "http"}
-    asyncio.run(gate({**scope, "query_string": b"", "client": ("127.0.0.1", 1)}, drip, note))
+    asyncio.run(middleware({**scope, "query_string": b"", "client": ("127.0.0.1", 1)}, drip, note))
     assert answered[0]["status"] == 413
     assert len(read) == 5
 
@@ -751,12 +751,12 @@ def test_a_served_folder_is_private_and_ipv6_works(tmp_path: Path) -> None:
                 time.sleep(0.1)
             visitor = Visitor(url)
             theirs = visitor.open_scan(scan())
-            files = {"image": ("a.png", picture())}
+            files = {"image": ("a.png", image())}
             id_ = httpx.post(f"{url}/v1/sessions", data={"query": "box"}, files=files, timeout=60).json()["id"]
             httpx.post(f"{url}/v1/sessions/{id_}/click", json={"x": 20, "y": 20}, timeout=60)
-            job = {"images": ("a.png", picture())}
+            job = {"images": ("a.png", image())}
             httpx.post(f"{url}/v1/jobs", data={"query": "box"}, files=job, timeout=60).raise_for_status()
-            httpx.put(f"{url}/datastore/", files={"file": ("a.png", picture())}, timeout=60).raise_for_status()
+            httpx.put(f"{url}/datastore/", files={"file": ("a.png", image())}, timeout=60).raise_for_status()
             written = list(data.rglob("*"))
             assert data / "scans" / theirs / "scan.json" in written
             assert data / "sessions" / id_ / "image.png" in written

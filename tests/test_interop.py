@@ -37,9 +37,9 @@ STOP = "<think>It fits.</think><action>stop</action>"
 
 
 def pixels() -> np.ndarray:
-    picture = np.full((*SIZE, 3), 30, dtype=np.uint8)
-    picture[10:30, 12:40] = 200
-    return picture
+    image = np.full((*SIZE, 3), 30, dtype=np.uint8)
+    image[10:30, 12:40] = 200
+    return image
 
 
 def png() -> bytes:
@@ -128,7 +128,7 @@ def test_info(url: str) -> None:
     assert {"name", "version", "labels", "trainers", "strategies", "scoring", "datastore"} <= set(info)
 
 
-def test_a_mask_for_a_picture(url: str) -> None:
+def test_a_mask_for_an_image(url: str) -> None:
     facts, content = infer(url, "image=", {"query": "Segment the bright box."}, file=("eye.png", png()))
     labels = np.array(PIL.Image.open(io.BytesIO(content)))
     assert facts["label_names"] == {"bright box": 1}
@@ -208,7 +208,7 @@ def test_bad_requests(path: str, files: dict[str, Any], status: int, url: str) -
     assert isinstance(answer.json()["detail"], str)
 
 
-def test_the_shelf_is_bounded(url: str) -> None:
+def test_the_image_store_is_bounded(url: str) -> None:
     made = [httpx.put(f"{url}/session/", files={"files": ("a.png", png())}) for _ in range(5)]
     assert [answer.status_code for answer in made] == [200] * 4 + [429]
     for answer in made[:4]:
@@ -238,14 +238,14 @@ def test_an_agent_lists_and_calls_the_tools(url: str) -> None:
         async with Client(f"{url}/mcp") as client:
             listed = {tool.name for tool in (await client.list_tools()).tools}
             assert {"segment", "open_image", "ask", "run", "click", "undo", "look", "export"} <= listed
-            picture = base64.b64encode(png()).decode()
-            whole = await client.call_tool("segment", {"picture": picture, "query": "bright box"})
+            image = base64.b64encode(png()).decode()
+            whole = await client.call_tool("segment", {"image": image, "query": "bright box"})
             assert decode_rle(whole.structured_content["masks"]["bright box"])[20, 20]
-            opened = await client.call_tool("open_image", {"picture": picture, "query": "bright box"})
+            opened = await client.call_tool("open_image", {"image": image, "query": "bright box"})
             session = opened.structured_content["id"]
             await client.call_tool("ask", {"session": session})
             clicked = await client.call_tool("click", {"session": session, "x": 70, "y": 50, "target": "background"})
-            assert [turn["by"] for turn in clicked.structured_content["turns"]] == ["agent", "person"]
+            assert [turn["by"] for turn in clicked.structured_content["turns"]] == ["agent", "user"]
             seen = await client.call_tool("look", {"session": session})
             assert PIL.Image.open(io.BytesIO(base64.b64decode(seen.content[0].data))).size == (83, 61)
             exported = await client.call_tool("export", {"session": session})

@@ -62,7 +62,7 @@ def service_in(folder: Path, policy: ScriptedPolicy | None = None, address: str 
 
 
 def opened(service: Service, **how: Any) -> Session:
-    return service.open(service.read_picture(png(), "a.png"), "bright box", **how)
+    return service.open(service.read_upload(png(), "a.png"), "bright box", **how)
 
 
 @pytest.mark.parametrize("worked", ["click", "run", "accept", "start mask", "another request"])
@@ -184,7 +184,7 @@ def wait(holds: Any) -> None:
 
 def test_results_wait_until_they_are_fetched(tmp_path: Path) -> None:
     service = service_in(tmp_path, jobs=1)
-    job = service.submit([("a.png", png()), ("b.png", b"no picture")], "bright box")
+    job = service.submit([("a.png", png()), ("b.png", b"no image")], "bright box")
     wait(lambda: job.over)
     service.close()
     again = service_in(tmp_path, jobs=1)
@@ -337,8 +337,8 @@ def test_a_stop_in_the_middle(number: signal.Signals, tmp_path: Path) -> None:
         errors = running.stderr.read().decode()
     assert took < 5
     assert "Traceback" not in errors, errors
-    assert said[-1]["ended"] == "taken_over"
-    assert plain[0].json()["ended"] == "taken_over"
+    assert said[-1]["ended"] == "interrupted"
+    assert plain[0].json()["ended"] == "interrupted"
     again = service_in(tmp_path / "data")
     assert all(again.session(id_).steps for id_ in ids)
     [job] = again.jobs

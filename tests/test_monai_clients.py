@@ -125,12 +125,12 @@ FORMS: dict[str, tuple[dict[str, Any], str]] = {  # how a click on the voxel in 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_click_moves_the_mask(form: str, url: str, stored: str, tmp_path: Path) -> None:
     params, name = FORMS[form]
-    truth = boxes()
+    ground_truth = boxes()
     for side, at in (("left", [10, 12, 5]), ("right", [34, 12, 5])):
         clicked = {key: [at] if value == ["AT"] else value for key, value in params.items()}
         facts, labels = infer(url, stored, clicked, tmp_path)
         assert facts["label_names"] == {name: 1}
-        assert iou(labels == 1, truth[side]) > 0.9
+        assert iou(labels == 1, ground_truth[side]) > 0.9
 
 
 @pytest.mark.parametrize("grid", ["RAS-uneven", "PIR-uneven", "SAL-even", "oblique-uneven"])
@@ -141,7 +141,7 @@ def test_a_click_is_on_the_voxel_that_it_names(grid: str, tmp_path: Path) -> Non
         assert iou(labels == 1, boxes()["right"]) > 0.9
 
 
-def test_several_objects_and_clicks_against_them(url: str, stored: str, tmp_path: Path) -> None:
+def test_multiple_objects_and_clicks_against_them(url: str, stored: str, tmp_path: Path) -> None:
     both = {"left box": [[10, 12, 5]], "right box": [[34, 12, 5]], "background": [[22, 2, 5]], "label": ""}
     facts, labels = infer(url, stored, both, tmp_path)
     assert facts["label_names"] == {"left box": 1, "right box": 2}

@@ -111,7 +111,7 @@ def test_the_model_is_asked_by_the_learned_name_and_the_user_answered_by_their_o
     assert "liver" not in words_of(episode)
 
 
-def test_each_of_several_objects_gets_a_mask_of_its_own() -> None:
+def test_each_of_multiple_objects_gets_a_mask_of_its_own() -> None:
     episode = ask("Segment the optic disc and the optic cup.")
     assert {name: iou(mask, THINGS[name]) > 0.6 for name, mask in episode.answer_masks.items()} == {
         "optic disc": True,
@@ -121,7 +121,7 @@ def test_each_of_several_objects_gets_a_mask_of_its_own() -> None:
     assert episode.stop == "stopped"
 
 
-def test_of_several_objects_those_that_are_not_there_are_called_absent() -> None:
+def test_of_multiple_objects_those_that_are_not_there_are_called_absent() -> None:
     episode = ask("the optic disc, the liver and the soft exudate")
     assert episode.answer.absent == ("liver", "soft exudate")
     assert {name: bool(mask.any()) for name, mask in episode.answer_masks.items()} == {

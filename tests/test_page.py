@@ -149,7 +149,7 @@ def says(page: Any, text: str) -> None:
 
 def at(page: Any, x: float, y: float) -> tuple[float, float]:
     """Where the middle of a pixel of the image is on the screen."""
-    image = page.locator("#picture img")
+    image = page.locator("#image img")
     box = image.bounding_box()
     width, height = image.evaluate("image => [image.naturalWidth, image.naturalHeight]")
     return box["x"] + (x + 0.5) * box["width"] / width, box["y"] + (y + 0.5) * box["height"] / height
@@ -168,7 +168,7 @@ def drag(page: Any, start: tuple[float, float], end: tuple[float, float]) -> Non
 
 def shown(page: Any) -> np.ndarray:
     """The mask as it is on the screen, (H, W) bool: where the canvas over the image is painted."""
-    code = page.locator("#picture .stage canvas").evaluate(
+    code = page.locator("#image .stage canvas").evaluate(
         """canvas => {
             const {width, height} = canvas, pixels = canvas.getContext("2d").getImageData(0, 0, width, height).data;
             let bits = "";
@@ -358,7 +358,7 @@ def export(page: Any, kind: str) -> bytes:
 
 def test_the_agent_is_seen_at_work_and_the_session_is_downloaded(page: Any, served: tuple[str, Service]) -> None:
     page.click("#sample")
-    page.locator("#picture img").wait_for()
+    page.locator("#image img").wait_for()
     assert page.input_value("#query") == "Segment the optic disc."
     Thinking.may_go_on.clear()
     page.keyboard.press("Space")
@@ -402,7 +402,7 @@ def test_everything_by_keyboard(page: Any, served: tuple[str, Service], tmp_path
     says(page, "160 x 120 pixels")
     page.fill("#query", "Segment the bright cell.")
     page.press("#query", "Escape")
-    page.focus("#picture")
+    page.focus("#image")
     for key in ("ArrowLeft", "Shift+ArrowUp", "x"):  # the cross begins in the middle
         page.keyboard.press(key)
     wait_for_turns(page, 1)
@@ -443,7 +443,7 @@ def test_objects_boxes_and_what_a_click_would_give(page: Any, served: tuple[str,
     write_png(cell(2), tmp_path / "two.png")
     take(page, tmp_path / "two.png")
     page.fill("#query", "left")
-    page.locator("#picture img").wait_for()
+    page.locator("#image img").wait_for()
     click(page, 64, 60)
     wait_for_turns(page, 1)
     page.fill("#target", "plate")
@@ -459,7 +459,7 @@ def test_objects_boxes_and_what_a_click_would_give(page: Any, served: tuple[str,
     assert session.prompts[-1].x1 > 153
     page.locator("#objects input[type=color]").nth(1).fill("#ff00ff")
     page.locator("#objects input[type=checkbox]").nth(0).uncheck()
-    colours = page.locator("#picture .stage canvas").evaluate(
+    colours = page.locator("#image .stage canvas").evaluate(
         "canvas => [[64, 60], [135, 30]].map(([x, y]) => [...canvas.getContext('2d').getImageData(x, y, 1, 1).data])"
     )
     assert colours == [[0, 0, 0, 0], [255, 0, 255, 255]]
@@ -470,7 +470,7 @@ def test_objects_boxes_and_what_a_click_would_give(page: Any, served: tuple[str,
     assert len(session.steps) == 4, "a preview changed something"
     page.mouse.move(*at(page, 64, 60))
     page.mouse.wheel(0, -600)
-    image = page.locator("#picture img")
+    image = page.locator("#image img")
     until(page, lambda: image.bounding_box()["width"] > 2000, "the wheel does not bring it closer")
     wide = image.bounding_box()
     page.keyboard.press("m")
@@ -503,7 +503,7 @@ def test_a_window_of_a_scan_changes_nothing_but_the_view(page: Any, tmp_path: Pa
     view = {window: SliceView(read_volume(tmp_path / "scan.nii.gz"), "axial", window) for window in ("auto", "liver")}
 
     def is_slice(window: str, index: int) -> bool:
-        source = page.locator("#picture img").get_attribute("src")
+        source = page.locator("#image img").get_attribute("src")
         encoded = page.evaluate(
             "async url => btoa(String.fromCharCode(...new Uint8Array(await (await fetch(url)).arrayBuffer())))", source
         )

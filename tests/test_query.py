@@ -75,7 +75,7 @@ def test_other_words_for_a_learned_name_mean_that_name(query: str, name: str) ->
         ("the liver, the Liver and the LIVER", ["liver"]),
     ],
 )
-def test_several_objects_are_told_apart(query: str, names: list[str]) -> None:
+def test_multiple_objects_are_told_apart(query: str, names: list[str]) -> None:
     assert asked(query) == [(name, True) for name in names]
 
 

@@ -20,7 +20,7 @@ from ibisagent.volumes.rtstruct import read_rtstruct, write_rtstruct
 from ibisagent.volumes.writing import masks_on, write_nifti
 
 SHAPE = (41, 33, 9)
-MADE_BY = {"policy": "oracle", "segmenter": "region", "ibisagent": "0.1.0"}
+PROVENANCE = {"policy": "oracle", "segmenter": "region", "ibisagent": "0.1.0"}
 
 
 def series(folder: Path, grid: str = "LPS-uneven") -> Volume:
@@ -60,7 +60,7 @@ def test_volume_and_place_are_those_of_the_mask(tmp_path: Path, grid: str) -> No
     """By the shoelace formula, which shares nothing with the writer: volume within 1%, centre within half a voxel."""
     volume = series(tmp_path, grid)
     mask = ring(volume)
-    write_rtstruct({"liver": mask}, volume, tmp_path / "rt.dcm", MADE_BY)
+    write_rtstruct({"liver": mask}, volume, tmp_path / "rt.dcm", PROVENANCE)
     parts = [shoelace(points) for points in contours(tmp_path / "rt.dcm")]
     total = sum(area for area, _ in parts) * volume.spacing_mm[2] / 1000
     assert total == pytest.approx(mask.sum() * volume.voxel_ml, rel=0.01)
@@ -74,7 +74,7 @@ def test_an_independent_reader_gets_the_same_mask(tmp_path: Path) -> None:
     """matplotlib asks of each pixel's centre whether it is inside, contour by contour, all of them joined."""
     volume = series(tmp_path)
     mask = ring(volume)
-    write_rtstruct({"liver": mask}, volume, tmp_path / "rt.dcm", MADE_BY)
+    write_rtstruct({"liver": mask}, volume, tmp_path / "rt.dcm", PROVENANCE)
     back = np.zeros(volume.shape, bool)
     to_voxels = np.linalg.inv(LPS @ volume.affine)
     rows, columns = np.mgrid[: volume.shape[1], : volume.shape[0]]
@@ -95,7 +95,7 @@ def test_it_says_what_it_is(tmp_path: Path) -> None:
     masks = {"left kidney": mask, "kidney tumor": mask & (np.arange(SHAPE[0]) < 9)[:, None, None], "none": mask & False}
     for file in (tmp_path / "series").iterdir():
         changed(file, StudyTime="11:27:24", PatientSex="U", SpecificCharacterSet="ISO_IR 100", PatientName="Müller^Eva")
-    write_rtstruct(masks, volume, tmp_path / "rt.dcm", MADE_BY)
+    write_rtstruct(masks, volume, tmp_path / "rt.dcm", PROVENANCE)
     made = pydicom.dcmread(tmp_path / "rt.dcm")
     source = [pydicom.dcmread(file) for file in (tmp_path / "series").iterdir()]
     assert [item.ROIName for item in made.StructureSetROISequence] == ["left kidney", "kidney tumor"]
@@ -121,7 +121,7 @@ def test_a_structure_set_is_a_start_mask(tmp_path: Path) -> None:
     """With names; a hole drawn as a contour of its own, as other programs do, is a hole too."""
     volume = series(tmp_path)
     mask = ring(volume)
-    write_rtstruct({"liver": mask, "spot": blob(SHAPE)}, volume, tmp_path / "rt.dcm", MADE_BY)
+    write_rtstruct({"liver": mask, "spot": blob(SHAPE)}, volume, tmp_path / "rt.dcm", PROVENANCE)
     assert list(masks_on(volume, tmp_path / "rt.dcm")) == ["liver", "spot"]
     made = pydicom.dcmread(tmp_path / "rt.dcm")
     outer = made.ROIContourSequence[1].ContourSequence
@@ -144,12 +144,12 @@ def test_a_structure_set_is_a_start_mask(tmp_path: Path) -> None:
 def test_what_cannot_be_used_is_refused_in_one_line(tmp_path: Path) -> None:
     volume = series(tmp_path)
     with pytest.raises(DataError, match="no mask has a voxel"):
-        write_rtstruct({"liver": np.zeros(SHAPE, bool)}, volume, tmp_path / "x.dcm", MADE_BY)
+        write_rtstruct({"liver": np.zeros(SHAPE, bool)}, volume, tmp_path / "x.dcm", PROVENANCE)
     plain = Volume(np.zeros(SHAPE, np.int16), GRIDS["RAS-even"], "scan")
     with pytest.raises(ConfigError, match="needs a DICOM source"):
-        write_rtstruct({"liver": ring(volume)}, plain, tmp_path / "x.dcm", MADE_BY)
+        write_rtstruct({"liver": ring(volume)}, plain, tmp_path / "x.dcm", PROVENANCE)
     assert not (tmp_path / "x.dcm").exists()
-    write_rtstruct({"liver": ring(volume)}, volume, tmp_path / "rt.dcm", MADE_BY)
+    write_rtstruct({"liver": ring(volume)}, volume, tmp_path / "rt.dcm", PROVENANCE)
     with pytest.raises(DataError, match="beside the slices"):
         read_rtstruct(tmp_path / "rt.dcm", series(tmp_path / "other", "oblique-uneven"))
     made = pydicom.dcmread(tmp_path / "rt.dcm")
@@ -186,7 +186,7 @@ def test_a_structure_set_is_ground_truth(tmp_path: Path) -> None:
     volume = series(tmp_path)
     mask = ring(volume)
     half = mask & (np.arange(SHAPE[0]) < 16)[:, None, None]
-    write_rtstruct({"liver": mask, "spot": half}, volume, tmp_path / "rt.dcm", MADE_BY)
+    write_rtstruct({"liver": mask, "spot": half}, volume, tmp_path / "rt.dcm", PROVENANCE)
     (tmp_path / "rows.csv").write_text("image,mask,object\nseries,rt.dcm,liver\nseries,rt.dcm,spot\n")
     (tmp_path / "made").mkdir()
     for name in ("liver", "spot"):

@@ -47,9 +47,9 @@ _VERBS = (
     "annotate|check|continue|contour|correct|delineate|detect|draw|find|fix|give|highlight|identify|improve|label|locate|"
     "look|make|mark|outline|please|point|refine|return|say|segment|select|show|trace"
 )
-_PICTURE = r"(?:image|picture|scan|slice|photo|photograph|radiograph|x-ray|frame|ct|mri|ultrasound)"
+_IMAGE = r"(?:image|picture|scan|slice|photo|photograph|radiograph|x-ray|frame|ct|mri|ultrasound)"
 _FILLERS = (
-    rf"(?:in|part of) (?:this|the|that) (?:[\w-]+ ){{0,3}}{_PICTURE}|this {_PICTURE}|pixels belong|began|interested in|"
+    rf"(?:in|part of) (?:this|the|that) (?:[\w-]+ ){{0,3}}{_IMAGE}|this {_IMAGE}|pixels belong|began|interested in|"
     "(?:my|a) (?:first )?mask of|shows|"
     "a|all|am|an|and|any|are|can|colleague|could|do|does|for|from|here|i|is|it|just|"
     "(?:mask|contour|outline|location|position|segmentation)s? of|me|my|need|of|on|out|see|some|somewhere|that|the|"
@@ -60,7 +60,7 @@ _LEADING = re.compile(rf"(?:(?:{_VERBS}|{_FILLERS})(?:[\s,]+|$))+", re.IGNORECAS
 _SENTENCE_END = re.compile(r"[.?!;:](?=\s|$)")
 _PLACE = re.compile(
     r"\s(?:(?:visible|shown|present|seen) )?(?:in|on|from|of|within) (?:this|the|that) "
-    rf"(?:[\w-]+ ){{0,3}}{_PICTURE}\b.*",
+    rf"(?:[\w-]+ ){{0,3}}{_IMAGE}\b.*",
     re.IGNORECASE,
 )
 _TRAILING = re.compile(
@@ -132,7 +132,7 @@ def requests(
 
     everything: the names that "everything" stands for; None where that is not known.
 
-    None are named by questions that are answered in words ("Which modality is this?"), by open ones ("Are there any
+    None are named by questions that are answered as text ("Which modality is this?"), by open ones ("Are there any
     abnormalities?") and by descriptions ("the organ that makes bile").
 
     Raises ConfigError where it cannot be told how many objects are meant, or which, and for more than MAX_TARGETS.

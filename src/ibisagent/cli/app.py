@@ -55,9 +55,9 @@ app.command()(serve.ui)
 @app.command()
 def models(as_json: JsonOption = False) -> None:
     """List the policies and segmenters: what each is, and which weights are on this machine."""
-    from ibisagent.inference import models as inventory
+    from ibisagent.inference import models as installed
 
-    found = inventory.models()
+    found = installed.models()
     if as_json:
         print_json([asdict(model) for model in found])
         return
@@ -72,9 +72,9 @@ def models(as_json: JsonOption = False) -> None:
 @app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """Check this machine: versions, devices, weights, folders, and one tiny episode. Exit code 2 if something fails."""
-    from ibisagent.inference import models as inventory
+    from ibisagent.inference import models as installed
 
-    checks = inventory.check_machine()
+    checks = installed.check_machine()
     if as_json:
         print_json([asdict(check) for check in checks])
     else:

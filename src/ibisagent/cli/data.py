@@ -85,17 +85,17 @@ def _in_a_line(series: Series) -> str:
 def check(
     data: Annotated[Path, typer.Argument(help="A local copy of a benchmark, a data set folder, or a manifest.")],
     against: Annotated[
-        Path | None, typer.Option(help="Look for pictures and patients that DATA shares with this.")
+        Path | None, typer.Option(help="Look for images and patients that DATA shares with this.")
     ] = None,
     limit: Annotated[int, typer.Option(help="Decode this many cases of DATA, spread over it; 0: all.", min=0)] = 50,
     bits: Annotated[
-        int | None, typer.Option(help="Pictures whose 256-bit fingerprints differ so little are the same (default 6).")
+        int | None, typer.Option(help="Images whose 256-bit fingerprints differ so little are the same (default 6).")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check a local copy of a public benchmark, or of any DATA: what is in it, and whether it can be read.
 
-    With --against: also pictures that look alike and patients in both; give it the data that a model was trained on.
+    With --against: also images that look alike and patients in both; give it the data that a model was trained on.
     Exit code 2 if cases cannot be read, or something is shared.
     """
     from ibisagent.datasets import read_cases
@@ -108,15 +108,15 @@ def check(
     if against is not None:
         mine, theirs = read_cases(data), read_cases(against)
         total = len({row.image for row in mine.rows}) + len({row.image for row in theirs.rows})
-        with progress(total, "pictures", quiet=as_json) as advance:
-            leaks = find_leaks(mine, theirs, bits=NEAR_BITS if bits is None else bits, on_picture=advance)
+        with progress(total, "images", quiet=as_json) as advance:
+            leaks = find_leaks(mine, theirs, bits=NEAR_BITS if bits is None else bits, on_image=advance)
     if as_json:
         print_json({"copy": asdict(copy), "leaks": None if leaks is None else asdict(leaks)})
     else:
         known = BENCHMARKS.get(copy.layout)
         stdout.print(f"{data}: {known.title if known else 'a manifest'}")
         stdout.print(
-            f"  {copy.pairs} pairs, {copy.pictures} pictures, {copy.objects} objects, {copy.patients} patients named"
+            f"  {copy.pairs} pairs, {copy.images} images, {copy.objects} objects, {copy.patients} patients named"
         )
         for title, counts in (("splits", copy.splits), ("modalities", copy.modalities)):
             stdout.print(f"  {title}: {', '.join(f'{one_line(name, 40)} {count}' for name, count in counts.items())}")
@@ -126,17 +126,17 @@ def check(
         for problem in copy.problems:
             stderr.print(f"  {one_line(problem, 300)}")
         if leaks is not None:
-            stdout.print(f"  compared {leaks.compared[0]} pictures with {leaks.compared[1]} of {against}")
-            stdout.print(f"  pictures that look alike: {len(leaks.pictures)}, patients in both: {len(leaks.patients)}")
+            stdout.print(f"  compared {leaks.compared[0]} images with {leaks.compared[1]} of {against}")
+            stdout.print(f"  images that look alike: {len(leaks.images)}, patients in both: {len(leaks.patients)}")
             if not all(leaks.patients_known):
                 stdout.print("  patients cannot be compared: not both name them")
-            for name, other, distance in leaks.pictures:
+            for name, other, distance in leaks.images:
                 stdout.print(f"  {one_line(name, 200)} = {one_line(other, 200)} ({distance} of 256 bits differ)")
             for patient in leaks.patients:
                 stdout.print(f"  patient {one_line(patient)}")
             for problem in leaks.unread:
                 stderr.print(f"  {one_line(problem, 300)}")
-    shared = leaks is not None and (leaks.pictures or leaks.patients or leaks.unread)
+    shared = leaks is not None and (leaks.images or leaks.patients or leaks.unread)
     if copy.problems or shared:
         raise typer.Exit(EXIT_ERROR)
 
@@ -144,27 +144,23 @@ def check(
 @app.command()
 def audit(
     data: Annotated[Path, typer.Argument(help="Data set folder, a manifest, or a public benchmark's files.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the page, the table and the pictures.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the page, the table and the images.")],
     split: Annotated[str | None, typer.Option(help="Only these masks; they are held against all of DATA.")] = None,
     segmenter: Annotated[str, typer.Option("--segmenter", "-s", help="Draws what leaks and is missed.")] = "ibis-click",
-    policy: Annotated[
-        str, typer.Option("--policy", "-p", help="Ask this agent, too: a signal beside the others, without weight yet.")
-    ] = "none",
     limit: Annotated[int | None, typer.Option(help="Only this many masks, spread over the data.", min=1)] = None,
-    pictures: Annotated[int, typer.Option(help="Pictures of so many of the worst.", min=0)] = 50,
+    images: Annotated[int, typer.Option(help="Images of so many of the worst.", min=0)] = 50,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """List the masks of DATA that disagree with their name or their picture, worst first.
+    """List the masks of DATA that disagree with their name or their image, worst first.
 
-    Writes index.html with pictures of the worst, findings.csv and findings.json with all. Masks that cannot be read are
+    Writes index.html with images of the worst, findings.csv and findings.json with all. Masks that cannot be read are
     listed and make the exit code 2.
     """
     with status("reading the data and loading the segmenter", quiet=as_json):
         from ibisagent.datasets import read_cases
         from ibisagent.evaluation import audit as auditing
         from ibisagent.files import try_folder
-        from ibisagent.policies import load_policy
         from ibisagent.segmenters import load_segmenter
 
         everything = read_cases(data)
@@ -172,10 +168,9 @@ def audit(
         cases = cases.filter(lambda row: row.mask is not None).spread(limit)
         try_folder(output)
         engine = load_segmenter(segmenter, device=device)
-        agent = None if policy == "none" else load_policy(policy, device=device)
     with progress(len(cases), "masks", quiet=as_json) as advance:
-        found = auditing.audit(cases, engine, agent, among=everything, on_mask=advance)
-    page = auditing.write_report(found, cases, output, pictures=pictures)
+        found = auditing.audit(cases, engine, among=everything, on_mask=advance)
+    page = auditing.write_report(found, cases, output, images=images)
     if as_json:
         print_json({"findings": [one.to_json() for one in found.findings], "failures": dict(found.failures)})
     else:
@@ -208,7 +203,7 @@ def trajectories(
 ) -> None:
     """Write an expert's episode for every image-mask pair of DATA.
 
-    A run that was killed goes on where it stopped, and ends with the same files as one that was not.
+    A run that was killed resumes, and ends with the same files as one that was not.
     """
     with status("reading the data and loading the segmenter", quiet=as_json):
         from ibisagent.datasets import read_cases
@@ -281,8 +276,8 @@ def build(
 ) -> None:
     """Make training data from image-mask pairs: questions, expert episodes with thoughts, files for SFT and RL.
 
-    Stages: trajectories, questions, thoughts, reflection, filter, export. A run that was killed goes on where it
-    stopped and ends with the same bytes. OUT/card.md says what was made, and what was rejected and why.
+    Stages: trajectories, questions, thoughts, reflection, filter, export. A run that was killed resumes and ends with
+    the same bytes. OUT/card.md says what was made, and what was rejected and why.
     """
     with status("reading the data", quiet=as_json):
         from ibisagent.datasets import read_cases

@@ -157,7 +157,7 @@ DeleteOption = Annotated[
 UploadOption = Annotated[int, typer.Option(help="Largest upload in megabytes.", min=1)]
 
 
-AreaOption = Annotated[int, typer.Option(help="Largest picture in megapixels.", min=1)]
+AreaOption = Annotated[int, typer.Option(help="Largest image in megapixels.", min=1)]
 
 
 VoxelsOption = Annotated[int, typer.Option(help="Largest volume in megavoxels of 4 bytes.", min=1)]

@@ -150,7 +150,7 @@ def _read_rows(path: Path) -> list[CaseRow]:
         return [row for name, folder in _data_sets(path).items() for row in biomedparse.read_data_set(folder, name)]
     readers = {
         "msd": decathlon.read_task,
-        "samed2d": samed2d.read_pictures,
+        "samed2d": samed2d.read_images,
         "coco": coco.read_instances,
         "mecovqa": samed2d.read_questions,
     }

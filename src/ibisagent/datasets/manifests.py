@@ -27,7 +27,7 @@ COLUMNS: Mapping[str, str] = {
     "case": "like `patient`, but only unique within its data set",
     "licence_class": "ok (permissive), nc (non-commercial), unknown",
     "licence": "the licence as stated",
-    "area": "share of the picture that the mask covers, in [0, 1]",
+    "area": "share of the image that the mask covers, in [0, 1]",
     "source_repo": "where it came from (not kept)",
     "height": "pixels (not kept)",
     "width": "pixels (not kept)",

@@ -21,7 +21,9 @@ _CHUNKS = 8  # of five bits: more than any run within the limits needs
 def check_same_shape(a: Mask, b: Mask) -> None:
     """Raise DataError unless both masks have the same shape."""
     if a.shape != b.shape:
-        raise DataError(f"masks of different size: {a.shape} and {b.shape}; resize the truth with nearest neighbour")
+        raise DataError(
+            f"masks of different size: {a.shape} and {b.shape}; resize the ground truth with nearest neighbour"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import PIL.Image
 from ibisagent.domain import MASK_SELECTION, Case, Episode, Image, Mask, Masks, MaskSelection
 from ibisagent.errors import DataError
 from ibisagent.files import safe_name
-from ibisagent.inference.image import Outputs, asked_objects, export, provenance, read_case, run_case
+from ibisagent.inference.image import Outputs, asked_objects, export, provenance_of, read_case, run_case
 from ibisagent.inference.volume import RECHECK, VolumeSegmentation, parse_slices, run_volume
 from ibisagent.inference.volume_files import VolumeOutputs, VolumeWriter
 from ibisagent.policies import load_policy
@@ -75,12 +75,12 @@ class SegmentedImage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SegmentedVolume:
-    """What an agent found in one volume, on the slices of `view`; made_by: policy, segmenter and their versions."""
+    """What an agent found in one volume, on the slices of `view`; provenance: policy, segmenter and their versions."""
 
     view: SliceView
     query: str
     found: VolumeSegmentation
-    made_by: Mapping[str, str]
+    provenance: Mapping[str, str]
 
     @property
     def masks(self) -> Mapping[str, np.ndarray]:
@@ -94,7 +94,7 @@ class SegmentedVolume:
         command `ibisagent segment` alone.
         """
         with VolumeWriter(Path(folder), name or safe_name(self.view.volume.name, set()), formats) as files:
-            return files.finish(self.found, self.view, self.query, self.made_by)
+            return files.finish(self.found, self.view, self.query, self.provenance)
 
 
 def segment(
@@ -174,7 +174,7 @@ def segment_volume(
     if len(start) == 1:
         start = {target_of(query): mask for mask in start.values()}
     agent, engine = _models(policy, segmenter)
-    made_by = provenance(agent, engine)
+    provenance = provenance_of(agent, engine)
     found = run_volume(
         view,
         query,
@@ -185,9 +185,9 @@ def segment_volume(
         max_turns=max_turns,
         mask_selection=mask_selection,
         start=start,
-        made_by=made_by,
+        provenance=provenance,
     )
-    return SegmentedVolume(view, query, found, {"policy": agent.name, **made_by})
+    return SegmentedVolume(view, query, found, {"policy": agent.name, **provenance})
 
 
 def _models(policy: str | Policy, segmenter: str | Segmenter) -> tuple[Policy, Segmenter]:

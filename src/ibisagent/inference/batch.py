@@ -23,7 +23,7 @@ import numpy as np
 from ibisagent.domain import MASK_SELECTION, Case, Episode, Image, MaskSelection, Turn, check_query
 from ibisagent.errors import ConfigError, DataError, IbisError
 from ibisagent.files import make_folder, safe_name, same_run
-from ibisagent.inference.image import Outputs, asked_objects, export, outputs_of, provenance, read_case, run_case
+from ibisagent.inference.image import Outputs, asked_objects, export, outputs_of, provenance_of, read_case, run_case
 from ibisagent.inference.volume import Cost, Why, choose_slices, run_volume
 from ibisagent.inference.volume_files import DICOM_FORMATS, VolumeOutputs, VolumeWriter
 from ibisagent.policies.base import Policy
@@ -229,7 +229,7 @@ class Batch:
     def __post_init__(self) -> None:
         self.query = check_query(self.query)
         make_folder(self.folder)
-        self._made_by = provenance(self.policy, self.segmenter)
+        self._provenance = provenance_of(self.policy, self.segmenter)
         # by name without case, as many file systems cannot keep two that differ in it alone
         self._records = {record.name.casefold(): record for record in self.folder.glob("*_record.json")}
 
@@ -270,7 +270,7 @@ class Batch:
             if earlier is None or (earlier.image_sha256, earlier.query) != (case.image.sha256, self.query):
                 return False
             if not self.overwrite:
-                self._check_settings(record, earlier.made_by, {"mask_selection": earlier.mask_selection})
+                self._check_settings(record, earlier.provenance, {"mask_selection": earlier.mask_selection})
                 if not _same_masks(earlier.start, case.start):
                     raise ConfigError(f"{record}: was made with another start mask; --overwrite makes it again")
             return True
@@ -343,9 +343,9 @@ class Batch:
     ) -> VolumeResult:
         options = self.volumes
         keys = None if options.slices is None else choose_slices(view, options.slices)
-        made_by = {"policy": self.policy.name, **self._made_by}
+        provenance = {"policy": self.policy.name, **self._provenance}
         with VolumeWriter(self.folder, name, options.formats) as files:
-            repaired = files.prepare(view.volume, made_by)
+            repaired = files.prepare(view.volume, provenance)
             self.listener.noted(repaired)
 
             def on_episode(index: int, why: Why, episode: Episode, image: Image) -> None:
@@ -362,10 +362,10 @@ class Batch:
                 max_turns=self.max_turns,
                 mask_selection=self.mask_selection,
                 start=start,
-                made_by=self._made_by,
+                provenance=self._provenance,
                 on_episode=on_episode,
             )
-            outputs = files.finish(found, view, self.query, made_by, channel=options.channel, input_facts=facts)
+            outputs = files.finish(found, view, self.query, provenance, channel=options.channel, input_facts=facts)
         if options.store is not None and outputs.dicom:
             self.listener.sending(options.store)
             dicomweb.store(options.store, outputs.dicom)
@@ -402,15 +402,15 @@ class Batch:
     def _check_settings(
         self,
         record: Path,
-        made_by: Mapping[str, str],
+        provenance: Mapping[str, str],
         earlier: Mapping[str, Any],
         now: Mapping[str, Any] | None = None,
     ) -> None:
         """ConfigError where the result of `record` was made with other settings."""
-        ours = {"policy": self.policy.name, **self._made_by}
-        if self.max_turns is not None and "max_turns" in made_by:
+        ours = {"policy": self.policy.name, **self._provenance}
+        if self.max_turns is not None and "max_turns" in provenance:
             ours["max_turns"] = str(self.max_turns)
-        before = {name: made_by.get(name, value) for name, value in ours.items()}
+        before = {name: provenance.get(name, value) for name, value in ours.items()}
         try:
             same_run(before, ours, record, free=_OF_MACHINE)
             same_run(earlier, {"mask_selection": self.mask_selection} if now is None else now, record)

@@ -1,4 +1,4 @@
-"""What is learnt from a user's corrections: episodes that end at the answer, and a data set of the masks."""
+"""What is learned from a user's corrections: episodes that end at the answer, and a data set of the masks."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ def to_learn_from(episode: Episode, steps: Sequence[Step]) -> Episode:
             completion = replace(step.turn.completion, text=write(reply, episode.size, dialect="ibis"))
             left = turns[-1].after if turns else episode.start
             turns.append(replace(step.turn, completion=completion, reply=reply, before=left, after=CodedMasks(masks)))
-            if step.by == "person":
+            if step.by == "user":
                 users.append(len(turns))
     if not turns or turns[-1].reply.stop is None:
         stop = Reply("", (Stop(),))
         left = turns[-1].after if turns else episode.start
         turns.append(Turn(Completion(write(stop, episode.size, dialect="ibis")), stop, left, left))
         users.append(len(turns))
-    facts = {**episode.made_by, "dialect": "ibis", "people_turns": " ".join(map(str, users))}
-    return replace(episode, turns=tuple(turns), stop="stopped", made_by=facts, mask_selection="last")
+    facts = {**episode.provenance, "dialect": "ibis", "people_turns": " ".join(map(str, users))}
+    return replace(episode, turns=tuple(turns), stop="stopped", provenance=facts, mask_selection="last")
 
 
 def _that_count(actions: Sequence[Action], number: int, stand: Standing, made: Mapping[str, int]) -> list[Action]:
@@ -83,17 +83,17 @@ def add_to_data_set(folder: Path, image: Image, masks: Masks, query: str) -> str
     for part in ("images", "masks"):
         make_folder(folder / part)
     stem = image.sha256[:16]
-    picture = f"images/{stem}.png"
-    write_whole(png_bytes(image.pixels), folder / picture)
+    rendered = f"images/{stem}.png"
+    write_whole(png_bytes(image.pixels), folder / rendered)
     rows = []
     for target, mask in masks.items():
         mask_file = ""
         if mask.any():
             mask_file = f"masks/{stem}_{safe_name(target, set())}_{_short_hash(target)}.png"
             write_mask_png(mask, folder / mask_file)
-        rows.append((picture, mask_file, target, query))
+        rows.append((rendered, mask_file, target, query))
     _add_rows(folder / MANIFEST_NAME, rows)
-    return picture
+    return rendered
 
 
 def _add_rows(manifest: Path, rows: Sequence[tuple[str, ...]]) -> None:

@@ -37,7 +37,7 @@ from ibisagent.store import (
 )
 
 ASKED_FACT = "objects"
-"""The fact of an episode's `made_by` that holds what `asked_objects` reads, as JSON."""
+"""The fact of an episode's `provenance` that holds what `asked_objects` reads, as JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def run_case(
     mask_selection: MaskSelection = MASK_SELECTION,
     on_turn: Callable[[Turn], None] | None = None,
 ) -> Episode:
-    """One episode of `policy` with `segmenter` on `case`, `made_by` whatever is named there; see its `answer_masks`.
+    """One episode of `policy` with `segmenter` on `case`, `provenance` whatever is named there; see its `answer_masks`.
 
     max_turns: default the policy's own limit. mask_selection: which masks are the answer, see `Episode.answer_masks`.
     on_turn: called after every turn. Raises PolicyError and SegmenterError when their machinery fails, ConfigError for
@@ -95,13 +95,13 @@ def run_case(
         dialect=policy.dialect,
         max_turns=turn_limit(policy, case.query) if max_turns is None else max_turns,
         mask_selection=mask_selection,
-        made_by={**provenance(policy, segmenter), **asked_facts(policy, case.image, case.query)},
+        provenance={**provenance_of(policy, segmenter), **asked_facts(policy, case.image, case.query)},
     )
     [episode] = rollout(policy, [env], on_turn=None if on_turn is None else lambda _, turn: on_turn(turn))
     return episode
 
 
-def provenance(policy: Policy, segmenter: Segmenter) -> dict[str, str]:
+def provenance_of(policy: Policy, segmenter: Segmenter) -> dict[str, str]:
     """Names, hashes, seeds and versions of policy and segmenter, for the record of what they make."""
     describe = getattr(policy, "describe", dict)  # fakes and baselines have no weights or seeds to name
     return {**segmenter.describe(), **describe()}
@@ -117,7 +117,7 @@ def asked_facts(policy: Policy, image: Image, query: str) -> dict[str, str]:
 def asked_objects(episode: Episode) -> list[dict[str, Any]]:
     """Of each object that was asked for its `name`, whether the policy learned it (`known`), else the `nearest` name
     that it learned, and how likely the image shows it (`presence`, 0 to 1); none where the policy makes no claim."""
-    objects: list[dict[str, Any]] = json.loads(episode.made_by.get(ASKED_FACT, "[]"))
+    objects: list[dict[str, Any]] = json.loads(episode.provenance.get(ASKED_FACT, "[]"))
     return objects
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ibisagent.domain import Episode, Image, Mask, Masks, StopReason, Turn, check_query
-from ibisagent.environment import Board
+from ibisagent.environment import PromptState
 from ibisagent.errors import DataError
 from ibisagent.imaging.masks import decode_rle
 from ibisagent.store import plain_masks, plain_turn, read_plain_masks, read_turn
 
-Author = Literal["agent", "person"]
+Author = Literal["agent", "user"]
 State = Literal["new", "agent", "corrected", "accepted"]
 """How far a session is: nobody has acted, the agent alone has, a user has corrected it, a user has accepted it."""
 SESSION_FILE = "session.json"
@@ -43,7 +43,7 @@ class CodedMasks(Mapping[str, Mask]):
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One turn of a session, and whose it was. A person's turn is written in the dialect "ibis".
+    """One turn of a session, and whose it was. A user's turn is written in the dialect "ibis".
 
     plain: the step for the session's file; its codes are what `turn` holds as masks.
     """
@@ -57,43 +57,43 @@ class Step:
 class Round:
     """What happened about one request: the masks that it began with, and its steps.
 
-    board: the masks with all that made them, megabytes; None where the round was read from a file or is over, until
-    somebody acts again. edit: what a user did to the masks by hand that the round begins with, in words; "" where it
-    begins with a request.
+    prompt_state: the masks with all that made them, megabytes; None where the round was read from a file or is over,
+    until somebody acts again. edit: what a user did to the masks by hand that the round begins with, as text; "" where
+    it begins with a request.
     """
 
     query: str
     start: Masks
     steps: tuple[Step, ...] = ()
-    board: Board | None = None
+    prompt_state: PromptState | None = None
     edit: str = ""
 
     @property
     def masks(self) -> Masks:
         """The masks as they stand."""
-        return self._left if self.board is None else self.board.masks
+        return self._left if self.prompt_state is None else self.prompt_state.masks
 
     @property
     def _left(self) -> Masks:
         """The same, as the steps hold them."""
         return self.steps[-1].turn.after if self.steps else self.start
 
-    def extended(self, turn: Turn, by: Author, board: Board | None = None) -> Round:
+    def extended(self, turn: Turn, by: Author, prompt_state: PromptState | None = None) -> Round:
         """The round with one more step. A session has hundreds of turns: their masks are held coded."""
         plain = {"by": by, **plain_turn(turn)}
         coded = replace(turn, before=self._left, after=CodedMasks(plain["masks"]))
-        return replace(self, steps=(*self.steps, Step(coded, by, plain)), board=board)
+        return replace(self, steps=(*self.steps, Step(coded, by, plain)), prompt_state=prompt_state)
 
     @property
     def turns(self) -> tuple[Turn, ...]:
         """The turns of the steps."""
         return tuple(step.turn for step in self.steps)
 
-    def episode(self, session_id: str, image: Image, made_by: Mapping[str, str]) -> Episode:
-        """The round as a record; its `made_by` says as well which turns (from 1) a user took."""
-        users = [str(number) for number, step in enumerate(self.steps, 1) if step.by == "person"]
+    def episode(self, session_id: str, image: Image, provenance: Mapping[str, str]) -> Episode:
+        """The round as a record; its `provenance` says as well which turns (from 1) a user took."""
+        users = [str(number) for number, step in enumerate(self.steps, 1) if step.by == "user"]
         stop: StopReason = "stopped" if self.steps and self.turns[-1].reply.stop else "open"
-        facts = {**made_by, "people_turns": " ".join(users)}
+        facts = {**provenance, "people_turns": " ".join(users)}
         if self.edit:
             facts["people_edit"] = self.edit
         return Episode(
@@ -111,7 +111,7 @@ def read_round(plain: Mapping[str, Any], size: tuple[int, int], where: str) -> R
     start = read_plain_masks(plain["start"], size, where)
     read = Round(check_query(plain["query"]), start, edit=str(plain.get("edit", "")))
     for one in plain["steps"]:
-        if one["by"] not in ("agent", "person"):
+        if one["by"] not in ("agent", "user"):
             raise ValueError(f"a turn is by '{one['by']}'")
         read = read.extended(read_turn(one, read.masks, size, where), one["by"])
     return read
@@ -128,8 +128,8 @@ class Glance:
     objects: tuple[str, ...]
 
 
-def glance(folder: Path) -> Glance:
-    """The session that keeps itself in `folder`, at a glance. DataError where the folder holds none."""
+def context(folder: Path) -> Glance:
+    """The session that keeps itself in `folder`, at a context features. DataError where the folder holds none."""
     path = folder / SESSION_FILE
     try:
         plain = json.loads(path.read_bytes())
@@ -151,8 +151,8 @@ def glance(folder: Path) -> Glance:
 
 def state_of(last: Sequence[tuple[str, bool]], everyone: Sequence[str], edits: Sequence[str]) -> State:
     """last: of the last round's turns, whose each was and whether it stopped. everyone, edits: of all rounds."""
-    if last and last[-1] == ("person", True):
+    if last and last[-1] == ("user", True):
         return "accepted"
-    if "person" in everyone or any(edits):
+    if "user" in everyone or any(edits):
         return "corrected"
     return "agent" if everyone else "new"

@@ -32,13 +32,13 @@ from ibisagent.domain import (
     standing,
     standing_by_turn,
 )
-from ibisagent.environment import Board, package_version, read_reply, stop_reason, turn_limit
+from ibisagent.environment import PromptState, package_version, read_reply, stop_reason, turn_limit
 from ibisagent.errors import ConfigError, DataError, IbisError, PolicyError
 from ibisagent.files import make_folder, png_bytes, write_whole
 from ibisagent.imaging.images import read_image
 from ibisagent.imaging.masks import encode_rle
 from ibisagent.inference.corrections import add_to_data_set, to_learn_from
-from ibisagent.inference.image import Outputs, asked_facts, export, provenance
+from ibisagent.inference.image import Outputs, asked_facts, export, provenance_of
 from ibisagent.inference.rounds import SESSION_FILE, Author, Round, State, Step, read_round, state_of
 from ibisagent.inference.session_report import session_report
 from ibisagent.policies.base import Knowing, Policy
@@ -51,14 +51,14 @@ from ibisagent.store import (
 )
 
 MAX_STEPS = 400
-"""Most turns of one session, a person's and the agent's together."""
+"""Most turns of one session, a user's and the agent's together."""
 
 
-# ------------------------------------------------------------------------------------------ a person and an agent
+# ------------------------------------------------------------------------------------------ a user and an agent
 
-RunEnd = Literal["stopped", "max_turns", "malformed", "repeated", "taken_over"]
+RunEnd = Literal["stopped", "max_turns", "malformed", "repeated", "interrupted"]
 IMAGE_FILE = "image.png"
-SESSION_FORMAT, SESSION_VERSION = "ibisagent session", 1
+SESSION_FORMAT, SESSION_VERSION = "ibisagent session", 2
 
 
 class BusyError(ConfigError):
@@ -66,18 +66,18 @@ class BusyError(ConfigError):
 
 
 class Session:
-    """One person, one agent, one image: ask, click, undo, hand over, export.
+    """One user, one agent, one image: ask, click, undo, hand over, export.
 
-    - A session goes through rounds, one for each request in words; the agent sees the turns of its round alone. A new
+    - A session goes through rounds, one for each request; the agent sees the turns of its round alone. A new
       round begins with the masks that were the answer to the last one, as masks to refine. What a user does to the
       masks by hand (a brush, another name for an object, none of it any more) begins a round as well: no clicks lead
-      there, and whoever goes on, user or agent, goes on from those masks.
-    - Whoever acts, agent or person, acts through the same turns. A person's undo is a turn as well, so that what was
+      there, and whoever goes on, user or agent, resumes from those masks.
+    - Whoever acts, agent or user, acts through the same turns. A user's undo is a turn as well, so that what was
       wrong and what put it right both stay for training; `redo` takes it away again.
     - With a folder, every change is on disk before it is seen: a process that is killed loses no finished turn.
 
-    Safe to use from several threads. The policy is asked outside the lock, so a person can act while it thinks; its
-    reply is then dropped, as it was about masks that are no more, and a run ends ("taken_over").
+    Safe to use from several threads. The policy is asked outside the lock, so a user can act while it thinks; its
+    reply is then dropped, as it was about masks that are no more, and a run ends ("interrupted").
     """
 
     def __init__(
@@ -222,7 +222,7 @@ class Session:
     # The agent.
 
     def ask(self, query: str | None = None) -> Step | None:
-        """One turn of the agent; None where a person acted meanwhile. query: a new request, see `request`.
+        """One turn of the agent; None where a user acted meanwhile. query: a new request, see `request`.
 
         Raises ConfigError without a policy, while it is at work already, or where the session is full; PolicyError and
         SegmenterError when machinery fails, and then nothing has changed.
@@ -238,7 +238,7 @@ class Session:
         max_turns: int | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> RunEnd:
-        """Turns of the agent until it stops, has had `max_turns`, gets stuck, or a person takes over. As `ask`.
+        """Turns of the agent until it stops, has had `max_turns`, gets stuck, or a user takes over. As `ask`.
 
         max_turns: default the policy's own limit. on_step: called after every turn, from this thread.
         """
@@ -248,17 +248,17 @@ class Session:
             while len(turns) < limit:
                 asked = self._ask()
                 if asked is None:
-                    return "taken_over"
-                step, fresh = asked
+                    return "interrupted"
+                step, is_new = asked
                 turns.append(step.turn)
                 if on_step is not None:
                     on_step(step)
-                reason = stop_reason(turns, fresh)
+                reason = stop_reason(turns, is_new)
                 if reason is not None:
                     return reason  # type: ignore[return-value]  # never "open"
         return "max_turns"
 
-    def take_over(self) -> None:
+    def interrupt(self) -> None:
         """End the agent's run; a reply that it is still writing is dropped. To hand back, `ask` or `run` again."""
         with self._lock:
             self._changes += 1
@@ -273,7 +273,7 @@ class Session:
         """Begin a new round with another request. The same one again changes nothing. ConfigError for an empty one."""
         query = check_query(query)
         with self._lock:
-            last = replace(self._rounds[-1], board=None)
+            last = replace(self._rounds[-1], prompt_state=None)
             if query == last.query:
                 return
             earlier = (*self._rounds[:-1], last) if last.steps or last.edit else self._rounds[:-1]
@@ -281,10 +281,10 @@ class Session:
             self._undone.clear()
             self._commit((*earlier, Round(query, {name: answer[name] for name in last.masks})))
 
-    # The person.
+    # The user.
 
     def click(self, x: int, y: int, *, positive: bool = True, target: str | None = None) -> Step:
-        """A person's click on pixel column `x`, row `y`: it belongs to `target`, or does not.
+        """A user's click on pixel column `x`, row `y`: it belongs to `target`, or does not.
 
         target: default `self.target`. Raises ConfigError for a place outside the image, a click that stands already, or
         a ninth target; SegmenterError when the segmenter fails. Nothing has changed then.
@@ -292,7 +292,7 @@ class Session:
         return self._act(Click(x, y, positive, self._named(target)))
 
     def box(self, x0: int, y0: int, x1: int, y1: int, *, target: str | None = None) -> Step:
-        """A person's box, half-open: x0 <= x < x1 and y0 <= y < y1, in pixels. Otherwise as `click`."""
+        """A user's box, half-open: x0 <= x < x1 and y0 <= y < y1, in pixels. Otherwise as `click`."""
         return self._act(Box(x0, y0, x1, y1, self._named(target)))
 
     def preview(self, x: int, y: int, *, positive: bool = True, target: str | None = None) -> Mask:
@@ -301,10 +301,13 @@ class Session:
         reply = Reply("", (click,))
         text = write(reply, self.image.size, dialect="ibis")
         with self._lock:
-            board = self._board()
-            self._rounds = (*self._rounds[:-1], replace(self._rounds[-1], board=board))  # open now: the next is fast
-        trial = board.copy()
-        trial.take(Completion(text), reply)
+            prompt_state = self._prompt_state()
+            self._rounds = (
+                *self._rounds[:-1],
+                replace(self._rounds[-1], prompt_state=prompt_state),
+            )  # open now: the next is fast
+        trial = prompt_state.copy()
+        trial.apply_reply(Completion(text), reply)
         if click.target not in trial.masks:
             raise ConfigError(f"'{click.target}' would be a ninth object: use one of those that there are")
         return trial.masks[click.target]
@@ -350,17 +353,17 @@ class Session:
     def edit(self, masks: Masks, what: str) -> None:
         """Begin a round with masks that a user made by hand, each (H, W) bool; `undo` takes it back.
 
-        what: what the user did, in words, for the record. DataError for masks that do not fit the image.
+        what: what the user did, as text, for the record. DataError for masks that do not fit the image.
         """
         check_masks(masks, self.image.size, f"session {self.id}")
         with self._lock:
             self._check_room()
-            last = replace(self._rounds[-1], board=None)
+            last = replace(self._rounds[-1], prompt_state=None)
             self._commit((*self._rounds[:-1], last, Round(last.query, dict(masks), edit=what)))
             self._undone.clear()
 
     def accept(self, answer: str = "", absent: Sequence[str] = ()) -> Step:
-        """A person says that the masks are right. absent: objects that were asked for and are not in the image."""
+        """A user says that the masks are right. absent: objects that were asked for and are not in the image."""
         return self._act(Stop(answer, tuple(absent)))
 
     def undo(self) -> None:
@@ -406,7 +409,7 @@ class Session:
             raise ConfigError(f"turn {turn} cannot be forked from: the session has {len(self.steps)}")
         for one in everything:
             whole = left >= len(one.steps)
-            rounds.append(one if whole else replace(one, steps=one.steps[:left], board=None))
+            rounds.append(one if whole else replace(one, steps=one.steps[:left], prompt_state=None))
             left -= len(one.steps)
             if left <= 0 and turn < len(self.steps):
                 break
@@ -416,12 +419,12 @@ class Session:
     # What comes of it.
 
     def episodes(self) -> list[Episode]:
-        """One episode for each round; `made_by["people_turns"]` lists the turns (from 1) that a person took."""
-        made_by = {"dialect": "ibis", **self.segmenter.describe(), "segmenter": self.segmenter.name}
+        """One episode for each round; `provenance["people_turns"]` lists the turns (from 1) that a user took."""
+        provenance = {"dialect": "ibis", **self.segmenter.describe(), "segmenter": self.segmenter.name}
         if self.policy is not None:
-            made_by |= {"policy": self.policy.name, **provenance(self.policy, self.segmenter)}
-        made_by["ibisagent"] = package_version()
-        return [one.episode(self.id, self.image, {**made_by, **self._asked_facts(one)}) for one in self._rounds]
+            provenance |= {"policy": self.policy.name, **provenance_of(self.policy, self.segmenter)}
+        provenance["ibisagent"] = package_version()
+        return [one.episode(self.id, self.image, {**provenance, **self._asked_facts(one)}) for one in self._rounds]
 
     def export(self, folder: str | Path, name: str) -> Outputs:
         """Masks, overlay and record of the session, as the function `export` writes them; a record for each round."""
@@ -433,7 +436,7 @@ class Session:
         return export(last, self.image, folder, name)
 
     def corrections(self) -> list[Episode]:
-        """The rounds that a person had a hand in, as episodes to learn from, all in the dialect "ibis".
+        """The rounds that a user had a hand in, as episodes to learn from, all in the dialect "ibis".
 
         They end with a stop at the masks that the session shows (`Episode.answer_masks`). What was wrong and taken back
         stays, with the Undo (training masks it, see `Episode.undone_turns`). Left out are turns that could not be read
@@ -442,7 +445,7 @@ class Session:
         return [
             to_learn_from(episode, one.steps)
             for episode, one in zip(self.episodes(), self._rounds, strict=True)
-            if any(step.by == "person" for step in one.steps) or (one.edit and one is self._rounds[-1])
+            if any(step.by == "user" for step in one.steps) or (one.edit and one is self._rounds[-1])
         ]
 
     def export_training(self, folder: str | Path) -> int:
@@ -456,16 +459,16 @@ class Session:
         if not episodes:
             return 0
         folder = Path(folder)
-        picture = add_to_data_set(folder, self.image, self.masks, self.query)
-        people = [episode.made_by["people_turns"] for episode in episodes]
+        image = add_to_data_set(folder, self.image, self.masks, self.query)
+        users = [episode.provenance["people_turns"] for episode in episodes]
         EpisodeStore(folder / "episodes").append(
-            [replace(episode, case_id=f"{picture}#{self.target}", image_source=picture) for episode in episodes],
-            notes={"session": self.id, "people_turns": people},
+            [replace(episode, case_id=f"{image}#{self.target}", image_source=image) for episode in episodes],
+            notes={"session": self.id, "people_turns": users},
         )
         return len(episodes)
 
     def report(self) -> str:
-        """The session as one HTML page without scripts or outside parts: picture, masks, areas, every turn."""
+        """The session as one HTML page without scripts or outside parts: image, masks, areas, every turn."""
         return session_report(self)
 
     # Inside.
@@ -475,7 +478,7 @@ class Session:
 
     def _asked_facts(self, one: Round) -> dict[str, str]:
         """What the policy says of the objects of a round in which it had a turn."""
-        if self.policy is None or all(step.by == "person" for step in one.steps):
+        if self.policy is None or all(step.by == "user" for step in one.steps):
             return {}
         return asked_facts(self.policy, self.image, one.query)
 
@@ -496,44 +499,44 @@ class Session:
                 return None
             target = target_of(seen.query)
             read = [read_reply(one, self.image.size, policy.dialect, target) for one in completions]
-            board = self._board()
-            turn, fresh = board.take_best(read)
-            return self._extend(turn, "agent", board), fresh
+            prompt_state = self._prompt_state()
+            turn, is_new = prompt_state.take_best(read)
+            return self._extend(turn, "agent", prompt_state), is_new
 
     def _act(self, action: Action) -> Step:
-        """A person's turn."""
+        """A user's turn."""
         with self._lock:
             self._check_room()
             reply = Reply("", (action,))
             text = write(reply, self.image.size, dialect="ibis")  # checks the action as well
-            board = self._board()
-            turn, fresh = board.take(Completion(text), reply)
+            prompt_state = self._prompt_state()
+            turn, is_new = prompt_state.apply_reply(Completion(text), reply)
             if turn.reply.problem is not None:
                 raise ConfigError(f"the click {turn.reply.problem}: use one of those that there are")
-            if not fresh:
+            if not is_new:
                 raise ConfigError("this very click or box stands already: choose another place, or undo it")
-            return self._extend(turn, "person", board)
+            return self._extend(turn, "user", prompt_state)
 
-    def _extend(self, turn: Turn, by: Author, board: Board) -> Step:
-        last = self._rounds[-1].extended(turn, by, board)
+    def _extend(self, turn: Turn, by: Author, prompt_state: PromptState) -> Step:
+        last = self._rounds[-1].extended(turn, by, prompt_state)
         self._commit((*self._rounds[:-1], last))
         self._undone.clear()
         return last.steps[-1]
 
-    def _board(self) -> Board:
-        """A board of its own, as the last round stands; made again from the recorded actions where need be."""
+    def _prompt_state(self) -> PromptState:
+        """A prompt state of its own, as the last round stands; made again from the recorded actions where need be."""
         last = self._rounds[-1]
-        if last.board is not None:
-            return last.board.copy()
-        board = Board(self.image, self.segmenter, last.start)
+        if last.prompt_state is not None:
+            return last.prompt_state.copy()
+        prompt_state = PromptState(self.image, self.segmenter, last.start)
         for turn in last.turns:
-            board.apply(turn.reply.actions)
-        if not _same(board.masks, last.masks):
+            prompt_state.apply(turn.reply.actions)
+        if not _same(prompt_state.masks, last.masks):
             raise DataError(
                 f"session {self.id}: its segmenter is not what it was, the clicks give other masks now;"
                 " export it, and go on in a new session"
             )
-        return board
+        return prompt_state
 
     def _check_room(self) -> None:
         if len(self.steps) + len(self.edits) >= MAX_STEPS:

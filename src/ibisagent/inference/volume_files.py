@@ -86,14 +86,14 @@ class VolumeWriter:
         self._episodes: dict[int, list[str]] = {}
         self._failed: dict[str, str] = {}
 
-    def prepare(self, volume: Volume, made_by: Mapping[str, str]) -> tuple[str, ...]:
+    def prepare(self, volume: Volume, provenance: Mapping[str, str]) -> tuple[str, ...]:
         """Find out which formats can hold masks of `volume`, before there are any; what will be repaired, a line each.
 
         The others are left out of `finish`, which says why. Raises the error of the first where none can.
         """
         notes: list[str] = []
         errors: list[IbisError] = []
-        facts = {"ibisagent": package_version(), **made_by}
+        facts = {"ibisagent": package_version(), **provenance}
         for kind in self._formats:
             try:
                 if kind == "nifti":
@@ -133,7 +133,7 @@ class VolumeWriter:
         found: VolumeSegmentation,
         view: SliceView,
         query: str,
-        made_by: Mapping[str, str],
+        provenance: Mapping[str, str],
         *,
         channel: int | None = None,
         input_facts: Mapping[str, Any] | None = None,
@@ -146,7 +146,7 @@ class VolumeWriter:
         Raises DataError when the disk is full; then no file appears.
         """
         volume = view.volume
-        facts = {"ibisagent": package_version(), **made_by}
+        facts = {"ibisagent": package_version(), **provenance}
         measured = {}
         for target, mask in found.masks.items():
             measured[target] = measure(view, mask)
@@ -206,7 +206,11 @@ class VolumeWriter:
         return True
 
     def _dicom(
-        self, found: VolumeSegmentation, view: SliceView, measured: Mapping[str, Measures], made_by: Mapping[str, str]
+        self,
+        found: VolumeSegmentation,
+        view: SliceView,
+        measured: Mapping[str, Measures],
+        provenance: Mapping[str, str],
     ) -> list[str]:
         wanted = set(DICOM_FORMATS) & set(self._formats)
         if not wanted or not any(mask.any() for mask in found.masks.values()):
@@ -223,11 +227,11 @@ class VolumeWriter:
 
         if wanted & {"seg", "sr"}:
             kind = "seg" if "seg" in wanted else "sr"
-            write(kind, "seg", lambda path: made.append(write_segmentation(found.masks, view.volume, path, made_by)))
+            write(kind, "seg", lambda path: made.append(write_segmentation(found.masks, view.volume, path, provenance)))
         if "sr" in wanted and made:
-            write("sr", "sr", lambda path: write_report(measured, made[0], view.volume, path, made_by))
+            write("sr", "sr", lambda path: write_report(measured, made[0], view.volume, path, provenance))
         if "rtstruct" in wanted:
-            write("rtstruct", "rtstruct", lambda path: write_rtstruct(found.masks, view.volume, path, made_by))
+            write("rtstruct", "rtstruct", lambda path: write_rtstruct(found.masks, view.volume, path, provenance))
         return written
 
     def _record(
@@ -235,7 +239,7 @@ class VolumeWriter:
         found: VolumeSegmentation,
         view: SliceView,
         query: str,
-        made_by: Mapping[str, str],
+        provenance: Mapping[str, str],
         measured: Mapping[str, Measures],
     ) -> dict[str, Any]:
         volume = view.volume
@@ -256,7 +260,7 @@ class VolumeWriter:
             "query": query,
             "recheck": found.recheck,
             "max_turns": found.max_turns,
-            "made_by": dict(sorted(made_by.items())),
+            "made_by": dict(sorted(provenance.items())),
             "cost": asdict(found.cost),
             "measures": {target: asdict(values) for target, values in measured.items()},
             "masks_sha256": {target: mask_sha256(mask) for target, mask in found.masks.items()},

@@ -326,7 +326,7 @@ class MllmPolicy:
             ) from error
 
     def _adapt(self, message: Message) -> Message:
-        """A copy of `message` with pictures in the mode that the model reads (alpha is a mask only to our own)."""
+        """A copy of `message` with images in the mode that the model reads (alpha is a mask only to our own)."""
         if isinstance(message["content"], str):
             return {**message, "content": [{"type": "text", "text": message["content"]}]}
         mode = "RGBA" if self.style == "alpha" else "RGB"
@@ -409,7 +409,7 @@ def _resolve_folder(source: str) -> Path:
 
 @contextmanager
 def _load_remedy(what: str) -> Iterator[None]:
-    """Turn what libraries raise on missing, truncated or foreign files into one PolicyError."""
+    """Turn what libraries raise on missing, truncated or unrelated files into one PolicyError."""
     try:
         yield
     except IbisError:

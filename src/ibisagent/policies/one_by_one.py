@@ -20,12 +20,12 @@ from ibisagent.policies.vocabulary import Look, Vocabulary
 from ibisagent.protocol import parse, write
 from ibisagent.query import Request, target_of
 
-LOOK = "I look for the {}."
+FIRST_THOUGHT = "I look for the {}."
 MISSED = "A part of the {} is missing."
 LEAKED = "The mask goes beyond the {}."
 DONE = "The mask fits the {}."
 NOT_THERE = "I see no {} here."
-IN_WORDS = "No pixels are needed."
+TEXT_ONLY = "No pixels are needed."
 TAKEN_BACK = "That was wrong."
 SEGMENTED = "The {} is segmented."
 ABSENT_HERE = "There is no {} here."
@@ -140,7 +140,7 @@ def _told(reply: Reply, name: str, target: str, seen: Observation) -> Reply:
         return Reply(TAKEN_BACK, tuple(actions))
     started = any(mask.any() for mask in seen.masks.values())
     first = prompts[0]
-    thought = LOOK if not started else LEAKED if isinstance(first, Click) and not first.positive else MISSED
+    thought = FIRST_THOUGHT if not started else LEAKED if isinstance(first, Click) and not first.positive else MISSED
     return Reply(thought.format(name), tuple(actions))
 
 
@@ -176,4 +176,4 @@ def _from_start_mask(own: Observation, name: str, target: str, look: Looking) ->
     box = bounding_box(brought, target)
     assert click is not None  # noqa: S101 - the mask is not empty
     assert box is not None  # noqa: S101
-    return Reply(LOOK.format(name), (click, box))
+    return Reply(FIRST_THOUGHT.format(name), (click, box))

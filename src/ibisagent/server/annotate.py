@@ -65,7 +65,7 @@ class RemoveRequest(StrictBody):
 
 
 class QueryRequest(StrictBody):
-    """A request in words."""
+    """A request."""
 
     query: QueryText
 
@@ -167,7 +167,7 @@ def _add_session_acts(app: FastAPI, service: Service, worklist: Worklist) -> Non
 
     @router.post("/query")
     def query(session: OwnSession, asked: QueryRequest) -> SessionView:
-        """Another request in words, as 'ask' takes it, and nobody acts on it yet."""
+        """Another request, as 'ask' takes it, and nobody acts on it yet."""
         session.request(asked.query)
         return session_view(session)
 

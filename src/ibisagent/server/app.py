@@ -40,7 +40,7 @@ from ibisagent.inference.session import BusyError, RunEnd, Session
 from ibisagent.protocol import overlay
 from ibisagent.server.auth import (
     AnswersOtherPages,
-    Gate,
+    AuthMiddleware,
     Keys,
     OtherPages,
     checked_origin,
@@ -89,7 +89,7 @@ class RunRequest(AskRequest):
 
 
 class ClickRequest(StrictBody):
-    """A person's click on a pixel; `target` left out means the object clicked last."""
+    """A user's click on a pixel; `target` left out means the object clicked last."""
 
     x: Coordinate
     y: Coordinate
@@ -98,7 +98,7 @@ class ClickRequest(StrictBody):
 
 
 class BoxRequest(StrictBody):
-    """A person's box, half-open, in pixels."""
+    """A user's box, half-open, in pixels."""
 
     x0: Coordinate
     y0: Coordinate
@@ -108,7 +108,7 @@ class BoxRequest(StrictBody):
 
 
 class AcceptRequest(StrictBody):
-    """A person says that the masks are right; `absent` names objects that the image does not show."""
+    """A user says that the masks are right; `absent` names objects that the image does not show."""
 
     answer: Annotated[str, Field(max_length=MAX_QUERY_CHARS)] = ""
     absent: Annotated[list[TargetName], Field(max_length=8)] = []
@@ -121,7 +121,7 @@ class ForkRequest(StrictBody):
 
 
 class TurnView(BaseModel):
-    """One turn. by: "agent" or "person". actions: as in records. problem: why a reply could not be read."""
+    """One turn. by: "agent" or "user". actions: as in records. problem: why a reply could not be read."""
 
     number: int
     by: str
@@ -148,7 +148,7 @@ class EditView(BaseModel):
 
 
 class SessionView(BaseModel):
-    """A session as it stands; pictures have addresses of their own below it.
+    """A session as it stands; images have addresses of their own below it.
 
     state: "new", "agent" (nobody else has acted), "corrected" or "accepted" by a user. prompts: the clicks and boxes
     that stand.
@@ -281,9 +281,9 @@ def create_app(
 ) -> FastAPI:
     """The application around `service`, which it closes when it ends.
 
-    token: what clients must send, see `access.Gate`; without one only loopback names are answered. mounts: add more to
-    the application (page, MONAI Label, MCP). origins: of web pages from elsewhere that may use the addresses of MONAI
-    Label, as OHIF does; without a token pages of this machine may as well. ConfigError for what is no origin.
+    token: what clients must send, see `auth.AuthMiddleware`; without one only loopback names are answered. mounts: add
+    more to the application (page, MONAI Label, MCP). origins: of web pages from elsewhere that may use the addresses of
+    MONAI Label, as OHIF does; without a token pages of this machine may as well. ConfigError for what is no origin.
     """
     threads = AgentThreads(2 * service.limits.sessions)
     metrics = Metrics(service)
@@ -323,7 +323,9 @@ def create_app(
     others = OtherPages(frozenset(map(checked_origin, origins)), MONAI_PATHS, loopback=token is None)
     app.add_middleware(AnswersOtherPages, others=others)
     limit = service.limits.upload_bytes + FORM_BYTES
-    app.add_middleware(Gate, keys=app.state.keys, max_body=limit, browsers=True, others=others, observe=metrics.observe)
+    app.add_middleware(
+        AuthMiddleware, keys=app.state.keys, max_body=limit, browsers=True, others=others, observe=metrics.observe
+    )
     return app
 
 
@@ -467,8 +469,8 @@ def _add_segment(app: FastAPI, service: Service, threads: AgentThreads) -> None:
         start_mask: Annotated[UploadFile | None, File(description="a mask to refine, 0 outside")] = None,
     ) -> SegmentView:
         """One run on one image; nothing is kept."""
-        picture, start = await _picture(service, image, start_mask)
-        session = await threads(lambda: service.segment(picture, query, max_turns, start))
+        decoded, start = await _read_inputs(service, image, start_mask)
+        session = await threads(lambda: service.segment(decoded, query, max_turns, start))
         [episode] = session.episodes()
         return SegmentView(
             ended=episode.stop,
@@ -480,13 +482,13 @@ def _add_segment(app: FastAPI, service: Service, threads: AgentThreads) -> None:
         )
 
 
-async def _picture(service: Service, image: UploadFile, start_mask: UploadFile | None) -> tuple[Any, Mask | None]:
+async def _read_inputs(service: Service, image: UploadFile, start_mask: UploadFile | None) -> tuple[Any, Mask | None]:
     content, name = await image.read(), image.filename or "image"
-    picture = await run_in_threadpool(service.read_picture, content, name)
+    decoded = await run_in_threadpool(service.read_upload, content, name)
     if start_mask is None:
-        return picture, None
+        return decoded, None
     content, name = await start_mask.read(), start_mask.filename or "mask"
-    return picture, await run_in_threadpool(service.read_mask, content, name, picture.size)
+    return decoded, await run_in_threadpool(service.read_mask, content, name, decoded.size)
 
 
 def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics: Metrics) -> None:
@@ -508,9 +510,9 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
 
         A browser's is its own alone.
         """
-        picture, start = await _picture(service, image, start_mask)
+        decoded, start = await _read_inputs(service, image, start_mask)
         owner = visitor_of(request)
-        return session_view(await run_in_threadpool(lambda: service.open(picture, query, start, owner=owner)))
+        return session_view(await run_in_threadpool(lambda: service.open(decoded, query, start, owner=owner)))
 
     @app.get("/v1/sessions", tags=tags)
     def list_sessions(request: Request) -> list[str]:
@@ -538,15 +540,15 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
 
     @router.post("/ask")
     async def ask(id: str, asked: AskRequest) -> StepView:  # noqa: A002
-        """One turn of the agent; "taken_over" where a person acted meanwhile."""
+        """One turn of the agent; "interrupted" where a user acted meanwhile."""
         session = await run_in_threadpool(service.session, id)
         step = await threads(lambda: session.ask(asked.query))
         metrics.turns.inc()
-        return StepView(ended=None if step else "taken_over", session=session_view(session))
+        return StepView(ended=None if step else "interrupted", session=session_view(session))
 
     @router.post("/run")
     async def run(id: str, asked: RunRequest) -> StepView:  # noqa: A002
-        """Turns of the agent until it ends: stopped, max_turns, repeated, malformed or taken_over."""
+        """Turns of the agent until it ends: stopped, max_turns, repeated, malformed or interrupted."""
         session = await run_in_threadpool(service.session, id)
         ended = await threads(lambda: run_steps(session, asked))
         return StepView(ended=ended, session=session_view(session))
@@ -574,23 +576,23 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
 
     @router.post("/click")
     def click(id: str, asked: ClickRequest) -> SessionView:  # noqa: A002
-        """A person's click."""
+        """A user's click."""
         return after(id, lambda session: session.click(asked.x, asked.y, positive=asked.positive, target=asked.target))
 
     @router.post("/box")
     def box(id: str, asked: BoxRequest) -> SessionView:  # noqa: A002
-        """A person's box."""
+        """A user's box."""
         return after(id, lambda session: session.box(asked.x0, asked.y0, asked.x1, asked.y1, target=asked.target))
 
     @router.post("/accept")
     def accept(id: str, asked: AcceptRequest) -> SessionView:  # noqa: A002
-        """A person says that the masks are right."""
+        """A user says that the masks are right."""
         return after(id, lambda session: session.accept(asked.answer, asked.absent))
 
-    @router.post("/take-over")
-    def take_over(id: str) -> SessionView:  # noqa: A002
+    @router.post("/interrupt")
+    def interrupt(id: str) -> SessionView:  # noqa: A002
         """End the agent's run; ask or run again to hand back."""
-        return after(id, Session.take_over)
+        return after(id, Session.interrupt)
 
     @router.post("/undo")
     def undo(id: str) -> SessionView:  # noqa: A002
@@ -627,7 +629,7 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
         return Response(service.session(id).png, media_type="image/png", headers=KEPT)
 
     @router.get("/overlay", response_class=Response, responses=file_answer("image/png"))
-    def picture(id: str) -> Response:  # noqa: A002
+    def overlay_image(id: str) -> Response:  # noqa: A002
         """The image with its masks."""
         session = service.session(id)
         return Response(png_bytes(overlay(session.image, session.masks)), media_type="image/png")
@@ -652,7 +654,7 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
 
     @router.get("/training", response_class=Response, responses=file_answer("application/zip"))
     def training(id: str) -> Response:  # noqa: A002
-        """What a person corrected, to train with, in a zip: episodes for SFT, image, masks and manifest for RL."""
+        """What a user corrected, to train with, in a zip: episodes for SFT, image, masks and manifest for RL."""
         session = service.session(id)
         return _download(session, training_zip(service, session), "training.zip", "application/zip")
 
@@ -705,7 +707,7 @@ async def _events(
         except IbisError as error:
             yield _event("error", {"detail": str(error)})
     except (asyncio.CancelledError, GeneratorExit):
-        session.take_over()
+        session.interrupt()
         raise
 
 

@@ -1,6 +1,6 @@
 """Who may ask a server of ours, and how much: the token, the cookie, the address, and the size and pace of a request.
 
-`Gate` stands before each of our applications: the server, `serve policy`, `serve segmenter`.
+`AuthMiddleware` stands before each of our applications: the server, `serve policy`, `serve segmenter`.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def _json_refusal(status: int, reason: str) -> Response:
     return JSONResponse({"detail": reason}, status_code=status)
 
 
-class Gate:
+class AuthMiddleware:
     """Stands before a whole application, whatever is mounted in it, and lets in what may come in.
 
     - With a token only requests that carry it, as "Authorization: Bearer <token>" or, in a browser, as the cookie that
@@ -456,7 +456,7 @@ class Gate:
 
 
 class AnswersOtherPages:
-    """Behind the gate: lets a page from elsewhere, that the gate let in, read the answers."""
+    """Behind the middleware: lets a page from elsewhere, that the middleware let in, read the answers."""
 
     def __init__(self, app: ASGIApp, others: OtherPages) -> None:
         self._app = app
@@ -474,7 +474,7 @@ class AnswersOtherPages:
 
 
 def visitor_of(request: Request) -> str | None:
-    """The visitor that the gate saw in a request's cookie."""
+    """The visitor that the middleware saw in a request's cookie."""
     visitor: str | None = request.scope.get("visitor")
     return visitor
 

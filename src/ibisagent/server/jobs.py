@@ -1,4 +1,4 @@
-"""Batch jobs: many images, one request, in the background. They outlive the server, which goes on where it was stopped.
+"""Batch jobs: many images, one request, in the background. They outlive the server, which resumes.
 
 A job lies in `<folder>/<id>/`: `job.json`, `in/` until its images are done, `out/` with what was made of them.
 """

@@ -2,7 +2,7 @@
 
 `/info/`, `/infer/{model}`, `/session/`, `/datastore/`; those about learning are in `monai_learning`, the login in
 `access`. Two models stand for the same agent, as clients have a place for each: MODEL takes clicks, and words where
-there are none; TEXT_MODEL words alone. A mask comes back as a label map: PNG for pictures, NIfTI, NRRD or DICOM SEG on
+there are none; TEXT_MODEL words alone. A mask comes back as a label map: PNG for images, NIfTI, NRRD or DICOM SEG on
 the volume's own grid for volumes.
 """
 
@@ -32,7 +32,7 @@ from ibisagent.server.app import AgentThreads
 from ibisagent.server.auth import Keys
 from ibisagent.server.monai_learning import STRATEGIES, add_learning
 from ibisagent.server.monai_requests import InferParameters, read_info, read_parameters
-from ibisagent.server.monai_store import MAX_INFO_CHARS, PICTURE, Shelf, Stored, read_upload, volume_ending
+from ibisagent.server.monai_store import IMAGE, MAX_INFO_CHARS, ImageStore, Stored, read_upload, volume_ending
 from ibisagent.server.service import (
     MissingError,
     Service,
@@ -69,14 +69,14 @@ def mount_monai(
     if not 1 <= len(labels) <= MAX_TARGETS or not all(one.strip() and one.isprintable() for one in labels):
         raise ConfigError(f"{len(labels)} labels: give 1 to {MAX_TARGETS} names, each in one line")
     router = APIRouter(tags=["MONAI Label"])
-    sessions = Shelf(service, "monai-sessions", most=service.limits.sessions, passing=True)
-    images = Shelf(service, "monai-images", most=IMAGES_PER_SESSION * service.limits.sessions, passing=False)
+    sessions = ImageStore(service, "monai-sessions", most=service.limits.sessions, passing=True)
+    images = ImageStore(service, "monai-images", most=IMAGES_PER_SESSION * service.limits.sessions, passing=False)
     archive = Archive(images, studies)
     _add_login(router, app.state.keys)
     _add_info(router, images, labels)
     _add_sessions(router, sessions)
     _add_datastore(router, images, archive)
-    _add_infer(router, Asker(service, labels), sessions, archive, threads)
+    _add_infer(router, QuestionGenerator(service, labels), sessions, archive, threads)
     started = add_learning(router, service, threads, images, archive.unlabelled, labels[0])
     app.include_router(router)
     return started
@@ -85,7 +85,7 @@ def mount_monai(
 class Archive:
     """The images of the data folder, and behind them the series of a DICOMweb server, which are fetched on demand."""
 
-    def __init__(self, images: Shelf, studies: str | None) -> None:
+    def __init__(self, images: ImageStore, studies: str | None) -> None:
         self._images, self._studies = images, studies
         self._lock = threading.Lock()
 
@@ -117,7 +117,7 @@ class Answer:
     masks: Masks
     absent: list[str]
     encode: Callable[[str], bytes]
-    picture: bool
+    image: bool
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -126,8 +126,8 @@ class Answer:
         return {"label_names": names, "absent": self.absent, "centroids": {}}
 
 
-class Asker:
-    """Asks the agent, or the segmenter with a user's clicks, about pictures and volumes."""
+class QuestionGenerator:
+    """Asks the agent, or the segmenter with a user's clicks, about images and volumes."""
 
     def __init__(self, service: Service, labels: Sequence[str]) -> None:
         self._service, self._labels = service, labels
@@ -137,7 +137,7 @@ class Asker:
     def about(self, source: Stored | tuple[str, bytes], asked: InferParameters) -> Answer:
         """The answer about an image that is kept, or an upload (name, content)."""
         read = self._stored(source) if isinstance(source, Stored) else read_upload(self._service, source[1], source[0])
-        masks = self._of_picture(read, asked) if isinstance(read, Image) else self._of_volume(read, asked)
+        masks = self._of_image(read, asked) if isinstance(read, Image) else self._of_volume(read, asked)
         shown = {name: mask for name, mask in masks.items() if mask.any()}
         absent = [name for name in masks if name not in shown]
         if isinstance(read, Image):
@@ -145,14 +145,14 @@ class Asker:
             return Answer(shown, absent, lambda _ending: _label_png(shown, size), True)
         return Answer(shown, absent, lambda ending: self._encoded(shown, read, asked, ending), False)
 
-    def _of_picture(self, picture: Image, asked: InferParameters) -> Masks:
+    def _of_image(self, image: Image, asked: InferParameters) -> Masks:
         clicks = asked.clicks(self._labels)
         if not clicks:
             found: dict[str, Any] = {}
             for query in self._queries(asked):
-                found |= self._service.segment(picture, query).masks
+                found |= self._service.segment(image, query).masks
             return found
-        session = self._service.open_unkept(picture, clicks[0].target)
+        session = self._service.open_unkept(image, clicks[0].target)
         for click in clicks:
             session.click(click.voxel[0], click.voxel[1], positive=click.positive, target=click.target)
         return session.masks
@@ -170,13 +170,13 @@ class Asker:
         return found
 
     def _queries(self, asked: InferParameters) -> Sequence[str]:
-        """The request in words; else a label that the client names; else the model's own."""
+        """The request; else a label that the client names; else the model's own."""
         query = asked.query.strip() or asked.label.strip()
         return [query] if query else self._labels
 
     def _stored(self, stored: Stored) -> Image | VolumeLike:
         if not stored.path.is_dir() and not volume_ending(stored.file):
-            return self._service.read_picture(stored.path.read_bytes(), stored.file)
+            return self._service.read_upload(stored.path.read_bytes(), stored.file)
         with self._lock:
             if stored.path in self._volumes:
                 self._volumes.move_to_end(stored.path)
@@ -194,7 +194,7 @@ class Asker:
 
     def _formats(self) -> VolumeFormats:
         if self._service.volumes is None:
-            raise ConfigError("this server reads pictures, not volumes")
+            raise ConfigError("this server reads images, not volumes")
         return self._service.volumes
 
     def _encoded(self, masks: Masks, volume: VolumeLike, asked: InferParameters, ending: str) -> bytes:
@@ -208,7 +208,9 @@ class Asker:
             path.unlink(missing_ok=True)
 
 
-def _add_infer(router: APIRouter, asker: Asker, sessions: Shelf, archive: Archive, threads: AgentThreads) -> None:
+def _add_infer(
+    router: APIRouter, asker: QuestionGenerator, sessions: ImageStore, archive: Archive, threads: AgentThreads
+) -> None:
     @router.post("/infer/{model}")
     async def infer(
         model: str,
@@ -249,8 +251,8 @@ def _add_infer(router: APIRouter, asker: Asker, sessions: Shelf, archive: Archiv
 
 
 def _ending_for(answer: Answer, output: Output | None, asked: InferParameters) -> str:
-    if answer.picture:
-        return PICTURE
+    if answer.image:
+        return IMAGE
     if output == "dicom_seg":
         return ".dcm"
     return ".nii.gz" if output is None else asked.result_extension
@@ -276,7 +278,8 @@ def _multipart(facts: dict[str, Any], name: str, content: bytes) -> Response:
 
 
 def _add_login(router: APIRouter, keys: Keys) -> None:
-    """What Slicer's module asks before it asks for a password; where a token is needed, the gate answers the second."""
+    """What Slicer's module asks before it asks for a password; where a token is needed, the middleware answers the
+    second."""
 
     @router.get("/auth/")
     def asked() -> dict[str, bool]:
@@ -294,7 +297,7 @@ def _add_login(router: APIRouter, keys: Keys) -> None:
         return {"username": "user"}
 
 
-def _add_info(router: APIRouter, images: Shelf, labels: Sequence[str]) -> None:
+def _add_info(router: APIRouter, images: ImageStore, labels: Sequence[str]) -> None:
     numbered = {name: number for number, name in enumerate(labels, 1)}
     words = {"query": ""}
 
@@ -330,14 +333,14 @@ def _add_info(router: APIRouter, images: Shelf, labels: Sequence[str]) -> None:
         }
 
 
-def _stats(images: Shelf) -> dict[str, Any]:
+def _stats(images: ImageStore) -> dict[str, Any]:
     everything = images.all
     tags = [tag for stored in everything for tag in stored.labels]
     labelled = sum(bool(stored.labels) for stored in everything)
     return {"total": len(everything), "completed": labelled, "label_tags": {tag: tags.count(tag) for tag in set(tags)}}
 
 
-def _add_sessions(router: APIRouter, sessions: Shelf) -> None:
+def _add_sessions(router: APIRouter, sessions: ImageStore) -> None:
     @router.put("/session/")
     async def create(files: Annotated[list[UploadFile], File()]) -> dict[str, Any]:
         """Keep one image for the requests that follow."""
@@ -358,7 +361,7 @@ def _add_sessions(router: APIRouter, sessions: Shelf) -> None:
         return sessions.remove(session_id)
 
 
-def _add_datastore(router: APIRouter, images: Shelf, archive: Archive) -> None:
+def _add_datastore(router: APIRouter, images: ImageStore, archive: Archive) -> None:
     @router.get("/datastore/")
     def datastore(output: Literal["all", "stats", "train"] = "stats") -> dict[str, Any]:
         """How many images and labels there are, or which."""
@@ -366,7 +369,7 @@ def _add_datastore(router: APIRouter, images: Shelf, archive: Archive) -> None:
             return _stats(images)
         listed = {
             stored.id: {
-                "image": {"ext": volume_ending(stored.file) or PICTURE, "info": {"name": stored.name}},
+                "image": {"ext": volume_ending(stored.file) or IMAGE, "info": {"name": stored.name}},
                 "labels": {tag: {"ext": label.ending, "info": label.info} for tag, label in stored.labels.items()},
             }
             for stored in images.all
@@ -390,7 +393,7 @@ def _add_datastore(router: APIRouter, images: Shelf, archive: Archive) -> None:
         stored = archive.get(image)
         if stored.path.is_dir():
             raise ConfigError("this is a series of the DICOMweb server: take it from there")
-        return _attached(stored.path, "image", volume_ending(stored.file) or PICTURE)
+        return _attached(stored.path, "image", volume_ending(stored.file) or IMAGE)
 
     @router.head("/datastore/image", include_in_schema=False)
     def check(image: Id) -> Response:
@@ -411,7 +414,7 @@ def _add_datastore(router: APIRouter, images: Shelf, archive: Archive) -> None:
     _add_labels(router, images, archive)
 
 
-def _add_labels(router: APIRouter, images: Shelf, archive: Archive) -> None:
+def _add_labels(router: APIRouter, images: ImageStore, archive: Archive) -> None:
     @router.put("/datastore/label")
     async def save(
         image: Id, label: Annotated[UploadFile, File()], tag: Tag = "final", params: Info = "{}"

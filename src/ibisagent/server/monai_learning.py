@@ -15,7 +15,7 @@ from fastapi import APIRouter, Body, HTTPException, Query, Response
 from ibisagent.errors import ConfigError
 from ibisagent.evaluation.reliability import FREE_SIGNALS, Reliability, signals
 from ibisagent.server.app import AgentThreads
-from ibisagent.server.monai_store import Shelf, Stored, volume_ending
+from ibisagent.server.monai_store import ImageStore, Stored, volume_ending
 from ibisagent.server.service import MissingError, Service, Teaching
 from ibisagent.volumes.dicomweb import Series
 
@@ -23,9 +23,9 @@ NEXT, RANDOM, DOUBTFUL = "next", "random", "doubtful"
 STRATEGIES = {
     NEXT: "the image without a label that was longest not given out",
     RANDOM: "any image without a label",
-    DOUBTFUL: "the picture without a label of which the agent is least sure; scans come after them",
+    DOUBTFUL: "the image without a label of which the agent is least sure; scans come after them",
 }
-SCORED_AT_ONCE = 8  # pictures that the agent looks at for one request
+SCORED_AT_ONCE = 8  # images that the agent looks at for one request
 LOG_LINES = 1000
 
 
@@ -46,7 +46,7 @@ def add_learning(
     router: APIRouter,
     service: Service,
     threads: AgentThreads,
-    images: Shelf,
+    images: ImageStore,
     unlabelled_series: Callable[[], list[Series]],
     query: str,
 ) -> Callable[[], Any]:
@@ -66,7 +66,7 @@ def add_learning(
 
 class _Offers:
     def __init__(
-        self, service: Service, images: Shelf, unlabelled_series: Callable[[], list[Series]], query: str
+        self, service: Service, images: ImageStore, unlabelled_series: Callable[[], list[Series]], query: str
     ) -> None:
         self._service, self._images, self._series, self._query = service, images, unlabelled_series, query
         self._given: dict[str, float] = {}  # series that are not here yet: when they were last given out
@@ -98,10 +98,10 @@ class _Offers:
         return told
 
     def _scored(self, kept: Sequence[Stored]) -> Sequence[Stored]:
-        """The same; some of the pictures among them that the agent had not looked at have a score now."""
-        pictures = [one for one in kept if not volume_ending(one.file) and not one.path.is_dir()]
-        for stored in [one for one in pictures if one.reliability is None][:SCORED_AT_ONCE]:
-            image = self._service.read_picture(stored.path.read_bytes(), stored.file)
+        """The same; some of the images among them that the agent had not looked at have a score now."""
+        images = [one for one in kept if not volume_ending(one.file) and not one.path.is_dir()]
+        for stored in [one for one in images if one.reliability is None][:SCORED_AT_ONCE]:
+            image = self._service.read_upload(stored.path.read_bytes(), stored.file)
             [episode] = self._service.segment(image, self._query).episodes()
             found = signals(episode, image, self._service.segmenter)
             stored.reliability = round(Reliability.plain(FREE_SIGNALS).score(found), 4)

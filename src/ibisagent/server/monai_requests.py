@@ -1,4 +1,4 @@
-"""What the clients of MONAI Label ask in `params` of /infer: a request in words, or clicks, in the forms they have.
+"""What the clients of MONAI Label ask in `params` of /infer: a request, or clicks, in the forms they have.
 
 3D Slicer and OHIF send points as "foreground" and "background" to a model of the type "deepgrow", and under the names
 of labels to one of the type "deepedit"; both are read, whatever the model says it is.
@@ -49,7 +49,7 @@ class InferParameters(BaseModel):
         return self.slice is None and self.extent == "volume"
 
     def clicks(self, labels: Sequence[str]) -> list[VoxelClick]:
-        """The clicks, each once, on the voxels [i, j, k] of a volume or the pixels [x, y, 0] of a picture.
+        """The clicks, each once, on the voxels [i, j, k] of a volume or the pixels [x, y, 0] of an image.
 
         labels: of the model; the first is meant where nothing else names an object. Raises ConfigError for what cannot
         be clicked on, so that no click is dropped without a word.
@@ -77,7 +77,7 @@ class InferParameters(BaseModel):
 
     @property
     def has_flat_points(self) -> bool:
-        """Whether a point has two numbers, as on a picture."""
+        """Whether a point has two numbers, as on an image."""
         lists = [self.foreground, self.background, *filter(_are_points, (self.model_extra or {}).values())]
         return any(len(point) == 2 for points in lists for point in points)
 

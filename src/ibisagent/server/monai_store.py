@@ -19,11 +19,11 @@ from ibisagent.files import make_folder, write_whole
 from ibisagent.server.service import VOLUME_SUFFIXES, FullError, MissingError, Service, VolumeLike, plain_name
 from ibisagent.server.storage import note_use, used
 
-PICTURE = ".png"
+IMAGE = ".png"
 STORED_FILE = "stored.json"
 MAX_LABELS = 8  # of one image
 MAX_INFO_CHARS = 100_000  # of what a client says about a label
-_LABEL_ENDINGS = (".seg.nrrd", *VOLUME_SUFFIXES, PICTURE, ".json", ".bin")
+_LABEL_ENDINGS = (".seg.nrrd", *VOLUME_SUFFIXES, IMAGE, ".json", ".bin")
 _FOLDER = re.compile(r"[0-9a-f]{32}")
 
 
@@ -66,7 +66,7 @@ class Stored:
         return {"name": self.id, "image": self.name, "meta": {}, **times}
 
 
-class Shelf:
+class ImageStore:
     """Images in one folder, bounded in number. Ids are looked up and never become paths. For several threads.
 
     passing: whether they go when they are idle, as clients send them again; else only those that were `fetched` and
@@ -98,7 +98,7 @@ class Shelf:
     def add(self, id_: str, content: bytes, name: str) -> Stored:
         """Keep an image; one of the same id is replaced, with its labels. DataError unless it can be read."""
         read = read_upload(self._service, content, name)
-        file = f"image{PICTURE if isinstance(read, Image) else volume_ending(name)}"
+        file = f"image{IMAGE if isinstance(read, Image) else volume_ending(name)}"
         return self._add(id_, plain_name(name), file, lambda path: write_whole(content, path), fetched=False)
 
     def add_series(self, id_: str, fetch: Callable[[Path], None]) -> Stored:
@@ -224,12 +224,12 @@ class Shelf:
 
 
 def read_upload(service: Service, content: bytes, name: str) -> Image | VolumeLike:
-    """The picture or volume in an upload, by the ending of its name. Errors as `Service.read_picture`."""
-    return service.read_volume(content, name) if volume_ending(name) else service.read_picture(content, name)
+    """The image or volume in an upload, by the ending of its name. Errors as `Service.read_upload`."""
+    return service.read_volume(content, name) if volume_ending(name) else service.read_upload(content, name)
 
 
 def volume_ending(name: str) -> str:
-    """The ending that makes a file a volume; "" for pictures."""
+    """The ending that makes a file a volume; "" for images."""
     return _ending(name, VOLUME_SUFFIXES)
 
 

@@ -26,8 +26,8 @@ from ibisagent.environment import package_version
 from ibisagent.errors import DataError, TooLargeError
 from ibisagent.files import file_names, make_folder, safe_name, write_whole
 from ibisagent.inference.corrections import add_to_data_set
-from ibisagent.inference.image import provenance
-from ibisagent.inference.rounds import SESSION_FILE, State, glance
+from ibisagent.inference.image import provenance_of
+from ibisagent.inference.rounds import SESSION_FILE, State, context
 from ibisagent.inference.session import BusyError, Session
 from ibisagent.inference.volume import RECHECK, run_volume
 from ibisagent.policies.base import Policy
@@ -213,7 +213,7 @@ class Scans:
         stamps = self._stamps(scan)
         if scan.accepted is not None and scan.accepted == stamps:
             return "accepted"
-        states = {glance(self._service.session_folder(session)).state for session in stamps}
+        states = {context(self._service.session_folder(session)).state for session in stamps}
         if scan.carried or states & {"corrected", "accepted"}:
             return "corrected"
         return "agent" if scan.found or "agent" in states else "new"
@@ -348,7 +348,7 @@ class Scans:
                 from ibisagent.volumes.clinic import write_segmentation
 
                 service = self._service
-                facts = {"policy": service.policy.name, **provenance(service.policy, service.segmenter)}
+                facts = {"policy": service.policy.name, **provenance_of(service.policy, service.segmenter)}
                 write_segmentation(
                     masks, loaded.volume, folder / f"{name}_seg.dcm", {**facts, "ibisagent": package_version()}
                 )

@@ -184,7 +184,7 @@ class Service:
     ) -> None:
         """folder: where everything is kept; sessions and jobs of an earlier run that are in it come back.
 
-        volumes: None where this server reads pictures alone. address: where it will be found, for whoever wants the
+        volumes: None where this server reads images alone. address: where it will be found, for whoever wants the
         folder as well. Raises DataError where the folder cannot be written, ConfigError where another server has it.
         """
         self.limits = limits or Limits()
@@ -229,7 +229,7 @@ class Service:
         with self._lock:
             loaded = [session for session in self._sessions.values() if session is not None]
         for session in loaded:
-            session.take_over()
+            session.interrupt()
 
     def close(self) -> None:
         """Stop the runs, the jobs and the model's thread, and let another server have the folder."""
@@ -238,19 +238,19 @@ class Service:
         self._jobs.close()
         self._ownership.release()
 
-    # Pictures from outside.
+    # Images from outside.
 
-    def read_picture(self, content: bytes, name: str) -> Image:
-        """The picture in an upload. `name` is for people: its last part becomes the image's source.
+    def read_upload(self, content: bytes, name: str) -> Image:
+        """The image in an upload. `name` is for people: its last part becomes the image's source.
 
-        TooLargeError beyond the limits, DataError for what is no picture.
+        TooLargeError beyond the limits, DataError for what is no image.
         """
         image: Image = self._read(content, name, read_image)
         self._check_size(image.size, name)
         return replace(image, source=plain_name(name))
 
     def read_mask(self, content: bytes, name: str, size: tuple[int, int]) -> Mask:
-        """The binary mask in an upload, of `size` (H, W). Errors as `read_picture`."""
+        """The binary mask in an upload, of `size` (H, W). Errors as `read_upload`."""
         mask: Mask = self._read(content, name, lambda path: read_masks(path)["mask"])
         if mask.shape != size:
             raise DataError(f"{plain_name(name)}: is {mask.shape[::-1]}, the image is {size[::-1]} pixels (W, H)")
@@ -259,9 +259,9 @@ class Service:
         return mask
 
     def read_volume(self, content: bytes, name: str) -> VolumeLike:
-        """The volume in an upload, by the ending of its name. Errors as `read_picture`."""
+        """The volume in an upload, by the ending of its name. Errors as `read_upload`."""
         if self.volumes is None:
-            raise DataError(f"{plain_name(name)}: this server reads pictures, not volumes; send a slice as PNG")
+            raise DataError(f"{plain_name(name)}: this server reads images, not volumes; send a slice as PNG")
         volume: VolumeLike = self._read(content, name, self.volumes.read)
         return volume
 
@@ -566,7 +566,7 @@ class Service:
         return zipped(self._jobs.results(self.job(id_)))
 
     def _segment_for_job(self, content: bytes, shown: str, job: Job, folder: Path, name: str) -> None:
-        image = self.read_picture(content, shown)
+        image = self.read_upload(content, shown)
         self.segment(image, job.query, job.max_turns).export(folder, name)
 
     # What there is to know.
@@ -645,11 +645,11 @@ def export_zip(service: Service, session: Session) -> bytes:
 
 
 def training_zip(service: Service, session: Session) -> bytes:
-    """What `Session.export_training` writes. ConfigError where no person has corrected anything."""
+    """What `Session.export_training` writes. ConfigError where no user has corrected anything."""
     folder = service.scratch()
     try:
         if not session.export_training(folder):
-            raise ConfigError("there is nothing to learn from: no turn of this session is a person's")
+            raise ConfigError("there is nothing to learn from: no turn of this session is a user's")
         return zipped(folder)
     finally:
         remove(folder)

@@ -52,7 +52,7 @@ class Ownership:
 
 
 def _owner(file: Path) -> str:
-    """Who holds a folder, in words."""
+    """Who holds a folder, as text."""
     try:
         facts: dict[str, Any] = json.loads(file.read_bytes())
         where = f" at {facts['address']}" if facts["address"] else ""

@@ -30,11 +30,13 @@ SERIES_NUMBER = 900
 """Of the first series that is written; reports have the next one."""
 
 
-def write_segmentation(masks: Mapping[str, np.ndarray], volume: Volume, path: Path, made_by: Mapping[str, str]) -> Any:
+def write_segmentation(
+    masks: Mapping[str, np.ndarray], volume: Volume, path: Path, provenance: Mapping[str, str]
+) -> Any:
     """Write (I, J, K) bool masks as one binary SEG file with a segment per target, and return its header.
 
     Only slices that show a target are stored, each where the source's slice lies, even or not. Every frame refers to
-    the source's instance; the segments name policy and segmenter (`made_by`) as their algorithm, and carry the codes
+    the source's instance; the segments name policy and segmenter (`provenance`) as their algorithm, and carry the codes
     and colours of `terms`. One slice is in memory at a time. Raises ConfigError without highdicom or where the source
     is not DICOM, DataError where no mask has a voxel or the source lacks what DICOM demands.
     """
@@ -43,14 +45,14 @@ def write_segmentation(masks: Mapping[str, np.ndarray], volume: Volume, path: Pa
         raise DataError(f"{path}: no mask has a voxel, and DICOM has no empty segmentation; nothing was written")
     source = describe_source(volume, path.name)
     with _refusals(path, "SEG"), tempfile.TemporaryFile(prefix="ibisagent-") as pixels:
-        dataset = _empty_segmentation(source, volume, shown, made_by, path)
+        dataset = _empty_segmentation(source, volume, shown, provenance, path)
         _put_frames(dataset, shown, volume, source, pixels)
         _save(dataset, path)
     del dataset.PixelData
     return dataset
 
 
-def check_source(volume: Volume, path: Path, made_by: Mapping[str, str]) -> tuple[str, ...]:
+def check_source(volume: Volume, path: Path, provenance: Mapping[str, str]) -> tuple[str, ...]:
     """Rehearse SEG and SR of `volume` before there is a mask; what will be left out or repaired, a line each.
 
     Raises as `write_segmentation` does, so that nobody waits for what cannot be written.
@@ -59,18 +61,18 @@ def check_source(volume: Volume, path: Path, made_by: Mapping[str, str]) -> tupl
     voxel = np.zeros((*volume.shape[:2], 1), bool)
     voxel[0, 0, 0] = True
     with _refusals(path, "SEG"), io.BytesIO() as pixels:
-        dataset = _empty_segmentation(source, volume, {"rehearsal": voxel}, made_by, path)
+        dataset = _empty_segmentation(source, volume, {"rehearsal": voxel}, provenance, path)
         _put_frames(dataset, {"rehearsal": voxel}, volume, source, pixels)
         with quiet(), disable_value_validation():
             dataset.save_as(io.BytesIO())
     nothing = Measures(1, None, None, None, None, None, (0, 0))
     with _refusals(path, "SR"), quiet(), disable_value_validation():
-        _report({"rehearsal": nothing}, dataset, source, made_by, path).save_as(io.BytesIO())
+        _report({"rehearsal": nothing}, dataset, source, provenance, path).save_as(io.BytesIO())
     return source.notes
 
 
 def _empty_segmentation(
-    source: Source, volume: Volume, shown: Mapping[str, np.ndarray], made_by: Mapping[str, str], path: Path
+    source: Source, volume: Volume, shown: Mapping[str, np.ndarray], provenance: Mapping[str, str], path: Path
 ) -> Any:
     """A SEG dataset with everything but its frames; highdicom makes it of the first slice alone."""
     hd = _highdicom(path)
@@ -83,7 +85,7 @@ def _empty_segmentation(
             pixel_array=one,
             segmentation_type="BINARY",
             segment_descriptions=[
-                _description(hd, number, name, colour, made_by)
+                _description(hd, number, name, colour, provenance)
                 for number, (name, colour) in enumerate(colours(shown).items(), start=1)
             ],
             series_instance_uid=hd.UID(),
@@ -92,7 +94,7 @@ def _empty_segmentation(
             instance_number=1,
             manufacturer=MANUFACTURER,
             manufacturer_model_name="ibisagent",
-            software_versions=_short(made_by.get("ibisagent", "unknown")),
+            software_versions=_short(provenance.get("ibisagent", "unknown")),
             device_serial_number="1",
             content_label="IBISAGENT",
             series_description="Masks by ibisagent, not for clinical use",
@@ -156,7 +158,7 @@ def _overlap(shown: Mapping[str, np.ndarray], k: int) -> bool:
 
 
 def write_report(
-    measured: Mapping[str, Measures], segmentation: Any, volume: Volume, path: Path, made_by: Mapping[str, str]
+    measured: Mapping[str, Measures], segmentation: Any, volume: Volume, path: Path, provenance: Mapping[str, str]
 ) -> None:
     """Write measurements as a Comprehensive 3D SR after TID 1500, one group per segment of the given SEG dataset.
 
@@ -165,12 +167,12 @@ def write_report(
     source = describe_source(volume, path.name)
     with _refusals(path, "SR"):
         with quiet(), disable_value_validation():
-            report = _report(measured, segmentation, source, made_by, path)
+            report = _report(measured, segmentation, source, provenance, path)
         _save(report, path)
 
 
 def _report(
-    measured: Mapping[str, Measures], segmentation: Any, source: Source, made_by: Mapping[str, str], path: Path
+    measured: Mapping[str, Measures], segmentation: Any, source: Source, provenance: Mapping[str, str], path: Path
 ) -> Any:
     hd = _highdicom(path)
     from pydicom.sr.codedict import codes
@@ -197,7 +199,9 @@ def _report(
                     category.CodeValue, category.CodingSchemeDesignator, category.CodeMeaning
                 ),
                 finding_type=hd.sr.CodedConcept(kind.CodeValue, kind.CodingSchemeDesignator, kind.CodeMeaning),
-                algorithm_id=hd.sr.AlgorithmIdentification(_algorithm(made_by), _short(made_by.get("ibisagent", "?"))),
+                algorithm_id=hd.sr.AlgorithmIdentification(
+                    _algorithm(provenance), _short(provenance.get("ibisagent", "?"))
+                ),
                 measurements=[
                     hd.sr.Measurement(name=name, value=round(float(value), 4), unit=unit)
                     for name, value, unit in found
@@ -230,7 +234,7 @@ def _report(
     )
 
 
-def _description(hd: Any, number: int, name: str, colour: Rgb, made_by: Mapping[str, str]) -> Any:
+def _description(hd: Any, number: int, name: str, colour: Rgb, provenance: Mapping[str, str]) -> Any:
     from pydicom.sr.codedict import codes
 
     known = term(name)
@@ -243,9 +247,9 @@ def _description(hd: Any, number: int, name: str, colour: Rgb, made_by: Mapping[
         display_color=hd.color.CIELabColor.from_rgb(*colour),
         algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
         algorithm_identification=hd.AlgorithmIdentificationSequence(
-            name=_algorithm(made_by),
+            name=_algorithm(provenance),
             family=codes.cid7162.ArtificialIntelligence,
-            version=_short(made_by.get("ibisagent", "unknown")),
+            version=_short(provenance.get("ibisagent", "unknown")),
         ),
         tracking_uid=hd.UID(),
         tracking_id=name[:64],
@@ -261,9 +265,9 @@ def _concept(hd: Any, code: Code) -> Any:
     return hd.sr.CodedConcept(code.value, code.scheme, code.meaning)
 
 
-def _algorithm(made_by: Mapping[str, str]) -> str:
+def _algorithm(provenance: Mapping[str, str]) -> str:
     """Policy and segmenter, without the folders that a path may hold."""
-    parts = [made_by.get(part, "").rsplit("/", 1)[-1] for part in ("policy", "segmenter")]
+    parts = [provenance.get(part, "").rsplit("/", 1)[-1] for part in ("policy", "segmenter")]
     return _short(" with ".join(part for part in parts if part) or "ibisagent")
 
 

@@ -40,7 +40,7 @@ _TAKEN_OVER = (
 _PLANAR = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
 
 
-def write_rtstruct(masks: Mapping[str, np.ndarray], volume: Volume, path: Path, made_by: Mapping[str, str]) -> None:
+def write_rtstruct(masks: Mapping[str, np.ndarray], volume: Volume, path: Path, provenance: Mapping[str, str]) -> None:
     """Write (I, J, K) bool masks as one structure set, an ROI for each that has a voxel.
 
     Contours are CLOSED_PLANAR along the pixels' edges: separate parts are separate contours, a hole is joined to its
@@ -53,7 +53,7 @@ def write_rtstruct(masks: Mapping[str, np.ndarray], volume: Volume, path: Path, 
         raise DataError(f"{path.name}: no mask has a voxel; nothing was written")
     source = _placed_source(volume, path)
     with turning_damage_into_one_line(path.name), quiet(), disable_value_validation():
-        made = _empty_set(source, made_by)
+        made = _empty_set(source, provenance)
         for number, (name, colour) in enumerate(colours(shown).items(), start=1):
             made.StructureSetROISequence.append(
                 dataset_of(
@@ -61,7 +61,7 @@ def write_rtstruct(masks: Mapping[str, np.ndarray], volume: Volume, path: Path, 
                     ReferencedFrameOfReferenceUID=made.FrameOfReferenceUID,
                     ROIName=name[:64],
                     ROIGenerationAlgorithm="AUTOMATIC",
-                    ROIGenerationDescription=_makers(made_by),
+                    ROIGenerationDescription=_makers(provenance),
                 )
             )
             made.ROIContourSequence.append(
@@ -123,7 +123,7 @@ def _placed_source(volume: Volume, path: Path) -> Source:
     return source
 
 
-def _empty_set(source: Source, made_by: Mapping[str, str]) -> Any:
+def _empty_set(source: Source, provenance: Mapping[str, str]) -> Any:
     """A structure set of the source's patient and study, without an ROI."""
     patient = source.stand_in
     meta = FileMetaDataset()
@@ -138,7 +138,7 @@ def _empty_set(source: Source, made_by: Mapping[str, str]) -> Any:
     made.Modality, made.SeriesNumber, made.InstanceNumber = "RTSTRUCT", SERIES_NUMBER, 1
     made.SeriesDescription = "Contours by ibisagent, not for clinical use"
     made.Manufacturer = made.ManufacturerModelName = "ibisagent"
-    made.SoftwareVersions, made.OperatorsName = made_by.get("ibisagent", "unknown")[:64], ""
+    made.SoftwareVersions, made.OperatorsName = provenance.get("ibisagent", "unknown")[:64], ""
     made.StructureSetLabel, made.ApprovalStatus = "IBISAGENT", "UNAPPROVED"
     now = datetime.now()
     made.StructureSetDate, made.StructureSetTime = now.strftime("%Y%m%d"), now.strftime("%H%M%S")
@@ -197,9 +197,9 @@ def _observation(number: int, name: str) -> Any:
     return item
 
 
-def _makers(made_by: Mapping[str, str]) -> str:
+def _makers(provenance: Mapping[str, str]) -> str:
     """Policy and segmenter, without the folders that a path may hold."""
-    parts = [made_by.get(part, "").rsplit("/", 1)[-1] for part in ("policy", "segmenter")]
+    parts = [provenance.get(part, "").rsplit("/", 1)[-1] for part in ("policy", "segmenter")]
     return (" with ".join(part for part in parts if part) or "ibisagent").replace("\\", "/")[:64]
 
 

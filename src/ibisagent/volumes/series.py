@@ -156,7 +156,7 @@ class Selection:
 
 
 def parse_selection(text: str) -> Selection:
-    """A choice of series in words, all of which must hold: "CT axial >= 20 slices", "MR 't1' <= 3 mm", "all".
+    """A choice of series as text, all of which must hold: "CT axial >= 20 slices", "MR 't1' <= 3 mm", "all".
 
     Words are a modality as DICOM codes it or a plane; a text in quotes stands in the description; bounds are on
     `slices`, `mm` (between slices), `ms` (echo time) and `b` (diffusion weighting). "all" chooses every series that can

@@ -1,4 +1,4 @@
-"""Slices of a volume as pictures in radiological convention and at true aspect, and masks back onto the voxels."""
+"""Slices of a volume as images in radiological convention and at true aspect, and masks back onto the voxels."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class SliceView:
             )
         self._stretched = self.size != (height, width)
         self.pixel_mm = spacing[0] * height / self.size[0], spacing[1] * width / self.size[1]
-        """(row, column) spacing of the pictures; of voxels in this plane in `plane_mm`."""
+        """(row, column) spacing of the images; of voxels in this plane in `plane_mm`."""
         self.plane_mm = spacing
 
     @property
@@ -78,7 +78,7 @@ class SliceView:
         return self.volume.spacing_mm[self.voxel_axis]
 
     def image(self, index: int) -> Image:
-        """Slice `index` as a picture."""
+        """Slice `index` as an image."""
         plane = self._shown(self._take(self.volume.voxels, index))
         if self.volume.coloured:
             pixels = np.ascontiguousarray(plane)
@@ -91,7 +91,7 @@ class SliceView:
         return Image(pixels, spacing, source=f"{self.volume.name}, {self.axis} slice {index}")
 
     def read_mask(self, masks: np.ndarray, index: int) -> Mask:
-        """Slice `index` of an (I, J, K) mask, as a (H, W) mask of the picture."""
+        """Slice `index` of an (I, J, K) mask, as a (H, W) mask of the image."""
         plane = self.voxels_of(masks, index)
         if not self._stretched:
             return np.ascontiguousarray(plane)
@@ -103,9 +103,9 @@ class SliceView:
         return self._shown(self._take(masks, index)).astype(bool)
 
     def plane(self, mask: Mask) -> Mask:
-        """A picture's mask on the voxels of its plane, as shown: one pixel per voxel, of spacing `plane_mm`."""
+        """An image's mask on the voxels of its plane, as shown: one pixel per voxel, of spacing `plane_mm`."""
         if mask.shape != self.size:
-            raise DataError(f"{self.volume.name}: a mask of {mask.shape}, its pictures are {self.size}")
+            raise DataError(f"{self.volume.name}: a mask of {mask.shape}, its images are {self.size}")
         if not self._stretched:
             return mask
         shape = self.volume.shape[self._rows], self.volume.shape[self._columns]
@@ -114,12 +114,12 @@ class SliceView:
         return on_voxels
 
     def write_mask(self, masks: np.ndarray, index: int, mask: Mask) -> None:
-        """Put a picture's (H, W) mask into slice `index` of an (I, J, K) array."""
+        """Put an image's (H, W) mask into slice `index` of an (I, J, K) array."""
         shown = self._shown(self._take(masks, index))  # a view: what is written there is written to `masks`
         shown[...] = self.plane(mask)
 
     def pixel(self, voxel: Sequence[int]) -> tuple[int, int, int]:
-        """The slice that shows a voxel [i, j, k], and the column and row of its picture where the voxel's centre is.
+        """The slice that shows a voxel [i, j, k], and the column and row of its image where the voxel's centre is.
 
         Raises ConfigError for a voxel outside the volume.
         """
@@ -199,7 +199,7 @@ def _layout(volume: Volume, across: int) -> tuple[int, int, tuple[int, int]]:
 
 
 def _choose_window(volume: Volume, text: str) -> tuple[Window, str]:
-    """The window, and in words where it comes from."""
+    """The window, and as text where it comes from."""
     wanted = parse_window(text)
     if volume.coloured:
         return Window(0, 255), "colours as stored"

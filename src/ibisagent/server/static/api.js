@@ -23,7 +23,7 @@ const kept = new Map(); // images that were loaded, the latest last
 const KEPT = 24;
 
 // An image, decoded: shown without delay when it was asked for before.
-export function picture(url) {
+export function fetchImage(url) {
   let loading = kept.get(url);
   if (!loading) {
     const image = new Image();

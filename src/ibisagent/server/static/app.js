@@ -1,9 +1,9 @@
-// What the page knows, and the few things that all its parts use. The server holds the truth; this is what is shown.
+// What the page knows, and the few things that all its parts use. The server holds the state; this is what is shown.
 
 import { Stage } from "/static/stage.js";
 
 export const $ = (id) => document.getElementById(id);
-export const stage = new Stage($("picture"));
+export const stage = new Stage($("image"));
 
 const PALETTE = ["#34d399", "#fb923c", "#60a5fa", "#f472b6", "#facc15", "#22d3ee", "#f87171", "#a78bfa"];
 const UNNAMED = "target"; // the request of a session about which nobody has asked anything yet

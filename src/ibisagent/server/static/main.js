@@ -1,6 +1,6 @@
 // The page: what is open, what a user does about it, and the keys for it.
 
-import { get, picture, post } from "/static/api.js";
+import { get, fetchImage, post } from "/static/api.js";
 import { $, app, asked, colour, make, report, request, say, stage, target } from "/static/app.js";
 import * as levels from "/static/levels.js";
 import { bars, outline } from "/static/masks.js";
@@ -15,7 +15,7 @@ const ENDS = {
   max_turns: "The agent has used its turns. Let it go on, or correct the mask yourself.",
   malformed: "The agent wrote something that cannot be read, twice. Correct the mask yourself.",
   repeated: "The agent repeats itself. Correct the mask yourself, or ask differently.",
-  taken_over: "You have taken over.",
+  interrupted: "You have taken over.",
 };
 
 let opening = 0; // counts what was opened, so that what comes late is not shown
@@ -33,7 +33,7 @@ async function open(item, push = true) {
   if (!item) { stage.clear(); panel.render(); return say("Open an image to begin."); }
   if (item.kind === "scan") await scan.openScan(item);
   else {
-    const [image, view] = await Promise.all([picture(`${queue.base(item)}/image`), get(queue.base(item))]);
+    const [image, view] = await Promise.all([fetchImage(`${queue.base(item)}/image`), get(queue.base(item))]);
     if (turn !== opening) return;
     stage.show(image, view.width, view.height);
     item.running ||= view.running;
@@ -42,12 +42,12 @@ async function open(item, push = true) {
   if (turn !== opening) return;
   $("query").value = asked((app.scan || app.view).query) || $("query").value;
   levels.set(app.scan ? "auto" : "full", false);
-  if (document.activeElement.matches("button, input[type=file]")) $("picture").focus({ preventScroll: true });
+  if (document.activeElement.matches("button, input[type=file]")) $("image").focus({ preventScroll: true });
   say(summary());
   const here = standing();
   if (item.running) watch(item, item.id, here).then(() => here() && say(summary())).catch(report);
   const next = queue.beside(1);
-  if (next?.kind === "image") for (const ready of [picture(`${queue.base(next)}/image`), get(queue.base(next))]) ready.catch(() => {});
+  if (next?.kind === "image") for (const ready of [fetchImage(`${queue.base(next)}/image`), get(queue.base(next))]) ready.catch(() => {});
 }
 
 const shown = (item, push) => open(item, push).catch(report);
@@ -111,7 +111,7 @@ async function sessionOf(item, place) {
 async function run(turns) {
   const { item } = app, place = app.scan && scan.where();
   if (!item) return say("Open an image first, or take the sample.", "bad");
-  if (item.running) return act("take-over", {}, "You have taken over: click, or let the agent work again.");
+  if (item.running) return act("interrupt", {}, "You have taken over: click, or let the agent work again.");
   if (!$("query").value.trim()) { $("query").focus(); return say("Say what is to be segmented first.", "bad"); }
   const here = standing();
   queue.askedFor(request());
@@ -271,7 +271,7 @@ addEventListener("keydown", (event) => {
   if (control) done = key === "z" ? DO[event.shiftKey ? "r" : "u"] : key === "y" ? DO.r : null;
   else if ((key === " " || key === "Enter") && at.matches("button, a, summary, input, label")) done = null;
   else if (/^[1-8]$/.test(key)) done = () => $("objects").children[key - 1]?.querySelector(".name").click();
-  else if (arrow && at.id === "picture") done = () => moveCross(...arrow.map((way) => way * (event.shiftKey ? 10 : 1)));
+  else if (arrow && at.id === "image") done = () => moveCross(...arrow.map((way) => way * (event.shiftKey ? 10 : 1)));
   else if (key === "Escape") done = () => { stage.setMarks({ cross: null, corner: null }); if (app.looking !== null) back(); };
   if (!done || (event.repeat && (key === "Enter" || key === " "))) return;
   event.preventDefault();
@@ -290,8 +290,8 @@ function wire() {
   };
   for (const [id, does] of Object.entries(clicked)) $(id).onclick = () => Promise.resolve(does()).catch(report);
   $("home").onclick = (event) => { event.preventDefault(); queue.load().then(() => shown(null)); };
-  $("ask").onsubmit = (event) => { event.preventDefault(); $("picture").focus(); run().catch(report); };
-  $("new-object").onsubmit = (event) => { event.preventDefault(); if ($("target").value.trim()) acts.choose($("target").value.trim()); $("target").value = ""; $("picture").focus(); };
+  $("ask").onsubmit = (event) => { event.preventDefault(); $("image").focus(); run().catch(report); };
+  $("new-object").onsubmit = (event) => { event.preventDefault(); if ($("target").value.trim()) acts.choose($("target").value.trim()); $("target").value = ""; $("image").focus(); };
   for (const button of document.querySelectorAll("[data-tool]")) button.onclick = tool(button.dataset.tool);
   $("opacity").oninput = () => { stage.setOpacity(Number($("opacity").value) / 100); localStorage.setItem("opacity", $("opacity").value); };
   $("radius").oninput = () => { $("radius-value").value = $("radius").value; if (stage.cursor) stage.setMarks({ cursor: { ...stage.cursor, radius: acts.radius() } }); };
@@ -303,7 +303,7 @@ function wire() {
   $("keys").querySelector("dl").append(...keys.flat());
   addEventListener("click", (event) => { // back to the image, so that keys count there
     const pressed = event.detail && app.item && event.target.closest("button, .check");
-    if (pressed && !event.target.closest("dialog, form, #objects")) $("picture").focus({ preventScroll: true });
+    if (pressed && !event.target.closest("dialog, form, #objects")) $("image").focus({ preventScroll: true });
     if (!event.target.closest("#export") || event.target.closest("#export a")) $("export").open = false;
   });
   addEventListener("popstate", route);

@@ -24,7 +24,7 @@ export function render() {
     $(id).disabled = !can;
   }
   for (const button of document.querySelectorAll("[data-tool]")) button.setAttribute("aria-checked", button.dataset.tool === app.tool);
-  $("picture").dataset.tool = app.tool;
+  $("image").dataset.tool = app.tool;
   $("radius-row").hidden = app.tool !== "brush" && app.tool !== "eraser";
 }
 
@@ -67,7 +67,7 @@ function rename(name) {
 function renderTurns() {
   const { view } = app, lines = [];
   const edits = [...(view?.edits || [])];
-  const before = (turn) => { while (edits.length && edits[0].after < turn) lines.push(line("person", edits.shift().what)); };
+  const before = (turn) => { while (edits.length && edits[0].after < turn) lines.push(line("user", edits.shift().what)); };
   for (const turn of view?.turns || []) { before(turn.number); lines.push(turnLine(turn)); }
   before(Infinity);
   $("turns").replaceChildren(...lines);

@@ -1,4 +1,4 @@
-// What pointers and the wheel do on the picture, by tool. Acts are told to `acts`; nothing here speaks to the server.
+// What pointers and the wheel do on the image, by tool. Acts are told to `acts`; nothing here speaks to the server.
 //
 // acts: tool(), radius(), colour(), click(x, y, positive), box(box, edited), brush(points, radius, add),
 //       hover(place or null), levels(dx, dy, done), slice(step), or null for slice where there are none.

@@ -1,6 +1,6 @@
 // A scan: its slices, its window, and masks that are carried from slice to slice.
 
-import { get, picture, post } from "/static/api.js";
+import { get, fetchImage, post } from "/static/api.js";
 import { $, app, colour, make, report, request, say, stage, target } from "/static/app.js";
 import { update } from "/static/queue.js";
 
@@ -57,7 +57,7 @@ export async function showSlice(stay) {
   try {
     for (;;) {
       const wanted = JSON.stringify([scan.axis, scan.index, scan.window]);
-      const [image, slice] = await Promise.all([picture(imageOf(scan.index)), get(path(`slice?${query(where())}`))]);
+      const [image, slice] = await Promise.all([fetchImage(imageOf(scan.index)), get(path(`slice?${query(where())}`))]);
       if (app.scan !== scan) return;
       stage.show(image, axis().width, axis().height, stay);
       stage.setLevels(null);
@@ -71,7 +71,7 @@ export async function showSlice(stay) {
   history.replaceState(history.state, "", `#${scan.axis}/${scan.index}`);
   for (let step = 1; step <= NEAR; step++) {
     for (const index of [scan.index + step, scan.index - step]) {
-      if (index >= 0 && index < axis().count) picture(imageOf(index)).catch(() => {});
+      if (index >= 0 && index < axis().count) fetchImage(imageOf(index)).catch(() => {});
     }
   }
 }
