@@ -39,7 +39,7 @@ from ibisagent.policies import Policy, load_policy
 from ibisagent.policies.baselines import LocationPriorPolicy
 from ibisagent.policies.endpoint import EndpointPolicy
 from ibisagent.policies.mllm import MllmPolicy
-from ibisagent.protocol import DIALECTS, parse
+from ibisagent.protocol import DIALECTS, parse, render
 from ibisagent.server.policy_server import create_app, serve
 
 SIZE = (61, 83)
@@ -327,6 +327,42 @@ def test_dtype_and_image_limits(qwen: MllmPolicy, qwen_folder: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # all that peft does about it
+def test_released_sees_512_by_512_and_is_told_what_a_file_says(tmp_path: Path) -> None:
+    tiny_qwen(tmp_path, dialect="released")
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (tmp_path / name).is_file():
+            text = (tmp_path / name).read_text()
+            (tmp_path / name).write_text(text.replace(str(84 * 84), str(16384 * 28 * 28)))
+    file = tmp_path / "prompts.toml"
+    file.write_text('system = "S {x}"\nfirst = "<image>{query}"\nrefine = "R {query}"\n')
+    large = Observation("a", Image(np.zeros((800, 1000, 3), np.uint8)), "Find it.")
+    tokens = {}
+    for dialect in ("released", "ibis"):
+        policy = MllmPolicy(tmp_path, device="cpu", max_new_tokens=1, dialect=dialect, prompts=file)
+        message = render(large, dialect=dialect, wording=policy.wording)[1:]
+        [written] = policy.generate([message])
+        tokens[dialect] = written.prompt_tokens
+    assert tokens["released"] < 512 * 512 / 28**2 + 40 < tokens["ibis"]
+    assert text_of_first(message) == "<image>Find it."
+    assert "prompts_sha256" in policy.describe()
+    bare = MllmPolicy(tmp_path, device="cpu")
+    assert (bare.dialect, bare.describe()["prompts"]) == ("released", "paraphrased")
+
+
+def text_of_first(messages: list[dict[str, Any]]) -> str:
+    return "".join(part.get("text", "") for part in messages[0]["content"])
+
+
+def test_a_chat_template_in_the_tokenizer_alone_is_enough(qwen: MllmPolicy, tmp_path: Path) -> None:
+    """As folders of Qwen2.5-VL have it that older transformers wrote."""
+    tiny_qwen(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": CHAT_TEMPLATE}))
+    policy = MllmPolicy(tmp_path, device="cpu", max_new_tokens=24)
+    assert texts(policy.respond(observations())) == texts(qwen.respond(observations()))
+
+
 def test_adapter(qwen: MllmPolicy, qwen_folder: Path, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -488,6 +524,31 @@ def test_endpoint_puts_a_thought_back_that_the_server_cut_out() -> None:
         [completion, *_] = EndpointPolicy(url, "m", dialect="ibis").respond(observations())
     assert completion.text == "<think>It fits.</think><action>stop</action>"
     assert completion.tokens is None
+
+
+def test_endpoint_samples_the_public_weights_plainly() -> None:
+    """vLLM would take a repetition penalty from the folder of the weights."""
+    asked: list[dict[str, Any]] = []
+
+    def offered(_request: Request) -> JSONResponse:
+        models = [{"id": "a", "root": "weights/qwen2_5vl-7b-RL"}, {"id": "b", "root": "Qwen/Qwen2.5-VL-7B-Instruct"}]
+        return JSONResponse({"object": "list", "data": [{"object": "model", "created": 0, **one} for one in models]})
+
+    async def answer(request: Request) -> JSONResponse:
+        asked.append(await request.json())
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "-"}}
+        return JSONResponse({"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
+
+    routes = [Route("/v1/models", offered), Route("/v1/chat/completions", answer, methods=["POST"])]
+    plain = {"temperature": 0.0, "max_tokens": 512, "repetition_penalty": 1.0, "top_p": 1.0, "top_k": -1}
+    with served(Starlette(routes=routes)) as url:
+        for name, dialect, sent in (("a", "released", plain), ("b", "ibis", {"temperature": 0.0, "max_tokens": 512})):
+            policy = EndpointPolicy(url, name)
+            assert policy.dialect == dialect
+            policy.respond(observations()[:1])
+            settings = asked.pop()
+            assert {key: settings[key] for key in plain if key in settings} == sent
+            assert "extra_body" not in policy.describe()
 
 
 class Flaky:

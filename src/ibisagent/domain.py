@@ -341,12 +341,13 @@ def union(masks: Masks, names: Sequence[str], size: tuple[int, int]) -> Mask:
     return merged
 
 
-def stand_after(standing: Standing, turn: int, actions: Sequence[Action]) -> Standing:
+def stand_after(standing: Standing, turn: int, actions: Sequence[Action], *, again: bool = False) -> Standing:
     """What stands once the actions of turn number `turn` are done: the one place that says what an Undo takes back.
 
     Actions count in order, up to a Stop. An Undo takes back the newest prompts over all targets, of this turn or
-    earlier ones, all where there are fewer. A prompt that stands already says nothing new and is dropped. The very same
-    tuple comes back where the same prompts stand in the end, whatever was undone and given again on the way.
+    earlier ones, all where there are fewer. A prompt that stands already says nothing new and is dropped, unless it
+    counts `again`. The very same tuple comes back where the same prompts stand in the end, whatever was undone and
+    given again on the way.
     """
     after = list(standing)
     for action in actions:
@@ -354,7 +355,7 @@ def stand_after(standing: Standing, turn: int, actions: Sequence[Action]) -> Sta
             break
         if isinstance(action, Undo):
             del after[max(0, len(after) - action.steps) :]
-        elif all(action != prompt for _, prompt in after):
+        elif again or all(action != prompt for _, prompt in after):
             after.append((turn, action))
     same = [prompt for _, prompt in after] == [prompt for _, prompt in standing]
     return standing if same else tuple(after)

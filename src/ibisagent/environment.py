@@ -15,7 +15,6 @@ import numpy as np
 
 from ibisagent import protocol
 from ibisagent.domain import (
-    MASK_SELECTION,
     MAX_TARGETS,
     Action,
     Case,
@@ -36,11 +35,10 @@ from ibisagent.domain import (
 from ibisagent.errors import ConfigError, PolicyError, SegmenterError
 from ibisagent.imaging.masks import iou
 from ibisagent.policies.base import Policy, Proposer
-from ibisagent.segmenters import Prediction, Segmenter, SegmenterSession
+from ibisagent.segmenters import Multimask, Prediction, Segmenter, SegmenterSession
 
 MAX_TURNS = 20
 """Most turns of an episode where the policy states no limit of its own, as in the paper; see `turn_limit`."""
-MAX_MALFORMED = 2  # in a row
 
 
 @cache
@@ -56,6 +54,11 @@ def turn_limit(policy: object) -> int:
     """Most turns of an episode of `policy` where the caller names none: its own `max_turns`, else MAX_TURNS."""
     own: int | None = getattr(policy, "max_turns", None)
     return MAX_TURNS if own is None else own
+
+
+def mask_choice(policy: Policy, wanted: MaskSelection | None) -> MaskSelection:
+    """Which masks of an episode of `policy` are its answer: those `wanted`, None as is usual for its dialect."""
+    return wanted or protocol.DIALECTS[policy.dialect].mask_selection
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,11 +86,15 @@ class Board:
     again.
     """
 
-    def __init__(self, image: Image, segmenter: Segmenter, start: Masks) -> None:
+    def __init__(self, image: Image, segmenter: Segmenter, start: Masks, dialect: str = "") -> None:
+        """dialect: whose ways of prompting are followed (`protocol.Dialect`); "" or an unknown one has none."""
+        speech = protocol.DIALECTS.get(dialect)
         self._image = image
-        self._segmenter = segmenter
+        several = speech is not None and speech.multimask
+        self._segmenter = segmenter.with_multimask() if several and isinstance(segmenter, Multimask) else segmenter
+        self._repeats = speech.repeats if speech else 1
         self._session: SegmenterSession | None = None
-        self._turns = 0
+        self._said: tuple[tuple[Action, ...], ...] = ()  # the actions of every turn
         self._standing: Standing = ()
         self._states: list[_Objects | None] = [{name: _Object((), mask, mask, None) for name, mask in start.items()}]
 
@@ -135,7 +142,9 @@ class Board:
 
         Each target is predicted once for all its new prompts. Nothing changes if the segmenter raises.
         """
-        standing = stand_after(self._standing, self._turns, actions)
+        said = (*self._said, tuple(actions))
+        again = len({*said[-self._repeats :]}) > 1 or len(said) < self._repeats
+        standing = stand_after(self._standing, len(self._said), actions, again=again)
         batches, old = _batches(standing), _batches(self._standing)
         same = next((i for i, pair in enumerate(zip(batches, old, strict=False)) if pair[0] != pair[1]), None)
         same = min(len(batches), len(old)) if same is None else same
@@ -146,7 +155,7 @@ class Board:
         for index in range(1, len(states) - KEPT_STATES):
             states[index] = None
         fresh = standing is not self._standing or not Reply("", tuple(actions)).prompts
-        self._turns, self._standing, self._states = self._turns + 1, standing, states
+        self._said, self._standing, self._states = said, standing, states
         return fresh
 
     def _predict(self, state: _Objects, batch: tuple[Prompt, ...]) -> _Objects:
@@ -184,14 +193,15 @@ def read_reply(
     return replace(completion, text=text), protocol.parse(text, size, dialect=dialect, default_target=default_target)
 
 
-def stop_reason(turns: Sequence[Turn], fresh: bool) -> StopReason | None:
+def stop_reason(turns: Sequence[Turn], fresh: bool, dialect: str) -> StopReason | None:
     """Why a policy's run ends with the last of `turns`, the number of turns aside; fresh: it said anything new."""
+    unreadable = protocol.DIALECTS[dialect].unreadable
     if turns[-1].reply.stop is not None:
         return "stopped"
     if not fresh:
         return "repeated"
-    last = turns[-MAX_MALFORMED:]
-    malformed = len(last) == MAX_MALFORMED and all(turn.reply.problem is not None for turn in last)
+    last = turns[-unreadable:]
+    malformed = len(last) == unreadable and all(turn.reply.problem is not None for turn in last)
     return "malformed" if malformed else None
 
 
@@ -203,7 +213,8 @@ class SegmentationEnv:
     - Undo takes back the newest prompts over all targets and restores the exact earlier state.
     - A reply that cannot be read, or that names more than MAX_TARGETS objects, changes nothing; the second in a row
       ends the episode ("malformed"). A turn whose prompts change nothing, as they stand already, ends it ("repeated"),
-      so does turn number `max_turns` ("max_turns") and a Stop ("stopped").
+      so does turn number `max_turns` ("max_turns") and a Stop ("stopped"). A dialect may have other rules
+      (`protocol.Dialect`).
     """
 
     def __init__(
@@ -213,13 +224,13 @@ class SegmentationEnv:
         *,
         dialect: str,
         max_turns: int = MAX_TURNS,
-        mask_selection: MaskSelection = MASK_SELECTION,
+        mask_selection: MaskSelection | None = None,
         made_by: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """dialect: name in `protocol.DIALECTS`. max_turns: for a policy's own limit give `turn_limit(policy)`.
 
-        mask_selection: which masks are the episode's answer. made_by: more facts for the record, such as seed, weights
-        and runtime.
+        mask_selection: which masks are the episode's answer; None as is usual for the dialect. made_by: more facts for
+        the record, such as seed, weights and runtime.
 
         Raises ConfigError for an unknown dialect or max_turns < 1.
         """
@@ -229,10 +240,10 @@ class SegmentationEnv:
             raise ConfigError(f"max_turns is {max_turns}; give 1 or more")
         self.dialect = dialect
         self.max_turns = max_turns
-        self._mask_selection = mask_selection
+        self._mask_selection = mask_selection or protocol.DIALECTS[dialect].mask_selection
         self._case_id, self._image, self._query, self._start = case.id, case.image, case.query, dict(case.start)
         self._default_target = protocol.target_of(case.query)
-        self._board = Board(case.image, segmenter, self._start)
+        self._board = Board(case.image, segmenter, self._start, dialect)
         self._made_by = {
             "segmenter": segmenter.name,
             "dialect": dialect,
@@ -268,7 +279,8 @@ class SegmentationEnv:
 
     def _record(self, turn: Turn, fresh: bool) -> Turn:
         self._turns.append(turn)
-        self._stop = stop_reason(self._turns, fresh) or ("max_turns" if len(self._turns) >= self.max_turns else None)
+        limit: StopReason | None = "max_turns" if len(self._turns) >= self.max_turns else None
+        self._stop = stop_reason(self._turns, fresh, self.dialect) or limit
         return turn
 
     @property

@@ -25,6 +25,7 @@ import numpy as np
 import PIL.Image
 
 from ibisagent.domain import (
+    MASK_SELECTION,
     MAX_NAME_CHARS,
     MAX_QUERY_CHARS,
     MAX_TARGETS,
@@ -33,6 +34,7 @@ from ibisagent.domain import (
     Click,
     Image,
     Masks,
+    MaskSelection,
     Observation,
     Reply,
     Stop,
@@ -75,7 +77,13 @@ class Dialect:
     system: the system prompt. boxes, undo, several, names: whether a reply can hold a Box, an Undo, more than one
     action, the name of each target. block: line breaks around a tag's content and between actions. picture_first: in
     user turns. absent: how the sentence in the answer begins that lists absent objects; empty where the action lists
-    them. read, phrase: the grammar of actions. refine: the request once there is a mask; empty where the query stays.
+    them. read, phrase: the grammar of actions. first: the request without a mask. refine: the request once there is
+    one; empty where the query stays. "{query}" stands for the query in both.
+
+    How an episode goes, which is the dialect's where its weights were made in another loop than ours. repeats: so
+    many turns in a row with the same prompts end it; 1: any prompt that stands already ends it, and is not given again.
+    unreadable: so many unreadable replies in a row end it. mask_selection: which masks are its answer. multimask: the
+    segmenter is asked for several masks at every prompt, where it can be. max_pixels: area that images are shrunk to.
     """
 
     name: str
@@ -91,7 +99,22 @@ class Dialect:
     absent: str
     read: Callable[[str, Size], list[Action]]
     phrase: Callable[[Action, Size], str]
+    first: str = "{query}"
     refine: str = ""
+    repeats: int = 1
+    unreadable: int = 2
+    mask_selection: MaskSelection = MASK_SELECTION
+    multimask: bool = False
+    max_pixels: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """What models of a dialect are told, where it is not the dialect's own: see `Dialect`."""
+
+    system: str
+    first: str
+    refine: str
 
 
 class _UnreadableError(Exception):
@@ -221,7 +244,7 @@ _SEPARATOR = re.compile(r"(?<!&amp)(?<!&lt)(?<!&gt)(?<!&lpar)(?<!&semi)(?<!&colo
 _IBIS_CLICK = re.compile(rf"click\s*([+-])\s*{_POINT}(.*)", re.IGNORECASE | re.DOTALL)
 _IBIS_BOX = re.compile(rf"box\s*{_POINT}\s*{_POINT}(.*)", re.IGNORECASE | re.DOTALL)
 _IBIS_ABSENT = re.compile(r"absent\b(.*)", re.IGNORECASE | re.DOTALL)
-_RELEASED_CLICK = re.compile(rf"(positive|negative)\s+point\s*:?\s*{_POINT}\.?", re.IGNORECASE)
+_RELEASED_CLICK = re.compile(rf"(positive|negative)\s+point\s*:?\s*{_POINT}", re.IGNORECASE)
 _PAPER_POINT = re.compile(r"[\[(]?\s*([^\s,()\[\]]+)\s*,\s*([^\s,()\[\]]+)\s*[\])]?")
 _PAPER_START = re.compile(r"[^\s,;]")
 _PAPER_JSON = json.JSONDecoder(parse_int=float, strict=False)  # float: Python refuses integers of 4,300 digits and more
@@ -286,11 +309,12 @@ def _phrase_ibis(action: Action, size: Size) -> str:
 
 
 def _read_released(text: str, size: Size) -> list[Action]:
-    if match := _RELEASED_CLICK.fullmatch(text):
+    """As the public code reads: wherever it stands in the action, the stop word counts first, then the first point."""
+    if _STOP.fullmatch(text) or "terminat" in text.lower():
+        return [Stop()]
+    if match := _RELEASED_CLICK.search(text):
         x, y = _pixel(match[2], match[3], size)
         return [Click(x, y, match[1].lower() == "positive", "")]
-    if _STOP.fullmatch(text):
-        return [Stop()]
     raise _UnreadableError(f"'{_shown(text)}' is no action" if text else "the action is empty")
 
 
@@ -504,6 +528,7 @@ def render(
     history: History | None = None,
     style: OverlayStyle | None = None,
     paint: Callable[[Image, Masks, OverlayStyle], Any] | None = None,
+    wording: Wording | None = None,
 ) -> list[Message]:
     """The conversation that asks a policy for its next reply: [system], earlier turns, the current user turn.
 
@@ -512,12 +537,15 @@ def render(
     history None: as the dialect prefers. "none": the current turn alone. "actions": the same, with the actions so far
     as text. "full": every earlier picture and reply, as they were. style None: as the dialect prefers; "alpha" has
     no system prompt, as only models trained for it can read such pictures. paint: makes what stands for a
-    picture in the messages, in place of `overlay`; for writers that have the same picture already.
+    picture in the messages, in place of `overlay`; for writers that have the same picture already. wording: what the
+    policy is told in place of the dialect's own words.
 
     The query and names are escaped as in replies, so that they cannot pass for tags. Raises ConfigError for an unknown
     dialect, history or style.
     """
     speech = _dialect(dialect)
+    if wording is not None:
+        speech = replace(speech, system=wording.system, first=wording.first, refine=wording.refine)
     history = history or speech.history
     style = style or speech.style
     if history not in get_args(History):
@@ -534,6 +562,7 @@ def render(
     return messages
 
 
+QUERY_PLACE = "{query}"
 START_LINE = "A mask to refine is already shown."
 PROBLEM_LINE = "Your last reply could not be read: {problem}. Nothing was changed."
 NEXT_LINE = "This is the picture after your last reply."
@@ -552,9 +581,9 @@ def _user(
     refining = shown or any(turn.reply.problem is None for turn in turns)
     query = escape(observation.query)
     if speech.refine and refining:
-        lines = [speech.refine.format(query=query)]
+        lines = [speech.refine.replace(QUERY_PLACE, query)]
     else:
-        lines = [NEXT_LINE if history == "full" and turns else query]
+        lines = [NEXT_LINE if history == "full" and turns else speech.first.replace(QUERY_PLACE, query)]
     if shown and not turns:
         lines.append(START_LINE)
     if history == "actions" and turns:
@@ -652,6 +681,11 @@ _RELEASED = Dialect(
     phrase=_phrase_released,
     refine='This is a refinement step. The user asked: "{query}". Does the semi-transparent green mask still need '
     "another point? If so, answer with a point action, otherwise with Terminate.",
+    repeats=3,
+    unreadable=1,
+    mask_selection="last",
+    multimask=True,
+    max_pixels=512 * 512,
 )
 
 _IBIS = Dialect(

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ibisagent.domain import (
-    MASK_SELECTION,
     Action,
     Box,
     Case,
@@ -74,13 +73,14 @@ def run_case(
     segmenter: Segmenter,
     *,
     max_turns: int | None = None,
-    mask_selection: MaskSelection = MASK_SELECTION,
+    mask_selection: MaskSelection | None = None,
     on_turn: Callable[[Turn], None] | None = None,
 ) -> Episode:
     """One episode of `policy` with `segmenter` on `case`, `made_by` whatever is named there; see its `answer_masks`.
 
-    max_turns: default the policy's own limit. mask_selection: which masks are the answer, see `Episode.answer_masks`.
-    on_turn: called after every turn. Raises PolicyError and SegmenterError when their machinery fails.
+    max_turns: default the policy's own limit. mask_selection: which masks are the answer, see `Episode.answer_masks`;
+    default as is usual for the policy's dialect. on_turn: called after every turn. Raises PolicyError and
+    SegmenterError when their machinery fails.
     """
     env = SegmentationEnv(
         case,

@@ -50,7 +50,7 @@ def replay(episode: Episode, image: Image, segmenter: Segmenter) -> Masks:
     recorded = episode.made_by.get("segmenter", segmenter.name)
     if recorded != segmenter.name:
         raise ConfigError(f"the record was made with segmenter {recorded}, not {segmenter.name}; load that one")
-    board = Board(image, segmenter, episode.start)
+    board = Board(image, segmenter, episode.start, episode.made_by.get("dialect", ""))
     for turn in episode.turns:
         board.apply(turn.reply.actions)
     return dict(board.masks)

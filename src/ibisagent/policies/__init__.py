@@ -63,6 +63,7 @@ def load_policy(
     batch_size: int = 16,
     max_pixels: int | None = None,
     candidates: int | None = None,
+    prompts: str | Path | None = None,
     cases: Mapping[str, Case] | Iterable[Case] | None = None,
 ) -> Policy:
     """The policy that `spec` names (see `POLICIES`).
@@ -72,7 +73,8 @@ def load_policy(
     model's configuration says as `reply_tokens`, else 512. temperature: 0 is greedy. batch_size: observations answered
     together (mllm), or requests under way at once (endpoint). max_pixels: the size that images are shrunk to, for
     models that take any size (mllm). candidates: first turns to try, of which the best is kept (mllm); None takes what
-    the model's configuration says, else 1. cases: the truth, for the oracles alone.
+    the model's configuration says, else 1. prompts: a TOML file with what a model is told in place of the dialect's own
+    words (mllm, endpoint; see `policies.wording`). cases: the truth, for the oracles alone.
     Raises ConfigError for a spec or option that does not exist and PolicyError where weights or a server are missing.
     """
     kind, _, rest = spec.partition(":")
@@ -89,7 +91,7 @@ def load_policy(
         from ibisagent.policies.endpoint import EndpointPolicy
 
         url, _, model = rest.partition("#")
-        return EndpointPolicy(url, model, concurrency=batch_size, **sampling)
+        return EndpointPolicy(url, model, concurrency=batch_size, prompts=prompts, **sampling)
     if kind == "scripted" and rest:
         from ibisagent.policies.scripted import ScriptedPolicy
 
@@ -113,6 +115,7 @@ def load_policy(
                 adapter=adapter,
                 batch_size=batch_size,
                 max_pixels=max_pixels,
+                prompts=prompts,
                 cases=cases,
                 **sampling,
             )
@@ -141,6 +144,7 @@ def load_policy(
         batch_size=batch_size,
         max_pixels=max_pixels,
         candidates=candidates,
+        prompts=prompts,
         **sampling,
     )
 

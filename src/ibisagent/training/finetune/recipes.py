@@ -36,6 +36,8 @@ class StageRecipe(Recipe):
     """Language of the turns; none takes what the policy speaks."""
     max_pixels: int | None = Field(None, ge=1)
     """Area that pictures are shrunk to, for models that take any size."""
+    prompts: Path | None = None
+    """TOML file with what the policy is told in place of its dialect's own words (`ibisagent data prompts`)."""
     chat_template: Path | None = None
     """Jinja file for models whose own template does not mark replies ({% generation %}) and show role "tool"."""
 

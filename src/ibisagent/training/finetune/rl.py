@@ -30,7 +30,7 @@ from ibisagent.errors import ConfigError, PolicyError, SegmenterError
 from ibisagent.files import one_line, try_folder
 from ibisagent.generation.exports import read_grpo
 from ibisagent.imaging.masks import decode_rle, iou
-from ibisagent.protocol import render, target_of
+from ibisagent.protocol import target_of
 from ibisagent.rewards import RewardWeights, Score, match_names, score
 from ibisagent.segmenters import Segmenter, load_segmenter
 from ibisagent.store import EpisodeStore
@@ -149,9 +149,7 @@ class SegmentationTool:
         return _OVER if self.path.done else self._shown()
 
     def _shown(self) -> list[dict[str, Any]]:
-        student = self._student
-        messages = render(self.path.observation, dialect=student.dialect, history=student.history, style=student.style)
-        return list(messages[-1]["content"])
+        return list(self._student.told(self.path.observation)[-1]["content"])
 
 
 def judge(weights: RewardWeights, keep: Callable[[Sequence[Episode]], None]) -> Callable[..., list[float | None]]:
@@ -457,7 +455,7 @@ def _shown_tokens(student: Student, cases: Sequence[Case]) -> int:
     for index in np.linspace(0, len(cases) - 1, min(len(cases), _PROBED_CASES)).astype(int):
         case = cases[int(index)]
         seen = Observation(case.id, case.image, case.query, {target_of(case.query): np.ones(case.image.size, bool)})
-        messages = render(seen, dialect=student.dialect, history="full", style=student.style)[-1:]
+        messages = student.told(seen, history="full")[-1:]
         read = student.processor.apply_chat_template(
             [messages], add_generation_prompt=True, tokenize=True, return_dict=True
         )
@@ -468,7 +466,7 @@ def _shown_tokens(student: Student, cases: Sequence[Case]) -> int:
 def _rows(student: Student, cases: Sequence[Case]) -> Dataset:
     """What TRL draws from: for each case its number and what comes before the first picture."""
     case = cases[0]
-    told = render(Observation("", case.image, "?"), dialect=student.dialect, history="full", style=student.style)
+    told = student.told(Observation("", case.image, "?"), history="full")
     before = [{"role": m["role"], "content": "".join(part["text"] for part in m["content"])} for m in told[:-1]]
     prompt = [*before, {"role": "user", "content": ""}]
     numbers = Dataset.from_dict({"case": list(range(len(cases)))})
