@@ -35,10 +35,12 @@ from transformers import (
 from ibisagent.domain import Case, Click, Completion, Image, Observation, Reply, Turn
 from ibisagent.errors import ConfigError, PolicyError
 from ibisagent.files import png_bytes
+from ibisagent.inference.models import check_machine
 from ibisagent.policies import Policy, load_policy
 from ibisagent.policies.baselines import LocationPriorPolicy
 from ibisagent.policies.endpoint import EndpointPolicy
 from ibisagent.policies.mllm import MllmPolicy
+from ibisagent.policies.sizes import QWEN_7B, find_gpu, need, size_of_folder
 from ibisagent.protocol import DIALECTS, parse, render
 from ibisagent.server.policy_server import create_app, serve
 
@@ -361,6 +363,36 @@ def test_a_chat_template_in_the_tokenizer_alone_is_enough(qwen: MllmPolicy, tmp_
     file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": CHAT_TEMPLATE}))
     policy = MllmPolicy(tmp_path, device="cpu", max_new_tokens=24)
     assert texts(policy.respond(observations())) == texts(qwen.respond(observations()))
+
+
+def test_doctor_tells_what_a_7b_folder_needs_without_its_weights(tmp_path: Path) -> None:
+    Qwen2_5_VLConfig(**QWEN_7B).save_pretrained(tmp_path)
+    told = {
+        gpu: check_machine(f"mllm:{tmp_path}", gpu)[0] for gpu in ("NVIDIA A100 80GB PCIe", "RTX 3090", "NVIDIA L4")
+    }
+    assert all(check.finding.startswith("8.29 billion parameters, in bfloat16 16.8 GB") for check in told.values())
+    assert all(check.passed for check in told.values())
+    size = size_of_folder(tmp_path)
+    large, small = (need(size, gpu=find_gpu(name)) for name in ("A100 80GB", "L4"))
+    assert large.seconds is not None
+    assert small.seconds is not None
+    # 750 tokens are written, each reads the weights of the language part once: 15.2 GB at 1.94 and at 0.3 TB/s
+    assert 750 * 15.2 / 1940 < large.seconds < 1.2 * 750 * 15.3 / 1940
+    assert 750 * 15.2 / 300 < small.seconds < 1.2 * 750 * 15.3 / 300
+    assert not check_machine(str(tmp_path / "none"), "L4")[0].passed
+    with pytest.raises(ConfigError, match="data sheet"):
+        check_machine(str(tmp_path), "abacus")
+
+
+def test_the_size_of_a_model_is_that_of_its_weights(qwen: MllmPolicy, qwen_folder: Path) -> None:
+    model, _ = qwen.parts
+    size = size_of_folder(qwen_folder)
+    assert size.parameters == sum(one.numel() for one in model.parameters())
+    assert size.vision == sum(one.numel() for one in model.model.visual.parameters())
+    with torch.no_grad():
+        kept = model(input_ids=torch.full((2, 7), 20), use_cache=True).past_key_values
+    held = sum(part.numel() for layer in kept.layers for part in (layer.keys, layer.values))
+    assert size.cache_bytes(2 * 7, bytes_each=4) == 4 * held
 
 
 def test_adapter(qwen: MllmPolicy, qwen_folder: Path, tmp_path: Path) -> None:

@@ -1028,10 +1028,17 @@ class TestSam2:
         assert not np.allclose(again.logits, found.logits, atol=1e-6)
         assert one.pred_masks.shape[2] == 1
 
-    def test_three_masks_at_every_step_where_asked_for(self, sam2_folder: Path) -> None:
+    def test_three_masks_at_every_step_where_asked_for(self, sam2_folder: Path, tmp_path: Path) -> None:
         image, mask = phantom()
         click = inner_click(mask)
-        plain = Sam2(str(sam2_folder), device="cpu")
+        folder = tmp_path / "sam2"
+        shutil.copytree(sam2_folder, folder)
+        config = json.loads((folder / "config.json").read_text())
+        config["mask_decoder_config"]["dynamic_multimask_via_stability"] = (
+            False  # else it takes one of three on its own
+        )
+        (folder / "config.json").write_text(json.dumps(config))
+        plain = Sam2(str(folder), device="cpu")
         several = plain.with_multimask()
         assert isinstance(plain, Multimask)
         first = several.open(image).predict([click])

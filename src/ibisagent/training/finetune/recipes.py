@@ -93,6 +93,8 @@ class RlRecipe(StageRecipe):
     """Longest reply; a longer one is cut, and most likely unreadable."""
     path_tokens: int = Field(0, ge=0)
     """Longest path, without the first picture; 0 leaves room for `max_turns`. A longer one ends as max_turns does."""
+    rollouts_at_once: int = Field(0, ge=0)
+    """Most rollouts that a process writes at once, the others after them, for a smaller key-value cache; 0: all."""
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     clip: float = Field(0.2, gt=0)
@@ -103,6 +105,8 @@ class RlRecipe(StageRecipe):
     """How tokens are averaged; grpo, as in the paper: within each path, then over paths."""
     iterations: int = Field(1, ge=1)
     """Updates from the same paths."""
+    steps_per_generation: int | None = Field(None, ge=1)
+    """Batches from the same rollouts: `accumulate` times the updates that they are learnt from in; none: one update."""
     resample: int = Field(0, ge=0)
     """Dynamic sampling: so often, cases whose paths all earned the same are replaced by other cases."""
     rewards: RewardWeights = PAPER

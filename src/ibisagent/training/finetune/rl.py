@@ -8,6 +8,7 @@ which alone decides what it means, what is shown next and when the episode is ov
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -225,8 +226,9 @@ class _Shown(list[Any]):
 class _Trainer(GRPOTrainer):
     """TRL's, which ends a path when its episode is over, and can replace cases that teach nothing."""
 
-    def __init__(self, resample: int, **options: Any) -> None:
+    def __init__(self, resample: int, at_once: int, **options: Any) -> None:
         self._resample = resample
+        self._at_once = at_once  # rollouts that are written together; 0: all
         self._turn: tuple[Any, ...] = ()  # the latest that this process wrote
         self._in_step = False  # whether its turns wait for those of the other processes
         super().__init__(**options)
@@ -254,24 +256,38 @@ class _Trainer(GRPOTrainer):
         self._turn = (prompt_ids, images, multimodal_fields, has_tool_images)
         if self._in_step:
             return self._write_turn(*self._turn, most=self._most_unfinished(len(prompt_ids)))
-        return super()._generate_single_turn(
-            prompt_ids, images, multimodal_fields, num_generations, has_tool_images=has_tool_images
-        )
+        if self.use_vllm:
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, has_tool_images=has_tool_images
+            )
+        return self._write_turn(*self._turn, most=len(prompt_ids))
 
-    def _write_turn(self, prompt_ids: Any, images: Any, fields: Any, has_tool_images: bool, most: int = 0) -> Any:
+    def _write_turn(self, prompt_ids: Any, images: Any, fields: Any, has_tool_images: bool, most: int) -> Any:
         """One turn of each of these paths, while every other process writes one of its own.
 
         most: paths of any process. A vLLM server hands out its replies by equal shares, so there each asks for as many.
+        Elsewhere so many are written at a time as the recipe says, as often as on the process with most.
         """
-        count = len(prompt_ids)
-        if self.use_vllm and self.vllm_mode == "server":
-            more = max(most, count) - count
-            prompt_ids = [*prompt_ids, *prompt_ids[:1] * more]
-            images = images and [*images, *images[:1] * more]
-        written, logprobs = super()._generate_single_turn(
-            prompt_ids, images, fields, 1, has_tool_images=has_tool_images
-        )
-        return written[:count], logprobs and logprobs[:count]
+        count, most = len(prompt_ids), max(most, len(prompt_ids))
+        if self.use_vllm:
+            prompt_ids = [*prompt_ids, *prompt_ids[:1] * (most - count)]
+            images = images and [*images, *images[:1] * (most - count)]
+            written, logprobs = super()._generate_single_turn(
+                prompt_ids, images, fields, 1, has_tool_images=has_tool_images
+            )
+            return written[:count], logprobs and logprobs[:count]
+        size = self._at_once or most
+        chunks = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        chunks += chunks[-1:] * (math.ceil(most / size) - len(chunks))  # to no effect
+        replies: list[Any] = []
+        for rows in chunks:
+            ids = [prompt_ids[row] for row in rows]
+            shown = images and [images[row] for row in rows]
+            written, _ = super()._generate_single_turn(
+                ids, shown, _fields_of(fields, images, rows), 1, has_tool_images=has_tool_images
+            )
+            replies += written
+        return replies[:count], None
 
     def _most_unfinished(self, own: int) -> int:
         """The largest number of paths that a process is about to go on with; waits until all have said theirs."""
@@ -312,6 +328,20 @@ class _Trainer(GRPOTrainer):
 
     def _log_now(self, name: str, value: float) -> None:
         self._metrics["train"][name].append(value)
+
+
+def _fields_of(fields: Mapping[str, Any], images: Any, rows: Sequence[int]) -> dict[str, Any]:
+    """What a processor made of the `images` of some paths, for a few of them."""
+    if not fields or len(rows) == len(images or ()):
+        return dict(fields)
+    if isinstance(fields["pixel_values"], list):
+        fields = {**fields, "pixel_values": torch.tensor(np.array(fields["pixel_values"]))}
+    split = split_pixel_values_by_grid({**fields, "num_images": [len(shown or ()) for shown in images]})
+    chosen: dict[str, Any] = {name: [values[row] for row in rows] for name, values in split.items()}
+    stacked = {name: torch.stack(chosen[name]) for name, values in split.items() if isinstance(values, torch.Tensor)}
+    few: dict[str, Any] = unsplit_pixel_values_by_grid({**chosen, **stacked})
+    few.pop("num_images")
+    return few if few["pixel_values"].numel() else {}
 
 
 def groups_that_teach(advantages: torch.Tensor, rollouts: int) -> list[int]:
@@ -391,6 +421,7 @@ def make_trainer(recipe: RlRecipe, report: Report = lambda step, steps, logs: No
 
     trainer = _Trainer(
         recipe.resample,
+        recipe.rollouts_at_once,
         model=student.model,
         reward_funcs=judge(recipe.rewards, keep),
         args=arguments,
@@ -426,6 +457,7 @@ def _grpo_config(recipe: RlRecipe) -> GRPOConfig:
             epsilon_high=recipe.clip_high,
             loss_type=recipe.loss,
             num_iterations=recipe.iterations,
+            steps_per_generation=recipe.steps_per_generation,
             scale_rewards="group",
             log_completions=False,
         )
