@@ -220,7 +220,16 @@ def test_memory_is_counted_as_it_is(data, qwen, tmp_path, train):
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*-7b*.toml")), ids=lambda path: path.stem)
 def test_recipes_of_the_large_model_start_with_a_small_one(data, episodes, qwen, tmp_path, path):
     """The very same file; only what is a size is another."""
-    sizes = [f"policy={qwen}", f"out={tmp_path}", "steps=1", "device=cpu", "accumulate=1", "batch=4", "report_to=[]"]
+    sizes = [
+        f"policy={qwen}",
+        f"out={tmp_path}",
+        "steps=1",
+        "device=cpu",
+        "accumulate=1",
+        "batch=4",
+        "report_to=[]",
+        "workers=0",
+    ]
     if path.stem.startswith("sft"):
         sft.train(sft.SftRecipe.read(path, [*sizes, f"data={episodes}", "max_tokens=20000", "max_pixels=3136"]))
     else:

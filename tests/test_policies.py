@@ -327,8 +327,6 @@ def test_dtype_and_image_limits(qwen: MllmPolicy, qwen_folder: Path) -> None:
     assert sizes[0] - sizes[1] == 6 - 1  # 83 x 61 is 3 x 2 tokens of 28 x 28 pixels, limited it is one
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21
-@pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # all that peft does about it
 def test_released_sees_512_by_512_and_is_told_what_a_file_says(tmp_path: Path) -> None:
     tiny_qwen(tmp_path, dialect="released")
     for name in ("processor_config.json", "preprocessor_config.json"):
@@ -395,6 +393,8 @@ def test_the_size_of_a_model_is_that_of_its_weights(qwen: MllmPolicy, qwen_folde
     assert size.cache_bytes(2 * 7, bytes_each=4) == 4 * held
 
 
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # all that peft does about it
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21
 def test_adapter(qwen: MllmPolicy, qwen_folder: Path, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 

@@ -95,8 +95,9 @@ class ModelSize:
 
 def size_of(config: Any) -> ModelSize:
     """The size of the model of a transformers configuration; it is built without memory."""
+    loader: Any = AutoModelForImageTextToText  # untyped
     with torch.device("meta"):
-        model: Any = AutoModelForImageTextToText.from_config(config)
+        model: Any = loader.from_config(config)
     text = config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     towers = [part for name, part in model.named_modules() if name.rpartition(".")[2] in _VISION]

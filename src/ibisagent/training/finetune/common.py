@@ -331,7 +331,7 @@ class Told(TrainerCallback):
 def without_library_warnings() -> Iterator[None]:
     """Silence what TRL and transformers warn each other of, and what is experimental in TRL: nobody here can act."""
     with warnings.catch_warnings():
-        for message in ("`is_gradient_checkpointing` is deprecated", "You are using 'environment_factory'"):
+        for message in (r"`(is_)?gradient_checkpointing\w*` is deprecated", "You are using 'environment_factory'"):
             warnings.filterwarnings("ignore", message=message)
         yield
 
