@@ -32,6 +32,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from ibisagent.cli.options import PolicyChoice
 from ibisagent.domain import Case, Click, Completion, Image, Observation, Reply, Turn
 from ibisagent.errors import ConfigError, PolicyError
 from ibisagent.files import png_bytes
@@ -41,7 +42,8 @@ from ibisagent.policies.baselines import LocationPriorPolicy
 from ibisagent.policies.endpoint import EndpointPolicy
 from ibisagent.policies.mllm import MllmPolicy
 from ibisagent.policies.sizes import QWEN_7B, find_gpu, need, size_of_folder
-from ibisagent.protocol import DIALECTS, parse, render
+from ibisagent.policies.wording import write_wording
+from ibisagent.protocol import DIALECTS, Wording, parse, render
 from ibisagent.server.policy_server import create_app, serve
 
 SIZE = (61, 83)
@@ -347,6 +349,16 @@ def test_released_sees_512_by_512_and_is_told_what_a_file_says(tmp_path: Path) -
     assert "prompts_sha256" in policy.describe()
     bare = MllmPolicy(tmp_path, device="cpu")
     assert (bare.dialect, bare.describe()["prompts"]) == ("released", "paraphrased")
+
+
+def test_a_line_says_that_the_released_wording_is_not_its_authors(
+    qwen_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompts.toml"
+    write_wording(Wording("S", "{query}", "R {query}"), file)
+    for dialect, prompts, told in (("released", None, 1), ("released", file, 0), ("ibis", None, 0)):
+        PolicyChoice(policy=str(qwen_folder), device="cpu", dialect=dialect, prompts=prompts).load()
+        assert capsys.readouterr().err.count("note: the dialect released says in other words") == told
 
 
 def text_of_first(messages: list[dict[str, Any]]) -> str:

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+from typer.testing import CliRunner
 
+from ibisagent.cli import app
 from ibisagent.domain import Case, Completion, Image, Mask, Observation, Prompt
 from ibisagent.environment import SegmentationEnv, rollout
 from ibisagent.errors import ConfigError
 from ibisagent.inference.replay import replay
-from ibisagent.policies.wording import read_wording, wording_of_checkout, write_wording
+from ibisagent.policies.wording import read_wording, wording_of_checkout
 from ibisagent.protocol import Wording, render
 from ibisagent.segmenters import Prediction
 
@@ -180,10 +182,11 @@ def test_the_wording_is_read_from_a_checkout_and_back_from_its_file(tmp_path: Pa
         "class Engine:\n    def chat(self, said):\n"
         "        refinement_prompt = f'<image>One more step for \"{said}\"; is {{this}} good?'\n"
     )
-    found = wording_of_checkout(tmp_path / "code")
-    assert found == WORDS
-    write_wording(found, tmp_path / "prompts.toml")
-    assert read_wording(tmp_path / "prompts.toml") == WORDS
+    assert wording_of_checkout(tmp_path / "code") == WORDS
+    file = tmp_path / "prompts.toml"
+    result = CliRunner().invoke(app, ["data", "prompts", str(tmp_path / "code"), "-o", str(file)])
+    assert result.exit_code == 0, result.output
+    assert read_wording(file) == WORDS
 
 
 def test_a_wording_that_cannot_be_used_is_told(tmp_path: Path) -> None:

@@ -73,8 +73,8 @@ def load_policy(
     model's configuration says as `reply_tokens`, else 512. temperature: 0 is greedy. batch_size: observations answered
     together (mllm), or requests under way at once (endpoint). max_pixels: the size that images are shrunk to, for
     models that take any size (mllm). candidates: first turns to try, of which the best is kept (mllm); None takes what
-    the model's configuration says, else 1. prompts: a TOML file with what a model is told in place of the dialect's own
-    words (mllm, endpoint; see `policies.wording`). cases: the truth, for the oracles alone.
+    the model's configuration says, else 1. prompts: a file with what a model is told instead (`policies.wording`; mllm,
+    endpoint). cases: the truth, for the oracles alone.
     Raises ConfigError for a spec or option that does not exist and PolicyError where weights or a server are missing.
     """
     kind, _, rest = spec.partition(":")
@@ -96,14 +96,12 @@ def load_policy(
         from ibisagent.policies.scripted import ScriptedPolicy
 
         return ScriptedPolicy.from_file(rest, dialect=dialect or "ibis")
-    if spec == "centre-click":
-        from ibisagent.policies.baselines import CentreClickPolicy
+    if spec in ("centre-click", "random-clicks"):
+        from ibisagent.policies.baselines import CentreClickPolicy, RandomClicksPolicy
 
-        return CentreClickPolicy(dialect=dialect or "ibis")
-    if spec == "random-clicks":
-        from ibisagent.policies.baselines import RandomClicksPolicy
-
-        return RandomClicksPolicy(dialect=dialect or "ibis", seed=seed)
+        words = dialect or "ibis"
+        centre = spec == "centre-click"
+        return CentreClickPolicy(dialect=words) if centre else RandomClicksPolicy(dialect=words, seed=seed)
     if kind == "one-shot" and rest:
         from ibisagent.policies.baselines import OneShotPolicy
 

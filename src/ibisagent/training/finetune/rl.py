@@ -332,8 +332,10 @@ class _Trainer(GRPOTrainer):
 
 def _fields_of(fields: Mapping[str, Any], images: Any, rows: Sequence[int]) -> dict[str, Any]:
     """What a processor made of the `images` of some paths, for a few of them."""
-    if not fields or len(rows) == len(images or ()):
+    if len(rows) == len(images or ()):
         return dict(fields)
+    if "pixel_values" not in fields:
+        return {name: [values[row] for row in rows] for name, values in fields.items()}
     if isinstance(fields["pixel_values"], list):
         fields = {**fields, "pixel_values": torch.tensor(np.array(fields["pixel_values"]))}
     split = split_pixel_values_by_grid({**fields, "num_images": [len(shown or ()) for shown in images]})
