@@ -8,7 +8,7 @@ imitation of an expert's single turns, whose result is `--policy`. Every row is 
 `ibisagent train sft` (whole episodes with the factory's thoughts, with self-reflection or without) and
 `ibisagent train rl`, with the recipes of recipes/, shortened by the options below; then `ibisagent eval run` on split
 "val" of DATA. Rows share the stages that they have in common. What is finished is not done again, a stage that was
-stopped goes on from its
+stopped resumes from its
 checkpoint. Rows of the training-strategy table that draw anything are run with every seed, the others with seed 0.
 Several starts with different `--only` may work side by side in RUNS if they share no unfinished stage; the tables hold
 all rows that are evaluated by then.
@@ -108,7 +108,7 @@ class Ablation:
     sft_steps: int
     rl_steps: int
     turns: int
-    lessons: Path
+    examples: Path
 
     def build(self) -> None:
         """Make the training data, or what is missing of them."""
@@ -116,7 +116,7 @@ class Ablation:
         cases: CaseSource = licensed.filter(lambda row: row.mask is not None and not is_development(row.patient))
         if self.pairs is not None:
             cases = cases.spread(self.pairs)
-        build(Plan(cases, self.lessons, FactoryConfig(segmenter=self.segmenter)))
+        build(Plan(cases, self.examples, FactoryConfig(segmenter=self.segmenter)))
 
     def folder(self, stages: tuple[str, ...], seed: int) -> Path:
         """Of the last of `stages`."""
@@ -132,14 +132,14 @@ class Ablation:
         if not (out / "policy").is_dir():
             start = self.trained(stages[:-1], seed).removeprefix("mllm:")
             print(f"training {out.name}, seed {seed}", flush=True)
-            changes = [f"data={self.lessons}", f"out={out}", f"policy={start}", f"seed={seed}"]
+            changes = [f"data={self.examples}", f"out={out}", f"policy={start}", f"seed={seed}"]
             kind, *terms = stages[-1].split("-")
             if kind == "sft":
-                recipe = sft.SftRecipe.read(RECIPES / "sft-nano.toml", [*changes, f"steps={self.sft_steps}"])
+                recipe = sft.SftRecipe.read(RECIPES / "sft-nano.toml", [*changes, f"max_steps={self.sft_steps}"])
                 left_out = (*recipe.leave_out, *(REFLECTION if terms == ["plain"] else ()))
                 sft.train(recipe.model_copy(update={"leave_out": left_out}))
             else:
-                changes += [f"steps={self.rl_steps}", f"segmenter={self.segmenter}"]
+                changes += [f"max_steps={self.rl_steps}", f"segmenter={self.segmenter}"]
                 changes += [f"rewards.{term}={int(not terms or term in terms)}" for term in PAPER_TERMS]
                 rl.train(rl.RlRecipe.read(RECIPES / "rl-nano.toml", changes))
         return f"mllm:{out / 'policy'}"
@@ -212,7 +212,7 @@ def _steps(ablation: Ablation, seeds: int) -> Iterator[str]:
             before, after = (ablation.finished(row.stages, seed if row.seeds else 0) for row in (lower, upper))
             if before is None or after is None or (seed and not upper.seeds):
                 continue
-            found = compare(before, after).figures
+            found = compare(before, after).metrics
             iou, turns = found["iou"], found["turns"]
             spread = "" if iou.interval is None else f" ({iou.interval[0]:+.3f} to {iou.interval[1]:+.3f})"
             yield (
@@ -225,11 +225,11 @@ def main() -> None:
     """Run what is missing, write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="RUNS")
-    parser.add_argument("--policy", required=True, help="what every chain starts from: folder that train-nano made")
+    parser.add_argument("--policy", required=True, help="the start: folder of `ibisagent train nano`")
     parser.add_argument("--segmenter", default="ibis-click")
     parser.add_argument("--seeds", type=int, default=3, help="of the training-strategy table")
     parser.add_argument("--only", action="append", default=[], metavar="ROW", help="only these rows, by name")
-    parser.add_argument("--lessons", type=Path, help="folder of `build-data`; default: it is made in RUNS")
+    parser.add_argument("--examples", type=Path, help="folder of `ibisagent data build`; default: it is made in RUNS")
     parser.add_argument("--pairs", type=int, help="image-mask pairs to make it of; default: all")
     parser.add_argument("--sft-steps", type=int, default=300)
     parser.add_argument("--rl-steps", type=int, default=40)
@@ -250,9 +250,9 @@ def main() -> None:
         options.sft_steps,
         options.rl_steps,
         options.turns,
-        options.lessons or options.out / "data",
+        options.examples or options.out / "data",
     )
-    if options.lessons is None:
+    if options.examples is None:
         ablation.build()
     for seed in range(options.seeds):
         for row in rows:

@@ -82,8 +82,8 @@ def main() -> int:
         records = {str(one.get("record")) for one in results}
         complete = len(records) == len(list(out.glob("*_record.json"))) == options.images
         made = {"images": options.images, "policy": options.policy, "segmenter": options.segmenter}
-        figures = {"complete": complete, "kept_by_the_last_run": kept, "seconds_of_the_last_run": round(seconds, 1)}
-        print(json.dumps({**made, **figures, "peak_megabytes_after": memory}, indent=1))
+        summary = {"complete": complete, "kept_by_the_last_run": kept, "seconds_of_the_last_run": round(seconds, 1)}
+        print(json.dumps({**made, **summary, "peak_megabytes_after": memory}, indent=1))
     return 0 if complete else 1
 
 

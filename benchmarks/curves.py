@@ -22,8 +22,8 @@ SHOWN = {
     "score/progress": "S_pseg",
     "score/length": "S_len",
     "score/total": "total",
-    "path/iou": "IoU of what is there",
-    "path/turns": "turns",
+    "rollout/iou": "IoU of what is there",
+    "rollout/turns": "turns",
 }
 
 

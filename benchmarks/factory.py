@@ -62,7 +62,7 @@ def main() -> None:
     cases = read_cases(given.data)
     step = max(1.0, len(cases) / given.limit)
     rows = [cases.rows[int(index * step)] for index in range(min(given.limit, len(cases)))]
-    config = FactoryConfig(segmenter=given.segmenter, shard_pictures=max(1, len(rows) // (8 * given.workers)))
+    config = FactoryConfig(segmenter=given.segmenter, shard_images=max(1, len(rows) // (8 * given.workers)))
     with tempfile.TemporaryDirectory() as folder:
         plans = [Plan(CaseSource(rows, cases.where), Path(folder) / name, config) for name in ("one", "workers")]
         alone, stages = timed(plans[0], None)

@@ -131,7 +131,7 @@ def by_pillow(random: np.random.Generator, path: Path, mask: np.ndarray | None) 
         stored = (
             smooth(random, (*size, *channels)) if mask is None else values_of(random, "u1", (*size, *channels), mask)
         )
-        picture = PIL.Image.fromarray(stored, mode if mode == "CMYK" else None)
+        image = PIL.Image.fromarray(stored, mode if mode == "CMYK" else None)
         options = {"quality": 95, "subsampling": 0} if mode != "L" else {"quality": 95}
     elif mode == "P":
         count = 2 if mask is not None else int(random.choice([2, 4, 16, 256]))
@@ -139,8 +139,8 @@ def by_pillow(random: np.random.Generator, path: Path, mask: np.ndarray | None) 
         colours = random.integers(0, 256, (count, 3), dtype=np.uint8)
         if mask is not None:
             colours[:] = [[0, 0, 0], random.integers(1, 256, 3)]
-        picture = PIL.Image.fromarray(indices, "P")
-        picture.putpalette(colours.tobytes())
+        image = PIL.Image.fromarray(indices, "P")
+        image.putpalette(colours.tobytes())
         stored = colours[indices]
         if ending == "png":
             options = {"bits": {2: 1, 4: 2, 16: 4, 256: 8}[count]}
@@ -152,13 +152,13 @@ def by_pillow(random: np.random.Generator, path: Path, mask: np.ndarray | None) 
         stored = values_of(random, dtype, (*size, *channels), mask)
         if mode == "I" and ending == "png":
             stored = np.clip(stored, 0, 65535)  # what Pillow's PNG holds
-        picture = PIL.Image.fromarray(stored, "CMYK" if mode == "CMYK" else None)
+        image = PIL.Image.fromarray(stored, "CMYK" if mode == "CMYK" else None)
         if mode in ("LA", "RGBA"):
             stored, alpha = _split_alpha(random, stored, mask)
-            picture = PIL.Image.fromarray(np.dstack([stored, alpha]))
+            image = PIL.Image.fromarray(np.dstack([stored, alpha]))
             stored = stored[..., 0] if mode == "LA" else stored
     if mode == "CMYK":
-        stored = np.asarray(picture.convert("RGB"))
+        stored = np.asarray(image.convert("RGB"))
         if mask is not None:
             raise UnwritableError  # no mask is kept in printing inks
     if ending == "bmp" and alpha is not None:
@@ -174,7 +174,7 @@ def by_pillow(random: np.random.Generator, path: Path, mask: np.ndarray | None) 
         options["compression"] = kinds[int(random.integers(len(kinds)))]
     file = path.with_suffix(f".{ending}")
     try:
-        picture.save(file, **options)  # type: ignore[arg-type]
+        image.save(file, **options)  # type: ignore[arg-type]
     except (OSError, ValueError, KeyError) as error:
         raise UnwritableError from error
     what = f"{ending} {mode} {options.get('compression', '')} turn {turn}"

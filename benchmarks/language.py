@@ -3,7 +3,7 @@
     IBIS_DATA=DATA python benchmarks/language.py [--policy ibis-nano] [--segmenter ibis-click] [--seed 0] [--limit N]
 
 On split "val". Presence: every pair is asked after its object ("Is there a ...? If so, segment it.", phrasings kept for
-evaluation) and after one that its picture does not show: near misses (other objects of the data set) and far ones
+evaluation) and after one that its image does not show: near misses (other objects of the data set) and far ones
 (of other parts of the body) in turn, where `teacher.phrasings.Absences` knows any. One reply each; F1 of "it is there".
 Phrasings: every pair is asked with one that was trained on and one that was not, whole episodes, the same cases.
 """
@@ -25,7 +25,7 @@ from ibisagent.policies import load_policy
 from ibisagent.segmenters import load_segmenter
 
 
-class Asking:
+class Questions:
     """Draws questions about rows."""
 
     def __init__(self, seed: int) -> None:
@@ -41,7 +41,7 @@ class Asking:
         return replace(row, query=text.format(name=name, a_name=with_article(name), modality=row.modality or "medical"))
 
 
-def presence_rows(data: CaseSource, rows: list[CaseRow], asking: Asking) -> tuple[list[CaseRow], dict[str, str]]:
+def presence_rows(data: CaseSource, rows: list[CaseRow], questions: Questions) -> tuple[list[CaseRow], dict[str, str]]:
     """The questions, and the kind of each by its id: "present", "near" or "far"."""
     absences = Absences(data.rows)
     shown: dict[str, list[str]] = {}
@@ -49,16 +49,16 @@ def presence_rows(data: CaseSource, rows: list[CaseRow], asking: Asking) -> tupl
         shown.setdefault(str(row.image), []).append(row.object)
     asked, kinds = [], {}
     for number, row in enumerate(rows):
-        asked.append(asking.ask(row, "existence", row.object, held_out=True))
+        asked.append(questions.ask(row, "existence", row.object, held_out=True))
         kinds[row.id] = "present"
         here = shown[str(row.image)]
         choices = {"near": absences.near(row, here), "far": absences.far(row, here)}
         wanted = ["near", "far"] if number % 2 == 0 else ["far", "near"]
         kind = next((kind for kind in wanted if choices[kind]), None)
         if kind is not None:
-            name = asking.pick(choices[kind])
+            name = questions.pick(choices[kind])
             absent = replace(row, id=f"{row.id} without {name}", object=name, mask=None)
-            asked.append(asking.ask(absent, "existence", name, held_out=True))
+            asked.append(questions.ask(absent, "existence", name, held_out=True))
             kinds[absent.id] = kind
     return asked, kinds
 
@@ -78,27 +78,27 @@ def main() -> None:
     pairs = data.filter(lambda row: row.split == "val" and row.mask is not None)
     rows = list((pairs if options.limit is None else pairs.spread(options.limit)).rows)
     policy, segmenter = load_policy(options.policy), load_segmenter(options.segmenter)
-    asking = Asking(options.seed)
+    questions = Questions(options.seed)
 
-    asked, kinds = presence_rows(data, rows, asking)
+    asked, kinds = presence_rows(data, rows, questions)
     found = evaluate(CaseSource(asked, data.where), policy, segmenter, oracle=False, max_turns=1)
-    figures = {"policy": policy.name, "presence_f1": summarise(found.results).means["presence_f1"]}
+    results = {"policy": policy.name, "presence_f1": summarise(found.results).means["presence_f1"]}
     for kind in ("present", "near", "far"):
         said = [one.overlap.mask == 0 for one in found.results if kinds[one.case_id] == kind and one.overlap]
-        figures |= {f"{kind}": len(said), f"refused_{kind}": float(np.mean(said))}
+        results |= {f"{kind}": len(said), f"refused_{kind}": float(np.mean(said))}
 
     runs = [
         evaluate(
-            CaseSource([asking.ask(row, "referring", row.object, held_out=held_out) for row in rows], data.where),
+            CaseSource([questions.ask(row, "referring", row.object, held_out=held_out) for row in rows], data.where),
             policy,
             segmenter,
             oracle=False,
         )
         for held_out in (False, True)
     ]
-    iou = compare(*runs).figures["iou"]
-    figures |= {"iou_trained_phrasings": iou.a, "iou_other_phrasings": iou.b, "iou_difference": iou.difference}
-    print(json.dumps({**figures, "iou_difference_95": iou.interval}, indent=1))
+    iou = compare(*runs).metrics["iou"]
+    results |= {"iou_trained_phrasings": iou.a, "iou_other_phrasings": iou.b, "iou_difference": iou.difference}
+    print(json.dumps({**results, "iou_difference_95": iou.interval}, indent=1))
 
 
 if __name__ == "__main__":

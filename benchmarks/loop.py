@@ -27,7 +27,7 @@ from ibisagent.policies import load_policy
 from ibisagent.segmenters import load_segmenter
 
 IMAGES = 50
-WARM_UP = 3
+WARMUP = 3
 TOGETHER = 16
 CASES_OF_A_GROUP = 2  # a training step of reinforcement learning draws several episodes of each case
 REPEATS = 7
@@ -37,7 +37,7 @@ LIMITS = {
     "import_seconds": ("<=", 0.3),
     "speed_up_together": (">=", 2.5),
 }
-"""What each figure should be on a CPU of 2 cores."""
+"""What each result should be on a CPU of 2 cores."""
 
 
 def distinct_images(cases: CaseSource, count: int) -> CaseSource:
@@ -52,12 +52,12 @@ def seconds_per_image(cases: CaseSource, policy: str, segmenter: str) -> dict[st
     writer, engine = load_policy(policy), load_segmenter(segmenter)
     times, turns = [], []
     with tempfile.TemporaryDirectory() as folder:
-        for number, row in enumerate([*cases.rows[-WARM_UP:], *cases.rows[:IMAGES]]):
+        for number, row in enumerate([*cases.rows[-WARMUP:], *cases.rows[:IMAGES]]):
             started = time.perf_counter()
             case = read_case(row.image, row.query)
             episode = run_case(case, writer, engine)
             export(episode, case.image, folder, str(number))
-            if number >= WARM_UP:
+            if number >= WARMUP:
                 times.append(time.perf_counter() - started)
                 turns.append(len(episode.turns))
     return {
@@ -73,7 +73,7 @@ def together_against_one_by_one(
 ) -> dict[str, float]:
     """Episodes per second in one rollout, and one after the other; both with fresh models.
 
-    The last of `cases` only warms up; the others are run `episodes_each` times and share what caches keep of a picture.
+    The last of `cases` only warms up; the others are run `episodes_each` times and share what caches keep of an image.
     """
 
     def run(size: int) -> float:
@@ -101,19 +101,19 @@ def together_against_one_by_one(
 
 
 def groups_against_one_by_one(cases: CaseSource, policy: str, segmenter: str) -> dict[str, float]:
-    """The same for what a training step draws: sampled episodes of few cases, whose pictures are embedded once."""
-    figures = together_against_one_by_one(
+    """The same for what a training step draws: sampled episodes of few cases, whose images are embedded once."""
+    results = together_against_one_by_one(
         distinct_images(cases, CASES_OF_A_GROUP + 1),
         policy,
         segmenter,
         episodes_each=TOGETHER // CASES_OF_A_GROUP,
         temperature=1.0,
     )
-    return {f"{CASES_OF_A_GROUP}_cases_{name}": value for name, value in figures.items()}
+    return {f"{CASES_OF_A_GROUP}_cases_{name}": value for name, value in results.items()}
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """What the results were measured on."""
     name = platform.processor() or platform.machine()
     return {"machine": f"{name}, {os.cpu_count()} cores", "load_before": os.getloadavg()[0]}
 
@@ -140,7 +140,7 @@ def main() -> None:
         parser.error("set IBIS_DATA to a labelled data set, as 'ibisagent eval run' reads it")
     cases = read_cases(os.environ["IBIS_DATA"], split="val")
     models = options.policy, options.segmenter
-    figures: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for measure in (
         lambda: machine() | {"policy": options.policy, "segmenter": options.segmenter},
         lambda: {
@@ -149,18 +149,18 @@ def main() -> None:
         },
         lambda: together_against_one_by_one(distinct_images(cases, TOGETHER + 1), *models),
         lambda: groups_against_one_by_one(cases, *models),
-        lambda: seconds_per_image(distinct_images(cases, IMAGES + WARM_UP), *models),
+        lambda: seconds_per_image(distinct_images(cases, IMAGES + WARMUP), *models),
     ):
         measured = measure()
-        figures |= measured
+        results |= measured
         if not options.json:
-            print(*(line(*figure) for figure in measured.items()), sep="\n", flush=True)
+            print(*(line(*result) for result in measured.items()), sep="\n", flush=True)
     if options.json:
-        print(json.dumps(figures, indent=1))
+        print(json.dumps(results, indent=1))
 
 
 def line(name: str, value: Any, goals: Mapping[str, tuple[str, float]] = LIMITS) -> str:
-    """A figure for people, with its goal where it has one."""
+    """A result for people, with its goal where it has one."""
     shown = f"{value:.3f}" if isinstance(value, float) else value
     if name not in goals:
         return f"{name:42}{shown}"

@@ -2,10 +2,10 @@
 
     IBIS_DATA=DATA python benchmarks/mistakes.py [--policy ibis-nano] [--segmenter ibis-click] [--seed 0] [--limit N]
 
-On the patients of split "train", licence class "ok", that training leaves out, as lessons are chosen by these figures.
+On the patients of split "train", licence class "ok", that training leaves out, as examples are chosen by these results.
 Mistakes: after the policy's own first turn, one positive click is given in its name at a random place outside mask and
 object; then it goes on. Printed: how often it used an undo after that, and the mean IoU after its first turn, after
-the click, and at the end. Brought: the truth, spoilt as in training, is what the user brings to be refined.
+the click, and at the end. Brought: the ground truth, corrupted as in training, is what the user brings to be refined.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from ibisagent.domain import Click, Completion, Mask, Masks, Reply, Undo
 from ibisagent.environment import SegmentationEnv, rollout, turn_limit
 from ibisagent.imaging.masks import iou
 from ibisagent.policies import load_policy
-from ibisagent.protocol import target_of, write
+from ibisagent.protocol import write
+from ibisagent.query import target_of
 from ibisagent.segmenters import load_segmenter
-from ibisagent.training.click.states import is_development, spoilt
+from ibisagent.training.click.states import corrupted, is_development
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--policy", default="ibis-nano")
 parser.add_argument("--segmenter", default="ibis-click")
-parser.add_argument("--seed", type=int, default=0, help="of the wrong clicks and of what spoils the masks")
+parser.add_argument("--seed", type=int, default=0, help="of the wrong clicks and of what corrupts the masks")
 parser.add_argument("--limit", type=int, default=None, help="only so many cases, spread over the data")
 
 
-def reached(masks: Masks, truth: Mask) -> float:
+def reached(masks: Masks, ground_truth: Mask) -> float:
     """IoU of the only mask, 0 for none."""
-    return next((iou(mask, truth) for mask in masks.values()), 0.0)
+    return next((iou(mask, ground_truth) for mask in masks.values()), 0.0)
 
 
 def main() -> None:
@@ -52,27 +53,27 @@ def main() -> None:
     random = np.random.default_rng(options.seed)
     mistakes, brought, undone = [], [], 0
     for labelled in cases:
-        [truth] = labelled.targets.values()
+        [ground_truth] = labelled.targets.values()
         case = replace(labelled, targets={})
         env = SegmentationEnv(case, segmenter, dialect=policy.dialect, max_turns=turn_limit(policy))
         env.step(policy.respond([env.observation])[0])
         mask = next(iter(env.observation.masks.values()), None)
-        if not env.done and mask is not None and mask.any() and not (mask | truth).all():
-            y, x = random.choice(np.argwhere(~mask & ~truth)).tolist()
+        if not env.done and mask is not None and mask.any() and not (mask | ground_truth).all():
+            y, x = random.choice(np.argwhere(~mask & ~ground_truth)).tolist()
             wrong = write(Reply("", (Click(x, y, True, ""),)), case.image.size, dialect=policy.dialect)
             env.step(Completion(wrong))
-            after, turns = reached(env.observation.masks, truth), len(env.observation.turns)
+            after, turns = reached(env.observation.masks, ground_truth), len(env.observation.turns)
             rollout(policy, [env])
             later = [action for turn in env.observation.turns[turns:] for action in turn.reply.actions]
             undone += any(isinstance(action, Undo) for action in later)
-            mistakes.append((iou(mask, truth), after, reached(env.episode().answer_masks, truth)))
-        start = spoilt(truth, random)
+            mistakes.append((iou(mask, ground_truth), after, reached(env.episode().answer_masks, ground_truth)))
+        start = corrupted(ground_truth, random)
         case = replace(case, start={target_of(case.query): start})
         env = SegmentationEnv(case, segmenter, dialect=policy.dialect, max_turns=turn_limit(policy))
         rollout(policy, [env])
-        brought.append((iou(start, truth), reached(env.episode().answer_masks, truth)))
+        brought.append((iou(start, ground_truth), reached(env.episode().answer_masks, ground_truth)))
     gained = np.diff(brought, axis=1)[:, 0]
-    figures = {
+    results = {
         "mistakes": len(mistakes),
         "undone": undone,
         "iou_first_click_end": np.mean(mistakes, axis=0).round(3).tolist(),
@@ -81,7 +82,7 @@ def main() -> None:
         "better": round(float((gained > 0.005).mean()), 3),
         "worse": round(float((gained < -0.005).mean()), 3),
     }
-    print(json.dumps({"policy": policy.name, **figures}, indent=1))
+    print(json.dumps({"policy": policy.name, **results}, indent=1))
 
 
 if __name__ == "__main__":

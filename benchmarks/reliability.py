@@ -4,8 +4,8 @@
 
 So often, `--fit` cases of "val" are drawn by patient, the calibration is fitted on them and measured on the cases of
 all other patients; printed are the means over the draws and the standard deviation of the error. Beside them: the same
-on training patients that the models never saw ("development": settings are chosen by these figures); the calibration
-from all of these, measured on "val"; the plain mean of the signals; each signal alone. The figures: what dropping the
+on training patients that the models never saw ("development": settings are chosen by these results); the calibration
+from all of these, measured on "val"; the plain mean of the signals; each signal alone. The results: what dropping the
 worst 20% adds to the mean IoU, and the expected calibration error. With `--samples` all is told without them, too.
 
 One case takes an episode and three replays, a second on a CPU, and four samples take as much again. `--kept` keeps the
@@ -62,19 +62,19 @@ def kept(cases: Mapping[str, CaseSource], reviewer: Reviewer, file: Path | None)
     """`measured` for each of several sources, from `file` if that holds the same, else made and written there."""
     settings = {"samples": reviewer.samples, "max_turns": reviewer.max_turns, "seed": reviewer.seed}
     ids = {name: [row.id for row in source.rows] for name, source in cases.items()}
-    made_by = {"models": reviewer.identity, "settings": settings, "cases": ids}
+    provenance = {"models": reviewer.identity, "settings": settings, "cases": ids}
     if file is not None and file.exists():
         content = json.loads(file.read_bytes())
-        if content["made_by"] == made_by:
+        if content["made_by"] == provenance:
             return {name: [Measured(**one) for one in found] for name, found in content["measured"].items()}
     found = {name: measured(source, reviewer) for name, source in cases.items()}
     if file is not None:
-        plain = {name: [asdict(one) for one in several] for name, several in found.items()}
-        write_whole((json.dumps({"made_by": made_by, "measured": plain}) + "\n").encode(), file)
+        plain = {name: [asdict(one) for one in multiple] for name, multiple in found.items()}
+        write_whole((json.dumps({"made_by": provenance, "measured": plain}) + "\n").encode(), file)
     return found
 
 
-def figures(scores: Sequence[float], ious: Sequence[float]) -> dict[str, float]:
+def results(scores: Sequence[float], ious: Sequence[float]) -> dict[str, float]:
     """What the scores are worth."""
     return {
         "gain": round(gain_of_dropping(scores, ious), 4),
@@ -84,7 +84,7 @@ def figures(scores: Sequence[float], ious: Sequence[float]) -> dict[str, float]:
 
 
 def drawn(tested: Sequence[Measured], names: Sequence[str], count: int, draws: int) -> dict[str, float]:
-    """Mean figures of calibrations fitted on `count` cases of some patients, measured on those of all others."""
+    """Mean results of calibrations fitted on `count` cases of some patients, measured on those of all others."""
     patients = [one.patient for one in tested]
     found = []
     for seed in range(draws):
@@ -96,7 +96,7 @@ def drawn(tested: Sequence[Measured], names: Sequence[str], count: int, draws: i
         inside, known = cases[:count], {one.patient for one in cases[:count]}
         outside = [one for one in tested if one.patient not in known]
         fitted = fit([some(one, names) for one in inside], [one.iou for one in inside])
-        found.append(figures([fitted.score(some(one, names)) for one in outside], [one.iou for one in outside]))
+        found.append(results([fitted.score(some(one, names)) for one in outside], [one.iou for one in outside]))
     means = {name: round(float(np.mean([one[name] for one in found])), 4) for name in found[0]}
     errors = np.array([one["error"] for one in found])
     held = {f"draws with an error of at most {WANTED_ERROR}": round(float((errors <= WANTED_ERROR).mean()), 2)}
@@ -133,8 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ious = [one.iou for one in tested]
     signals = list(tested[0].signals)
     result: dict[str, Any] = {
-        "cases": {name: len(several) for name, several in found.items()},
-        "mean IoU": {name: round(float(np.mean([one.iou for one in several])), 4) for name, several in found.items()},
+        "cases": {name: len(multiple) for name, multiple in found.items()},
+        "mean IoU": {name: round(float(np.mean([one.iou for one in multiple])), 4) for name, multiple in found.items()},
     }
     for label, names in {"with samples": signals, "without samples": list(FREE_SIGNALS)}.items():
         if len(names) > len(FREE_SIGNALS) or label == "without samples":
@@ -142,10 +142,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result[label] = {
                 "calibrated": drawn(tested, names, options.fit, options.draws),
                 "development": drawn(learned, names, options.fit, options.draws),
-                "calibrated on development": figures([elsewhere.score(one.signals) for one in tested], ious),
-                "plain mean": figures([Reliability.plain(names).score(one.signals) for one in tested], ious),
+                "calibrated on development": results([elsewhere.score(one.signals) for one in tested], ious),
+                "plain mean": results([Reliability.plain(names).score(one.signals) for one in tested], ious),
             }
-    result |= {name: figures([one.signals[name] for one in tested], ious) for name in signals}
+    result |= {name: results([one.signals[name] for one in tested], ious) for name in signals}
     print(json.dumps(result, indent=1))
     best = result["with samples" if options.samples else "without samples"]["calibrated"]
     return 0 if best["gain"] >= WANTED_GAIN and best["error"] <= WANTED_ERROR else 1

@@ -35,17 +35,17 @@ LIMITS = {
     "first_click_ms_p95": ("<=", 60.0),
     "runtimes_mean_iou": (">=", 0.99),
 }
-"""What the figures should be on a CPU of 2 cores."""
+"""What the results should be on a CPU of 2 cores."""
 
 
 def click_times(cases: CaseSource, segmenter: Segmenter) -> dict[str, float]:
     """Milliseconds a click; the first includes opening the image."""
     first, all_clicks = list[float](), list[float]()
     for case in cases:
-        [(name, truth), *_] = (case.targets or {}).items()
-        current, past, prior, session = np.zeros_like(truth), list[Click](), None, None
+        [(name, ground_truth), *_] = (case.targets or {}).items()
+        current, past, prior, session = np.zeros_like(ground_truth), list[Click](), None, None
         for number in range(CLICKS):
-            click = next_click(truth, current, name, past)
+            click = next_click(ground_truth, current, name, past)
             if click is None:
                 break
             past.append(click)
@@ -68,11 +68,11 @@ def agreement(cases: CaseSource) -> dict[str, float]:
     one, other = (load_segmenter("ibis-click", device="cpu", runtime=runtime) for runtime in ("openvino", "torch"))
     agreed: list[float] = []
     for case in cases:
-        for name, truth in (case.targets or {}).items():
-            current, past, prior = np.zeros_like(truth), list[Click](), None
+        for name, ground_truth in (case.targets or {}).items():
+            current, past, prior = np.zeros_like(ground_truth), list[Click](), None
             sessions = one.open(case.image), other.open(case.image)
             for _ in range(CLICKS):
-                click = next_click(truth, current, name, past)
+                click = next_click(ground_truth, current, name, past)
                 if click is None:
                     break
                 past.append(click)
@@ -96,7 +96,7 @@ def huge_image(segmenter: Segmenter) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, and return 1 if a figure is not what it should be."""
+    """Measure, print, and return 1 if a result is not what it should be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, default=50, help="cases for the times")
     parser.add_argument("--json", action="store_true")
@@ -106,19 +106,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = read_cases(os.environ["IBIS_DATA"], split="val")
     step = max(1, len(cases) // options.limit)
     segmenter = load_segmenter("ibis-click", device="cpu")
-    figures: dict[str, Any] = click_times(CaseSource(cases.rows[::step], cases.where), segmenter)
-    figures |= huge_image(segmenter) | agreement(cases)
+    results: dict[str, Any] = click_times(CaseSource(cases.rows[::step], cases.where), segmenter)
+    results |= huge_image(segmenter) | agreement(cases)
     missed = [
         name
         for name, (sign, limit) in LIMITS.items()
-        if (figures[name] > limit if sign == "<=" else figures[name] < limit)
+        if (results[name] > limit if sign == "<=" else results[name] < limit)
     ]
-    figures |= {"machine": f"{platform.machine()}, {os.cpu_count()} cores", **segmenter.describe()}
+    results |= {"machine": f"{platform.machine()}, {os.cpu_count()} cores", **segmenter.describe()}
     if options.json:
-        print(json.dumps(figures, indent=1))
+        print(json.dumps(results, indent=1))
     else:
-        for name, figure in figures.items():
-            shown = f"{figure:.4g}" if isinstance(figure, float) else figure
+        for name, result in results.items():
+            shown = f"{result:.4g}" if isinstance(result, float) else result
             sign, limit = LIMITS.get(name, ("", 0.0))
             wanted = f"  (should be {sign} {limit:g})" if sign else ""
             print(f"{name:24} {shown}{wanted}{'  MISSED' if name in missed else ''}")

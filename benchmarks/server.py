@@ -2,9 +2,10 @@
 
     python benchmarks/server.py [--sessions 50] [--seconds 180] [--together 16] [--policy NAME] [--segmenter NAME]
 
-Every session has an image of its own, drawn from its number. It asks the agent once, then acts like a person: a click
+Every session has an image of its own, drawn from its number. It asks the agent once, then acts like a user: a click
 (or an undo) every `PAUSE` seconds on average. At the end each session's record is played again with a segmenter of this
-process on that session's image: a mask that came from elsewhere could not be rebuilt. Run it on an idle machine.
+process on that session's image: a mask that came from elsewhere could not be rebuilt. Run it on an idle machine. With
+`--seconds 1200` it is a soak: `server_growth_percent` says whether memory stays.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ SIZE = (240, 320)
 
 
 def draw(number: int) -> np.ndarray:
-    """A noisy picture with one bright ellipse; both differ from number to number."""
+    """A noisy image with one bright ellipse; both differ from number to number."""
     rng = np.random.default_rng(number)
     pixels = rng.normal(70, 12, (*SIZE, 3))
     centre = (int(rng.integers(80, 240)), int(rng.integers(70, 170)))
@@ -69,7 +70,7 @@ def free_place(view: dict[str, Any], chance: random.Random) -> tuple[int, int]:
     return place
 
 
-class Person(threading.Thread):
+class User(threading.Thread):
     """One session until `until`."""
 
     def __init__(self, url: str, number: int, until: float) -> None:
@@ -100,16 +101,16 @@ class Person(threading.Thread):
             self.errors.append(str(error))
 
 
-def mixed_up(people: list[Person], segmenter: str, client: Client, folder: Path) -> int:
+def mixed_up(people: list[User], segmenter: str, client: Client, folder: Path) -> int:
     """Sessions whose masks are not those of their own image and clicks."""
     engine, wrong = load_segmenter(segmenter), 0
-    for person in people:
-        if person.session is None:
+    for user in people:
+        if user.session is None:
             continue
-        path = folder / f"{person.number}.json"
-        path.write_bytes(client.call("GET", f"/v1/sessions/{person.session.id}/record").content)
+        path = folder / f"{user.number}.json"
+        path.write_bytes(client.call("GET", f"/v1/sessions/{user.session.id}/record").content)
         episode = read_record(path)
-        masks = replay(episode, Image(draw(person.number)), engine)
+        masks = replay(episode, Image(draw(user.number)), engine)
         wrong += any(not np.array_equal(masks[name], mask) for name, mask in episode.masks.items())
     return wrong
 
@@ -121,21 +122,21 @@ def processor_seconds(process: int) -> float:
 
 
 def throughput(url: str, process: int, count: int, together: bool) -> dict[str, float]:
-    """Agent turns in `count` sessions, all at once or one after the other: with new pictures, and once more from the
+    """Agent turns in `count` sessions, all at once or one after the other: with new images, and once more from the
     beginning with the same ones, which the policy has embedded by then."""
     with Client(url, token="") as client:
         offset = 1000 if together else 2000
         sessions = [client.open(encoded(draw(offset + number)), "Segment the polyp.") for number in range(count)]
-        figures = _run_all(sessions, process, together, "new")
+        results = _run_all(sessions, process, together, "new")
         for session in sessions:
             session.reset()
-        figures |= _run_all(sessions, process, together, "seen")
+        results |= _run_all(sessions, process, together, "seen")
         for session in sessions:
             session.close()
-        return figures
+        return results
 
 
-def _run_all(sessions: list[RemoteSession], process: int, together: bool, pictures: str) -> dict[str, float]:
+def _run_all(sessions: list[RemoteSession], process: int, together: bool, images: str) -> dict[str, float]:
     started, used = time.perf_counter(), processor_seconds(process)
     if together:
         threads = [threading.Thread(target=session.run) for session in sessions]
@@ -149,32 +150,32 @@ def _run_all(sessions: list[RemoteSession], process: int, together: bool, pictur
     seconds, used = time.perf_counter() - started, processor_seconds(process) - used
     turns, how = sum(len(session.view["turns"]) for session in sessions), "together" if together else "one_by_one"
     return {
-        f"{pictures}_pictures_{how}_turns_per_second": round(turns / seconds, 2),
-        f"{pictures}_pictures_{how}_cpu_seconds_per_turn": round(used / turns, 3),
+        f"{images}_images_{how}_turns_per_second": round(turns / seconds, 2),
+        f"{images}_images_{how}_cpu_seconds_per_turn": round(used / turns, 3),
     }
 
 
 def measure(options: argparse.Namespace, url: str, process: int, folder: Path) -> dict[str, Any]:
-    """All figures."""
+    """All results."""
     throughput(url, process, 1, together=True)  # whatever is loaded on first use
     rates = throughput(url, process, options.together, False) | throughput(url, process, options.together, True)
-    for pictures in ("new", "seen"):
-        alone, together = (rates[f"{pictures}_pictures_{how}_turns_per_second"] for how in ("one_by_one", "together"))
-        rates[f"{pictures}_pictures_batching_factor"] = round(together / alone, 2)
+    for images in ("new", "seen"):
+        alone, together = (rates[f"{images}_images_{how}_turns_per_second"] for how in ("one_by_one", "together"))
+        rates[f"{images}_images_batching_factor"] = round(together / alone, 2)
     print(rates, file=sys.stderr, flush=True)
     until = time.time() + options.seconds
-    people = [Person(url, number, until) for number in range(options.sessions)]
-    for person in people:
-        person.start()
+    people = [User(url, number, until) for number in range(options.sessions)]
+    for user in people:
+        user.start()
     memory = []
     while time.time() < until:
         time.sleep(options.seconds / 12)
         memory.append(round(resident(process)))
-    for person in people:
-        person.join()
+    for user in people:
+        user.join()
     print(f"memory of the server: {memory} MB; checking the masks", file=sys.stderr, flush=True)
-    clicks = [seconds for person in people for seconds in person.clicks]
-    errors = [error for person in people for error in person.errors]
+    clicks = [seconds for user in people for seconds in user.clicks]
+    errors = [error for user in people for error in user.errors]
     with Client(url, token="") as client:
         wrong = mixed_up(people, options.segmenter, client, folder)
     return {
@@ -186,10 +187,11 @@ def measure(options: argparse.Namespace, url: str, process: int, folder: Path) -
         "first_error": errors[0] if errors else "",
         "sessions_with_masks_of_others": wrong,
         "clicks": len(clicks),
-        "agent_turns": sum(person.turns for person in people),
+        "agent_turns": sum(user.turns for user in people),
         "click_p50_seconds": round(float(np.percentile(clicks, 50)), 3) if clicks else None,
         "click_p95_seconds": round(float(np.percentile(clicks, 95)), 3) if clicks else None,
         "server_megabytes": memory,
+        "server_growth_percent": round(100 * (np.mean(memory[-3:]) / np.mean(memory[3:6]) - 1), 1),
         **rates,
     }
 

@@ -93,18 +93,18 @@ def train(trainer: Any, clock: Clock, steps: int) -> float:
 def sft_speed(data: Path, out: Path, policy: str, steps: int) -> dict[str, float]:
     """Conversations a second, and the tokens of an average one."""
     recipe = sft.SftRecipe.read(RECIPES / "sft-nano.toml")
-    given = {"data": data, "out": out, "policy": policy, "steps": steps + 1, "report_to": ()}
+    given = {"data": data, "out": out, "policy": policy, "max_steps": steps + 1, "report_to": ()}
     recipe = recipe.model_copy(update=given)
     trainer, _ = sft.make_trainer(recipe)
     seconds = train(trainer, Clock(), steps)
-    return {"sft_examples_per_second": steps * recipe.batch * recipe.accumulate / seconds}
+    return {"sft_examples_per_second": steps * recipe.batch_size * recipe.gradient_accumulation_steps / seconds}
 
 
 def rl_speed(data: Path, out: Path, policy: str, segmenter: str, steps: int) -> dict[str, float]:
     """Episodes a second, and the share of the time that each part takes."""
     recipe = rl.RlRecipe.read(RECIPES / "rl-nano.toml")
-    given = {"data": data, "out": out, "policy": policy, "segmenter": segmenter, "steps": steps + 1}
-    recipe = recipe.model_copy(update={**given, "report_to": (), "episodes_every": 0, "resample": 0})
+    given = {"data": data, "out": out, "policy": policy, "segmenter": segmenter, "max_steps": steps + 1}
+    recipe = recipe.model_copy(update={**given, "report_to": (), "episodes_every": 0, "dynamic_sampling": 0})
     clock, load, score = Clock(), rl.load_segmenter, rl.score
     rl.load_segmenter = lambda spec, device: TimedSegmenter(load(spec, device=device), clock)  # type: ignore[assignment]
     rl.score = clock.timed("rewards", score)
@@ -116,7 +116,10 @@ def rl_speed(data: Path, out: Path, policy: str, segmenter: str, steps: int) -> 
         rl.load_segmenter, rl.score = load, score
     shares = {f"share_of_{name.replace(' ', '_')}": spent / seconds for name, spent in clock.seconds.items()}
     shares["share_of_learning_and_the_rest"] = 1 - sum(shares.values())
-    return {"rl_episodes_per_second": steps * recipe.batch * recipe.accumulate / seconds, **shares}
+    return {
+        "rl_episodes_per_second": steps * recipe.batch_size * recipe.gradient_accumulation_steps / seconds,
+        **shares,
+    }
 
 
 def main() -> None:
@@ -132,17 +135,17 @@ def main() -> None:
     if "IBIS_DATA" not in os.environ:
         parser.error("set IBIS_DATA to a labelled data set with a split 'train'")
     cases = read_cases(os.environ["IBIS_DATA"], split="train").filter(lambda row: row.mask is not None)
-    figures: dict[str, Any] = machine() | {"policy": options.policy, "segmenter": options.segmenter}
+    results: dict[str, Any] = machine() | {"policy": options.policy, "segmenter": options.segmenter}
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "data"
         build(Plan(cases.spread(options.pairs), made, FactoryConfig(segmenter=options.segmenter)))
-        figures |= sft_speed(made, Path(folder) / "sft", options.policy, options.steps)
-        figures |= rl_speed(made, Path(folder) / "rl", options.policy, options.segmenter, options.steps)
-    figures |= groups_against_one_by_one(cases, options.policy, options.segmenter)
+        results |= sft_speed(made, Path(folder) / "sft", options.policy, options.steps)
+        results |= rl_speed(made, Path(folder) / "rl", options.policy, options.segmenter, options.steps)
+    results |= groups_against_one_by_one(cases, options.policy, options.segmenter)
     if options.json:
-        print(json.dumps(figures, indent=1))
+        print(json.dumps(results, indent=1))
     else:
-        print(*(line(name, value, GOALS) for name, value in figures.items()), sep="\n")
+        print(*(line(name, value, GOALS) for name, value in results.items()), sep="\n")
 
 
 if __name__ == "__main__":

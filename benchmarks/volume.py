@@ -91,7 +91,8 @@ def _scan(
     seed: int,
     inside: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray],
 ) -> tuple[Volume, np.ndarray]:
-    """A body with other structures of like brightness, texture and noise, in Hounsfield-like numbers, and the truth."""
+    """A body with other structures of like brightness, texture and noise, in Hounsfield-like numbers, and the ground
+    truth."""
     random = np.random.default_rng(seed)
     x, y, z = np.meshgrid(*(np.arange(side) * mm for side, mm in zip(shape, spacing, strict=True)), indexing="ij")
     extent = [side * mm for side, mm in zip(shape, spacing, strict=True)]
@@ -101,24 +102,24 @@ def _scan(
         middle = [random.uniform(0.2, 0.8) * side for side in extent]
         distance = (x - middle[0]) ** 2 + (y - middle[1]) ** 2 + ((z - middle[2]) / 1.5) ** 2
         values[(distance <= random.uniform(8, 18) ** 2) & body] = random.uniform(-60, 70)
-    truth = inside(x, y, z)
-    values[truth] = 120
+    ground_truth = inside(x, y, z)
+    values[ground_truth] = 120
     texture = cv2.GaussianBlur(random.normal(0, 25, (shape[0], shape[1] * shape[2])), (0, 0), 1).reshape(shape)
     noisy = values + texture + random.normal(0, 12, shape)
     affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])
-    return Volume(np.rint(noisy).astype(np.int16), affine, f"simulated-{seed}"), truth
+    return Volume(np.rint(noisy).astype(np.int16), affine, f"simulated-{seed}"), ground_truth
 
 
 def measure(name: str, segmenter: Segmenter, step: int, sample: int, clicks: int) -> dict[str, Any]:
     """Dice over the volume of both ways, and what they cost."""
-    volume, truth = VOLUMES[name]()
+    volume, ground_truth = VOLUMES[name]()
     view = SliceView(volume, "axial")
-    policy = OraclePolicy(SliceCases(view, TARGET, {TARGET: truth}), max_clicks=clicks)
+    policy = OraclePolicy(SliceCases(view, TARGET, {TARGET: ground_truth}), max_clicks=clicks)
     judged = range(0, view.count, sample)
     started = time.perf_counter()
     overlap = size = turns = 0
     for index in judged:
-        case = SliceCases(view, TARGET, {TARGET: truth})[slice_id(view, index)]
+        case = SliceCases(view, TARGET, {TARGET: ground_truth})[slice_id(view, index)]
         wanted = case.targets[TARGET]  # type: ignore[index]
         env = SegmentationEnv(case, segmenter, dialect=policy.dialect, max_turns=clicks + 1)
         [episode] = rollout(policy, [env])
@@ -140,14 +141,14 @@ def measure(name: str, segmenter: Segmenter, step: int, sample: int, clicks: int
     )
     seconds = time.perf_counter() - started
     mask = found.masks.get(TARGET, np.zeros(volume.shape, bool))
-    pairs = [(view.voxels_of(mask, index), view.voxels_of(truth, index)) for index in judged]
+    pairs = [(view.voxels_of(mask, index), view.voxels_of(ground_truth, index)) for index in judged]
     overlap = sum(int((one & other).sum()) for one, other in pairs)
     size = sum(int(one.sum()) + int(other.sum()) for one, other in pairs)
     return {
         "slices": view.count,
         "dice_every_slice": every,
         f"dice_every_{step}th": 2 * overlap / size,
-        "dice_carried_slices": _dice_between(view, mask, truth, step),
+        "dice_carried_slices": _dice_between(view, mask, ground_truth, step),
         "turns_every_slice": turns * view.count / len(judged),
         "policy_calls": found.cost.policy_calls,
         "encoder_calls": found.cost.encoder_calls,
@@ -158,8 +159,12 @@ def measure(name: str, segmenter: Segmenter, step: int, sample: int, clicks: int
     }
 
 
-def _dice_between(view: SliceView, mask: np.ndarray, truth: np.ndarray, step: int) -> float:
-    pairs = [(view.voxels_of(mask, index), view.voxels_of(truth, index)) for index in range(view.count) if index % step]
+def _dice_between(view: SliceView, mask: np.ndarray, ground_truth: np.ndarray, step: int) -> float:
+    pairs = [
+        (view.voxels_of(mask, index), view.voxels_of(ground_truth, index))
+        for index in range(view.count)
+        if index % step
+    ]
     size = sum(int(one.sum()) + int(other.sum()) for one, other in pairs)
     return 2 * sum(int((one & other).sum()) for one, other in pairs) / size if size else 1.0
 
@@ -172,19 +177,21 @@ def large(segmenter: Segmenter, clicks: int) -> dict[str, Any]:
         image = nib.Nifti1Image(np.zeros((1, 1, 1), np.int16), np.diag([-0.7, -0.7, 1.0, 1.0]))
         image.header.set_data_shape(shape)
         random = np.random.default_rng(0)
-        truth = np.zeros(shape, bool, order="F")
+        ground_truth = np.zeros(shape, bool, order="F")
         rows, columns = np.ogrid[:512, :512]
         with scan.open("wb") as file:
             image.header.write_to(file)
             file.write(b"\0" * 4)
             for k in range(shape[2]):
                 radius = 120 * max(0.0, 1 - ((k - 200) / 150) ** 2) ** 0.5
-                truth[:, :, k] = (rows - 230) ** 2 + ((columns - 260) * 1.4) ** 2 <= radius**2 if radius else False
-                plane = np.where(truth[:, :, k], 120, 20) + random.normal(0, 20, shape[:2])
+                ground_truth[:, :, k] = (
+                    (rows - 230) ** 2 + ((columns - 260) * 1.4) ** 2 <= radius**2 if radius else False
+                )
+                plane = np.where(ground_truth[:, :, k], 120, 20) + random.normal(0, 20, shape[:2])
                 file.write(plane.astype(np.int16).tobytes(order="F"))
         volume = read_volume(scan)
         view = SliceView(volume)
-        policy = OraclePolicy(SliceCases(view, TARGET, {TARGET: truth}), max_clicks=clicks)
+        policy = OraclePolicy(SliceCases(view, TARGET, {TARGET: ground_truth}), max_clicks=clicks)
         started = time.perf_counter()
         with VolumeWriter(Path(folder) / "out", volume.name, ("nifti", "rle")) as files:
             found = run_volume(
@@ -203,8 +210,8 @@ def large(segmenter: Segmenter, clicks: int) -> dict[str, Any]:
         return {
             "voxels": " x ".join(map(str, shape)),
             "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-            "truth_of_the_oracle_gb": truth.nbytes / 2**30,
-            "dice": 2 * int((mask & truth).sum()) / (int(mask.sum()) + int(truth.sum())),
+            "ground_truth_of_the_oracle_gb": ground_truth.nbytes / 2**30,
+            "dice": 2 * int((mask & ground_truth).sum()) / (int(mask.sum()) + int(ground_truth.sum())),
             "encoder_calls": found.cost.encoder_calls,
             "policy_calls": found.cost.policy_calls,
             "seconds": time.perf_counter() - started,

@@ -31,7 +31,7 @@ def policy(target: str = "box") -> ScriptedPolicy:
     return ScriptedPolicy([said(Click(45, 30, True, target)), said(Stop("Done."))], dialect="ibis")
 
 
-def picture(path: Path, shift: int = 0) -> str:
+def image(path: Path, shift: int = 0) -> str:
     """A file with a bright box on the ground, `shift` pixels to the right."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.full((*SIZE, 3), 30, np.uint8)
@@ -51,7 +51,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_two_images_of_one_name_keep_both_results_in_any_order_of_runs(tmp_path: Path) -> None:
-    left, right = picture(tmp_path / "left" / "eye.png"), picture(tmp_path / "right" / "eye.png", 5)
+    left, right = image(tmp_path / "left" / "eye.png"), image(tmp_path / "right" / "eye.png", 5)
     together, apart = tmp_path / "together", tmp_path / "apart"
     both = list(batch(together).run([left, right]))
     [first], [second] = list(batch(apart).run([left])), list(batch(apart).run([right]))
@@ -68,7 +68,7 @@ def test_two_images_of_one_name_keep_both_results_in_any_order_of_runs(tmp_path:
 
 
 def test_a_second_query_replaces_nothing_and_names_its_object(tmp_path: Path) -> None:
-    eye, out = picture(tmp_path / "eye.png"), tmp_path / "out"
+    eye, out = image(tmp_path / "eye.png"), tmp_path / "out"
     [disc] = batch(out, "the optic disc").run([eye])
     before = contents(out)
     [cup] = batch(out, "the optic cup").run([eye])
@@ -78,13 +78,13 @@ def test_a_second_query_replaces_nothing_and_names_its_object(tmp_path: Path) ->
 
 
 def test_names_that_differ_in_case_alone_do_not_meet(tmp_path: Path) -> None:
-    inputs = [picture(tmp_path / "a" / "Eye.png"), picture(tmp_path / "b" / "eye.png", 5)]
+    inputs = [image(tmp_path / "a" / "Eye.png"), image(tmp_path / "b" / "eye.png", 5)]
     records = [one.to_json()["record"].casefold() for one in batch(tmp_path / "out").run(inputs)]
     assert len(set(records)) == 2
 
 
 def test_other_settings_are_refused_and_overwrite_leaves_no_stale_mask(tmp_path: Path) -> None:
-    eye, out = picture(tmp_path / "eye.png"), tmp_path / "out"
+    eye, out = image(tmp_path / "eye.png"), tmp_path / "out"
     assert [one.to_json().get("kept") for one in batch(out).run([eye])] == [None]
     before = contents(out)
     [refused] = batch(out, max_turns=7).run([eye])
@@ -99,7 +99,7 @@ def test_other_settings_are_refused_and_overwrite_leaves_no_stale_mask(tmp_path:
 
 
 def test_another_start_mask_is_another_setting(tmp_path: Path) -> None:
-    eye, out = picture(tmp_path / "eye.png"), tmp_path / "out"
+    eye, out = image(tmp_path / "eye.png"), tmp_path / "out"
     list(batch(out).run([eye]))
     mask = np.zeros(SIZE, bool)
     mask[25:30, 40:50] = True
@@ -118,7 +118,7 @@ def test_a_failing_input_does_not_stop_the_others_and_listeners_hear_of_all(tmp_
         def started(self, path: str) -> None:
             heard.append(Path(path).name)
 
-    inputs = [picture(tmp_path / "a.png"), str(tmp_path / "none.png"), picture(tmp_path / "b.png")]
+    inputs = [image(tmp_path / "a.png"), str(tmp_path / "none.png"), image(tmp_path / "b.png")]
     results = list(batch(tmp_path / "out", listener=Ears()).run(inputs))
     assert [type(one).__name__ for one in results] == ["ImageResult", "Failed", "ImageResult"]
     assert heard == ["a.png", "none.png", "b.png"]
@@ -133,7 +133,7 @@ def test_a_folder_that_cannot_be_used_is_told_before_the_work(tmp_path: Path) ->
 
 
 def test_a_killed_command_resumes_and_ends_with_every_result_once(tmp_path: Path) -> None:
-    inputs = [picture(tmp_path / "in" / f"{number:02}.png", number % 9) for number in range(12)]
+    inputs = [image(tmp_path / "in" / f"{number:02}.png", number % 9) for number in range(12)]
     script = tmp_path / "script.json"
     script.write_text(json.dumps([said(Click(45, 30, True, "box")), said(Stop("Done."))]))
     out = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Figures of a ceiling, checked against numbers worked out by hand."""
+"""Results of a ceiling, checked against numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SMALL = box_mask(70, 50, 73, 53)  # 9
 
 
 def write_rows(folder: Path, rows: Mapping[str, tuple[Mask, Mapping[str, str]]]) -> Path:
-    """A manifest of one picture and one mask per row; an image named in the facts is shared with that row."""
+    """A manifest of one image and one mask per row; an image named in the facts is shared with that row."""
     lines = []
     for name, (mask, facts) in rows.items():
         write_png(np.where(mask, 220, 20).astype(np.uint8)[..., None].repeat(3, axis=2), folder / f"{name}.png")
@@ -102,7 +102,7 @@ def measured(result: Ceiling, name: str) -> Mapping[str, float]:
     return next(one.measures for one in result.results if one.object == name)
 
 
-def test_figures_by_hand(tmp_path: Path) -> None:
+def test_metrics_by_hand(tmp_path: Path) -> None:
     """IoU 0.5, 0.8, 0.85, 0.6, and from then on 0.75; the segmenter is proudest of its second mask."""
     reached = [10, 16, 17, 12]
     scores = [0.55, 0.95, 0.25, 0.65]
@@ -170,10 +170,10 @@ def test_jittered_boxes_depend_on_the_seed_alone(cases: CaseSource) -> None:
     assert large["box_off_20"] < large["box_off_10"]  # the same draw, twice as far
 
 
-def test_times_tell_the_first_click_on_a_picture_apart(cases: CaseSource) -> None:
+def test_times_tell_the_first_click_on_an_image_apart(cases: CaseSource) -> None:
     segmenter = Clicker(lambda _: (LARGE & False, 0.0))
     result = measure_ceiling(cases, segmenter, max_clicks=3)
-    assert segmenter.opened == 2  # "medium" lies in the picture of "large"
+    assert segmenter.opened == 2  # "medium" lies in the image of "large"
     large, medium, small = result.results
     assert large.open_ms is not None
     assert large.open_ms >= 20
@@ -193,7 +193,7 @@ def test_failures_are_listed_never_averaged(data: Path, cases: CaseSource) -> No
             raise SegmenterError("segmenter clicker: out of memory")
         return LARGE, 0.5
 
-    data.with_name("small.png").write_bytes(b"no picture")
+    data.with_name("small.png").write_bytes(b"no image")
     result = measure_ceiling(cases, Clicker(reply), max_clicks=2)
     assert [failure.case_id for failure in result.failures] == ["large.png#medium", "small.png#small"]
     assert "out of memory" in result.failures[0].error
@@ -371,11 +371,11 @@ def test_evaluations_that_do_not_fit(content: str | None, part: str, data: Path,
 
 
 def test_command_lists_failures(data: Path, tmp_path: Path) -> None:
-    data.with_name("small.png").write_bytes(b"no picture")
+    data.with_name("small.png").write_bytes(b"no image")
     result = run_ceiling(data, "--clicks", 1)
     assert result.exit_code == 2
     assert "failed, left out: small.png#small" in result.stderr
-    data.with_name("large.png").write_bytes(b"no picture")
+    data.with_name("large.png").write_bytes(b"no image")
     result = run_ceiling(data, "-o", tmp_path / "out")
     assert result.exit_code == 2
     assert result.stdout.splitlines()[-1] == "No case could be judged."

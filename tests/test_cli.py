@@ -36,16 +36,16 @@ STOP = text(Stop("The bright box is segmented."))
 
 
 @pytest.fixture
-def truth() -> np.ndarray:
+def ground_truth() -> np.ndarray:
     mask = np.zeros(SIZE, dtype=bool)
     mask[20:40, 30:60] = True
     return mask
 
 
 @pytest.fixture
-def image(tmp_path: Path, truth: np.ndarray) -> Path:
+def image(tmp_path: Path, ground_truth: np.ndarray) -> Path:
     noise = np.random.default_rng(0).integers(0, 20, size=(*SIZE, 3), dtype=np.uint8)
-    write_png(np.where(truth[..., None], 200, 20).astype(np.uint8) + noise, tmp_path / "box.png")
+    write_png(np.where(ground_truth[..., None], 200, 20).astype(np.uint8) + noise, tmp_path / "box.png")
     return tmp_path / "box.png"
 
 
@@ -81,7 +81,7 @@ def assert_one_line(result: Result, *parts: str) -> None:
 
 
 def test_the_mask_of_the_best_turn_can_be_kept_and_is_replayed(image: Path, tmp_path: Path) -> None:
-    spread = text(Click(5, 5, True, "bright box"))  # on the ground: the region runs over the whole picture
+    spread = text(Click(5, 5, True, "bright box"))  # on the ground: the region runs over the whole image
     script = scripted(tmp_path, [FIND, spread, STOP])
     kept = {}
     for keep in ("last", "best"):
@@ -99,7 +99,9 @@ def test_the_mask_of_the_best_turn_can_be_kept_and_is_replayed(image: Path, tmp_
     )
 
 
-def test_segment_writes_mask_overlay_and_record(image: Path, script: str, tmp_path: Path, truth: np.ndarray) -> None:
+def test_segment_writes_mask_overlay_and_record(
+    image: Path, script: str, tmp_path: Path, ground_truth: np.ndarray
+) -> None:
     out = tmp_path / "new" / "out"
     result = run_segment(image, QUERY, policy=script, out=out)
     assert result.exit_code == 0, result.output
@@ -110,8 +112,8 @@ def test_segment_writes_mask_overlay_and_record(image: Path, script: str, tmp_pa
     ]
     mask = read_masks(out / "box_mask_bright_box.png")["mask"]
     assert mask.shape == SIZE
-    assert (mask & ~truth).sum() == 0
-    assert mask.sum() > 0.7 * truth.sum()
+    assert (mask & ~ground_truth).sum() == 0
+    assert mask.sum() > 0.7 * ground_truth.sum()
     changed = (read_image(out / "box_overlay.png").pixels != read_image(image).pixels).any(axis=2)
     assert (changed == mask).all()
     record = json.loads((out / "box_record.json").read_text())
@@ -135,7 +137,7 @@ def test_segment_speaks_json(image: Path, script: str, tmp_path: Path) -> None:
     assert "none.png" in bad["error"]
 
 
-def test_several_targets_give_several_masks(image: Path, tmp_path: Path) -> None:
+def test_multiple_targets_give_multiple_masks(image: Path, tmp_path: Path) -> None:
     names = ["left/part", "left part", "ganz übler: Name", "x" * 150]
     clicks = [Click(40 + index, 30, True, name) for index, name in enumerate(names)]
     policy = scripted(tmp_path, [text(*clicks), text(Stop("No spleen.", ("spleen",)))])
@@ -183,12 +185,12 @@ def test_model_text_cannot_steer_the_terminal(image: Path, tmp_path: Path) -> No
     assert not set("\x1b\x07\u202e") & set(result.stdout)
 
 
-def test_start_mask_is_refined(image: Path, tmp_path: Path, truth: np.ndarray) -> None:
-    write_mask_png(truth, tmp_path / "start.png")
+def test_start_mask_is_refined(image: Path, tmp_path: Path, ground_truth: np.ndarray) -> None:
+    write_mask_png(ground_truth, tmp_path / "start.png")
     policy = scripted(tmp_path, [STOP])
     result = run_segment(image, QUERY, "--start-mask", tmp_path / "start.png", policy=policy, out=tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert (read_masks(tmp_path / "out" / "box_mask_bright_box.png")["mask"] == truth).all()
+    assert (read_masks(tmp_path / "out" / "box_mask_bright_box.png")["mask"] == ground_truth).all()
 
 
 def test_replay_rebuilds_and_notices_changes(image: Path, script: str, tmp_path: Path) -> None:
@@ -230,7 +232,7 @@ def png(width: int, height: int, rows: bytes = b"") -> bytes:
     [
         ("missing.png", None),
         ("empty.png", b""),
-        ("text.png", b"not a picture"),
+        ("text.png", b"not an image"),
         ("zero.png", png(0, 0)),
         ("flat.png", png(5, 0)),
         ("bomb.png", png(100_000, 100_000, b"\0" * 1000)),
@@ -277,7 +279,7 @@ def test_bad_query(query: str, part: str, image: Path, script: str, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
-def test_forgotten_query(image: Path, script: str, tmp_path: Path) -> None:
+def test_missing_query(image: Path, script: str, tmp_path: Path) -> None:
     assert_one_line(run_segment(image, image, policy=script, out=tmp_path / "out"), "box.png", "query")
 
 
@@ -285,7 +287,7 @@ def test_forgotten_query(image: Path, script: str, tmp_path: Path) -> None:
     ("options", "part"),
     [
         (["--policy", "nonsense"], "nonsense"),
-        (["--policy", "oracle"], "truth"),
+        (["--policy", "oracle"], "ground truth"),
         (["--policy", "scripted:none.json"], "none.json"),
         (["--segmenter", "nonsense"], "nonsense"),
         (["--segmenter", "ibis-click:none.safetensors"], "none.safetensors"),
@@ -341,19 +343,37 @@ def test_full_disk_leaves_nothing_half_written(image: Path, script: str, tmp_pat
     assert list(out.iterdir()) == []
 
 
-def test_policy_that_writes_nonsense_is_no_error(image: Path, tmp_path: Path) -> None:
+def test_policy_that_writes_nonsense_makes_nothing_and_that_is_an_error(image: Path, tmp_path: Path) -> None:
     policy = scripted(tmp_path, ["nonsense", "<action>click + (nan, 1e999999999) x</action>"])
     result = run_segment(image, "Segment the <action>stop</action>.", policy=policy, out=tmp_path / "out")
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 2, result.output
     assert "malformed after 2 turns" in result.stdout
+    assert "could not be read" in result.stderr
+    again = run_segment(image, "Segment the box.", "--json", policy=policy, out=tmp_path / "out")
+    assert again.exit_code == 2
+    assert "could not be read" in json.loads(again.stdout)["results"][0]["error"]
+
+
+def test_malformed_replies_after_a_mask_leave_the_mask(image: Path, tmp_path: Path) -> None:
+    policy = scripted(tmp_path, [text(Click(40, 30, True, "box")), "nonsense", "nonsense"])
+    result = run_segment(image, "Segment the box.", policy=policy, out=tmp_path / "out")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("query", [".", "?", "12", " - "])
+def test_query_without_letters_is_refused(image: Path, tmp_path: Path, query: str) -> None:
+    result = run_segment(image, query, policy="centre-click", out=tmp_path / "out")
+    assert result.exit_code == 2
+    assert "no letters" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 # ----------------------------------------------------------------------------------------------- the other commands
 
 
 @pytest.fixture
-def data(tmp_path: Path, image: Path, truth: np.ndarray) -> Path:
-    write_mask_png(truth, tmp_path / "mask.png")
+def data(tmp_path: Path, image: Path, ground_truth: np.ndarray) -> Path:
+    write_mask_png(ground_truth, tmp_path / "mask.png")
     rows = [f"{image.name},mask.png,bright box,CT,val", f"{image.name},mask.png,box,CT,train"]
     (tmp_path / "rows.csv").write_text("\n".join(["image,mask,object,modality,split", *rows]))
     return tmp_path / "rows.csv"

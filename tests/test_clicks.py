@@ -24,7 +24,7 @@ def disc(x, y, radius, size=SIZE):
 
 
 def slow_depth(region):
-    """Distance to the nearest outside pixel, the frame around the picture being outside, pixel by pixel."""
+    """Distance to the nearest outside pixel, the frame around the image being outside, pixel by pixel."""
     padded = np.pad(region, 1)
     outside = np.argwhere(~padded)
     depth = np.zeros(padded.shape)
@@ -57,33 +57,33 @@ def test_the_first_click_is_the_centre_of_the_target():
 
 def test_the_border_counts_as_outside():
     assert deepest_pixel(np.ones((11, 21), dtype=bool)) == (5, 5)
-    truth = np.zeros(SIZE, dtype=bool)
-    truth[:21, :21] = True
-    assert next_click(truth, np.zeros(SIZE, bool), "corner") == Click(10, 10, True, "corner")
+    ground_truth = np.zeros(SIZE, dtype=bool)
+    ground_truth[:21, :21] = True
+    assert next_click(ground_truth, np.zeros(SIZE, bool), "corner") == Click(10, 10, True, "corner")
 
 
 def test_a_leak_is_clicked_negative():
-    truth, leak = disc(25, 30, 15), disc(70, 30, 9)
-    assert next_click(truth, truth | leak, "disc") == Click(70, 30, False, "disc")
+    ground_truth, leak = disc(25, 30, 15), disc(70, 30, 9)
+    assert next_click(ground_truth, ground_truth | leak, "disc") == Click(70, 30, False, "disc")
 
 
 def test_deeper_and_larger_are_different_rules():
-    truth = np.zeros(SIZE, dtype=bool)
-    truth[5:45, 5:45] = True
-    current = truth.copy()
+    ground_truth = np.zeros(SIZE, dtype=bool)
+    ground_truth[5:45, 5:45] = True
+    current = ground_truth.copy()
     current[5:45, 5:10] = False  # missed: 5 wide, 200 pixels
     current |= disc(70, 30, 7)  # leaked: 15 wide, 149 pixels
-    deeper, larger = (next_click(truth, current, "a", region=rule) for rule in ("deeper", "larger"))
+    deeper, larger = (next_click(ground_truth, current, "a", region=rule) for rule in ("deeper", "larger"))
     assert deeper == Click(70, 30, False, "a")
     assert larger is not None
     assert (larger.x, larger.positive) == (7, True)
 
 
 def test_larger_takes_the_other_error_when_every_pixel_of_the_larger_was_clicked():
-    truth, current = np.zeros((5, 7), dtype=bool), np.zeros((5, 7), dtype=bool)
-    truth[0, :2], current[4, 6] = True, True
+    ground_truth, current = np.zeros((5, 7), dtype=bool), np.zeros((5, 7), dtype=bool)
+    ground_truth[0, :2], current[4, 6] = True, True
     past = [Click(0, 0, True, "a"), Click(1, 0, True, "a")]
-    assert next_click(truth, current, "a", past, region="larger") == Click(6, 4, False, "a")
+    assert next_click(ground_truth, current, "a", past, region="larger") == Click(6, 4, False, "a")
 
 
 def test_nothing_is_left_to_click_on_a_perfect_mask():
@@ -95,21 +95,21 @@ def test_nothing_is_left_to_click_on_a_perfect_mask():
 @settings(deadline=None, max_examples=60)
 @given(pair=pairs)
 def test_every_wrong_pixel_is_clicked_once_with_its_sign(rule, pair):
-    truth, current = pair
+    ground_truth, current = pair
     past = []
-    while (click := next_click(truth, current, "a", past, region=rule)) is not None:
-        assert truth[click.y, click.x] == click.positive
+    while (click := next_click(ground_truth, current, "a", past, region=rule)) is not None:
+        assert ground_truth[click.y, click.x] == click.positive
         assert current[click.y, click.x] != click.positive
         past.append(click)
-    assert len({(click.x, click.y) for click in past}) == len(past) == np.count_nonzero(truth ^ current)
+    assert len({(click.x, click.y) for click in past}) == len(past) == np.count_nonzero(ground_truth ^ current)
 
 
 def test_the_same_state_gives_the_same_click():
-    truth, current = disc(30, 30, 20), disc(36, 28, 19)
-    first = next_click(truth, current, "a")
+    ground_truth, current = disc(30, 30, 20), disc(36, 28, 19)
+    first = next_click(ground_truth, current, "a")
     assert first is not None
-    assert all(next_click(truth.copy(), current.copy(), "a") == first for _ in range(3))
-    assert next_click(truth, current, "a", [first]) != first
+    assert all(next_click(ground_truth.copy(), current.copy(), "a") == first for _ in range(3))
+    assert next_click(ground_truth, current, "a", [first]) != first
 
 
 def test_a_click_takes_less_than_a_millisecond():
@@ -118,11 +118,11 @@ def test_a_click_takes_less_than_a_millisecond():
         (disc(128, 120, 90, size), np.zeros(size, dtype=bool)),
         (disc(128, 120, 90, size), disc(140, 128, 85, size)),
     ]
-    for truth, current in states:
+    for ground_truth, current in states:
         times = []
         for _ in range(30):
             started = time.perf_counter()
-            next_click(truth, current, "a")
+            next_click(ground_truth, current, "a")
             times.append(time.perf_counter() - started)
         assert min(times) < 1e-3
 

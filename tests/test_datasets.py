@@ -22,7 +22,7 @@ def disc(x: int, y: int, radius: int, size: tuple[int, int] = SIZE) -> np.ndarra
     return (columns - x) ** 2 + (rows - y) ** 2 <= radius**2
 
 
-def picture(*masks: np.ndarray) -> np.ndarray:
+def make_image(*masks: np.ndarray) -> np.ndarray:
     pixels = np.full((*SIZE, 3), 40, dtype=np.uint8)
     for number, mask in enumerate(masks):
         pixels[mask] = (200 - 50 * number, 120, 90)
@@ -37,7 +37,7 @@ def write_data_set(folder: Path, name: str = "Set", split: str = "train", stem: 
     images, masks = folder / name / split, folder / name / f"{split}_mask"
     images.mkdir(parents=True, exist_ok=True)
     masks.mkdir(parents=True, exist_ok=True)
-    write_png(picture(SPLEEN, LIVER), images / f"{stem}.png")
+    write_png(make_image(SPLEEN, LIVER), images / f"{stem}.png")
     write_mask_png(SPLEEN, masks / f"{stem}_spleen.png")
     write_mask_png(LIVER, masks / f"{stem}_left+liver+lobe.png")
     return folder / name
@@ -53,7 +53,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, str]]) -> Path:
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    write_png(picture(SPLEEN, LIVER), tmp_path / "a.png")
+    write_png(make_image(SPLEEN, LIVER), tmp_path / "a.png")
     write_mask_png(SPLEEN, tmp_path / "a_spleen.png")
     write_mask_png(LIVER, tmp_path / "a_liver.png")
     labels = np.zeros(SIZE, dtype=np.uint8)
@@ -77,7 +77,7 @@ def test_biomedparse_names_tell_everything(tmp_path: Path) -> None:
     }
     assert case.targets is not None
     assert np.array_equal(case.targets["spleen"], SPLEEN)
-    assert np.array_equal(case.image.pixels, picture(SPLEEN, LIVER))
+    assert np.array_equal(case.image.pixels, make_image(SPLEEN, LIVER))
 
 
 def test_a_case_has_the_same_id_however_its_data_are_opened(tmp_path: Path) -> None:
@@ -127,13 +127,13 @@ def test_manifest_with_labels_patients_and_absent_objects(files: Path) -> None:
 
 
 def test_reading_rows_and_filtering_decodes_nothing(files: Path) -> None:
-    (files / "a.png").write_bytes(b"no picture at all")
+    (files / "a.png").write_bytes(b"no image at all")
     rows = [{"image": "a.png", "mask": f"a_{thing}.png", "object": thing} for thing in ("spleen", "liver")]
     source = read_cases(write_csv(files / "cases.csv", rows))
     assert [row.object for row in source.filter(lambda row: row.object == "liver").rows] == ["liver"]
     assert [row.object for row in source[:1].rows] == ["spleen"]
     assert set(source.by_id) == {"a.png#spleen", "a.png#liver"}
-    assert [int(mask.sum()) for _, mask in source.truths()] == [int(SPLEEN.sum()), int(LIVER.sum())]
+    assert [int(mask.sum()) for _, mask in source.ground_truths()] == [int(SPLEEN.sum()), int(LIVER.sum())]
     with pytest.raises(DataError, match=r"a\.png"):
         source.by_id["a.png#spleen"]
 
@@ -187,7 +187,7 @@ BAD_INPUT = {
     "no object": (manifest(object=""), "row 2: the cell 'object' is empty"),
     "no image cell": (manifest(image=" "), "row 2: the cell 'image' is empty"),
     "endless query": (manifest(query="x" * 10_000), "row 2: the query has 10000 characters"),
-    "area in words": (manifest(area="large"), "row 2: could not convert"),
+    "area as text": (manifest(area="large"), "row 2: could not convert"),
     "torn row": (text_file("cases.csv", "image,mask,object\na.png,a_spleen.png\n"), "row 2: has not as many cells"),
     "no JSON": (text_file("cases.jsonl", '{"image": "a.png"\n'), "row 1: is not JSON"),
     "nested JSON": (text_file("cases.jsonl", '{"image": ["a.png"]}\n'), "row 1: is not a flat JSON object"),

@@ -16,7 +16,7 @@ from ibisagent.errors import DataError
 from ibisagent.imaging.images import write_mask_png, write_png
 from ibisagent.rewards import RewardWeights
 from ibisagent.store import EpisodeStore, write_record
-from ibisagent.training.reward_check import check_rewards, read_episodes, read_truth
+from ibisagent.training.reward_check import check_rewards, read_episodes, read_ground_truth
 
 SIZE = (41, 60)
 
@@ -27,9 +27,9 @@ def area(x0: int, y0: int, x1: int, y1: int) -> Mask:
     return mask
 
 
-TRUTH = area(10, 10, 30, 30)
+GROUND_TRUTH = area(10, 10, 30, 30)
 CASES = {
-    name: Case(name, Image(np.zeros((*SIZE, 3), dtype=np.uint8)), "Segment the spleen.", {"spleen": TRUTH})
+    name: Case(name, Image(np.zeros((*SIZE, 3), dtype=np.uint8)), "Segment the spleen.", {"spleen": GROUND_TRUTH})
     for name in ("a", "b")
 }
 
@@ -95,7 +95,7 @@ def test_constant_terms_are_named_and_have_no_correlation() -> None:
     assert all(term.correlation is None and term.share is None for term in report.terms)
 
 
-def test_episodes_without_truth_are_left_out() -> None:
+def test_episodes_without_ground_truth_are_left_out() -> None:
     stranger = play("c", GOOD)
     report = check_rewards([play("a", GOOD), stranger, play("a", POOR)], CASES)
     assert report.episodes == 2
@@ -111,7 +111,7 @@ def test_episodes_without_truth_are_left_out() -> None:
 def data(tmp_path: Path) -> Path:
     for name in ("a", "b"):
         write_png(np.full((*SIZE, 3), 40, dtype=np.uint8), tmp_path / f"{name}.png")
-        write_mask_png(TRUTH, tmp_path / f"{name}_mask.png")
+        write_mask_png(GROUND_TRUTH, tmp_path / f"{name}_mask.png")
     rows = ["image,mask,object", "a.png,a_mask.png,spleen", "b.png,b_mask.png,spleen"]
     (tmp_path / "data.csv").write_text("\n".join(rows) + "\n")
     return tmp_path / "data.csv"
@@ -135,7 +135,7 @@ def test_the_command_reads_stores_and_records_and_fails_loudly(data: Path, tmp_p
     EpisodeStore(tmp_path / "same").append([play(a, GOOD), play(b, GOOD, GOOD)])
     result = run(tmp_path / "same", "--data", data, "--json")
     assert result.exit_code == 1
-    told = "constant over all 2 episodes, so nothing can be learnt from it: answer (3), format (1), length (1)"
+    told = "constant over all 2 episodes, so nothing can be learned from it: answer (3), format (1), length (1)"
     assert result.stderr.splitlines() == [told]
     plain = json.loads(result.stdout)
     assert plain["constant"] == ["answer", "format", "length"]
@@ -157,7 +157,7 @@ def test_the_command_takes_weights_and_tells_what_is_missing(data: Path, tmp_pat
     assert "no such folder" in result.stderr
 
 
-def test_truth_may_be_what_build_data_exported(tmp_path: Path) -> None:
+def test_ground_truth_may_be_what_build_data_exported(tmp_path: Path) -> None:
     from ibisagent.generation.config import FactoryConfig
     from ibisagent.generation.exports import prompt_case, read_grpo, read_verl
     from ibisagent.generation.stages import Plan, build
@@ -173,12 +173,15 @@ def test_truth_may_be_what_build_data_exported(tmp_path: Path) -> None:
     (tmp_path / "data.csv").write_text("\n".join(lines) + "\n")
     out = tmp_path / "out"
     build(Plan(read_cases(tmp_path / "data.csv"), out, FactoryConfig(segmenter="region", min_iou=0.5)))
-    truth = read_truth(out)
+    ground_truth = read_ground_truth(out)
     records = list(read_grpo(out / "export"))
-    assert set(truth) == {record["id"] for record in records}
+    assert set(ground_truth) == {record["id"] for record in records}
     for record in read_verl(out / "export"):
         told = record["extra_info"]
-        case, same = truth[told["id"]], prompt_case(told["id"], told["query"], record["reward_model"]["ground_truth"])
+        case, same = (
+            ground_truth[told["id"]],
+            prompt_case(told["id"], told["query"], record["reward_model"]["ground_truth"]),
+        )
         assert case.image.sha256 == same.image.sha256
         assert (case.query, case.answer, list(case.targets or ())) == (
             same.query,
@@ -191,10 +194,10 @@ def test_truth_may_be_what_build_data_exported(tmp_path: Path) -> None:
     assert not absent.targets["kidney"].any()
     started = [record for record in records if record["start"]]
     assert started
-    assert any(mask.any() for mask in truth[started[0]["id"]].start.values())
+    assert any(mask.any() for mask in ground_truth[started[0]["id"]].start.values())
     kept = list(EpisodeStore(out / "filter").read())
-    report = check_rewards(kept, truth)
+    report = check_rewards(kept, ground_truth)
     assert report.failures == ()
     assert report.episodes == len(kept)
-    with pytest.raises(DataError, match="holds no truth"):
+    with pytest.raises(DataError, match="holds no ground truth"):
         prompt_case("x", "?", {"targets": []})

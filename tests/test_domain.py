@@ -33,7 +33,7 @@ from ibisagent.errors import ConfigError, DataError, IbisError, PolicyError, Seg
 SIZE = (61, 83)
 
 
-def picture(value=7):
+def image(value=7):
     return Image(np.full((*SIZE, 3), value, dtype=np.uint8), source="eye.png")
 
 
@@ -67,12 +67,12 @@ def test_an_image_is_rgb_bytes_with_pixels(pixels):
 
 
 def test_size_is_height_then_width():
-    assert picture().size == SIZE
+    assert image().size == SIZE
 
 
 def test_the_hash_tells_pixels_and_shapes_apart():
-    assert picture().sha256 == picture().sha256
-    assert picture(7).sha256 != picture(8).sha256
+    assert image().sha256 == image().sha256
+    assert image(7).sha256 != image(8).sha256
     flat = np.zeros((2, 6, 3), np.uint8)
     assert Image(flat).sha256 != Image(flat.reshape(3, 4, 3)).sha256
     turned = np.asfortranarray(np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8))
@@ -89,7 +89,7 @@ def test_boxes_have_area_and_undo_has_steps():
 
 
 def test_values_cannot_be_changed():
-    for value, name in ((Click(1, 2, True, "a"), "x"), (Reply(), "thought"), (picture(), "source")):
+    for value, name in ((Click(1, 2, True, "a"), "x"), (Reply(), "thought"), (image(), "source")):
         with pytest.raises(FrozenInstanceError):
             setattr(value, name, 3)
 
@@ -103,23 +103,23 @@ def test_queries_are_stripped_and_bounded():
 
 
 def test_a_case_checks_its_query_and_masks():
-    assert Case("id", picture(), "disc", {"disc": mask()}, {"disc": mask(0)}).start
+    assert Case("id", image(), "disc", {"disc": mask()}, {"disc": mask(0)}).start
     with pytest.raises(ConfigError, match="empty"):
-        Case("id", picture(), " ")
+        Case("id", image(), " ")
     for wrong in (mask().T, mask().astype(np.uint8)):
         with pytest.raises(DataError, match="case id: mask 'disc'"):
-            Case("id", picture(), "disc", {"disc": wrong})
+            Case("id", image(), "disc", {"disc": wrong})
         with pytest.raises(DataError, match="case id, start: mask 'disc'"):
-            Case("id", picture(), "disc", start={"disc": wrong})
+            Case("id", image(), "disc", start={"disc": wrong})
     with pytest.raises(DataError, match="at most 8"):
-        Case("id", picture(), "organs", {str(number): mask() for number in range(MAX_TARGETS + 1)})
+        Case("id", image(), "organs", {str(number): mask() for number in range(MAX_TARGETS + 1)})
 
 
 def test_cases_and_observations_can_be_copied_and_sent_to_other_processes():
-    case = Case("id", picture(), "disc")
+    case = Case("id", image(), "disc")
     for twin in (copy.deepcopy(case), pickle.loads(pickle.dumps(case))):
         assert twin.image.sha256 == case.image.sha256
-    seen = Observation("id", picture(), "disc", turns=(turn(Click(1, 2, True, "a"), Stop("x", ("y",))),))
+    seen = Observation("id", image(), "disc", turns=(turn(Click(1, 2, True, "a"), Stop("x", ("y",))),))
     assert pickle.loads(pickle.dumps(seen)).turns[0].reply == seen.turns[0].reply
 
 
@@ -155,7 +155,7 @@ def played(*turns, start=None, selection="best", users=""):
         after = {name: mask(width) for name, width in widths.items()}
         made.append(Turn(Completion("x"), Reply("", actions), before, after, score))
         before = after
-    return replace(episode(*made, start=start), mask_selection=selection, made_by={"people_turns": users})
+    return replace(episode(*made, start=start), mask_selection=selection, provenance={"people_turns": users})
 
 
 def widths(masks):

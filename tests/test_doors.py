@@ -1,4 +1,4 @@
-"""What the server lets in and out: every address of it and of Gradio, tokens, cookies, lengths, slow clients, disks."""
+"""What the server lets in and out: every address, tokens, cookies, lengths, slow clients, disks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 import loopback
+import nibabel
 import numpy as np
 import PIL.Image
 import pytest
 from starlette.routing import Mount
 
-from ibisagent.domain import Image
 from ibisagent.errors import ConfigError
 from ibisagent.policies.scripted import ScriptedPolicy
 from ibisagent.segmenters.region import RegionSegmenter
@@ -35,21 +35,12 @@ from ibisagent.server import listening
 from ibisagent.server.app import create_app, standard_mounts
 from ibisagent.server.auth import COOKIE, Keys, WrongTokens, token_for, url_of
 from ibisagent.server.service import Limits, Service
-
-pytest.importorskip("gradio", reason="the page needs gradio")
-import gradio
-
-from ibisagent.server.page import MAX_VOLUMES, Desk, Page
-from ibisagent.server.visitors import Uploads
-
-pytestmark = [  # Gradio and its libraries, not ours:
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+from ibisagent.server.volumes import PackageVolumes
 
 TOKEN = "a-token-of-the-tests"
 CLICK = "<think>The bright one.</think><action>click + (0.31, 0.32) bright box</action>"
 
-# Every address of the server. "file": takes a file; "session": belongs to a session, so to its owner; "plain": neither.
+# Every address. "file": takes a file; "session", "scan": belongs to one, so to its owner; "plain": neither.
 SERVER = {
     "GET /openapi.json": "plain",
     "HEAD /openapi.json": "plain",
@@ -69,11 +60,24 @@ SERVER = {
     "POST /v1/sessions/{id}/click": "session",
     "POST /v1/sessions/{id}/box": "session",
     "POST /v1/sessions/{id}/accept": "session",
-    "POST /v1/sessions/{id}/take-over": "session",
+    "POST /v1/sessions/{id}/interrupt": "session",
     "POST /v1/sessions/{id}/undo": "session",
     "POST /v1/sessions/{id}/redo": "session",
     "POST /v1/sessions/{id}/reset": "session",
     "POST /v1/sessions/{id}/fork": "session",
+    **dict.fromkeys(
+        [f"POST /v1/sessions/{{id}}/{act}" for act in ("query", "brush", "rename", "remove", "preview")], "session"
+    ),
+    **dict.fromkeys([f"GET /v1/sessions/{{id}}/{what}" for what in ("masks", "reliability", "thumbnail")], "session"),
+    "GET /v1/worklist": "plain",
+    "GET /v1/worklist/export": "plain",
+    "POST /v1/scans": "file",
+    "GET /v1/scans/{id}": "scan",
+    "DELETE /v1/scans/{id}": "scan",
+    **dict.fromkeys([f"GET /v1/scans/{{id}}/{what}" for what in ("image", "slice", "shown", "thumbnail")], "scan"),
+    **dict.fromkeys(
+        [f"POST /v1/scans/{{id}}/{act}" for act in ("session", "propagate", "find", "query", "undo", "accept")], "scan"
+    ),
     "GET /v1/sessions/{id}/mask": "session",
     "GET /v1/sessions/{id}/image": "session",
     "GET /v1/sessions/{id}/overlay": "session",
@@ -101,103 +105,28 @@ SERVER = {
     "GET /datastore/image/info": "plain",
     "PUT /datastore/label": "file",
     "GET /datastore/label": "plain",
+    "HEAD /datastore/label": "plain",
+    "DELETE /datastore/label": "plain",
+    "GET /datastore/label/info": "plain",
+    "PUT /datastore/label/info": "plain",
+    "POST /activelearning/{strategy}": "plain",
+    "GET /train/": "plain",
+    "POST /train/": "plain",
+    "POST /train/{model}": "plain",
+    "DELETE /train/": "plain",
+    "GET /logs/": "plain",
+    "GET /auth/": "plain",
+    "POST /auth/token": "plain",
+    "GET /auth/token/valid": "plain",
     "* /mcp": "mcp",
-    "* page": "page",
-}
-
-# Every address of Gradio. "closed": not there; "same": the same for everybody; "static": gives files of Gradio's own;
-# "event": takes JSON in which files can be named; "upload": takes a file; "tab": gives what belongs to one tab.
-PAGE = {
-    "GET /": "same",
-    "GET /config": "same",
-    "GET /theme.css": "same",
-    "GET /gradio_api/theme.css": "same",
-    "GET /favicon.ico": "same",
-    "GET /manifest.json": "same",
-    "GET /assets/{path:path}": "static",
-    "GET /static/{path:path}": "static",
-    "POST /gradio_api/queue/join": "event",
-    "POST /gradio_api/cancel": "event",
-    "POST /gradio_api/upload": "upload",
-    "GET /gradio_api/upload_progress": "same",
-    "GET /gradio_api/queue/data": "tab",
-    "GET /gradio_api/heartbeat/{session_hash}": "tab",
-    **dict.fromkeys(
-        [
-            "HEAD /",
-            "GET /openapi.json",
-            "HEAD /openapi.json",
-            "GET /config/",
-            "POST /login",
-            "POST /login/",
-            "GET /logout",
-            "GET /svelte/{path:path}",
-            "GET /robots.txt",
-            "GET /pwa_icon",
-            "GET /pwa_icon/{size}",
-            "GET /monitoring",
-            "GET /monitoring/summary",
-            "GET /monitoring/{key}",
-            "GET /gradio_api/deep_link",
-            "GET /gradio_api/user",
-            "GET /gradio_api/user/",
-            "GET /gradio_api/login_check",
-            "GET /gradio_api/login_check/",
-            "GET /gradio_api/token",
-            "GET /gradio_api/token/",
-            "GET /gradio_api/app_id",
-            "GET /gradio_api/app_id/",
-            "GET /gradio_api/dev/reload",
-            "GET /gradio_api/runs",
-            "GET /gradio_api/runs/",
-            "GET /gradio_api/info",
-            "GET /gradio_api/info/",
-            "GET /gradio_api/openapi.json",
-            "GET /gradio_api/custom_component/{id}/{environment}/{type}/{file_name}",
-            "GET /gradio_api/proxy={url_path:path}",
-            "HEAD /gradio_api/proxy={url_path:path}",
-            "GET /gradio_api/file={path_or_url:path}",
-            "HEAD /gradio_api/file={path_or_url:path}",
-            "GET /gradio_api/file/{path:path}",
-            "POST /gradio_api/stream/{event_id}",
-            "POST /gradio_api/stream/{event_id}/close",
-            "GET /gradio_api/stream/{session_hash}/{run}/{component_id}/playlist.m3u8",
-            "GET /gradio_api/stream/{session_hash}/{run}/{component_id}/{segment_id}.{ext}",
-            "GET /gradio_api/stream/{session_hash}/{run}/{component_id}/playlist-file",
-            "POST /gradio_api/reset",
-            "POST /gradio_api/reset/",
-            "POST /gradio_api/run/{api_name}",
-            "POST /gradio_api/run/{api_name}/",
-            "POST /gradio_api/api/{api_name}",
-            "POST /gradio_api/api/{api_name}/",
-            "POST /gradio_api/call/v2/{api_name}",
-            "POST /gradio_api/call/v2/{api_name}/",
-            "POST /gradio_api/call/{api_name}",
-            "POST /gradio_api/call/{api_name}/",
-            "GET /gradio_api/call/v2/{api_name}/{event_id}",
-            "GET /gradio_api/call/{api_name}/{event_id}",
-            "POST /gradio_api/component_server",
-            "POST /gradio_api/component_server/",
-            "GET /gradio_api/queue/status",
-            "GET /gradio_api/startup-events",
-            "POST /gradio_api/process_recording",
-            "POST /gradio_api/vibe-edit",
-            "POST /gradio_api/vibe-edit/",
-            "POST /gradio_api/undo-vibe-edit",
-            "POST /gradio_api/undo-vibe-edit/",
-            "GET /gradio_api/vibe-code",
-            "GET /gradio_api/vibe-code/",
-            "POST /gradio_api/vibe-code",
-            "POST /gradio_api/vibe-code/",
-            "POST /gradio_api/vibe-starter-queries",
-            "POST /gradio_api/vibe-starter-queries/",
-        ],
-        "closed",
-    ),
+    "GET /": "plain",
+    "GET /s/{id}": "plain",
+    "GET /static/{name}": "plain",
+    "GET /static/sample/eye.jpg": "plain",
 }
 
 
-def picture(seed: int = 0) -> bytes:
+def image(seed: int = 0) -> bytes:
     pixels = np.full((61, 83, 3), 30, dtype=np.uint8)
     pixels[10:30, 12:40] = 200
     pixels[0] = np.random.default_rng(seed).integers(0, 255, (83, 3))
@@ -220,16 +149,18 @@ def close_clients(url: str) -> None:
             one.close()
 
 
+def scan(seed: int = 0) -> bytes:
+    """A small volume in NIfTI."""
+    voxels = np.random.default_rng(seed).integers(0, 900, (9, 8, 5)).astype(np.int16)
+    return bytes(nibabel.Nifti1Image(voxels, np.diag([1.0, 1.0, 2.0, 1.0])).to_bytes())
+
+
 class Visitor:
-    """A browser of its own: it keeps its cookie and names its tab."""
+    """A browser of its own: it keeps its cookie."""
 
     def __init__(self, url: str, **headers: str) -> None:
         self.web = client(url, **headers)
         assert self.web.get("/", headers={"accept": "text/html"}).status_code == 200
-        self.tab = f"tab{id(self):x}"
-        config = self.web.get("/config").json()
-        self.functions = {one["api_name"]: one for one in config["dependencies"]}
-        self.kinds = {one["id"]: one["type"] for one in config["components"]}
 
     @property
     def name(self) -> str:
@@ -238,32 +169,21 @@ class Visitor:
         assert name is not None
         return name
 
-    def upload(self, name: str, content: bytes) -> httpx.Response:
-        return self.web.post("/gradio_api/upload", files={"files": (name, content)})
+    def open(self, content: bytes) -> str:
+        """A session on an image; its id."""
+        answer = self.web.post("/v1/sessions", data={"query": "box"}, files={"image": ("theirs.png", content)})
+        return str(answer.raise_for_status().json()["id"])
 
-    def join(self, api_name: str, value: Any, *, kind: str = "file", **more: Any) -> httpx.Response:
-        """Begin an event with `value` for its component of a kind."""
-        function = self.functions[api_name]
-        others = {"textbox": "the bright box"}
-        data = [value if self.kinds[i] == kind else others.get(self.kinds[i]) for i in function["inputs"]]
-        event = {"data": data, "fn_index": function["id"], "session_hash": self.tab, "trigger_id": None, **more}
-        return self.web.post("/gradio_api/queue/join", json=event)
-
-    def heard(self, tab: str | None = None) -> str:
-        """What the server says to a tab about the events it began; Gradio breaks off where it knows of none."""
-        said = ""
-        with (
-            suppress(httpx.RemoteProtocolError),
-            self.web.stream("GET", "/gradio_api/queue/data", params={"session_hash": tab or self.tab}) as answer,
-        ):
-            for piece in answer.iter_text():
-                said += piece
-        return said
+    def open_scan(self, content: bytes) -> str:
+        """A scan; its id."""
+        answer = self.web.post("/v1/scans", data={"query": "box"}, files={"files": ("theirs.nii", content)})
+        return str(answer.raise_for_status().json()["id"])
 
 
 @contextmanager
 def serving(folder: Path, token: str | None = None, **limits: Any) -> Iterator[tuple[str, Service, Any]]:
-    service = Service(ScriptedPolicy([CLICK]), RegionSegmenter(), folder, limits=Limits(**limits))
+    models = ScriptedPolicy([CLICK]), RegionSegmenter()
+    service = Service(*models, folder, limits=Limits(**limits), volumes=PackageVolumes())
     app = create_app(service, token=token, mounts=standard_mounts(page=True))
     with loopback.serving(app, **listening.options()) as url:
         yield url, service, app
@@ -271,65 +191,57 @@ def serving(folder: Path, token: str | None = None, **limits: Any) -> Iterator[t
 
 
 class House:
-    """A server with a page, a canary that lies outside its folder, and an upload of somebody else in it."""
+    """A server with a page, a canary that lies outside its folder, and an image and a scan of somebody else in it."""
 
     def __init__(self, folder: Path, url: str, service: Service, app: Any) -> None:
         self.url, self.service, self.app = url, service, app
+        self.data = folder / "data"
         self.canary = folder / "outside" / "canary.png"
         self.canary.parent.mkdir()
-        self.canary.write_bytes(picture(seed=1))
+        self.canary.write_bytes(image(seed=1))
         self.other = Visitor(url)
-        self.others = picture(seed=2)
-        [self.handle] = self.other.upload("theirs.png", self.others).json()
-        self.uploads = folder / "data" / "uploads" / "page"
-        self.others_file = self.uploads / self.other.name / self.handle
-        assert self.others_file.read_bytes() == self.others
+        self.session, self.scan = self.other.open(image(seed=2)), self.other.open_scan(scan(seed=2))
+        self.image = self.data / "sessions" / self.session / "image.png"
+        [self.volume] = (self.data / "scans" / self.scan / "in").iterdir()
+        self.theirs = self.image.read_bytes(), self.volume.read_bytes()
 
-    def names(self, own: Visitor) -> dict[str, str]:
+    def names(self) -> dict[str, str]:
         """Ways to name a file that is not one's own."""
-        place = self.uploads / own.name / "links"
-        place.mkdir(parents=True, exist_ok=True)
-        for name, target in (("canary.png", self.canary), ("theirs.png", self.others_file)):
-            with suppress(FileExistsError):
-                (place / name).symlink_to(target)
-        up = os.path.relpath(self.canary, place.parent)
+        up = os.path.relpath(self.canary, self.data)
         return {
             "absolute": str(self.canary),
             "dots": up,
-            "dots from a folder": f"links/../{up}",
+            "dots from a folder": f"sessions/../{up}",
             "encoded": up.replace("..", "%2e%2e").replace("/", "%2f"),
             "encoded absolute": quote(str(self.canary), safe=""),
             "file URL": self.canary.as_uri(),
             "file URL with a host": f"file://localhost{self.canary}",
             "URL": f"{self.url}/health",
-            "link": "links/canary.png",
-            "absolute link": str(place / "canary.png"),
-            "link to theirs": "links/theirs.png",
             "through the process": f"/proc/self/root{self.canary}",
-            "their handle": self.handle,
-            "their path": str(self.others_file),
-            "their folder": f"../{self.other.name}/{self.handle}",
+            "source": "../page.py",
+            "their session": self.session,
+            "their scan": self.scan,
+            "their image": str(self.image),
+            "their image from here": f"../../sessions/{self.session}/image.png",
             "zero byte": f"{self.canary}\0.png",
             "folder": ".",
             "empty": "",
-            "a session": str(self.uploads.parent.parent / "sessions"),
         }
 
     def check(self, said: str | bytes = "") -> None:
-        """Nothing of the canary or of the other's upload is in what was said or anywhere it should not be."""
+        """Nothing of the canary or of the other's files is in what was said or anywhere it should not be."""
         said = said.encode() if isinstance(said, str) else said
-        for content in (self.canary.read_bytes(), self.others):
+        for content in (self.canary.read_bytes(), *self.theirs):
             assert content[50:] not in said
+        assert b"def mount_page" not in said
         while any(job.state in ("waiting", "running") for job in self.service.jobs):
             time.sleep(0.01)
         found = [
-            path
-            for path in self.uploads.parent.parent.rglob("*")
-            if path.is_file() and not path.is_symlink() and path.read_bytes() == self.canary.read_bytes()
+            path for path in self.data.rglob("*") if path.is_file() and path.read_bytes() == self.canary.read_bytes()
         ]
         assert not found, "the canary was copied"
-        assert self.others_file.read_bytes() == self.others
-        assert not self.service.session_ids, "a file of somebody else was opened"
+        assert (self.image.read_bytes(), self.volume.read_bytes()) == self.theirs
+        assert self.service.session_ids == [self.session], "a file of somebody else was opened"
 
 
 @pytest.fixture(scope="module")
@@ -360,41 +272,15 @@ def addresses(routes: Any) -> Iterator[str]:
 
 def test_every_address_is_known(house: House) -> None:
     assert set(addresses(house.app.routes)) == set(SERVER), "say in SERVER what the address takes, and test it"
-    assert set(addresses(house.app.routes[-1].app.app.routes)) == set(PAGE), "say in PAGE whether it is open"
-
-
-@pytest.mark.parametrize("address", PAGE)
-def test_no_address_of_the_page_gives_a_file(address: str, house: House, visitor: Visitor) -> None:
-    method, _, path = address.partition(" ")
-    parts = re.findall(r"{[^}]*}", path)
-    kind = PAGE[address]
-    if kind == "tab":
-        return  # streams, see test_a_tab_is_its_visitors_alone
-    for way, name in house.names(visitor).items():
-        for written in {name, quote(name), quote(name, safe=""), f"//{name.lstrip('/')}"} if parts else {""}:
-            filled = path
-            for part in parts:
-                filled = filled.replace(part, written)
-            url = f"{house.url}{filled}".replace("\0", "%00")
-            query = {"deep_link": name, "path": name, "file": name, "session_hash": visitor.tab, "page": name}
-            body = {"json": {"data": [name], "path": name}} if method == "POST" else {}
-            answer = visitor.web.request(method, url, params=query, **body)
-            if kind == "closed" and address not in ("GET /openapi.json", "HEAD /openapi.json"):  # ours is there
-                assert answer.status_code in (404, 405, 303), (way, url, answer.status_code)
-            if kind in ("event", "upload"):
-                assert answer.status_code == 422, (way, answer.text)
-            if kind == "static":
-                assert answer.status_code in (403, 404), (way, url)
-            house.check(answer.content)
 
 
 @pytest.mark.parametrize("address", [address for address, kind in SERVER.items() if kind == "plain"])
 def test_no_address_of_the_server_gives_a_file(address: str, house: House, visitor: Visitor) -> None:
     method, _, path = address.partition(" ")
-    for name in house.names(visitor).values():
+    for name in house.names().values():
         for written in {name, quote(name), quote(name, safe="")}:
             url = f"{house.url}{re.sub('{[^}]*}', lambda _, to=written: to, path)}".replace("\0", "%00")
-            query = dict.fromkeys(("image", "label", "tag", "id", "session_id", "output"), name)
+            query = dict.fromkeys(("image", "label", "tag", "id", "session_id", "output", "format", "name"), name)
             answer = visitor.web.request(method, url, params=query)
             assert answer.status_code < 500, url
             house.check(answer.content)
@@ -403,106 +289,32 @@ def test_no_address_of_the_server_gives_a_file(address: str, house: House, visit
 @pytest.mark.parametrize("address", [address for address, kind in SERVER.items() if kind == "file"])
 def test_a_file_is_its_content_and_never_its_name(address: str, house: House, visitor: Visitor) -> None:
     method, _, path = address.partition(" ")
-    for name in house.names(visitor).values():
-        field = {"/v1/jobs": "images", "/session/": "files"}.get(path, "image" if path.startswith("/v1") else "file")
-        files = {field: (name.replace("\0", "%00") or "x", b"no picture"), "label": ("x", b"")}
+    for name in house.names().values():
+        field = {"/v1/jobs": "images", "/session/": "files", "/v1/scans": "files"}.get(
+            path, "image" if path.startswith("/v1") else "file"
+        )
+        files = {field: (name.replace("\0", "%00") or "x", b"no image"), "label": ("x", b"")}
         query = {"image": name, "session_id": name, "params": "{}"}
         answer = visitor.web.request(
             method, path.replace("{model}", "ibisagent"), params=query, data={"query": name or "x"}, files=files
         )
         assert 400 <= answer.status_code < 500 or path == "/v1/jobs", answer.text
         house.check(answer.content)
-    shutil.rmtree(house.uploads.parent.parent / "jobs")
-    (house.uploads.parent.parent / "jobs").mkdir()
-
-
-SHAPES: dict[str, Callable[[str], Any]] = {
-    "a file": lambda path: {"path": path, "meta": {"_type": "gradio.FileData"}},
-    "a URL": lambda path: {"path": "x.png", "url": path, "meta": {"_type": "gradio.FileData"}},
-    "only a URL": lambda path: {"url": path, "meta": {"_type": "gradio.FileData"}},
-    "a name": lambda path: {"path": path, "orig_name": "../../x.png", "meta": {"_type": "gradio.FileData"}},
-    "a stream": lambda path: {"path": path, "is_stream": True, "meta": {"_type": "gradio.FileData"}},
-    "without meta": lambda path: {"path": path},
-    "old style": lambda path: {"name": "x.png", "path": path, "is_file": True, "data": None},
-    "a list": lambda path: [{"path": path, "meta": {"_type": "gradio.FileData"}}],
-    "a property": lambda path: {"value": {"path": path, "meta": {"_type": "gradio.FileData"}}, "label": "x"},
-    "path is a list": lambda path: {"path": [path], "meta": {"_type": "gradio.FileData"}},
-}
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_an_event_names_no_file_but_ones_own(shape: str, house: House, visitor: Visitor) -> None:
-    for way, name in house.names(visitor).items():
-        value = SHAPES[shape](name)
-        for kind in ("file", "textbox", "state"):  # any component, also one that takes no files
-            answer = visitor.join("_open_file", value, kind=kind)
-            assert answer.status_code == 422, (way, kind, answer.text)
-            assert "drop it again" in answer.json()["detail"]
-            assert str(house.uploads) not in answer.text
-        for api_name in visitor.functions:
-            answer = visitor.join(api_name, None, event_data={"index": [1, 1], "value": value})
-            assert answer.status_code == 422, (way, api_name)
-    house.check()
-
-
-def test_gradios_own_check_is_on(house: House, visitor: Visitor) -> None:
-    """Without the door before it, as if an address had been forgotten."""
-    inner = house.app.routes[-1].app.app
-    function = visitor.functions["_open_file"]
-
-    async def ask(path: str) -> httpx.Response:
-        value = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        data = [value if visitor.kinds[i] == "file" else None for i in function["inputs"]]
-        transport = httpx.ASGITransport(inner, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url=house.url) as web:
-            body = {"data": data, "fn_index": function["id"], "session_hash": f"{visitor.name}.x"}
-            return await web.post("/gradio_api/run/_open_file", json=body)
-
-    for way in ("absolute", "link", "their path", "through the process"):
-        asyncio.run(ask(house.names(visitor)[way]))
-        house.check()
-
-
-def test_an_upload_is_opened_by_its_visitor_alone(tmp_path: Path) -> None:
-    with serving(tmp_path / "data") as (url, service, _):
-        first, second = Visitor(url), Visitor(url)
-        [handle] = first.upload("../../eye.png", picture()).json()
-        assert not handle.startswith("/")
-        value = {"path": handle, "url": "/etc/passwd", "orig_name": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
-        assert second.join("_open_file", value).status_code == 422
-        assert not service.session_ids
-        assert first.join("_open_file", value).status_code == 200
-        said = first.heard()
-        assert '"success":true' in said
-        assert "61 pixels" in said
-        assert str(tmp_path) not in said
-        [id_] = service.session_ids
-        assert service.session(id_).image.source == "eye.png"
-        assert not list((tmp_path / "data" / "uploads").rglob("*.png")), "an upload stayed on the disk"
-        assert first.join("_open_file", value).status_code == 422, "it is gone once it is opened"
-
-
-def test_a_tab_is_its_visitors_alone(house: House, visitor: Visitor) -> None:
-    """What one tab is told, another visitor who knows its name is not."""
-    assert house.other.join("_take_over", None).status_code == 200
-    assert "process_completed" not in visitor.heard(house.other.tab)
-    assert "process_completed" in house.other.heard()
-    for tab in ("", "a/b", "../x", f"{house.other.name}.{house.other.tab}", "x" * 200):
-        assert visitor.web.get("/gradio_api/queue/data", params={"session_hash": tab}).status_code == 422
-        answer = visitor.web.post("/gradio_api/queue/join", json={"data": [], "fn_index": 0, "session_hash": tab})
-        assert answer.status_code == 422
-    assert visitor.web.get("/gradio_api/heartbeat/a.b").status_code == 422
-    stranger = client(house.url)
-    for method, path in (("POST", "upload"), ("POST", "queue/join"), ("GET", "queue/data"), ("GET", "heartbeat/x")):
-        assert stranger.request(method, f"/gradio_api/{path}").status_code == 403
-    stranger.cookies.set(COOKIE, house.other.name + "." + "0" * 64)  # made up
-    assert stranger.post("/gradio_api/upload").status_code == 403
+    shutil.rmtree(house.data / "jobs")
+    (house.data / "jobs").mkdir()
 
 
 BODIES: dict[str, Any] = {
     "click": {"x": 1, "y": 1},
     "box": {"x0": 1, "y0": 1, "x1": 9, "y1": 9},
     "fork": {"turn": 0},
+    "query": {"query": "box"},
+    "brush": {"points": [[1, 1]], "radius": 2},
+    "rename": {"target": "box", "name": "other"},
+    "remove": {"target": "box"},
+    "preview": {"x": 1, "y": 1},
+    "find": {"query": "box"},
+    **{path: {"axis": "axial", "index": 1} for path in ("session", "propagate")},
     **{path: {} for path in ("ask", "run", "stream", "accept")},
 }
 
@@ -510,20 +322,19 @@ BODIES: dict[str, Any] = {
 @pytest.mark.parametrize("token", [None, TOKEN])
 def test_a_session_of_the_page_is_its_visitors_alone(token: str | None, tmp_path: Path) -> None:
     headers = {"authorization": f"Bearer {token}"} if token else {}
-    with serving(tmp_path / "data", token) as (url, service, _):
+    with serving(tmp_path / "data", token) as (url, _, _):
         first, second = Visitor(url, **headers), Visitor(url, **headers)
-        assert first.join("_open_sample", None).status_code == 200
-        first.heard()
-        [id_] = service.session_ids
+        id_, scan_id = first.open(image()), first.open_scan(scan())
         program = client(url, **headers)
         for web in (second.web, program):
-            assert web.get("/v1/sessions").json() == []
-            for address in [address for address, kind in SERVER.items() if kind == "session"]:
+            assert web.get("/v1/sessions").json() == web.get("/v1/worklist").json() == []
+            for address in [address for address, kind in SERVER.items() if kind in ("session", "scan")]:
                 method, _, path = address.partition(" ")
                 sent = {"json": BODIES.get(path.rpartition("/")[2])} if method == "POST" else {}
-                answer = web.request(method, path.replace("{id}", id_), **sent)
+                known = id_ if SERVER[address] == "session" else scan_id
+                answer = web.request(method, path.replace("{id}", known), **sent)
                 assert answer.status_code == 404, address
-                assert answer.json() == {"detail": f"no session '{id_}' here: it may have expired; open a new one"}
+                assert answer.json()["detail"].startswith(f"no {SERVER[address]} '{known}' here"), address
             call = {"name": "look", "arguments": {"session": id_}}
             asked = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": call}
             accept = {"accept": "application/json, text/event-stream"}
@@ -531,10 +342,14 @@ def test_a_session_of_the_page_is_its_visitors_alone(token: str | None, tmp_path
             assert told["result"]["isError"]
             assert "no session" in told["result"]["content"][0]["text"]
         assert first.web.get("/v1/sessions").json() == [id_]
+        assert {one["id"] for one in first.web.get("/v1/worklist").json()} == {id_, scan_id}
+        place = {"axis": "axial", "index": 2}
+        slice_id = first.web.post(f"/v1/scans/{scan_id}/session", json=place).json()["id"]
+        assert second.web.get(f"/v1/sessions/{slice_id}").status_code == 404
         assert first.web.get(f"/v1/sessions/{id_}/export").status_code == 200
         fork = first.web.post(f"/v1/sessions/{id_}/fork", json={"turn": 0}).json()["id"]
         assert second.web.get(f"/v1/sessions/{fork}").status_code == 404
-        shared = program.post("/v1/sessions", data={"query": "box"}, files={"image": ("a.png", picture())}).json()["id"]
+        shared = program.post("/v1/sessions", data={"query": "box"}, files={"image": ("a.png", image())}).json()["id"]
         assert second.web.get(f"/v1/sessions/{shared}").status_code == 200
     with serving(tmp_path / "data", token) as (url, _, _):  # also after a restart
         for one, status in ((first, 200), (second, 404)):
@@ -545,77 +360,25 @@ def test_a_session_of_the_page_is_its_visitors_alone(token: str | None, tmp_path
             assert shared in web.get("/v1/sessions").json()
 
 
-class Slices:
-    """A volume, one grey slice."""
-
-    shape = (1, 1, 1)
-
-    def slice(self, axis: int, index: int, window: str) -> Image:
-        return Image(np.zeros((4, 4, 3), np.uint8))
-
-
-class Formats:
-    windows = ("auto",)
-
-    def read(self, path: Path) -> Slices:
-        return Slices()
-
-    def segment(self, volume: Any, query: str, policy: Any, segmenter: Any) -> dict[str, Any]:
-        return {}
-
-    def write_masks(self, masks: Any, volume: Any, path: Path) -> None:
-        raise NotImplementedError
-
-
-def test_a_volume_that_went_does_not_become_that_of_another_visitor(tmp_path: Path) -> None:
-    """Only a few are kept; the memory of those that went is used again."""
-    service = Service(ScriptedPolicy([CLICK]), RegionSegmenter(), tmp_path / "data", volumes=Formats())
-    uploads = Uploads(service.private_folder("uploads/page"))
-    page = Page(service, uploads)
-
-    def opened(visitor: str) -> str:
-        file = uploads.new(visitor, "scan.nii.gz")
-        file.write_bytes(b"a volume")
-        request = gradio.Request(session_hash=f"{visitor}.tab")
-        desk = page._open_file(Desk(), uploads.handle(file), "box", request)[0]
-        assert desk.visitor == visitor
-        return str(desk.volume)
-
-    names = [opened(f"{number:032x}") for number in range(5 * MAX_VOLUMES)]
-    assert len(set(names)) == len(names)
-    service.close()
-
-
-def test_uploads_are_bounded(tmp_path: Path) -> None:
-    with serving(tmp_path / "data", upload_bytes=5000, idle_seconds=1000) as (url, service, _):
-        visitor = Visitor(url)
-        answer = visitor.upload("big.png", bytes(6000))
-        assert answer.status_code == 413
-        assert "at most 5000" in answer.json()["detail"]
-        assert visitor.web.post("/gradio_api/upload", files=[("files", ("a", b"a"))] * 2).status_code == 400
-        for number in range(9):
-            assert visitor.upload(f"{number}.png", b"a").status_code == 200
-        uploads = tmp_path / "data" / "uploads" / "page"
-        assert sorted(path.name for path in uploads.rglob("*.png")) == ["5.png", "6.png", "7.png", "8.png"]
-        event = {"data": ["x" * 2**18], "fn_index": 0, "session_hash": "x"}
-        assert visitor.web.post("/gradio_api/queue/join", json=event).status_code == 413
-        for content in (b"", b"[]", b"{", b"[" * 100_000, b'{"a":' * 50_000):
-            assert visitor.web.post("/gradio_api/queue/join", content=content).status_code == 422
-        for number in (-1, 10**9, True, 1.5, "0", None, [0]):
-            event = {"data": [], "fn_index": number, "session_hash": "x"}
-            answer = visitor.web.post("/gradio_api/queue/join", json=event)
-            assert (answer.status_code, "no such event" in answer.text) == (422, True), number
-        assert service.expire(time.time() + 2000) == 0
-        assert not list(uploads.rglob("*.png"))
+def test_what_is_opened_without_a_cookie_is_for_all(tmp_path: Path) -> None:
+    with serving(tmp_path / "data") as (url, _, _):
+        program, browser = client(url), Visitor(url)
+        sent = {"data": {"query": "box"}, "files": {"files": ("a.nii", scan())}}
+        id_ = program.post("/v1/scans", **sent).json()["id"]
+        for web in (program, browser.web):
+            assert [one["id"] for one in web.get("/v1/worklist").json()] == [id_]
+        assert browser.web.post(f"/v1/scans/{id_}/accept").json()["state"] == "accepted"
 
 
 def test_nothing_comes_from_elsewhere(house: House) -> None:
     own = urlsplit(house.url).netloc
-    for path in ("/", "/docs", "/config", "/theme.css"):
+    for path in ("/", "/docs", "/s/0", "/static/main.js", "/static/page.css"):
         answer = httpx.get(f"{house.url}{path}")
         named = {urlsplit(url).netloc for url in re.findall(r"https?://[^\s\"'<>\\)]+", answer.text)}
         assert named <= {own, "www.w3.org"}, path  # the names of SVG
-        assert "default-src 'self'" in answer.headers["content-security-policy"]
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'self';" in policy
+        assert "script-src" not in policy, "scripts are files of the page alone"
     assert httpx.get(f"{house.url}/redoc").status_code == 404
     docs = httpx.get(f"{house.url}/docs").text
     assert "<script" not in docs
@@ -814,7 +577,7 @@ LENGTHS = {
 
 
 @pytest.mark.parametrize("kind", LENGTHS)
-@pytest.mark.parametrize("path", ["/v1/segment", "/v1/sessions/0/ask", "/gradio_api/upload", "/mcp"])
+@pytest.mark.parametrize("path", ["/v1/segment", "/v1/sessions/0/ask", "/v1/scans", "/mcp"])
 def test_one_reading_of_the_length(kind: str, path: str, tmp_path: Path, small: str) -> None:
     header, status = LENGTHS[kind]
     head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n{header}\r\n\r\n"
@@ -859,9 +622,9 @@ def test_bytes_are_counted_as_they_come() -> None:
         answered.append(message)
 
     read, answered = list[int](), list[dict[str, Any]]()
-    gate = access.Gate(reading, keys=Keys(None), max_body=5000)
+    middleware = access.AuthMiddleware(reading, keys=Keys(None), max_body=5000)
     scope = {"type": "http", "method": "POST", "path": "/x", "headers": [(b"host", b"localhost")], "scheme": "http"}
-    asyncio.run(gate({**scope, "query_string": b"", "client": ("127.0.0.1", 1)}, drip, note))
+    asyncio.run(middleware({**scope, "query_string": b"", "client": ("127.0.0.1", 1)}, drip, note))
     assert answered[0]["status"] == 413
     assert len(read) == 5
 
@@ -987,15 +750,15 @@ def test_a_served_folder_is_private_and_ipv6_works(tmp_path: Path) -> None:
                 assert time.time() < deadline
                 time.sleep(0.1)
             visitor = Visitor(url)
-            [handle] = visitor.upload("eye.png", picture()).json()
-            files = {"image": ("a.png", picture())}
+            theirs = visitor.open_scan(scan())
+            files = {"image": ("a.png", image())}
             id_ = httpx.post(f"{url}/v1/sessions", data={"query": "box"}, files=files, timeout=60).json()["id"]
             httpx.post(f"{url}/v1/sessions/{id_}/click", json={"x": 20, "y": 20}, timeout=60)
-            job = {"images": ("a.png", picture())}
+            job = {"images": ("a.png", image())}
             httpx.post(f"{url}/v1/jobs", data={"query": "box"}, files=job, timeout=60).raise_for_status()
-            httpx.put(f"{url}/datastore/", files={"file": ("a.png", picture())}, timeout=60).raise_for_status()
+            httpx.put(f"{url}/datastore/", files={"file": ("a.png", image())}, timeout=60).raise_for_status()
             written = list(data.rglob("*"))
-            assert data / "uploads" / "page" / visitor.name / handle in written
+            assert data / "scans" / theirs / "scan.json" in written
             assert data / "sessions" / id_ / "image.png" in written
             for path in written:
                 mode = stat.S_IMODE(path.stat().st_mode)

@@ -28,7 +28,7 @@ from ibisagent.domain import (
     standing_by_turn,
 )
 from ibisagent.domain import standing as kept
-from ibisagent.environment import KEPT_STATES, MAX_TURNS, Board, SegmentationEnv, rollout, turn_limit
+from ibisagent.environment import KEPT_STATES, MAX_TURNS, PromptState, SegmentationEnv, rollout, turn_limit
 from ibisagent.errors import ConfigError, DataError, PolicyError, SegmenterError
 from ibisagent.inference.replay import replay
 from ibisagent.policies import NANO_FOLDER
@@ -113,14 +113,14 @@ def test_each_touched_target_is_predicted_once_from_all_its_prompts() -> None:
 def test_a_caller_can_end_an_episode() -> None:
     environment = env(NotebookSegmenter())
     turn = do(environment, click(3, 4))
-    environment.cut()
+    environment.truncate()
     episode = environment.episode()
     assert (episode.turns, episode.stop, environment.done) == ((turn,), "max_turns", True)
     with pytest.raises(ConfigError, match="has ended"):
         do(environment, click(9, 9))
     stopped = env(NotebookSegmenter())
     do(stopped, Stop(""))
-    stopped.cut()
+    stopped.truncate()
     assert stopped.episode().stop == "stopped"
 
 
@@ -164,26 +164,26 @@ def test_undo_takes_back_the_newest_over_all_targets() -> None:
     assert not environment.done
 
 
-def test_a_board_keeps_few_states_and_makes_older_ones_again() -> None:
+def test_a_prompt_state_keeps_few_states_and_makes_older_ones_again() -> None:
     clicks = [Click(7 * number, 5 * number, True, "spleen") for number in range(1, 11)]
     segmenter = NotebookSegmenter()
-    board = Board(IMAGE, segmenter, {})
+    prompt_state = PromptState(IMAGE, segmenter, {})
     for click in clicks:
-        board.apply([click])
-    assert sum(state is not None for state in board._states) <= KEPT_STATES + 1
+        prompt_state.apply([click])
+    assert sum(state is not None for state in prompt_state._states) <= KEPT_STATES + 1
     calls = len(segmenter.calls)
-    board.apply([Undo(2)])
+    prompt_state.apply([Undo(2)])
     assert len(segmenter.calls) == calls  # not far back: nothing is predicted again
     for steps in (1, 5):
-        board.apply([Undo(steps)])
+        prompt_state.apply([Undo(steps)])
         left = clicks[: 7 if steps == 1 else 2]
-        other = Board(IMAGE, NotebookSegmenter(), {})
+        other = PromptState(IMAGE, NotebookSegmenter(), {})
         for click in left:
             other.apply([click])
-        assert np.array_equal(board.masks["spleen"], other.masks["spleen"])
-    board.apply([clicks[5]])
+        assert np.array_equal(prompt_state.masks["spleen"], other.masks["spleen"])
+    prompt_state.apply([clicks[5]])
     other.apply([clicks[5]])
-    assert np.array_equal(board.masks["spleen"], other.masks["spleen"])
+    assert np.array_equal(prompt_state.masks["spleen"], other.masks["spleen"])
 
 
 def test_undo_of_a_part_of_a_turn_leaves_the_rest_of_it() -> None:
@@ -310,15 +310,15 @@ def test_a_segmenter_that_breaks_its_contract_is_caught(prediction: Prediction) 
 
 
 class Tripwire(Mapping[str, np.ndarray]):
-    """Truth that may be read until it is armed."""
+    """Ground truth that may be read until it is armed."""
 
-    def __init__(self, truth: Mapping[str, np.ndarray]) -> None:
-        self.truth, self.armed = truth, False
+    def __init__(self, ground_truth: Mapping[str, np.ndarray]) -> None:
+        self.ground_truth, self.armed = ground_truth, False
 
     def _touch(self) -> Mapping[str, np.ndarray]:
         if self.armed:
-            raise AssertionError("the environment looked at the truth")
-        return self.truth
+            raise AssertionError("the environment looked at the ground truth")
+        return self.ground_truth
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._touch()[name]
@@ -330,10 +330,12 @@ class Tripwire(Mapping[str, np.ndarray]):
         return len(self._touch())
 
 
-def test_the_environment_never_reads_the_truth() -> None:
-    truth = Tripwire({"spleen": np.ones(SIZE, dtype=bool)})
-    guarded = Case("a#spleen", IMAGE, "Segment the spleen.", targets=truth, start={"liver": np.ones(SIZE, dtype=bool)})
-    truth.armed = True
+def test_the_environment_never_reads_the_ground_truth() -> None:
+    ground_truth = Tripwire({"spleen": np.ones(SIZE, dtype=bool)})
+    guarded = Case(
+        "a#spleen", IMAGE, "Segment the spleen.", targets=ground_truth, start={"liver": np.ones(SIZE, dtype=bool)}
+    )
+    ground_truth.armed = True
     with pytest.raises(AssertionError):
         bool(guarded.targets)
     environment = SegmentationEnv(guarded, NotebookSegmenter(), dialect="ibis")
@@ -377,8 +379,8 @@ def test_rollout_answers_all_live_environments_in_one_batch() -> None:
     assert policy.batches == [["a", "b", "c"], ["b", "c"], ["b"]]
     assert seen == [(0, True), (1, False), (2, False), (1, False), (2, True), (1, True)]
     assert [(episode.case_id, len(episode.turns)) for episode in episodes] == list(lengths.items())
-    assert {episode.made_by["policy"] for episode in episodes} == {"scripted"}
-    assert {episode.made_by["segmenter"] for episode in episodes} == {"notebook"}
+    assert {episode.provenance["policy"] for episode in episodes} == {"scripted"}
+    assert {episode.provenance["segmenter"] for episode in episodes} == {"notebook"}
 
 
 def test_rollout_refuses_what_does_not_fit() -> None:
@@ -442,10 +444,10 @@ def test_replay_rebuilds_the_masks_and_undo_equals_never_clicked(turns: list[lis
         do(environment, Stop())
     episode = environment.episode()
     assert same(replay(episode, IMAGE, NotebookSegmenter()), episode.masks)
-    board = Board(IMAGE, NotebookSegmenter(), {})  # record and board agree on what stands
+    prompt_state = PromptState(IMAGE, NotebookSegmenter(), {})  # record and prompt state agree on what stands
     for _, batch in groupby(standing_by_turn(episode.turns), key=lambda one: one[0]):
-        board.apply([prompt for _, prompt in batch])
-    assert same(board.masks, episode.masks)
+        prompt_state.apply([prompt for _, prompt in batch])
+    assert same(prompt_state.masks, episode.masks)
 
 
 def test_an_undo_counts_though_the_prompt_after_it_stands_already() -> None:
@@ -504,10 +506,10 @@ def test_replay_checks_image_and_segmenter() -> None:
 def test_replay_of_the_region_segmenter_is_exact() -> None:
     region = load_segmenter("region")
     rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]
-    truth = (columns - 30) ** 2 + (rows - 25) ** 2 < 200
+    ground_truth = (columns - 30) ** 2 + (rows - 25) ** 2 < 200
     noisy = np.random.default_rng(1).integers(0, 90, (*SIZE, 3))
-    image = Image((noisy + truth[..., None] * 120).astype(np.uint8))
-    asked = Case("x", image, "Segment the spleen.", {"spleen": truth})
+    image = Image((noisy + ground_truth[..., None] * 120).astype(np.uint8))
+    asked = Case("x", image, "Segment the spleen.", {"spleen": ground_truth})
     oracle = OraclePolicy([asked], mistakes=0.3, jitter=0.5, seed=2)
     environment = SegmentationEnv(asked, region, dialect="ibis", max_turns=oracle.max_turns)
     (episode,) = rollout(oracle, [environment])
@@ -542,7 +544,7 @@ def box(x0: float, x1: float) -> str:
     return f"<think>x</think><action>box ({x0}, 0.2) ({x1}, 0.8)</action>"
 
 
-def test_of_several_first_turns_the_one_that_agrees_with_the_others_is_taken() -> None:
+def test_of_multiple_first_turns_the_one_that_agrees_with_the_others_is_taken() -> None:
     policy, segmenter = Proposing((box(0.1, 0.3), box(0.6, 0.9), box(0.62, 0.9))), NotebookSegmenter()
     [episode] = rollout(policy, [env(segmenter)])
     assert episode.turns[0].completion.text == policy.proposals[1]

@@ -1,4 +1,4 @@
-"""Figures of an evaluation, checked against numbers worked out by hand."""
+"""Results of an evaluation, checked against numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ibisagent.protocol import write
 from ibisagent.segmenters.region import RegionSegmenter
 
 SIZE = (61, 83)
-# `region` blurs the picture and then leaves out the outermost pixel of a sharp bright box: of 20 x 30 pixels 18 x 28.
+# `region` blurs the image and then leaves out the outermost pixel of a sharp bright box: of 20 x 30 pixels 18 x 28.
 REGION_IOU = 18 * 28 / (20 * 30)
 REGION_DICE = 2 * 18 * 28 / (18 * 28 + 20 * 30)
 
@@ -39,15 +39,15 @@ MIDDLE = box_mask(30, 20, 60, 40)  # 30 wide, 20 high
 CORNER = box_mask(50, 40, 80, 60)  # as large
 
 
-def picture(mask: Mask) -> Image:
+def image(mask: Mask) -> Image:
     return Image(np.where(mask, 220, 20).astype(np.uint8)[..., None].repeat(3, axis=2))
 
 
 def write_rows(folder: Path, rows: Mapping[str, tuple[Mask, Mapping[str, str]]]) -> Path:
-    """A manifest of one picture and one mask per row; a row with mask "" in its facts is of an absent object."""
+    """A manifest of one image and one mask per row; a row with mask "" in its facts is of an absent object."""
     lines = []
     for name, (mask, facts) in rows.items():
-        write_png(picture(mask).pixels, folder / f"{name}.png")
+        write_png(image(mask).pixels, folder / f"{name}.png")
         write_mask_png(mask, folder / f"{name}_mask.png")
         row = {"image": f"{name}.png", "mask": f"{name}_mask.png", "object": "box", "split": "val", **facts}
         lines.append(json.dumps(row))
@@ -87,7 +87,7 @@ SCRIPT = {
 }
 
 
-def test_figures_by_hand(cases: CaseSource) -> None:
+def test_metrics_by_hand(cases: CaseSource) -> None:
     result = evaluation.evaluate(cases, ScriptedPolicy(SCRIPT), RegionSegmenter(), oracle=False)
     assert not result.failures
     hit, idle, absent = (one.measures for one in result.results)
@@ -161,7 +161,7 @@ def test_baselines_by_hand(data: Path, cases: CaseSource) -> None:
         cases, ScriptedPolicy(SCRIPT), RegionSegmenter(), prior=prior, centre=CentreClickPolicy(), batch_size=2
     )
     hit, idle, absent = (one.measures for one in result.results)
-    # the training box lies inside that of "hit", which also holds the picture's centre (41, 30); CORNER holds neither
+    # the training box lies inside that of "hit", which also holds the image's centre (41, 30); CORNER holds neither
     assert (hit["prior_hit"], hit["centre_hit"]) == (1, 1)
     assert (idle["prior_hit"], idle["centre_hit"]) == (0, 0)
     assert hit["prior_iou"] == pytest.approx(REGION_IOU)
@@ -183,7 +183,7 @@ def test_oracle_is_the_ceiling(cases: CaseSource) -> None:
 
 
 def test_failures_are_listed_never_scored(cases: CaseSource, tmp_path: Path) -> None:
-    (tmp_path / "absent.png").write_bytes(b"no picture")
+    (tmp_path / "absent.png").write_bytes(b"no image")
     told: list[str] = []
     result = evaluation.evaluate(
         cases,
@@ -240,7 +240,7 @@ def episode(*turns: tuple[Action, ...]) -> Episode:
 
 
 def case(**targets: Mask) -> Case:
-    return Case("case", picture(MIDDLE), "Segment it.", targets)
+    return Case("case", image(MIDDLE), "Segment it.", targets)
 
 
 TRUE_BOX = Box(30, 20, 60, 40, "box")

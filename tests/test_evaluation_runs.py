@@ -46,7 +46,7 @@ def box_mask(x0: int, y0: int, x1: int, y1: int) -> Mask:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dozen pictures of six patients; and a script that hits, corrects, gives up or writes nonsense in turn."""
+    """A dozen images of six patients; and a script that hits, corrects, gives up or writes nonsense in turn."""
     folder = tmp_path_factory.mktemp("data")
     rows, script = ["image,mask,object,modality,patient,split"], {}
     for number in range(CASES):
@@ -82,7 +82,7 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def figures(folder: Path) -> dict[str, Any]:
+def results(folder: Path) -> dict[str, Any]:
     """Everything in evaluation.json but times."""
     found: dict[str, Any] = json.loads((folder / "evaluation.json").read_text(), object_hook=_untimed)
     return found
@@ -102,7 +102,7 @@ def evaluate_command(setup: Setup, folder: Path) -> list[str]:
     return ["eval", "run", str(setup.data), *options]
 
 
-def test_killed_run_ends_with_the_same_figures(setup: Setup, finished: Path, tmp_path: Path) -> None:
+def test_killed_run_ends_with_the_same_metrics(setup: Setup, finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     log = folder / "cases.jsonl"
     command = [sys.executable, "-m", "ibisagent", *evaluate_command(setup, folder)]
@@ -115,7 +115,7 @@ def test_killed_run_ends_with_the_same_figures(setup: Setup, finished: Path, tmp
     run(setup, folder, on_start=lambda total, done: started.append((total, done)))
     [(total, done)] = started
     assert 0 < done <= total == CASES + 1
-    assert figures(folder) == figures(finished)
+    assert results(folder) == results(finished)
     assert {json.loads(line)["index"] for line in log.read_bytes().splitlines()} == set(range(CASES + 1))
 
 
@@ -129,7 +129,7 @@ def test_unfinished_block_is_judged_again(setup: Setup, finished: Path, tmp_path
     started: list[tuple[int, int]] = []
     run(setup, folder, on_start=lambda total, done: started.append((total, done)))
     assert started == [(CASES + 1, 4)]
-    assert figures(folder) == figures(finished)
+    assert results(folder) == results(finished)
     before = log.read_bytes()
     run(setup, folder)  # nothing is left to do
     assert log.read_bytes() == before
@@ -137,12 +137,12 @@ def test_unfinished_block_is_judged_again(setup: Setup, finished: Path, tmp_path
 
 def test_workers_change_nothing(setup: Setup, finished: Path, tmp_path: Path) -> None:
     run(setup, tmp_path / "run", workers=2)
-    assert figures(tmp_path / "run") == figures(finished)
+    assert results(tmp_path / "run") == results(finished)
 
 
 def test_in_memory_is_the_same(setup: Setup, finished: Path) -> None:
     found = json.loads(json.dumps(run(setup).to_json()), object_hook=_untimed)
-    assert found == figures(finished)
+    assert found == results(finished)
 
 
 def test_other_run_in_the_folder(setup: Setup, finished: Path) -> None:
@@ -153,12 +153,12 @@ def test_other_run_in_the_folder(setup: Setup, finished: Path) -> None:
 
 
 def test_tables(finished: Path) -> None:
-    loaded = figures(finished)
+    loaded = results(finished)
     overall = loaded["summaries"]["all"]
     assert (overall["cases"], overall["positives"], overall["patients"]) == (13, 12, 6)
     assert set(loaded["summaries"]) == {"all", "modality", "object", "size", "dataset"}
     rows = list(csv.DictReader(io.StringIO((finished / "summary.csv").read_text())))
-    [iou] = [row for row in rows if (row["by"], row["group"], row["figure"]) == ("all", "all", "iou")]
+    [iou] = [row for row in rows if (row["by"], row["group"], row["metric"]) == ("all", "all", "iou")]
     assert float(iou["value"]) == pytest.approx(overall["means"]["iou"], rel=1e-5)
     assert float(iou["low_95"]) == pytest.approx(overall["intervals"]["iou"][0], rel=1e-5)
     cases = list(csv.DictReader(io.StringIO((finished / "cases.csv").read_text())))
@@ -211,14 +211,14 @@ def test_compare(setup: Setup, finished: Path, tmp_path: Path) -> None:
     assert "10 cases in both; left out: 3 only in A, 0 only in B" in shown.stdout
     assert shown.stderr.count("only in A, left out: ") == 3
     loaded = json.loads(cli("eval", "compare", finished, tmp_path / "oracle", "--json").stdout)
-    one = loaded["figures"]["positive_iou"]
+    one = loaded["metrics"]["positive_iou"]
     assert one["difference"] == pytest.approx(one["b"] - one["a"])
     assert one["interval"][0] <= one["difference"] <= one["interval"][1]
     assert {"CT", "MRI"} == set(loaded["groups"]["modality"])
     a = Run(finished).evaluation
     with pytest.raises(DataError, match="no case in common"):
         compare(a, Evaluation({}, (), ()))
-    assert all(found.difference == 0 for found in compare(a, a).figures.values())
+    assert all(found.difference == 0 for found in compare(a, a).metrics.values())
 
 
 # --------------------------------------------------------------------------------------------------------- the report
@@ -235,7 +235,7 @@ def test_curves_by_hand(finished: Path) -> None:
     assert iou_by_turn([], 4) == []
 
 
-def test_pictures_that_changed_are_not_shown(setup: Setup, tmp_path: Path) -> None:
+def test_images_that_changed_are_not_shown(setup: Setup, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(setup.data, data)
     run(Setup(data, policy=setup.policy, segmenter="region", baselines=False), tmp_path / "run")
@@ -270,10 +270,10 @@ def test_report_in_a_browser(finished: Path, browser: Any, tmp_path: Path) -> No
     page.select_option("#by", "size")
     assert page.locator("table[data-by=size]").is_visible()
     assert page.locator(".card:visible").count() == 6
-    pictures = page.locator(".card:visible img")
-    assert pictures.count() > 12
-    for number in range(pictures.count()):
-        pictures.nth(number).scroll_into_view_if_needed()
+    images = page.locator(".card:visible img")
+    assert images.count() > 12
+    for number in range(images.count()):
+        images.nth(number).scroll_into_view_if_needed()
     page.wait_for_function(
         "[...document.querySelectorAll('.card:not([hidden]) img')].every(one => one.complete && one.naturalWidth > 0)"
     )
@@ -297,7 +297,7 @@ def test_report_in_a_browser(finished: Path, browser: Any, tmp_path: Path) -> No
 
 
 def changeable(folder: Path) -> Setup:
-    """Four pictures for validation and one to train on, of one patient each, in blocks of two cases."""
+    """Four images for validation and one to train on, of one patient each, in blocks of two cases."""
     rows, mask = ["image,mask,object,split,patient"], box_mask(10, 8, 30, 20)
     for number, split in enumerate(["val"] * 4 + ["Training"]):
         write_png(
@@ -326,7 +326,7 @@ def test_cases_whose_files_changed_are_judged_again(
     assert "the files of 1 of 4 cases have changed" in caplog.text
     assert again.results == Run(folder).evaluation.results
     assert [one.measures["iou"] < 0.5 for one in again.results] == [False, False, True, False]
-    assert figures(folder)["cases"] == json.loads(json.dumps(run(setup).to_json()), object_hook=_untimed)["cases"]
+    assert results(folder)["cases"] == json.loads(json.dumps(run(setup).to_json()), object_hook=_untimed)["cases"]
     caplog.clear()
     for file in tmp_path.glob("*.png"):
         os.utime(file)  # touched and not changed

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from killed import killed
-from PIL import Image as Picture
+from PIL import Image as PillowImage
 
 from ibisagent.datasets import CaseRow, CaseSource, read_cases
 from ibisagent.datasets.leaks import fingerprint
@@ -21,7 +21,7 @@ from ibisagent.domain import Click, Image, Stop, Undo
 from ibisagent.errors import ConfigError
 from ibisagent.generation import exports, filters
 from ibisagent.generation.config import FactoryConfig, read_questions
-from ibisagent.generation.expert_episodes import RecallingSegmenter, foreign, imperfect
+from ibisagent.generation.expert_episodes import RecallingSegmenter, corrupted, unrelated
 from ibisagent.generation.stages import Plan, Worker, build, estimate
 from ibisagent.generation.teacher.phrasings import FAMILIES, PHRASINGS, phrasings
 from ibisagent.imaging.images import write_mask_png, write_png
@@ -30,13 +30,11 @@ from ibisagent.segmenters import load_segmenter
 from ibisagent.store import EpisodeStore
 
 SIZE = (61, 83)
-CONFIG = FactoryConfig(
-    segmenter="region", shard_pictures=3, self_correction=0.8, inconsistency=0.8, picture_format="png"
-)
+CONFIG = FactoryConfig(segmenter="region", shard_images=3, self_correction=0.8, inconsistency=0.8, image_format="png")
 
 
 def write_phantoms(folder: Path, count: int) -> None:
-    """Pictures with a bright disc ("spleen") and, on every other one, a dark one ("kidney"); the last is for "val"."""
+    """Images with a bright disc ("spleen") and, on every other one, a dark one ("kidney"); the last is for "val"."""
     rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]
     for number in range(count):
         draw = np.random.default_rng(number)
@@ -115,18 +113,20 @@ def test_absent_objects_are_refused_without_a_click(made: Path) -> None:
 def test_mistakes_are_visible_taken_back_and_not_judged(made: Path, data: Path) -> None:
     families = {question.id: question.family for question in all_questions(data, made)}
     cases = read_cases(data).by_id
-    erring = [e for e in EpisodeStore(made / "filter").read() if families[e.case_id] == "correction"]
-    assert erring
-    for episode in erring:
+    self_correcting = [e for e in EpisodeStore(made / "filter").read() if families[e.case_id] == "correction"]
+    assert self_correcting
+    for episode in self_correcting:
         wrong = episode.undone_turns
         assert len(wrong) == 1
         turn = episode.turns[min(wrong)]
-        truth = cases[episode.case_id.split("?")[0]].targets["spleen" if "#spleen" in episode.case_id else "kidney"]  # type: ignore[index]
+        ground_truth = cases[episode.case_id.split("?")[0]].targets[
+            "spleen" if "#spleen" in episode.case_id else "kidney"
+        ]  # type: ignore[index]
         empty = np.zeros(SIZE, dtype=bool)
         name = next(iter(turn.after))
         before, after = turn.before.get(name, empty), turn.after[name]
         assert not np.array_equal(before, after)
-        assert not before.any() or iou(after, truth) < iou(before, truth)
+        assert not before.any() or iou(after, ground_truth) < iou(before, ground_truth)
         following = episode.turns[min(wrong) + 1]
         assert following.reply.actions == (Undo(1),)
         assert {key: mask.tobytes() for key, mask in following.after.items()} == {
@@ -158,16 +158,16 @@ def test_predictions_are_shared(data: Path) -> None:
     assert segmenter.calls == 2
 
 
-def test_start_masks_are_imperfect_and_foreign_ones_are_elsewhere() -> None:
+def test_start_masks_are_corrupted_and_unrelated_ones_are_elsewhere() -> None:
     rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]
-    truth = (columns - 30) ** 2 + (rows - 30) ** 2 <= 100
+    ground_truth = (columns - 30) ** 2 + (rows - 30) ** 2 <= 100
     for seed in range(20):
-        start = imperfect(truth, np.random.default_rng(seed))
+        start = corrupted(ground_truth, np.random.default_rng(seed))
         assert start is not None
-        assert 0.3 <= iou(start, truth) <= 0.85
-        other = foreign(truth, [], np.random.default_rng(seed))
+        assert 0.3 <= iou(start, ground_truth) <= 0.85
+        other = unrelated(ground_truth, [], np.random.default_rng(seed))
         assert other is not None
-        assert not (other & truth).any()
+        assert not (other & ground_truth).any()
 
 
 def test_a_killed_run_ends_with_the_same_bytes(data: Path, made: Path, tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_unreadable_pairs_are_named_and_cost_no_other(data: Path, tmp_path: Path
     shutil.copytree(data, tmp_path / "data")
     broken = sorted((tmp_path / "data" / "Phantoms" / "train").iterdir())[0]
     cases = read_cases(tmp_path / "data")
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     card = build(Plan(cases, tmp_path / "out", CONFIG), ["trajectories", "questions"])
     lost = sum(row.image == broken for row in cases.rows)
     assert card["failed_pairs"] == lost
@@ -235,13 +235,13 @@ def test_unreadable_pairs_are_named_and_cost_no_other(data: Path, tmp_path: Path
 
 def test_overlaps_between_splits_are_found(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
-    pictures = [np.kron(draw.integers(0, 255, (12, 17, 3)), np.ones((5, 5, 1))).astype(np.uint8) for _ in range(3)]
-    noisy = np.clip(pictures[0].astype(int) + draw.integers(-2, 3, pictures[0].shape), 0, 255).astype(np.uint8)
+    images = [np.kron(draw.integers(0, 255, (12, 17, 3)), np.ones((5, 5, 1))).astype(np.uint8) for _ in range(3)]
+    noisy = np.clip(images[0].astype(int) + draw.integers(-2, 3, images[0].shape), 0, 255).astype(np.uint8)
     codes = {
-        "a": fingerprint(pictures[0]),
+        "a": fingerprint(images[0]),
         "b": fingerprint(noisy),
-        "c": fingerprint(pictures[1]),
-        "d": fingerprint(pictures[2]),
+        "c": fingerprint(images[1]),
+        "d": fingerprint(images[2]),
     }
     splits = {"a": ("train", "p1"), "b": ("val", "p2"), "c": ("train", "p3"), "d": ("test", "p3")}
     groups = [[CaseRow(n, Path(n), None, "x", "q", split=s, patient=p)] for n, (s, p) in splits.items()]
@@ -277,21 +277,21 @@ def test_conversations_come_back_with_the_same_actions(data: Path, made: Path, t
         else:
             assert read == wanted
         wrong = episode.undone_turns
-        assert conversation.learnt == [number not in wrong for number in range(len(episode.turns))]
-        assert len(conversation.pictures) == len(episode.turns)
-        assert all(path.is_file() for path in conversation.pictures)
+        assert conversation.learned == [number not in wrong for number in range(len(episode.turns))]
+        assert len(conversation.images) == len(episode.turns)
+        assert all(path.is_file() for path in conversation.images)
 
 
-def test_pictures_show_the_masks_of_their_turn(made: Path) -> None:
+def test_images_show_the_masks_of_their_turn(made: Path) -> None:
     from ibisagent.imaging.images import read_image
     from ibisagent.protocol import overlay
 
     episodes = {episode.case_id: episode for episode in EpisodeStore(made / "filter").read()}
-    conversation = max(exports.read_trl(made / "export"), key=lambda c: len(c.pictures))
+    conversation = max(exports.read_trl(made / "export"), key=lambda c: len(c.images))
     episode = episodes[conversation.id]
     image = read_image(episode.image_source)
-    for turn, path in zip(episode.turns, conversation.pictures, strict=True):
-        assert np.array_equal(np.asarray(Picture.open(path)), np.asarray(overlay(image, turn.before)))
+    for turn, path in zip(episode.turns, conversation.images, strict=True):
+        assert np.array_equal(np.asarray(PillowImage.open(path)), np.asarray(overlay(image, turn.before)))
 
 
 def test_sharegpt_comes_back_and_never_teaches_a_mistake(made: Path) -> None:
@@ -300,21 +300,21 @@ def test_sharegpt_comes_back_and_never_teaches_a_mistake(made: Path) -> None:
         episode = episodes[conversation.id]
         assert conversation.actions(episode.size, "ibis") == [turn.reply for turn in episode.turns]
         assert not episode.undone_turns
-    learnt: Counter[str] = Counter()
+    learned: Counter[str] = Counter()
     for conversation in exports.read_sharegpt(made / "export", "last"):
         name, _, number = conversation.id.rpartition("@")
         episode = episodes[name]
         assert int(number) not in episode.undone_turns
         assert conversation.actions(episode.size, "ibis") == [t.reply for t in episode.turns[: int(number) + 1]]
-        assert conversation.learnt == [False] * int(number) + [True]
-        learnt[name] += 1
-    assert learnt
-    assert all(count == len(episodes[name].turns) - 1 for name, count in learnt.items())
+        assert conversation.learned == [False] * int(number) + [True]
+        learned[name] += 1
+    assert learned
+    assert all(count == len(episodes[name].turns) - 1 for name, count in learned.items())
     info = json.loads((made / "export" / "dataset_info.json").read_bytes())
     assert all((made / "export" / entry["file_name"]).is_dir() for entry in info.values())
 
 
-def test_prompts_carry_the_truth_that_rewards_need(data: Path, made: Path) -> None:
+def test_prompts_carry_the_ground_truth_that_rewards_need(data: Path, made: Path) -> None:
     from ibisagent.imaging.masks import decode_rle
 
     cases = read_cases(data).by_id
@@ -333,13 +333,13 @@ def test_prompts_carry_the_truth_that_rewards_need(data: Path, made: Path) -> No
     assert [record["extra_info"]["id"] for record in verl] == list(records)
     for record in verl:
         same = records[record["extra_info"]["id"]]
-        truth = record["reward_model"]["ground_truth"]
-        assert {key: same[key] for key in truth} == truth
+        ground_truth = record["reward_model"]["ground_truth"]
+        assert {key: same[key] for key in ground_truth} == ground_truth
         assert sum(said["content"].count("<image>") for said in record["prompt"]) == len(record["images"]) == 1
 
 
 def test_masked_turns_carry_no_loss_on_token_labels(made: Path) -> None:
-    """With the shipped template, tokens that are learnt spell the right replies, and nothing else."""
+    """With the shipped template, tokens that are learned spell the right replies, and nothing else."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -349,18 +349,18 @@ def test_masked_turns_carry_no_loss_on_token_labels(made: Path) -> None:
     letters.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, clean_up_tokenization_spaces=False)
     conversations = list(exports.read_trl(made / "export"))
-    erring = [conversation for conversation in conversations if not all(conversation.learnt)]
-    assert erring
-    for conversation in [*erring[:3], *conversations[:3]]:
+    self_correcting = [conversation for conversation in conversations if not all(conversation.learned)]
+    assert self_correcting
+    for conversation in [*self_correcting[:3], *conversations[:3]]:
         encoded = tokenizer.apply_chat_template(
             conversation.messages,
             chat_template=exports.TRAINING_TEMPLATE,
             return_dict=True,
             return_assistant_tokens_mask=True,
         )
-        learnt = [token for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask]
-        right = [text for text, learns in zip(conversation.replies, conversation.learnt, strict=True) if learns]
-        assert tokenizer.decode(learnt) == "".join(f"{text}<|im_end|>" for text in right)
+        learned = [token for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask]
+        right = [text for text, learns in zip(conversation.replies, conversation.learned, strict=True) if learns]
+        assert tokenizer.decode(learned) == "".join(f"{text}<|im_end|>" for text in right)
 
 
 def test_what_is_kept_stops_on_its_own(made: Path) -> None:
@@ -384,7 +384,7 @@ def test_ray_gives_the_same_bytes(data: Path, made: Path, tmp_path: Path) -> Non
     assert contents(tmp_path / "out") == contents(made)
 
 
-def test_pictures_are_checked_by_size(made: Path) -> None:
+def test_images_are_checked_by_size(made: Path) -> None:
     with pytest.raises(ValueError, match="holds no"):
         next(exports.read_trl(made / "export", "nowhere"))
     assert Image(np.zeros((3, 4, 3), np.uint8)).size == (3, 4)
@@ -397,7 +397,7 @@ def test_the_command_and_its_recipe(data: Path, tmp_path: Path) -> None:
 
     recipe = Path(__file__).parent.parent / "recipes" / "data.toml"
     assert FactoryConfig.read(recipe) == FactoryConfig()
-    (tmp_path / "own.toml").write_text('segmenter = "region"\nshard_pictures = 3\nformats = ["grpo"]\n')
+    (tmp_path / "own.toml").write_text('segmenter = "region"\nshard_images = 3\nformats = ["grpo"]\n')
     given = ["data", "build", str(data), "-o", str(tmp_path / "out"), "-c", str(tmp_path / "own.toml"), "--limit", "4"]
     done = CliRunner().invoke(app, [*given, "--stage", "trajectories", "--stage", "questions", "--json"])
     assert done.exit_code == 0, done.output

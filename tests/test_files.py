@@ -91,8 +91,8 @@ def test_names_are_safe_and_distinct() -> None:
 @pytest.mark.parametrize("shape", [(5, 7), (5, 7, 3), (5, 7, 4)])
 def test_png_keeps_every_value(shape: tuple[int, ...]) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
-    for picture in (pixels, PIL.Image.fromarray(pixels)):
-        assert np.array_equal(np.asarray(PIL.Image.open(io.BytesIO(png_bytes(picture)))), pixels)
+    for image in (pixels, PIL.Image.fromarray(pixels)):
+        assert np.array_equal(np.asarray(PIL.Image.open(io.BytesIO(png_bytes(image)))), pixels)
 
 
 def test_png_of_masks_and_palettes() -> None:

@@ -36,15 +36,17 @@ from ibisagent.generation.trajectories import TrajectoryConfig, generate
 from ibisagent.imaging.images import write_mask_png, write_png
 from ibisagent.policies import load_policy
 from ibisagent.policies.nano import IbisNanoForConditionalGeneration, LikelyPlaces
+from ibisagent.policies.one_by_one import TAKEN_BACK
 from ibisagent.policies.sizes import QWEN_7B, size_of, size_of_folder
-from ibisagent.protocol import parse, render, target_of
+from ibisagent.protocol import parse, render
+from ibisagent.query import target_of
 from ibisagent.rewards import PAPER, RewardWeights
 from ibisagent.segmenters import load_segmenter
 from ibisagent.store import EpisodeStore
 from ibisagent.training.finetune import rl, sft
 from ibisagent.training.finetune.common import ScoredReplies, load_student, without_library_warnings
-from ibisagent.training.finetune.memory import path_tokens, trained_parameters, training_memory
-from ibisagent.training.nano.curriculum import TAKEN_BACK, plainly
+from ibisagent.training.finetune.memory import rollout_tokens, trained_parameters, training_memory
+from ibisagent.training.nano.curriculum import plainly
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -52,7 +54,7 @@ SIZE = (61, 83)
 
 
 def write_discs(folder: Path, count: int, split: str = "train") -> Path:
-    """Pictures in BiomedParse's layout: a bright disc each ("spleen"), on every other one a dark one ("kidney")."""
+    """Images in BiomedParse's layout: a bright disc each ("spleen"), on every other one a dark one ("kidney")."""
     rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]
     for name in (split, f"{split}_mask"):
         (folder / "Discs" / name).mkdir(parents=True)
@@ -138,19 +140,35 @@ def player(data, start, tmp_path_factory):
 
 
 def sft_recipe(episodes, start, out, **changes):
-    settings = {"data": episodes, "out": out, "policy": start, "history": "full", "batch": 2, "steps": 2, "rate": 1e-3}
-    return sft.SftRecipe(**{**settings, "device": "cpu", "save_every": 1, "max_tokens": 20_000, **changes})
+    settings = {
+        "data": episodes,
+        "out": out,
+        "policy": start,
+        "history": "full",
+        "batch_size": 2,
+        "max_steps": 2,
+        "learning_rate": 1e-3,
+    }
+    return sft.SftRecipe(**{**settings, "device": "cpu", "save_steps": 1, "max_length": 20_000, **changes})
 
 
 def rl_recipe(data, start, out, **changes):
-    settings = {"data": data, "out": out, "policy": start, "batch": 4, "paths": 2, "steps": 2, "rate": 1e-4}
+    settings = {
+        "data": data,
+        "out": out,
+        "policy": start,
+        "batch_size": 4,
+        "num_generations": 2,
+        "max_steps": 2,
+        "learning_rate": 1e-4,
+    }
     settings |= {
         "rewards": RewardWeights(optimal_turns=2),
         "segmenter": "region",
         "max_turns": 3,
         "reply_tokens": 20,
         "device": "cpu",
-        "save_every": 1,
+        "save_steps": 1,
     }
     return rl.RlRecipe(**{**settings, **changes})
 
@@ -172,13 +190,13 @@ def test_the_recipes_of_rl_are_valid(path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"policy": "oracle"}, "needs the truth"),
+        ({"policy": "oracle"}, "needs the ground truth"),
         ({"policy": "centre-click"}, "cannot be trained"),
         ({"data": Path("nowhere")}, "no such folder"),
         ({"side_tasks": {"regions": 1.0}}, "unknown side task 'regions'; there are: region"),
         ({"dialect": "paper"}, "holds episodes in dialect ibis, ibis-nano writes paper"),
         ({"report_to": ("trackio",)}, "pip install trackio"),
-        ({"max_tokens": 16}, "does not fit max_tokens 16"),
+        ({"max_length": 16}, "does not fit max_length 16"),
     ],
 )
 def test_what_does_not_fit_is_one_line(episodes, tmp_path, changes, message):
@@ -205,14 +223,16 @@ def in_numbers_of(train):
 
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_memory_is_counted_as_it_is(data, qwen, tmp_path, train):
-    recipe = rl_recipe(data, str(qwen), tmp_path, train=train, dtype="float32", rollouts_at_once=3, accumulate=2)
+    recipe = rl_recipe(
+        data, str(qwen), tmp_path, train=train, dtype="float32", rollouts_at_once=3, gradient_accumulation_steps=2
+    )
     trainer, _ = rl.make_trainer(recipe)
     size = size_of_folder(qwen)
     learned = sum(one.numel() for one in trainer.model.parameters() if one.requires_grad)
     assert trained_parameters(recipe, size) == learned
     needed = training_memory(recipe, size)
     assert needed.moments == 2 * needed.gradients == 8 * learned
-    assert needed.cache == 3 * size.cache_bytes(path_tokens(recipe, size), bytes_each=4)
+    assert needed.cache == 3 * size.cache_bytes(rollout_tokens(recipe, size), bytes_each=4)
     assert training_memory(recipe.model_copy(update={"rollouts_at_once": 0}), size).cache == 8 * needed.cache / 3
     assert training_memory(recipe, size, shards=8).learning < needed.learning
 
@@ -223,20 +243,22 @@ def test_recipes_of_the_large_model_start_with_a_small_one(data, episodes, qwen,
     sizes = [
         f"policy={qwen}",
         f"out={tmp_path}",
-        "steps=1",
+        "max_steps=1",
         "device=cpu",
-        "accumulate=1",
-        "batch=4",
+        "gradient_accumulation_steps=1",
+        "batch_size=4",
         "report_to=[]",
-        "workers=0",
+        "dataloader_num_workers=0",
     ]
     if path.stem.startswith("sft"):
-        sft.train(sft.SftRecipe.read(path, [*sizes, f"data={episodes}", "max_tokens=20000", "max_pixels=3136"]))
+        sft.train(sft.SftRecipe.read(path, [*sizes, f"data={episodes}", "max_length=20000", "max_pixels=3136"]))
     else:
-        sizes += [f"data={data}", "segmenter=region", "max_pixels=3136", "reply_tokens=8", "path_tokens=9000"]
+        sizes += [f"data={data}", "segmenter=region", "max_pixels=3136", "reply_tokens=8", "max_completion_length=9000"]
         sizes += ["rollouts_at_once=2", "max_turns=6", "episodes_every=1"]
         recipe = rl.RlRecipe.read(path)
-        updates = (recipe.steps_per_generation or recipe.accumulate) // recipe.accumulate
+        updates = (
+            recipe.steps_per_generation or recipe.gradient_accumulation_steps
+        ) // recipe.gradient_accumulation_steps
         rl.train(rl.RlRecipe.read(path, [*sizes, *([f"steps_per_generation={updates}"] if updates > 1 else [])]))
         assert len(EpisodeStore(tmp_path / "episodes").open()) == 4 * updates
     assert (tmp_path / "policy" / "config.json").is_file()
@@ -245,14 +267,35 @@ def test_recipes_of_the_large_model_start_with_a_small_one(data, episodes, qwen,
 def test_a_reward_that_cannot_vary_is_refused(data, tmp_path):
     path = tmp_path / "recipe.toml"
     path.write_text(f'data = "{data}"\nout = "{tmp_path}"\nmax_turns = 4')
-    with pytest.raises(ConfigError, match="reward of length the same for every path"):
+    with pytest.raises(ConfigError, match="reward of length the same for every rollout"):
         rl.RlRecipe.read(path)
     assert rl.RlRecipe.read(path, ["rewards.length=0"]).max_turns == 4
 
 
 def test_paths_must_fill_a_batch(data, tmp_path):
-    with pytest.raises(ConfigError, match=r"batch 3 .* groups of 2 paths"):
-        rl.train(rl_recipe(data, "ibis-nano", tmp_path, batch=3))
+    with pytest.raises(ConfigError, match=r"GRPOConfig refuses the recipe: .*\(3\)"):
+        rl.train(rl_recipe(data, "ibis-nano", tmp_path, batch_size=3))
+
+
+def test_a_table_goes_to_trl_as_it_is(data, episodes, tmp_path):
+    recipe = rl_recipe(data, "ibis-nano", tmp_path / "rl", trainer={"mask_truncated_completions": True})
+    trainer, _ = rl.make_trainer(recipe)
+    assert trainer.args.mask_truncated_completions
+    trainer, _ = sft.make_trainer(sft_recipe(episodes, "ibis-nano", tmp_path / "sft", trainer={"adam_beta2": 0.98}))
+    assert trainer.args.adam_beta2 == 0.98
+
+
+@pytest.mark.parametrize(
+    ("table", "part"),
+    [
+        ({"learning_rate": 1.0}, "trainer.learning_rate: is set by this package"),
+        ({"lr": 1.0}, "trainer.lr: there is no such setting of SFTConfig"),
+        ({"optim": "none"}, "SFTConfig refuses the recipe: .*none"),
+    ],
+)
+def test_a_table_that_trl_cannot_use(table, part, episodes, tmp_path):
+    with pytest.raises(ConfigError, match=part):
+        sft.make_trainer(sft_recipe(episodes, "ibis-nano", tmp_path, trainer=table))
 
 
 # ------------------------------------------------------------------------------------------------------------- sft
@@ -263,30 +306,30 @@ def test_loss_falls_on_right_replies_alone(episodes, start, tmp_path):
     recipe = sft_recipe(episodes, start, tmp_path)
     student = load_student(recipe, "full")
     tokenizer = student.processor.tokenizer
-    lessons = sft.read_lessons(episodes, "", student)
+    examples = sft.read_examples(episodes, "", student)
     stored = EpisodeStore(episodes).open()
     assert any(episode.undone_turns for episode in stored)
-    for lesson, episode in zip(lessons, stored, strict=True):
-        batch = sft.Collator(student, recipe.max_tokens)([lesson])
+    for example, episode in zip(examples, stored, strict=True):
+        batch = sft.Collator(student, recipe.max_length)([example])
         ids, labels = batch["input_ids"][0], batch["labels"][0]
         wrong = episode.undone_turns
         right = [turn.completion.text for k, turn in enumerate(episode.turns) if k not in wrong]
         wanted = [student.processor(text=[text + tokenizer.eos_token])["input_ids"][0] for text in right]
-        assert labels[labels != sft.UNLEARNT].tolist() == [token for reply in wanted for token in reply]
-        assert (labels == ids)[labels != sft.UNLEARNT].all()
+        assert labels[labels != sft.UNLEARNED].tolist() == [token for reply in wanted for token in reply]
+        assert (labels == ids)[labels != sft.UNLEARNED].all()
         image_token = student.model.config.image_token_id
         assert (ids == image_token).any()
         assert not (labels == image_token).any()
-        pictures = sum(part["type"] == "image" for message in lesson.messages for part in message["content"])
-        assert pictures == len(episode.turns) == len(lesson.objects)
+        images = sum(part["type"] == "image" for message in example.messages for part in message["content"])
+        assert images == len(episode.turns) == len(example.objects)
 
 
-def test_a_reply_is_learnt_after_exactly_what_the_policy_will_see(episodes, start, tmp_path):
-    """What comes before a learnt reply is, token for token and pixel for pixel, the input of generation."""
+def test_a_reply_is_learned_after_exactly_what_the_policy_will_see(episodes, start, tmp_path):
+    """What comes before a learned reply is, token for token and pixel for pixel, the input of generation."""
     student = load_student(sft_recipe(episodes, start, tmp_path), "full")
     episode = EpisodeStore(episodes).open()[0]
-    lesson = sft.read_lessons(episodes, "", student)[0]
-    batch = sft.Collator(student, 20_000)([lesson])
+    example = sft.read_examples(episodes, "", student)[0]
+    batch = sft.Collator(student, 20_000)([example])
     case = next(case for case in read_cases(Path(episode.image_source).parents[2]) if case.id == episode.case_id)
     seen = Observation(case.id, case.image, episode.query, episode.turns[-1].before, episode.turns[:-1])
     messages = render(seen, dialect=student.dialect, history="full", style=student.style)
@@ -295,7 +338,7 @@ def test_a_reply_is_learnt_after_exactly_what_the_policy_will_see(episodes, star
     )
     length = asked["input_ids"].shape[1]
     assert batch["input_ids"][0, :length].tolist() == asked["input_ids"][0].tolist()
-    assert batch["labels"][0, length] != sft.UNLEARNT
+    assert batch["labels"][0, length] != sft.UNLEARNED
     torch.testing.assert_close(batch["pixel_values"], asked["pixel_values"])
 
 
@@ -303,13 +346,13 @@ def test_a_policy_without_history_learns_one_turn_at_a_time(episodes, tmp_path):
     recipe = sft_recipe(episodes, "ibis-nano", tmp_path)
     assert load_student(recipe, None).history == load_policy("ibis-nano").history  # as the policy prefers
     student = load_student(recipe, "none")
-    lessons = sft.read_lessons(episodes, "", student)
+    examples = sft.read_examples(episodes, "", student)
     stored = EpisodeStore(episodes).open()
-    assert len(lessons) == sum(len(episode.turns) - len(episode.undone_turns) for episode in stored)
-    assert all(len(lesson.messages) == 2 and len(lesson.objects) == 1 for lesson in lessons)
+    assert len(examples) == sum(len(episode.turns) - len(episode.undone_turns) for episode in stored)
+    assert all(len(example.messages) == 2 and len(example.objects) == 1 for example in examples)
 
 
-def test_plain_lessons_do_the_same_in_fewer_words(episodes, tmp_path):
+def test_plain_examples_do_the_same_in_fewer_words(episodes, tmp_path):
     def done(reply):
         return [replace(action, answer="") if isinstance(action, Stop) else action for action in reply.actions]
 
@@ -321,19 +364,19 @@ def test_plain_lessons_do_the_same_in_fewer_words(episodes, tmp_path):
             assert done(read) == done(before.reply)
             undone += read.thought == TAKEN_BACK
     assert undone
-    whole, plain = (sft.read_lessons(episodes, "train", student, plain=plain) for plain in (False, True))
-    written = [[part["text"] for message in lessons[0].messages if message["role"] == "assistant"
-                for part in message["content"]] for lessons in (whole, plain)]  # fmt: skip
+    whole, plain = (sft.read_examples(episodes, "train", student, plain=plain) for plain in (False, True))
+    written = [[part["text"] for message in examples[0].messages if message["role"] == "assistant"
+                for part in message["content"]] for examples in (whole, plain)]  # fmt: skip
     assert "I look for the" in written[1][0]
     assert len("".join(written[1])) < len("".join(written[0]))
 
 
 def test_a_long_conversation_is_cut_after_a_reply(episodes, tmp_path):
     student = load_student(sft_recipe(episodes, "ibis-nano", tmp_path), "full")
-    lesson = max(sft.read_lessons(episodes, "", student), key=lambda lesson: len(lesson.objects))
+    example = max(sft.read_examples(episodes, "", student), key=lambda example: len(example.objects))
     tasks = {"region": sft.RegionMap()}
-    whole = sft.Collator(student, 20_000, tasks)([lesson])
-    cut = sft.Collator(student, whole["input_ids"].shape[1] - 1, tasks)([lesson])
+    whole = sft.Collator(student, 20_000, tasks)([example])
+    cut = sft.Collator(student, whole["input_ids"].shape[1] - 1, tasks)([example])
     length = cut["input_ids"].shape[1]
     assert length < whole["input_ids"].shape[1]
     assert torch.equal(cut["input_ids"], whole["input_ids"][:, :length])
@@ -341,11 +384,11 @@ def test_a_long_conversation_is_cut_after_a_reply(episodes, tmp_path):
     assert len(cut["pixel_values"]) == len(cut["side_region"]) < len(whole["pixel_values"])
 
 
-def test_the_map_of_the_object_is_learnt_beside_the_words():
+def test_the_map_of_the_object_is_learned_beside_the_words():
     wanted = np.zeros(SIZE, bool)
     wanted[10:40, 20:50] = True
     task = sft.RegionMap()
-    targets = task.targets(sft.Lesson([], [wanted, None]))
+    targets = task.targets(sft.Example([], [wanted, None]))
     assert targets.shape[0] == 2
     assert (targets[1] == -1).all()
     assert float(targets[0].mean()) == pytest.approx(wanted.mean(), abs=0.01)
@@ -378,11 +421,11 @@ def test_sft(episodes, start, tmp_path):
     assert changed
     assert any("vis" in name for name in changed) == nano  # the vision tower is frozen on request
     written = json.loads((tmp_path / "recipe.json").read_text())
-    assert (written["stage"], written["recipe"]["rate"]) == ("sft", 1e-3)
+    assert (written["stage"], written["recipe"]["learning_rate"]) == ("sft", 1e-3)
     assert list((tmp_path / "trainer").glob("runs/*/events*"))
     assert not list(folder.glob("*.bin"))
     with pytest.raises(ConfigError, match=r"another run \(rate was"):
-        sft.train(recipe.model_copy(update={"rate": 1.0}))
+        sft.train(recipe.model_copy(update={"learning_rate": 1.0}))
 
 
 def test_a_run_goes_on_from_its_last_checkpoint(episodes, qwen, tmp_path):
@@ -397,7 +440,7 @@ def test_a_run_goes_on_from_its_last_checkpoint(episodes, qwen, tmp_path):
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21
 def test_lora(episodes, qwen, tmp_path):
     """An adapter on the language model alone, and the whole policy with it."""
-    recipe = sft_recipe(episodes, str(qwen), tmp_path, train="lora", steps=1, checkpointing=True)
+    recipe = sft_recipe(episodes, str(qwen), tmp_path, train="lora", max_steps=1, activation_checkpointing=True)
     folder = sft.train(recipe)
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert settings["r"] == 8
@@ -425,8 +468,8 @@ def test_rl(data, start, tmp_path):
     assert {f"score/{term}" for term in terms} <= played[0].keys()
     for told in played:
         assert told["score/total"] == pytest.approx(told["reward"], abs=1e-4)
-        assert told["path/cut"] == told["path/failed"] == told["tools/failure_frequency"] == 0
-        assert told["path/turns"] > 1
+        assert told["rollout/truncated"] == told["rollout/failed"] == told["tools/failure_frequency"] == 0
+        assert told["rollout/turns"] > 1
     episodes = list(EpisodeStore(tmp_path / "episodes").read())
     assert len(episodes) == 8
     assert all(episode.stop != "open" for episode in episodes)
@@ -452,8 +495,8 @@ def play(trainer, cases=(0, 1)):
         return trainer._generate_and_score_completions(rows)
 
 
-def test_paths_are_several_turns_and_what_was_written_is_what_is_learnt(player):
-    """Greedy: each written token is the one chosen after the training pass over the whole path, pictures included."""
+def test_paths_are_multiple_turns_and_what_was_written_is_what_is_learned(player):
+    """Greedy: each written token is the one chosen after the training pass over the whole path, images included."""
     trainer, student = player
     batch = play(trainer)
     assert all(count > 1 for count in batch["num_images"])
@@ -469,14 +512,14 @@ def test_paths_are_several_turns_and_what_was_written_is_what_is_learnt(player):
     if isinstance(student.model, IbisNanoForConditionalGeneration):
         choose = LikelyPlaces(student.model.word_count)
         predicted = torch.stack([choose(whole, path) for path in predicted])
-    learnt = (batch["completion_mask"] * batch["tool_mask"]).bool()
-    assert torch.equal(predicted.argmax(dim=-1)[learnt], completion[learnt])
-    assert not torch.isin(completion[learnt], torch.tensor(forbidden)).any()
+    learned = (batch["completion_mask"] * batch["tool_mask"]).bool()
+    assert torch.equal(predicted.argmax(dim=-1)[learned], completion[learned])
+    assert not torch.isin(completion[learned], torch.tensor(forbidden)).any()
     shown = (batch["completion_mask"] * (1 - batch["tool_mask"])).bool()
     assert (completion[shown] == student.model.config.image_token_id).any()
-    for tool, ids, wrote, pictures in zip(trainer.environments, completion, learnt, batch["num_images"], strict=True):
-        turns = tool.path.episode().turns
-        assert len(turns) == pictures <= 3  # nothing is shown or written after the turn that ends the episode
+    for tool, ids, wrote, images in zip(trainer.environments, completion, learned, batch["num_images"], strict=True):
+        turns = tool.rollout.episode().turns
+        assert len(turns) == images <= 3  # nothing is shown or written after the turn that ends the episode
         runs = ids[wrote].tensor_split(torch.diff(wrote.nonzero()[:, 0]).ne(1).nonzero()[:, 0] + 1)
         texts = [student.processor.tokenizer.decode(run, skip_special_tokens=True) for run in runs]
         assert texts == [turn.completion.text for turn in turns]
@@ -495,12 +538,12 @@ def test_what_the_machinery_fails_at_is_left_out(data, tmp_path):
     for tool in tools:
         tool.reset(case=0)
         tool.act("<think>There.</think><action>click + (0.5, 0.5) spleen</action><|end|>")
-    assert [turn.reply.problem for turn in tools[0].path.observation.turns] == [None]
+    assert [turn.reply.problem for turn in tools[0].rollout.observation.turns] == [None]
     rewards = judge([[], []], tools, lambda name, value: logged.append((name, value)))
     assert rewards[0] is not None
     assert rewards[1] is None
-    assert ("path/cut", 1.0) in logged
-    assert ("path/failed", 1.0) in logged
+    assert ("rollout/truncated", 1.0) in logged
+    assert ("rollout/failed", 1.0) in logged
     assert judge([[]], tools[1:], lambda name, value: None) == [None]
     judge([[]], tools[1:], lambda name, value: None)
     with pytest.raises(SegmenterError, match="every path fails, the last one: no answer"):
@@ -519,11 +562,11 @@ def test_a_group_teaches_only_where_its_rewards_differ(count):
         assert rl.groups_that_teach(advantages, count) == expected
 
 
-def test_a_batch_whose_paths_all_end_with_their_first_turn_is_learnt_from(data, start, tmp_path):
-    recipe = rl_recipe(data, start, tmp_path, max_turns=1, rewards=RewardWeights(length=0), steps=1, report_to=[])
+def test_a_batch_whose_paths_all_end_with_their_first_turn_is_learned_from(data, start, tmp_path):
+    recipe = rl_recipe(data, start, tmp_path, max_turns=1, rewards=RewardWeights(length=0), max_steps=1, report_to=[])
     logs = []
     rl.train(recipe, lambda step, steps, told: logs.append(told))
-    assert [told["path/turns"] for told in logs if "reward" in told] == [1]
+    assert [told["rollout/turns"] for told in logs if "reward" in told] == [1]
 
 
 TWO_PROCESSES = """
@@ -542,9 +585,9 @@ from ibisagent.training.finetune import rl
 data, policy, out = (Path(name) for name in sys.argv[1:])
 rank = dist.get_rank()
 recipe = rl.RlRecipe(
-    data=data, out=out, policy=str(policy), batch=2, paths=2, steps=2, segmenter="region", device="cpu", save_every=9,
-    max_turns=(1, 2)[rank], reply_tokens=8, rewards=RewardWeights(length=0), report_to=[], path_tokens=4000,
-    rollouts_at_once=1,
+    data=data, out=out, policy=str(policy), batch_size=2, num_generations=2, max_steps=2, segmenter="region",
+    device="cpu", save_steps=9, rollouts_at_once=1,
+    max_turns=(1, 2)[rank], reply_tokens=8, rewards=RewardWeights(length=0), report_to=[], max_completion_length=4000,
 )
 trainer, student = rl.make_trainer(recipe)
 generate, written = student.model.generate, 0
@@ -604,7 +647,7 @@ def test_groups_of_different_batches_join():
 def test_groups_without_variance_are_replaced(data, qwen, tmp_path):
     """The paths of the first batch all earn the same, those of the second do not."""
     rewards = RewardWeights(length=0)
-    trainer, _ = rl.make_trainer(rl_recipe(data, str(qwen), tmp_path, resample=3, max_turns=1, rewards=rewards))
+    trainer, _ = rl.make_trainer(rl_recipe(data, str(qwen), tmp_path, dynamic_sampling=3, max_turns=1, rewards=rewards))
     earned = iter([[1.0, 1.0, 2.0, 2.0], [0.0, 1.0, 3.0, 3.0], [5.0, 5.0, 0.0, 1.0]])
     trainer.reward_funcs[0] = lambda environments, **_: next(earned)
     batch = play(trainer)
@@ -613,10 +656,10 @@ def test_groups_without_variance_are_replaced(data, qwen, tmp_path):
     assert len(batch["pixel_values"]) == int(batch["image_grid_thw"].prod(dim=1).sum())
 
 
-def test_what_build_data_made_is_learnt_and_played(qwen, tmp_path):
-    pictures, made = write_discs(tmp_path, 3), tmp_path / "made"
-    write_discs(pictures, 1, "val")
-    build(Plan(read_cases(pictures), made, FactoryConfig(segmenter="region")))
+def test_what_build_data_made_is_learned_and_played(qwen, tmp_path):
+    images, made = write_discs(tmp_path, 3), tmp_path / "made"
+    write_discs(images, 1, "val")
+    build(Plan(read_cases(images), made, FactoryConfig(segmenter="region")))
     cases = rl.read_training_cases(rl.RlRecipe(data=made, out=tmp_path / "out"))
     families = {case.meta["family"]: case for case in cases}
     assert {"referring", "existence", "refinement", "vqa"} <= families.keys()
@@ -625,31 +668,31 @@ def test_what_build_data_made_is_learnt_and_played(qwen, tmp_path):
     assert families["vqa"].answer
     assert families["vqa"].targets is None
     student = load_student(sft_recipe(made, "ibis-nano", tmp_path), "full")
-    train, val = (sft.read_lessons(made, split, student) for split in ("train", "val"))
+    train, val = (sft.read_examples(made, split, student) for split in ("train", "val"))
     told = EpisodeStore(made / "filter").open()
     assert 0 < len(val) < len(train) == len(told) - len(val)
     families = Counter(one.family for one in read_trl(made / "export"))
     assert families["vqa"]
-    assert len(sft.read_lessons(made, "train", student, ["vqa"])) == len(train) - families["vqa"]
-    with pytest.raises(ConfigError, match="give the folder of build-data itself"):
-        sft.read_lessons(made / "export", "train", student)
+    assert len(sft.read_examples(made, "train", student, ["vqa"])) == len(train) - families["vqa"]
+    with pytest.raises(ConfigError, match="give the folder of 'ibisagent data build' itself"):
+        sft.read_examples(made / "export", "train", student)
     large = load_student(sft_recipe(made, str(qwen), tmp_path), "full")
-    exported = sft.read_lessons(made / "export", "train", large)
-    assert sorted(len(lesson.messages) for lesson in exported) == sorted(
-        len(lesson.messages) for lesson in sft.read_lessons(made, "train", large)
+    exported = sft.read_examples(made / "export", "train", large)
+    assert sorted(len(example.messages) for example in exported) == sorted(
+        len(example.messages) for example in sft.read_examples(made, "train", large)
     )
     logs = []
-    recipe = sft_recipe(made, str(qwen), tmp_path / "run", look_split="val", steps=1, batch=1)
+    recipe = sft_recipe(made, str(qwen), tmp_path / "run", eval_split="val", max_steps=1, batch_size=1)
     sft.train(recipe, lambda step, steps, told: logs.append(told))
     assert any("eval_loss" in told for told in logs)
 
 
 def test_the_command_line(episodes, qwen, tmp_path, capsys):
     path = tmp_path / "recipe.toml"
-    lines = [f'data = "{episodes}"', f'out = "{tmp_path / "run"}"', 'device = "cpu"', "steps = 1", "batch = 1"]
+    lines = [f'data = "{episodes}"', f'out = "{tmp_path / "run"}"', 'device = "cpu"', "max_steps = 1", "batch_size = 1"]
     path.write_text("\n".join([*lines, f'policy = "{qwen}"', 'history = "full"', "report_to = []"]))
-    assert app(["train", "sft", str(path), "--set", "steps=2", "--json"], standalone_mode=False) is None
-    assert json.loads((tmp_path / "run/recipe.json").read_bytes())["recipe"]["steps"] == 2
+    assert app(["train", "sft", str(path), "--set", "max_steps=2", "--json"], standalone_mode=False) is None
+    assert json.loads((tmp_path / "run/recipe.json").read_bytes())["recipe"]["max_steps"] == 2
     folder = Path(json.loads(capsys.readouterr().out)["policy"])
     assert (folder / "model.safetensors").is_file()
     path.write_text(path.read_text() + "\npath = 4")
@@ -659,13 +702,13 @@ def test_the_command_line(episodes, qwen, tmp_path, capsys):
     assert "there is no such setting" in capsys.readouterr().err
 
 
-def test_from_pairs_to_figures_in_one_command(tmp_path):
-    recipes, pictures, out = tmp_path / "recipes", write_discs(tmp_path / "discs", 3), tmp_path / "out"
-    write_discs(pictures, 1, "val")
+def test_from_pairs_to_metrics_in_one_command(tmp_path):
+    recipes, images, out = tmp_path / "recipes", write_discs(tmp_path / "discs", 3), tmp_path / "out"
+    write_discs(images, 1, "val")
     shutil.copytree(RECIPES, recipes)
     small = {
         "ibis-nano.toml": {"examples": 4, "backbone_examples": 16},
-        "ibis-nano-own-turns.toml": {"examples": 4},
+        "ibis-nano-on-policy.toml": {"examples": 4},
     }
     for name, settings in small.items():
         text = (recipes / name).read_text()
@@ -674,10 +717,10 @@ def test_from_pairs_to_figures_in_one_command(tmp_path):
             assert found == 1, f"{name} does not say {setting}"
         (recipes / name).write_text(text)
     places = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "LICENCE": "", "SEED": "5"}
-    command = ["bash", str(recipes / "nano.sh"), str(out), str(pictures)]
+    command = ["bash", str(recipes / "nano.sh"), str(out), str(images)]
     for _ in range(2):  # the second time all is there
         ran = subprocess.run(command, env={**os.environ, **places}, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr[-2000:]
     judged = json.loads((out / "val-discs/evaluation.json").read_bytes())
-    assert judged["made_by"]["policy"] == f"mllm:{out}/own-turns/ibis-nano"
+    assert judged["made_by"]["policy"] == f"mllm:{out}/on-policy/ibis-nano"
     assert judged["summaries"]["all"]["cases"] == 1

@@ -19,3 +19,12 @@ def test_no_request_breaks_the_server(tmp_path: Path) -> None:
     assert sum(statuses.values()) >= 40
     assert "422" in statuses
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_bytes_that_are_nearly_http_break_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+    from fuzz import malformed
+
+    ends = malformed(60, 0, tmp_path / "data")
+    assert sum(ends.values()) == 60
+    assert any(status.startswith("4") for status in ends)

@@ -27,7 +27,7 @@ IMAGE = Image(PIXELS)
 
 CASES = {
     "one": Case("one", IMAGE, "Segment the spleen.", {"spleen": SPLEEN}),
-    "several": Case("several", IMAGE, "Segment spleen and liver.", {"spleen": SPLEEN, "liver": LIVER}),
+    "multiple": Case("multiple", IMAGE, "Segment spleen and liver.", {"spleen": SPLEEN, "liver": LIVER}),
     "absent": Case("absent", IMAGE, "Segment the kidney.", {"kidney": NONE}),
     "mixed": Case("mixed", IMAGE, "Segment liver and kidney.", {"liver": LIVER, "kidney": NONE}),
     "refine": Case("refine", IMAGE, "Segment the liver.", {"liver": LIVER}, start={"liver": disc(104, 56, 14)}),

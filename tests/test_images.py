@@ -1,4 +1,4 @@
-"""Pictures and masks from files: every kind of pixel, every kind of damage, and nothing half written."""
+"""Images and masks from files: every kind of pixel, every kind of damage, and nothing half written."""
 
 import resource
 import struct
@@ -39,9 +39,9 @@ def disc(value=1, dtype=np.uint8):
 
 def oriented(pixels, orientation):
     """What a viewer shows of `pixels` stored with this tag."""
-    picture = PIL.Image.fromarray(pixels)
-    picture.getexif()[ORIENTATION] = orientation
-    return np.asarray(PIL.ImageOps.exif_transpose(picture))
+    image = PIL.Image.fromarray(pixels)
+    image.getexif()[ORIENTATION] = orientation
+    return np.asarray(PIL.ImageOps.exif_transpose(image))
 
 
 def exif(orientation):
@@ -67,7 +67,7 @@ def one_line(error):
     return text
 
 
-# ---------------------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------------------------- images
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "bmp"])
@@ -107,10 +107,10 @@ def test_alpha_is_dropped_not_blended(tmp_path):
 
 
 def test_palettes_are_resolved(tmp_path):
-    picture = PIL.Image.fromarray(disc(2))
-    picture.putpalette([10, 20, 30, 0, 0, 0, 200, 100, 50])
-    picture.info["transparency"] = b"\0\xff\x80"
-    picture.save(tmp_path / "image.png")
+    image = PIL.Image.fromarray(disc(2))
+    image.putpalette([10, 20, 30, 0, 0, 0, 200, 100, 50])
+    image.info["transparency"] = b"\0\xff\x80"
+    image.save(tmp_path / "image.png")
     pixels = read_image(tmp_path / "image.png").pixels
     assert pixels[0, 0].tolist() == [10, 20, 30]
     assert pixels[20, 30].tolist() == [200, 100, 50]
@@ -214,9 +214,9 @@ def test_channels_as_pages_are_channels_but_other_pages_are_a_stack(tmp_path):
     one_line(error)
 
 
-def test_a_thumbnail_beside_the_picture_does_not_matter(tmp_path):
-    picture = PIL.Image.fromarray(colours())
-    picture.save(tmp_path / "image.tif", save_all=True, append_images=[picture.resize((20, 10))])
+def test_a_thumbnail_beside_the_image_does_not_matter(tmp_path):
+    image = PIL.Image.fromarray(colours())
+    image.save(tmp_path / "image.tif", save_all=True, append_images=[image.resize((20, 10))])
     assert np.array_equal(read_image(tmp_path / "image.tif").pixels, colours())
 
 
@@ -333,7 +333,7 @@ def test_too_many_channels_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(0, 5), (5, 0)])
-def test_pictures_without_pixels_are_refused(tmp_path, size):
+def test_images_without_pixels_are_refused(tmp_path, size):
     (tmp_path / "none.png").write_bytes(png_header(*size))
     with pytest.raises(DataError, match=r"none\.png") as error:
         read_image(tmp_path / "none.png")
@@ -358,7 +358,7 @@ def test_truncated_files_are_refused_at_any_length(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "deep.png", "deep.tif"])
-def test_damaged_bytes_give_a_picture_or_a_data_error(tmp_path, name):
+def test_damaged_bytes_give_an_image_or_a_data_error(tmp_path, name):
     path = tmp_path / name
     small = colours()[:9, :7]
     if name == "deep.tif":
@@ -383,7 +383,7 @@ def test_damaged_bytes_give_a_picture_or_a_data_error(tmp_path, name):
     assert all(name in text and "\n" not in text for text in refused)
 
 
-def test_files_that_are_no_picture(tmp_path):
+def test_files_that_are_no_image(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("hello")
     (tmp_path / "fake.tif").write_bytes(b"II*\0" + b"\xff" * 50)
@@ -405,12 +405,12 @@ def test_files_that_are_no_picture(tmp_path):
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "A.DCM", "a.nrrd"])
 def test_volumes_are_named_as_what_they_are(tmp_path, name):
     (tmp_path / name).write_bytes(b"123")
-    with pytest.raises(DataError, match="is a volume, not a picture"):
+    with pytest.raises(DataError, match="is a volume, not an image"):
         read_image(tmp_path / name)
 
 
 def test_reading_from_many_threads(tmp_path):
-    """The guard against large pictures touches process-wide state."""
+    """The guard against large images touches process-wide state."""
     PIL.Image.fromarray(colours()).save(tmp_path / "image.png")
     wrong = []
 
@@ -441,8 +441,8 @@ def test_binary_masks_of_any_value(tmp_path, value, suffix):
 
 
 def test_binary_masks_of_any_kind(tmp_path):
-    truth = disc().astype(bool)
-    PIL.Image.fromarray(truth).save(tmp_path / "bits.png")
+    ground_truth = disc().astype(bool)
+    PIL.Image.fromarray(ground_truth).save(tmp_path / "bits.png")
     PIL.Image.fromarray(np.dstack([disc(255)] * 3)).save(tmp_path / "rgb.png")
     PIL.Image.fromarray(np.dstack([disc(255), disc(0), disc(0)])).save(tmp_path / "red.png")
     PIL.Image.fromarray(np.dstack([disc(255)] * 3 + [disc(0) + 255])).save(tmp_path / "rgba.png")
@@ -453,7 +453,7 @@ def test_binary_masks_of_any_kind(tmp_path):
     palette.putpalette([0, 0, 0, 128, 0, 0])
     palette.save(tmp_path / "palette.png")
     for path in tmp_path.iterdir():
-        assert np.array_equal(read_masks(path)["mask"], truth), path.name
+        assert np.array_equal(read_masks(path)["mask"], ground_truth), path.name
 
 
 @pytest.mark.parametrize("compression", [None, "lzw", "packbits"])
@@ -530,9 +530,9 @@ LABELS = {1: "liver", "2": "spleen", 5: "liver", 9: "kidney"}
 def test_label_maps_are_split_by_the_stated_mapping(tmp_path, kind):
     path, values = tmp_path / kind, label_map()
     if kind == "palette.png":
-        picture = PIL.Image.fromarray(values)
-        picture.putpalette([0, 0, 0, *([200, 10, 10] * 5)])  # colours that cannot be told apart: the index counts
-        picture.save(path)
+        image = PIL.Image.fromarray(values)
+        image.putpalette([0, 0, 0, *([200, 10, 10] * 5)])  # colours that cannot be told apart: the index counts
+        image.save(path)
     elif kind == "16.png":
         cv2.imwrite(str(path), values.astype(np.uint16))
     elif kind in ("32.tif", "float.tif"):
@@ -550,17 +550,17 @@ def test_label_maps_are_split_by_the_stated_mapping(tmp_path, kind):
 @pytest.mark.parametrize("palette", [False, True])
 def test_colour_coded_masks_are_split_by_colour(tmp_path, palette):
     table = np.array([[0, 0, 0], [255, 0, 0], [0, 128, 255], [0, 0, 0], [0, 0, 0], [9, 9, 9]], dtype=np.uint8)
-    picture = PIL.Image.fromarray(table[label_map()])
+    image = PIL.Image.fromarray(table[label_map()])
     if palette:
-        picture = PIL.Image.fromarray(label_map())
-        picture.putpalette(table.ravel().tolist())
-    picture.save(tmp_path / "m.png")
+        image = PIL.Image.fromarray(label_map())
+        image.putpalette(table.ravel().tolist())
+    image.save(tmp_path / "m.png")
     masks = read_masks(tmp_path / "m.png", {"#FF0000": "liver", "#0080ff": "spleen", "#090909": "grey"})
     for name, value in {"liver": 1, "spleen": 2, "grey": 5}.items():
         assert np.array_equal(masks[name], label_map() == value)
 
 
-def test_label_maps_have_the_pictures_orientation(tmp_path):
+def test_label_maps_have_the_images_orientation(tmp_path):
     PIL.Image.fromarray(label_map()).save(tmp_path / "m.png", exif=exif(6))
     assert np.array_equal(read_masks(tmp_path / "m.png", LABELS)["spleen"], oriented(label_map(), 6) == 2)
 
@@ -602,21 +602,21 @@ def test_labels_that_are_neither_numbers_nor_colours(tmp_path, labels):
 # ----------------------------------------------------------------------------------------------------------- writing
 
 
-def test_masks_and_pictures_are_written_and_read_back(tmp_path):
+def test_masks_and_images_are_written_and_read_back(tmp_path):
     write_mask_png(disc().astype(bool), tmp_path / "m.png")
     assert np.array_equal(np.asarray(PIL.Image.open(tmp_path / "m.png")), disc(255))
-    for picture in (colours(), colours()[..., 0], np.dstack([colours(), disc()]), ramp(0, 60000, np.uint16)):
-        write_png(picture, tmp_path / "p.png")
-        assert np.array_equal(np.asarray(PIL.Image.open(tmp_path / "p.png")), picture)
+    for image in (colours(), colours()[..., 0], np.dstack([colours(), disc()]), ramp(0, 60000, np.uint16)):
+        write_png(image, tmp_path / "p.png")
+        assert np.array_equal(np.asarray(PIL.Image.open(tmp_path / "p.png")), image)
     write_png(PIL.Image.fromarray(colours()), str(tmp_path / "p.png"))
     assert np.array_equal(read_image(tmp_path / "p.png").pixels, colours())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.png", "p.png"]
 
 
-def test_what_is_no_picture_is_not_written(tmp_path):
-    for picture in (ramp(0, 1, np.float32), np.zeros((5, 7, 2), np.uint8), np.zeros((0, 7), np.uint8)):
+def test_what_is_no_image_is_not_written(tmp_path):
+    for image in (ramp(0, 1, np.float32), np.zeros((5, 7, 2), np.uint8), np.zeros((0, 7), np.uint8)):
         with pytest.raises(DataError, match=r"p\.png"):
-            write_png(picture, tmp_path / "p.png")
+            write_png(image, tmp_path / "p.png")
     with pytest.raises(DataError, match="bool"):
         write_mask_png(disc(), tmp_path / "p.png")
     assert not list(tmp_path.iterdir())

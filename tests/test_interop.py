@@ -37,9 +37,9 @@ STOP = "<think>It fits.</think><action>stop</action>"
 
 
 def pixels() -> np.ndarray:
-    picture = np.full((*SIZE, 3), 30, dtype=np.uint8)
-    picture[10:30, 12:40] = 200
-    return picture
+    image = np.full((*SIZE, 3), 30, dtype=np.uint8)
+    image[10:30, 12:40] = 200
+    return image
 
 
 def png() -> bytes:
@@ -78,7 +78,12 @@ class NumpyVolumes:
             masks[..., index] = episode.masks["bright box"]
         return {"bright box": masks}
 
-    def write_masks(self, masks: Masks, volume: Any, path: Path) -> None:
+    def click(self, volume: Any, clicks: Any, segmenter: Segmenter, *, through: bool) -> dict[str, Mask]:
+        raise NotImplementedError
+
+    def write_masks(
+        self, masks: Masks, volume: Any, path: Path, *, dtype: str = "uint8", compressed: bool = True
+    ) -> None:
         labels = np.zeros(volume.shape, dtype=np.uint8)
         for number, mask in enumerate(masks.values(), 1):
             labels[mask] = number
@@ -118,11 +123,12 @@ def infer(url: str, where: str, params: dict[str, Any], **files: Any) -> tuple[d
 
 def test_info(url: str) -> None:
     info = httpx.get(f"{url}/info/").json()
-    assert info["models"]["ibisagent"]["type"] == "deepedit"
+    assert info["models"]["ibisagent"]["type"] == "deepgrow"
+    assert "label" not in info["models"]["ibisagent"]["config"], "Slicer would send it in place of the segment's name"
     assert {"name", "version", "labels", "trainers", "strategies", "scoring", "datastore"} <= set(info)
 
 
-def test_a_mask_for_a_picture(url: str) -> None:
+def test_a_mask_for_an_image(url: str) -> None:
     facts, content = infer(url, "image=", {"query": "Segment the bright box."}, file=("eye.png", png()))
     labels = np.array(PIL.Image.open(io.BytesIO(content)))
     assert facts["label_names"] == {"bright box": 1}
@@ -174,7 +180,9 @@ def test_the_datastore(url: str) -> None:
     got = httpx.get(f"{url}/datastore/label?label=..%2Fbrain&tag=final")
     assert got.content == b"label"
     assert "label.nii.gz" in got.headers["content-disposition"]
-    assert httpx.get(f"{url}/datastore/?output=all").json()["objects"]["../brain"]["labels"]["final"]["ext"] == ".gz"
+    assert (
+        httpx.get(f"{url}/datastore/?output=all").json()["objects"]["../brain"]["labels"]["final"]["ext"] == ".nii.gz"
+    )
     _, content = infer(url, "image=..%2Fbrain", {"query": "bright box"})
     assert np.load(io.BytesIO(content)).any()
     assert httpx.delete(f"{url}/datastore/image?id=..%2Fbrain").status_code == 200
@@ -189,7 +197,6 @@ def test_the_datastore(url: str) -> None:
         ("/infer/ibisagent?image=none", {}, 404),
         ("/infer/ibisagent", {"file": ("a.png", b"x")}, 422),
         ("/infer/ibisagent", {"file": ("a.nii", b"x")}, 422),
-        ("/infer/ibisagent", {"file": ("a.png", png())}, 422),
         ("/infer/ibisagent", {"file": ("a.png", png()), "params": (None, "[")}, 422),
         ("/infer/ibisagent", {"file": ("a.png", png()), "params": (None, '{"foreground": [[900, 1]]}')}, 422),
         ("/infer/ibisagent", {"file": ("a.png", bytes(300_000)), "params": (None, "{}")}, 413),
@@ -201,7 +208,7 @@ def test_bad_requests(path: str, files: dict[str, Any], status: int, url: str) -
     assert isinstance(answer.json()["detail"], str)
 
 
-def test_the_shelf_is_bounded(url: str) -> None:
+def test_the_image_store_is_bounded(url: str) -> None:
     made = [httpx.put(f"{url}/session/", files={"files": ("a.png", png())}) for _ in range(5)]
     assert [answer.status_code for answer in made] == [200] * 4 + [429]
     for answer in made[:4]:
@@ -231,14 +238,14 @@ def test_an_agent_lists_and_calls_the_tools(url: str) -> None:
         async with Client(f"{url}/mcp") as client:
             listed = {tool.name for tool in (await client.list_tools()).tools}
             assert {"segment", "open_image", "ask", "run", "click", "undo", "look", "export"} <= listed
-            picture = base64.b64encode(png()).decode()
-            whole = await client.call_tool("segment", {"picture": picture, "query": "bright box"})
+            image = base64.b64encode(png()).decode()
+            whole = await client.call_tool("segment", {"image": image, "query": "bright box"})
             assert decode_rle(whole.structured_content["masks"]["bright box"])[20, 20]
-            opened = await client.call_tool("open_image", {"picture": picture, "query": "bright box"})
+            opened = await client.call_tool("open_image", {"image": image, "query": "bright box"})
             session = opened.structured_content["id"]
             await client.call_tool("ask", {"session": session})
             clicked = await client.call_tool("click", {"session": session, "x": 70, "y": 50, "target": "background"})
-            assert [turn["by"] for turn in clicked.structured_content["turns"]] == ["agent", "person"]
+            assert [turn["by"] for turn in clicked.structured_content["turns"]] == ["agent", "user"]
             seen = await client.call_tool("look", {"session": session})
             assert PIL.Image.open(io.BytesIO(base64.b64decode(seen.content[0].data))).size == (83, 61)
             exported = await client.call_tool("export", {"session": session})
@@ -246,5 +253,25 @@ def test_an_agent_lists_and_calls_the_tools(url: str) -> None:
             wrong = await client.call_tool("click", {"session": session, "x": 900, "y": 0})
             assert wrong.is_error
             assert "outside" in wrong.content[0].text
+            boxed = await client.call_tool(
+                "box", {"session": session, "x0": 10, "y0": 8, "x1": 42, "y1": 32, "target": "bright box"}
+            )
+            assert boxed.structured_content["turns"][-1]["actions"][0]["kind"] == "box"
+            undone = await client.call_tool("undo", {"session": session})
+            assert undone.structured_content["can_redo"]
+            redone = await client.call_tool("redo", {"session": session})
+            assert not redone.structured_content["can_redo"]
+            templates = (await client.list_resource_templates()).resource_templates
+            assert {one.mime_type for one in templates} == {"image/png"}
+            read = await client.read_resource(f"ibisagent://sessions/{session}/masks/bright%20box")
+            mask = np.array(PIL.Image.open(io.BytesIO(base64.b64decode(read.contents[0].blob))))
+            assert mask.shape == SIZE
+            assert mask[20, 20] == 255
+            seen = await client.read_resource(f"ibisagent://sessions/{session}/masks")
+            assert PIL.Image.open(io.BytesIO(base64.b64decode(seen.contents[0].blob))).size == (83, 61)
+            told = next(tool for tool in (await client.list_tools()).tools if tool.name == "open_image").description
+            assert "deleted 60 minutes after" in told
+            assert (await client.call_tool("close", {"session": session})).structured_content == {"closed": session}
+            assert (await client.call_tool("look", {"session": session})).is_error
 
     asyncio.run(use())

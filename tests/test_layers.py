@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "ibisagent"
 
 LAYERS = (
     ("errors", "files", "domain"),  # the vocabulary
-    ("imaging", "config", "protocol", "store"),  # what is read, written and said
+    ("imaging", "config", "protocol", "query", "store"),  # what is read, written and said
     ("segmenters", "volumes", "policies", "datasets"),  # what can be loaded
     ("environment", "rewards"),  # the loop
     ("inference",),  # it is run on files
@@ -122,7 +122,7 @@ def test_the_checks_can_fail(tmp_path: Path) -> None:
         "torch.nn",
         "ibisagent.cli.app",
         "ibisagent.store",
-        "ibisagent.server.chat",
+        "ibisagent.server.policy_server",
         "ibisagent.policies.base",
     }
     assert room("ibisagent.cli.app") == room("ibisagent.cli") == "cli"

@@ -30,7 +30,7 @@ from ibisagent.datasets import read_cases
 from ibisagent.datasets.members import npz_array, npz_shapes, read_target
 from ibisagent.errors import ConfigError, DataError, TooLargeError
 from ibisagent.imaging import limits
-from ibisagent.imaging.images import decode_picture, read_image, read_masks
+from ibisagent.imaging.images import decode_image, read_image, read_masks
 from ibisagent.imaging.masks import decode_rle, decode_runs
 from ibisagent.store import read_plain_record
 from ibisagent.volumes import read_volume
@@ -435,26 +435,26 @@ def test_limits_are_raised_and_lowered_on_purpose(tmp_path: Path, monkeypatch: p
 
 
 def test_what_comes_over_a_network_is_held_against_the_same_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert decode_picture(png(), "it", ("PNG",)).size == (9, 9)
+    assert decode_image(png(), "it", ("PNG",)).size == (9, 9)
     with (
         raised(monkeypatch, "IBIS_MAX_PIXELS", 80),
         pytest.raises(TooLargeError, match=r"^it: 9 x 9 pixels, at most 80"),
     ):
-        decode_picture(png(), "it", ("PNG",))
+        decode_image(png(), "it", ("PNG",))
     many = chunk(b"prIv", b"") * 70_000
     with pytest.raises(TooLargeError, match=r"^it: has more than 65536 chunks"):
-        decode_picture(png(more=many), "it", ("PNG",))
+        decode_image(png(more=many), "it", ("PNG",))
     for content in (jpeg(), b"nothing", b""):
-        with pytest.raises(DataError, match=r"^it: not a readable PNG picture"):
-            decode_picture(content, "it", ("PNG",))
+        with pytest.raises(DataError, match=r"^it: not a readable PNG image"):
+            decode_image(content, "it", ("PNG",))
     with pytest.raises(DataError, match=r"^it: damaged"):
-        decode_picture(png(60), "it", ("PNG",))
+        decode_image(png(60), "it", ("PNG",))
 
 
 def test_raising_the_limit_raises_that_of_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 40)
     with raised(monkeypatch, "IBIS_MAX_PIXELS", 81):
-        assert decode_picture(png(), "it", ("PNG",)).size == (9, 9)
+        assert decode_image(png(), "it", ("PNG",)).size == (9, 9)
 
 
 @pytest.mark.parametrize("value", ["", "-1", "0", "1e9", "many", "9" * 30])
@@ -542,9 +542,9 @@ def record(size: int, counts: list[str], side: int = 100) -> dict[str, object]:
 def test_masks_of_a_record_are_checked_before_they_are_unpacked() -> None:
     with pytest.raises(DataError, match=r"mask 'mask 0' is of size \(8000, 8000\), not \(100, 100\)"):
         read_plain_record(record(8000, ["0"]), "record.json")
-    several = [f"{first}0" for first in "0123456789"]
+    multiple = [f"{first}0" for first in "0123456789"]
     with limits.at_most(voxels=20_000), pytest.raises(TooLargeError, match="unpacks to 100000 bytes"):
-        read_plain_record(record(100, several), "record.json")
+        read_plain_record(record(100, multiple), "record.json")
 
 
 def npy(shape: str, kind: str = "|u1", length: int | None = None) -> bytes:

@@ -20,7 +20,7 @@ from ibisagent.integrations.lmms_eval.__main__ import main
 SIZE = (61, 83)
 
 
-def truth(number: int) -> np.ndarray:
+def ground_truth(number: int) -> np.ndarray:
     rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]
     inside: np.ndarray = (columns - 41) ** 2 + (rows - 30) ** 2 <= (10 + number) ** 2
     return inside
@@ -32,8 +32,8 @@ def data(tmp_path: Path) -> Path:
     folder.mkdir()
     lines = ["image,mask,object"]
     for number in range(3):
-        write_png((40 + 140 * truth(number)).astype(np.uint8), folder / f"{number}.png")
-        write_mask_png(truth(number), folder / f"{number}_mask.png")
+        write_png((40 + 140 * ground_truth(number)).astype(np.uint8), folder / f"{number}.png")
+        write_mask_png(ground_truth(number), folder / f"{number}_mask.png")
         lines.append(f"{number}.png,{number}_mask.png,liver")
     (folder / "index.csv").write_text("\n".join([*lines, "0.png,,spleen"]) + "\n")
     return folder
@@ -48,8 +48,8 @@ def test_the_task_holds_all_masks(data: Path, tmp_path: Path) -> None:
     listed = docs(tmp_path / "task")
     assert [doc["query"] for doc in listed[:3]] == ["Segment the liver."] * 3
     assert len(listed) == 4  # an absent object wants an empty mask
-    (picture,) = plugin.doc_to_visual(listed[0])
-    assert picture.size == (83, 61)
+    (image,) = plugin.doc_to_visual(listed[0])
+    assert image.size == (83, 61)
     assert "[61, 83]" in plugin.doc_to_text(listed[0], {})
 
     class Loader(yaml.SafeLoader):
@@ -72,14 +72,16 @@ def test_answers_are_scored(data: Path, tmp_path: Path) -> None:
         found = plugin.process_results(doc, [text])
         return found["iou"], found["dice"], found["readable"]
 
-    assert score(json.dumps(encode_rle(truth(0)))) == (1, 1, 1)
-    assert score(f"Here: {json.dumps(encode_rle(truth(2)))}.")[0] == pytest.approx(iou(truth(0), truth(2)))
+    assert score(json.dumps(encode_rle(ground_truth(0)))) == (1, 1, 1)
+    assert score(f"Here: {json.dumps(encode_rle(ground_truth(2)))}.")[0] == pytest.approx(
+        iou(ground_truth(0), ground_truth(2))
+    )
     for text in (
         "",
         "no",
         "{}",
         "{" * 9,
-        json.dumps(encode_rle(truth(0).T.copy())),
+        json.dumps(encode_rle(ground_truth(0).T.copy())),
         '{"size": [61, 83], "counts": "x"}',
     ):
         assert score(text) == (0, 0, 0), text

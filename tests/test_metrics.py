@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import cv2
@@ -15,7 +15,8 @@ import pytest
 from ibisagent.domain import Mask
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.evaluation import metrics
-from ibisagent.evaluation.metrics import figure
+from ibisagent.evaluation.metrics import quotient
+from ibisagent.evaluation.results import CaseResult, shares
 from ibisagent.imaging.masks import Overlap, overlap
 
 PAIRS = 1_000
@@ -54,6 +55,12 @@ def counts(pairs: Pairs) -> list[Overlap]:
     return [overlap(*pair) for pair in zip(*pairs, strict=True)]
 
 
+def metric(name: str, overlaps: Iterable[Overlap], rule: metrics.EmptyRule = metrics.EMPTY_RULE) -> float | None:
+    """The metric of that name over cases with these overlaps, as an evaluation has it."""
+    cases = [CaseResult("", "", "", "", "", None, {"iou": one.iou, "dice": one.dice}, one) for one in overlaps]
+    return quotient(shares(case, rule).get(name) for case in cases)
+
+
 @pytest.fixture(scope="module")
 def monai() -> Iterator[Any]:
     with warnings.catch_warnings():
@@ -68,22 +75,22 @@ def test_overlaps_equal_scikit_learn(pairs: Pairs, counts: list[Overlap]) -> Non
     f1 = sklearn.f1_score(targets, masks, average=None, zero_division=1.0)
     np.testing.assert_allclose([one.iou for one in counts], jaccard, atol=1e-6, rtol=0)
     np.testing.assert_allclose([one.dice for one in counts], f1, atol=1e-6, rtol=0)
-    assert figure(map(metrics.giou_share, counts)) == pytest.approx(jaccard.mean(), abs=1e-6)
-    assert figure(map(metrics.dice_share, counts)) == pytest.approx(f1.mean(), abs=1e-6)
+    assert metric("iou", counts) == pytest.approx(jaccard.mean(), abs=1e-6)
+    assert metric("dice", counts) == pytest.approx(f1.mean(), abs=1e-6)
     presence = sklearn.f1_score(targets.any(axis=0), masks.any(axis=0))
-    assert figure(map(metrics.presence_share, counts)) == pytest.approx(presence, abs=1e-6)
+    assert metric("presence_f1", counts) == pytest.approx(presence, abs=1e-6)
     positive = targets.any(axis=0)
     expected = sklearn.jaccard_score(targets[:, positive], masks[:, positive], average="macro")
-    assert figure(map(metrics.positives_only(metrics.giou_share), counts)) == pytest.approx(expected, abs=1e-6)
+    assert metric("positive_iou", counts) == pytest.approx(expected, abs=1e-6)
 
 
-def test_figures_equal_torchmetrics(pairs: Pairs, counts: list[Overlap]) -> None:
+def test_metrics_equal_torchmetrics(pairs: Pairs, counts: list[Overlap]) -> None:
     classification = pytest.importorskip("torchmetrics.classification", reason="torchmetrics is not installed")
     import torch
 
     tensors = [torch.from_numpy(part.reshape(PAIRS, -1).astype(int)) for part in pairs]
     pooled = float(classification.BinaryJaccardIndex()(*tensors))
-    assert figure(map(metrics.ciou_share, counts)) == pytest.approx(pooled, abs=1e-6)
+    assert metric("ciou", counts) == pytest.approx(pooled, abs=1e-6)
     each = classification.BinaryF1Score(multidim_average="samplewise", zero_division=1)(*tensors)
     np.testing.assert_allclose([one.dice for one in counts], each.numpy(), atol=1e-6, rtol=0)
 
@@ -172,22 +179,21 @@ CASES = [
 @pytest.mark.parametrize(
     ("rule", "giou", "at_50", "at_90"), [("one", 0.48, 0.6, 0.4), ("zero", 0.28, 0.4, 0.2), ("skip", 0.35, 0.5, 0.25)]
 )
-def test_figures_by_hand(rule: metrics.EmptyRule, giou: float, at_50: float, at_90: float) -> None:
-    assert figure(metrics.giou_share(one, rule) for one in CASES) == pytest.approx(giou)
-    assert figure(metrics.precision_share(one, 0.5, rule) for one in CASES) == pytest.approx(at_50)
-    assert figure(metrics.precision_share(one, 0.9, rule) for one in CASES) == pytest.approx(at_90)
-    positives = metrics.positives_only(lambda one: metrics.giou_share(one, rule))
-    assert figure(map(positives, CASES)) == pytest.approx(1.4 / 3)  # whatever the rule
-    assert figure(metrics.ciou_share(one) for one in CASES) == pytest.approx(15 / (12 + 10 + 4 + 5))
-    assert figure(metrics.presence_share(one) for one in CASES) == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
-    assert figure(metrics.match_share(one) for one in CASES) == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
-    assert figure(metrics.match_share(one, 0.6) for one in CASES) == pytest.approx(2 * 1 / (2 * 1 + 2 + 2))
+def test_metrics_by_hand(rule: metrics.EmptyRule, giou: float, at_50: float, at_90: float) -> None:
+    assert metric("iou", CASES, rule) == pytest.approx(giou)
+    assert metric("precision_50", CASES, rule) == pytest.approx(at_50)
+    assert metric("precision_90", CASES, rule) == pytest.approx(at_90)
+    assert metric("positive_iou", CASES, rule) == pytest.approx(1.4 / 3)  # whatever the rule
+    assert metric("ciou", CASES) == pytest.approx(15 / (12 + 10 + 4 + 5))
+    assert metric("presence_f1", CASES) == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
+    assert metric("match_f1", CASES) == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
+    assert quotient(metrics.match_share(one, 0.6) for one in CASES) == pytest.approx(2 * 1 / (2 * 1 + 2 + 2))
 
 
-def test_figures_without_a_part() -> None:
-    assert figure([]) is None
-    assert figure([metrics.ciou_share(Overlap(0, 0, 0)), None]) is None
-    assert figure([metrics.presence_share(Overlap(0, 0, 0))]) is None
+def test_metrics_without_a_part() -> None:
+    assert quotient([]) is None
+    assert quotient([metrics.ciou_share(Overlap(0, 0, 0)), None]) is None
+    assert quotient([metrics.presence_share(Overlap(0, 0, 0))]) is None
     assert Overlap(1, 2, 3) + Overlap(4, 5, 6) == Overlap(5, 7, 9)
     with pytest.raises(ConfigError, match="maybe"):
         metrics.check_empty_rule("maybe")

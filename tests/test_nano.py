@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def picture(seed, shape=(61, 83), alpha=0):
+def make_image(seed, shape=(61, 83), alpha=0):
     pixels = np.random.default_rng(seed).integers(0, 255, (*shape, 3), dtype=np.uint8)
     return PillowImage.fromarray(np.dstack([pixels, np.full(shape, alpha, np.uint8)]))
 
@@ -64,7 +64,7 @@ def test_the_auto_classes_load_what_was_saved(folder):
     model = AutoModelForImageTextToText.from_pretrained(folder)
     processor = AutoProcessor.from_pretrained(folder)
     assert type(model).__name__ == "IbisNanoForConditionalGeneration"
-    batch = processor(text="<|user|>Find the disc.<image>", images=picture(0), return_tensors="pt")
+    batch = processor(text="<|user|>Find the disc.<image>", images=make_image(0), return_tensors="pt")
     assert batch["pixel_values"].shape == (1, 4, 256, 256)
     assert int((batch["input_ids"] == model.config.image_token_id).sum()) == TOKENS_PER_IMAGE
     assert ibisagent.policies.POLICIES  # the import that taught the Auto classes
@@ -75,31 +75,31 @@ def test_the_mask_and_the_query_change_the_reply_and_the_batch_does_not(folder):
     processor = AutoProcessor.from_pretrained(folder)
     features = torch.randn(1, 128, 32, 32, generator=torch.Generator().manual_seed(1))
 
-    def logits(texts, pictures):
-        batch = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
+    def logits(texts, images):
+        batch = processor(text=texts, images=images, padding=True, return_tensors="pt")
         with torch.inference_mode():
             return model(**batch, image_features=features.expand(len(texts), -1, -1, -1)).logits[:, -1]
 
     short, long = "<|user|>disc<image><|assistant|>", "<|user|>Segment the left lung, please.<image><|assistant|>"
-    alone = logits([short], [picture(0)])[0]
-    assert not torch.allclose(alone, logits([short], [picture(0, alpha=255)])[0], atol=1e-4)
-    assert not torch.allclose(alone, logits([long], [picture(0)])[0], atol=1e-4)
-    together = logits([short, long], [picture(0), picture(0)])
+    alone = logits([short], [make_image(0)])[0]
+    assert not torch.allclose(alone, logits([short], [make_image(0, alpha=255)])[0], atol=1e-4)
+    assert not torch.allclose(alone, logits([long], [make_image(0)])[0], atol=1e-4)
+    together = logits([short, long], [make_image(0), make_image(0)])
     torch.testing.assert_close(together[0], alone, atol=2e-4, rtol=1e-3)
 
 
-def looks_twice(folder):
-    model = AutoModelForImageTextToText.from_pretrained(folder, looks_twice=True).eval()
+def two_pass(folder):
+    model = AutoModelForImageTextToText.from_pretrained(folder, two_pass=True).eval()
     for layer in (model.vision.comparison.fine, model.vision.comparison.reply):
         torch.nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(6))
     return model
 
 
-def test_the_second_look_sees_the_map_of_a_first_one_without_the_mask(folder):
-    once, model = AutoModelForImageTextToText.from_pretrained(folder).eval(), looks_twice(folder)
+def test_the_second_pass_sees_the_map_of_a_first_one_without_the_mask(folder):
+    once, model = AutoModelForImageTextToText.from_pretrained(folder).eval(), two_pass(folder)
     text = "<|user|>disc<image><|assistant|>"
     batch = AutoProcessor.from_pretrained(folder)(
-        text=[text] * 2, images=[picture(0), picture(0, alpha=255)], return_tensors="pt"
+        text=[text] * 2, images=[make_image(0), make_image(0, alpha=255)], return_tensors="pt"
     )
     features = torch.randn(1, 128, 32, 32, generator=torch.Generator().manual_seed(1)).expand(2, -1, -1, -1)
     seen = []
@@ -116,18 +116,18 @@ def test_the_second_look_sees_the_map_of_a_first_one_without_the_mask(folder):
 
 
 def test_a_reply_begins_with_what_the_comparison_says_of_the_last_place(folder):
-    model, once = looks_twice(folder), AutoModelForImageTextToText.from_pretrained(folder).eval()
+    model, once = two_pass(folder), AutoModelForImageTextToText.from_pretrained(folder).eval()
     with torch.no_grad():
         model.vision.comparison.fine.weight.zero_()
-        model.vision.comparison.reply.weight[:, 4:].zero_()  # the whole picture
-    half = np.asarray(picture(0)).copy()
+        model.vision.comparison.reply.weight[:, 4:].zero_()  # the whole image
+    half = np.asarray(make_image(0)).copy()
     half[:, :40, 3] = 255
-    pictures = [PillowImage.fromarray(half), PillowImage.fromarray(half), picture(0), PillowImage.fromarray(half)]
+    images = [PillowImage.fromarray(half), PillowImage.fromarray(half), make_image(0), PillowImage.fromarray(half)]
     inside, outside = (f"click + {location_text(*place)}" for place in ((9, 9), (60, 9)))
     said = [f"{outside}; {inside}", outside, inside, ""]
     batch = AutoProcessor.from_pretrained(folder)(
         text=[f"<|user|>disc {one}<image><|assistant|>" for one in said],
-        images=pictures,
+        images=images,
         padding=True,
         return_tensors="pt",
     )
@@ -141,22 +141,24 @@ def test_a_reply_begins_with_what_the_comparison_says_of_the_last_place(folder):
     torch.testing.assert_close(moved[2:], torch.zeros(2))  # no mask, or no place
 
 
-def test_weights_that_are_to_learn_a_second_look_act_as_before(folder):
-    batch = AutoProcessor.from_pretrained(folder)(text="disc<image>", images=picture(1, alpha=255), return_tensors="pt")
+def test_weights_that_are_to_learn_a_second_pass_act_as_before(folder):
+    batch = AutoProcessor.from_pretrained(folder)(
+        text="disc<image>", images=make_image(1, alpha=255), return_tensors="pt"
+    )
     features = torch.zeros(1, 128, 32, 32)
     with torch.inference_mode():
         before, after = (
-            AutoModelForImageTextToText.from_pretrained(folder, looks_twice=twice)(**batch, image_features=features)
+            AutoModelForImageTextToText.from_pretrained(folder, two_pass=twice)(**batch, image_features=features)
             for twice in (False, True)
         )
     torch.testing.assert_close(after.logits, before.logits)
 
 
-@pytest.mark.parametrize("load", [AutoModelForImageTextToText.from_pretrained, looks_twice])
+@pytest.mark.parametrize("load", [AutoModelForImageTextToText.from_pretrained, two_pass])
 def test_decoding_with_a_cache_equals_a_full_pass(folder, load):
     model = load(folder).eval()
     processor = AutoProcessor.from_pretrained(folder)
-    batch = processor(text="<|user|>disc<image><|assistant|>", images=picture(2, alpha=255), return_tensors="pt")
+    batch = processor(text="<|user|>disc<image><|assistant|>", images=make_image(2, alpha=255), return_tensors="pt")
     features = torch.randn(1, 128, 32, 32, generator=torch.Generator().manual_seed(2))
     steps = 6
     cached = model.generate(**batch, image_features=features, max_new_tokens=steps, min_new_tokens=steps)
@@ -212,7 +214,7 @@ def test_a_box_is_read_from_a_map():
 
 def test_proposals_begin_with_the_likeliest_reply_and_are_drawn_again_alike(folder):
     policy = load_policy(str(folder), device="cpu", max_new_tokens=4, candidates=3)
-    images = [Image(np.asarray(picture(seed).convert("RGB"))) for seed in (1, 2)]
+    images = [Image(np.asarray(make_image(seed).convert("RGB"))) for seed in (1, 2)]
     observations = [Observation(str(number), image, "disc") for number, image in enumerate(images)]
     proposed = policy.propose(observations)
     assert [len(one) for one in proposed] == [3, 3]
@@ -232,20 +234,20 @@ def test_who_proposes_nothing_refuses_candidates(spec):
 @pytest.mark.parametrize("sampled", [False, True])
 def test_only_greedy_replies_choose_places_so(folder, monkeypatch, sampled):
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
-    batch = AutoProcessor.from_pretrained(folder)(text="disc<image>", images=picture(5), return_tensors="pt")
+    batch = AutoProcessor.from_pretrained(folder)(text="disc<image>", images=make_image(5), return_tensors="pt")
     calls = []
     monkeypatch.setattr(LikelyPlaces, "__call__", lambda self, ids, scores: calls.append(1) or scores)
     model.generate(**batch, image_features=torch.zeros(1, 128, 32, 32), max_new_tokens=2, do_sample=sampled)
     assert bool(calls) is not sampled
 
 
-def test_two_pictures_in_one_conversation_give_each_place_its_own_picture(folder):
+def test_two_images_in_one_conversation_give_each_place_its_own_image(folder):
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     processor = AutoProcessor.from_pretrained(folder)
     text = "<|user|>disc<image><|assistant|>click<|end|><|user|>disc<image><|assistant|>"
     features = torch.randn(2, 128, 32, 32, generator=torch.Generator().manual_seed(3))
-    both = processor(text=text, images=[[picture(3), picture(4)]], return_tensors="pt")
-    first = processor(text=text.partition("<|assistant|>")[0], images=[picture(3)], return_tensors="pt")
+    both = processor(text=text, images=[[make_image(3), make_image(4)]], return_tensors="pt")
+    first = processor(text=text.partition("<|assistant|>")[0], images=[make_image(3)], return_tensors="pt")
     with torch.inference_mode():
         long = model(**both, image_features=features).logits
         short = model(**first, image_features=features[:1]).logits
@@ -255,7 +257,7 @@ def test_two_pictures_in_one_conversation_give_each_place_its_own_picture(folder
     assert not torch.allclose(long[0, -1, places], long[0, length - 1, places], atol=1e-3)
 
 
-def test_as_a_policy_it_embeds_a_picture_once_and_speaks_alpha(folder):
+def test_as_a_policy_it_embeds_an_image_once_and_speaks_alpha(folder):
     policy = load_policy(str(folder), device="cpu", max_new_tokens=4)
     assert (policy.dialect, policy.history, policy.style) == ("ibis", "none", "alpha")
     pixels = np.full((61, 83, 3), 40, np.uint8)

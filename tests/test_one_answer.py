@@ -219,7 +219,7 @@ def test_a_policys_own_turn_limit_holds_everywhere(tmp_path: Path) -> None:
     write_mask_png(band(GOOD), tmp_path / "mask.png")
     (tmp_path / "index.csv").write_text("image,mask,object\neye.png,mask.png,band\n")
     judged = evaluation.evaluate(read_cases(tmp_path), Brief(), BandSegmenter(), oracle=False)
-    assert (judged.results[0].measures["turns"], judged.made_by["max_turns"]) == (2, "2")
+    assert (judged.results[0].measures["turns"], judged.provenance["max_turns"]) == (2, "2")
 
 
 def test_lmms_eval() -> None:
@@ -229,8 +229,8 @@ def test_lmms_eval() -> None:
     agent = IbisAgent(policy="centre-click", segmenter="region")
     agent.policy, agent.segmenter, agent.max_turns = policy(), BandSegmenter(), 20
     agent.task_dict = {"task": {"test": ["doc"]}}
-    picture = PIL.Image.fromarray(image().pixels)
-    [answer] = agent.generate_until([SimpleNamespace(args=(QUERY, {}, lambda _: [picture], 0, "task", "test"))])
+    pillow = PIL.Image.fromarray(image().pixels)
+    [answer] = agent.generate_until([SimpleNamespace(args=(QUERY, {}, lambda _: [pillow], 0, "task", "test"))])
     assert is_good(decode_rle(json.loads(answer)))
 
 
@@ -269,8 +269,8 @@ def test_mcp(url: str) -> None:
 
     async def masks() -> dict[str, Any]:
         async with McpClient(f"{url}/mcp") as client:
-            picture = base64.b64encode(png()).decode()
-            found = await client.call_tool("segment", {"picture": picture, "query": QUERY})
+            image = base64.b64encode(png()).decode()
+            found = await client.call_tool("segment", {"image": image, "query": QUERY})
             return dict(found.structured_content["masks"])
 
     assert is_good(decode_rle(asyncio.run(masks())["band"]))

@@ -10,16 +10,16 @@ import ibisagent
 
 
 def test_one_image(tmp_path: Path) -> None:
-    # A picture with one bright disc, and its mask, as files of a data set.
+    # An image with one bright disc, and its mask, as files of a data set.
     rows, columns = np.mgrid[:121, :163]
-    truth = (columns - 100) ** 2 + (rows - 48) ** 2 <= 30**2
-    pixels = np.where(truth[..., None], (210, 180, 160), (60, 40, 30)).astype(np.uint8)
+    ground_truth = (columns - 100) ** 2 + (rows - 48) ** 2 <= 30**2
+    pixels = np.where(ground_truth[..., None], (210, 180, 160), (60, 40, 30)).astype(np.uint8)
     for folder in ("Phantom/val", "Phantom/val_mask"):
         (tmp_path / folder).mkdir(parents=True)
     ibisagent.write_png(pixels, tmp_path / "Phantom/val/p1_fundus_retinal.png")
-    ibisagent.write_mask_png(truth, tmp_path / "Phantom/val_mask/p1_fundus_retinal_optic+disc.png")
+    ibisagent.write_mask_png(ground_truth, tmp_path / "Phantom/val_mask/p1_fundus_retinal_optic+disc.png")
 
-    # It is read as a case: a question with its truth.
+    # It is read as a case: a question with its ground truth.
     (case,) = ibisagent.read_cases(tmp_path, split="val")
     assert (case.query, case.meta["modality"]) == ("Segment the optic disc.", "fundus")
 
@@ -29,7 +29,7 @@ def test_one_image(tmp_path: Path) -> None:
     env = ibisagent.SegmentationEnv(case, segmenter, dialect=policy.dialect)
     (episode,) = ibisagent.rollout(policy, [env])
     assert episode.stop == "stopped"
-    assert ibisagent.iou(episode.masks["optic disc"], truth) >= 0.9
+    assert ibisagent.iou(episode.masks["optic disc"], ground_truth) >= 0.9
     assert ibisagent.score(episode, case).total > 1.3
 
     # The episode goes to disk in two ways and comes back; its mask can be made again without the policy.

@@ -38,9 +38,9 @@ def disc(x: int, y: int, radius: int) -> np.ndarray:
 def make_case(number: int) -> Case:
     """A blotchy disc on a noisy ground, which no single click gets right."""
     random = np.random.default_rng(number)
-    truth = disc(*random.integers((20, 15), (60, 45)), int(random.integers(8, 15)))
-    pixels = random.integers(0, 110, (*SIZE, 3)) + truth[..., None] * 90
-    return Case(f"case {number}", Image(pixels.astype(np.uint8)), "Segment the polyp.", {"polyp": truth})
+    ground_truth = disc(*random.integers((20, 15), (60, 45)), int(random.integers(8, 15)))
+    pixels = random.integers(0, 110, (*SIZE, 3)) + ground_truth[..., None] * 90
+    return Case(f"case {number}", Image(pixels.astype(np.uint8)), "Segment the polyp.", {"polyp": ground_truth})
 
 
 CASES = [make_case(number) for number in range(12)]
@@ -56,13 +56,13 @@ def texts(episodes: list[Episode]) -> list[list[str]]:
     return [[turn.completion.text for turn in episode.turns] for episode in episodes]
 
 
-def truth_of(episode: Episode) -> Mapping[str, np.ndarray]:
+def ground_truth_of(episode: Episode) -> Mapping[str, np.ndarray]:
     (case,) = (case for case in CASES if case.id == episode.case_id)
     assert case.targets is not None
     return case.targets
 
 
-def first_look(case: Case) -> Observation:
+def first_view(case: Case) -> Observation:
     return Observation(case.id, case.image, case.query)
 
 
@@ -82,12 +82,12 @@ def test_every_click_corrects_an_error_wherever_jitter_moves_it() -> None:
         for episode in play(OraclePolicy(CASES, jitter=jitter)):
             for turn in episode.turns:
                 for prompt in standing([turn]):
-                    assert click_score(prompt, turn.before, truth_of(episode), {"polyp": "polyp"}) == 1
+                    assert click_score(prompt, turn.before, ground_truth_of(episode), {"polyp": "polyp"}) == 1
 
 
 def test_jitter_moves_clicks() -> None:
-    still = [OraclePolicy(CASES).reply(first_look(case)).actions for case in CASES]
-    moved = [OraclePolicy(CASES, jitter=1.0).reply(first_look(case)).actions for case in CASES]
+    still = [OraclePolicy(CASES).reply(first_view(case)).actions for case in CASES]
+    moved = [OraclePolicy(CASES, jitter=1.0).reply(first_view(case)).actions for case in CASES]
     assert sum(a != b for a, b in zip(still, moved, strict=True)) >= 10
 
 
@@ -95,14 +95,14 @@ def test_jitter_moves_clicks() -> None:
 def test_box_first_share(share: float) -> None:
     cases = [Case(f"{number}", CASES[0].image, "polyp", CASES[0].targets) for number in range(200)]
     policy = OraclePolicy(cases, box_first=share)
-    boxes = sum(isinstance(policy.reply(first_look(case)).actions[0], Box) for case in cases)
+    boxes = sum(isinstance(policy.reply(first_view(case)).actions[0], Box) for case in cases)
     assert boxes / len(cases) == pytest.approx(share, abs=0.1)
 
 
 def test_box_without_jitter_is_tight_and_with_jitter_stays_inside() -> None:
     for case in CASES:
         assert case.targets is not None
-        (box,) = OraclePolicy([case], box_first=1.0).reply(first_look(case)).actions
+        (box,) = OraclePolicy([case], box_first=1.0).reply(first_view(case)).actions
         assert isinstance(box, Box)
         inside = np.zeros(SIZE, dtype=bool)
         inside[box.y0 : box.y1, box.x0 : box.x1] = True
@@ -110,7 +110,7 @@ def test_box_without_jitter_is_tight_and_with_jitter_stays_inside() -> None:
         assert (box.x1 - box.x0) == np.count_nonzero(case.targets["polyp"].any(axis=0))
     corner = Case("corner", CASES[0].image, "polyp", {"polyp": disc(0, 60, 3)})
     for seed in range(30):
-        (box,) = OraclePolicy([corner], box_first=1.0, jitter=1.0, seed=seed).reply(first_look(corner)).actions
+        (box,) = OraclePolicy([corner], box_first=1.0, jitter=1.0, seed=seed).reply(first_view(corner)).actions
         assert isinstance(box, Box)
         assert 0 <= box.x0 < box.x1 <= SIZE[1]
         assert 0 <= box.y0 < box.y1 <= SIZE[0]
@@ -119,15 +119,15 @@ def test_box_without_jitter_is_tight_and_with_jitter_stays_inside() -> None:
 def test_mistakes_are_wrong_and_taken_back_at_once() -> None:
     mistakes = 0
     for episode in play(OraclePolicy(CASES, mistakes=0.4)):
-        truth = truth_of(episode)
+        ground_truth = ground_truth_of(episode)
         for index, turn in enumerate(episode.turns):
-            scores = [click_score(prompt, turn.before, truth, {"polyp": "polyp"}) for prompt in standing([turn])]
+            scores = [click_score(prompt, turn.before, ground_truth, {"polyp": "polyp"}) for prompt in standing([turn])]
             follower = episode.turns[index + 1] if index + 1 < len(episode.turns) else None
             taken_back = follower is not None and isinstance(follower.reply.actions[0], Undo)
             assert taken_back == (-1 in scores)
             if follower is not None and taken_back:
                 mistakes += 1
-                assert progress_score(turn, truth, {"polyp": "polyp"}) == 0
+                assert progress_score(turn, ground_truth, {"polyp": "polyp"}) == 0
                 assert all(np.array_equal(follower.after[name], turn.before[name]) for name in turn.before)
         assert isinstance(episode.turns[-1].reply.actions[-1], Stop)
     assert mistakes >= 10
@@ -146,8 +146,8 @@ def test_absent_objects_and_questions() -> None:
     absent = Case("absent", CASES[0].image, "Segment spleen and liver.", {"spleen": none, "liver": none})
     asked = Case("asked", CASES[0].image, "Is there a polyp?", answer="yes")
     policy = OraclePolicy([absent, asked])
-    assert policy.reply(first_look(absent)).actions == (Stop("No spleen and no liver here.", ("spleen", "liver")),)
-    assert policy.reply(first_look(asked)).actions == (Stop("yes"),)
+    assert policy.reply(first_view(absent)).actions == (Stop("No spleen and no liver here.", ("spleen", "liver")),)
+    assert policy.reply(first_view(asked)).actions == (Stop("yes"),)
 
 
 def test_lazy_cases_are_looked_up_once() -> None:
@@ -169,12 +169,12 @@ def test_lazy_cases_are_looked_up_once() -> None:
     assert lazy.looked_up == len(CASES)
 
 
-def test_cases_without_truth() -> None:
+def test_cases_without_ground_truth() -> None:
     blank = Case("blank", CASES[0].image, "polyp")
-    with pytest.raises(PolicyError, match="has no truth"):
-        OraclePolicy([blank]).respond([first_look(blank)])
+    with pytest.raises(PolicyError, match="has no ground truth"):
+        OraclePolicy([blank]).respond([first_view(blank)])
     with pytest.raises(PolicyError, match="knows no case 'blank'"):
-        OraclePolicy([]).respond([first_look(blank)])
+        OraclePolicy([]).respond([first_view(blank)])
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_finished_mistake_budget_still_stops() -> None:
 def test_undo_counts_all_prompts_of_the_wrong_turn() -> None:
     both = Case("two", CASES[0].image, "polyp and disc", {"polyp": disc(20, 20, 9), "disc": disc(60, 40, 9)})
     policy = OraclePolicy([both], mistakes=0.999)
-    look = first_look(both)
+    look = first_view(both)
     reply = policy.reply(look)
     assert len(reply.actions) == 2
     assert all(isinstance(action, Click) for action in reply.actions)

@@ -33,9 +33,9 @@ from ibisagent.protocol import (
     overlay,
     parse,
     render,
-    target_of,
     write,
 )
+from ibisagent.query import target_of
 
 FUZZ = int(os.environ.get("IBIS_FUZZ", "2000"))
 SIZE = (61, 83)
@@ -129,7 +129,7 @@ def replies(draw, dialect):
             )
         )
     stop = st.builds(Stop, free_text, st.lists(names.filter(bool), max_size=MAX_TARGETS).map(tuple))
-    if not speech.several:
+    if not speech.multiple:
         actions = [draw(st.one_of(*kinds, stop))]
     else:
         actions = draw(st.lists(st.one_of(*kinds), max_size=6))
@@ -538,10 +538,10 @@ def test_what_a_dialect_cannot_express_is_a_config_error(dialect, reply, message
         write(reply, SIZE, dialect=dialect)
 
 
-# --------------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------------- images
 
 
-def picture(size=SIZE):
+def make_image(size=SIZE):
     return Image(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
 
 
@@ -551,7 +551,7 @@ def disc(x, y, radius, size=SIZE):
 
 
 def test_colour_overlay_tints_the_mask_alone():
-    image, mask = picture(), disc(30, 20, 10)
+    image, mask = make_image(), disc(30, 20, 10)
     shown = np.asarray(overlay(image, {"disc": mask}))
     assert np.array_equal(shown[~mask], image.pixels[~mask])
     wanted = 0.6 * image.pixels[mask] + 0.4 * np.array([34, 139, 34])
@@ -570,7 +570,7 @@ def test_eight_targets_are_told_apart():
 
 
 def test_alpha_overlay_keeps_the_colours_and_ranks_the_masks():
-    image = picture()
+    image = make_image()
     masks = {"a": disc(20, 20, 10), "b": disc(30, 20, 10), "c": disc(70, 50, 5)}
     shown = np.asarray(overlay(image, masks, "alpha"))
     assert np.array_equal(shown[..., :3], image.pixels)
@@ -583,7 +583,7 @@ def test_alpha_overlay_keeps_the_colours_and_ranks_the_masks():
 
 @pytest.mark.parametrize("style", ["colour", "alpha"])
 def test_overlay_leaves_the_image_alone_and_takes_any_number_of_masks(style):
-    image = picture()
+    image = make_image()
     before = image.pixels.copy()
     overlay(image, {str(rank): disc(rank, 20, 10) for rank in range(40)}, style)
     assert np.array_equal(image.pixels, before)
@@ -592,9 +592,9 @@ def test_overlay_leaves_the_image_alone_and_takes_any_number_of_masks(style):
 
 def test_overlay_refuses_wrong_sizes_and_styles():
     with pytest.raises(DataError, match="expected"):
-        overlay(picture(), {"a": disc(3, 3, 2, (83, 61))})
+        overlay(make_image(), {"a": disc(3, 3, 2, (83, 61))})
     with pytest.raises(ConfigError, match="colour, alpha"):
-        overlay(picture(), {}, "glow")
+        overlay(make_image(), {}, "glow")
 
 
 # ---------------------------------------------------------------------------------------------------------- prompts
@@ -606,7 +606,7 @@ def turn(text, before, after, dialect="ibis"):
 
 def observe(*turns, masks=None, query="Segment the disc."):
     current = masks if masks is not None else (turns[-1].after if turns else {})
-    return Observation("case", picture(), query, current, turns)
+    return Observation("case", make_image(), query, current, turns)
 
 
 FIRST, SECOND = {"disc": disc(30, 20, 8)}, {"disc": disc(30, 20, 12)}
@@ -629,7 +629,7 @@ def pixels_of(message):
     return np.asarray(part["image"])
 
 
-def test_ibis_alpha_is_the_query_then_the_picture():
+def test_ibis_alpha_is_the_query_then_the_image():
     (message,) = render(observe(*CLICKS), dialect="ibis", history="none", style="alpha")
     assert message["role"] == "user"
     assert [part["type"] for part in message["content"]] == ["text", "image"]
@@ -644,7 +644,7 @@ def test_colour_prompts_begin_with_the_dialects_system_prompt(dialect):
     assert system["role"] == "system"
     assert text_of(system) == DIALECTS[dialect].system
     assert "Segment the disc." in text_of(user)
-    assert np.array_equal(pixels_of(user), picture().pixels)
+    assert np.array_equal(pixels_of(user), make_image().pixels)
 
 
 @pytest.mark.parametrize("dialect", ["ibis", "paper"])
@@ -656,7 +656,7 @@ def test_examples_in_the_system_prompt_are_of_the_dialect(dialect):
         assert parse(line if line.startswith("<think>") else wrap(line), SIZE, dialect=dialect).problem is None
 
 
-def test_released_refines_from_the_query_and_one_picture():
+def test_released_refines_from_the_query_and_one_image():
     first = render(observe(), dialect="released")
     later = render(observe(*CLICKS), dialect="released")
     assert roles(first) == roles(later) == ["system", "user"]
@@ -664,16 +664,16 @@ def test_released_refines_from_the_query_and_one_picture():
     assert text_of(later[1]).startswith("This is a refinement step.")
     assert "Segment the disc." in text_of(later[1])
     assert later[1]["content"][0]["type"] == "image"
-    assert np.array_equal(pixels_of(later[1]), np.asarray(overlay(picture(), SECOND)))
+    assert np.array_equal(pixels_of(later[1]), np.asarray(overlay(make_image(), SECOND)))
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_full_history_holds_every_picture_and_reply(dialect):
+def test_full_history_holds_every_image_and_reply(dialect):
     messages = render(observe(*CLICKS), dialect=dialect, history="full", style="colour")
     assert roles(messages) == ["system", "user", "assistant", "user", "assistant", "user"]
     shown = [pixels_of(message) for message in messages if message["role"] == "user"]
-    for picture_shown, masks in zip(shown, ({}, FIRST, SECOND), strict=True):
-        assert np.array_equal(picture_shown, np.asarray(overlay(picture(), masks)))
+    for image_shown, masks in zip(shown, ({}, FIRST, SECOND), strict=True):
+        assert np.array_equal(image_shown, np.asarray(overlay(make_image(), masks)))
     assert [text_of(messages[2]), text_of(messages[4])] == [turn.completion.text for turn in CLICKS]
     assert "Segment the disc." in text_of(messages[1])
 
@@ -724,7 +724,7 @@ def test_a_start_mask_is_announced_in_the_first_turn_only(dialect, style):
     assert "to refine" not in text_of(full[-1])
 
 
-def test_several_masks_come_with_their_colours():
+def test_multiple_masks_come_with_their_colours():
     masks = {"left kidney": disc(10, 10, 5), "a;b": disc(50, 10, 5)}
     text = text_of(render(observe(masks=masks), dialect="ibis")[-1])
     assert "left kidney: green; a&semi;b: orange" in text

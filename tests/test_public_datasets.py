@@ -33,14 +33,14 @@ def disc(x: int, y: int, radius: int) -> Mask:
 LIVER, SPLEEN = disc(22, 30, 14), disc(60, 25, 8)
 
 
-def picture(*masks: Mask, seed: int = 0) -> np.ndarray:
+def make_image(*masks: Mask, seed: int = 0) -> np.ndarray:
     pixels = np.random.default_rng(seed).integers(0, 60, (*SIZE, 3)).astype(np.uint8)
     for number, mask in enumerate(masks):
         pixels[mask] = (200 - 40 * number, 120, 90)
     return pixels
 
 
-def truth(folder: Path, index: int) -> Mask:
+def ground_truth(folder: Path, index: int) -> Mask:
     case = read_cases(folder)[index]
     (mask,) = (case.targets or {}).values()
     return mask
@@ -54,7 +54,7 @@ def biomedparse(folder: Path) -> Path:
         (folder / "MSD" / "Task09" / kind).mkdir(parents=True)
     home = folder / "MSD" / "Task09"
     for stem in ("p1_CT_abdomen", "p2_CT_abdomen"):
-        write_png(picture(LIVER, SPLEEN), home / "test" / f"{stem}.png")
+        write_png(make_image(LIVER, SPLEEN), home / "test" / f"{stem}.png")
         for thing, mask in (("liver", LIVER), ("left+spleen", SPLEEN)):
             write_mask_png(mask, home / "test_mask" / f"{stem}_{thing}.png")
     listed = [{"file_name": "p1_CT_abdomen.png", "mask_file": "p1_CT_abdomen_left+spleen.png", "image_id": 0}]
@@ -67,7 +67,7 @@ def test_biomedparse_takes_the_pairs_that_its_json_lists(tmp_path: Path) -> None
     (row,) = read_cases(folder).rows
     assert (row.id, row.object, row.split) == ("MSD/Task09/test/p1_CT_abdomen.png#left spleen", "left spleen", "test")
     assert (row.modality, row.site, row.dataset) == ("CT", "abdomen", "MSD/Task09")
-    assert np.array_equal(truth(folder, 0), SPLEEN)
+    assert np.array_equal(ground_truth(folder, 0), SPLEEN)
     (folder / "MSD" / "Task09" / "test.json").unlink()
     assert len(read_cases(folder)) == 4
 
@@ -77,10 +77,10 @@ def test_biomedparse_takes_the_pairs_that_its_json_lists(tmp_path: Path) -> None
 
 def medsegbench(folder: Path) -> Path:
     folder.mkdir()
-    pictures = np.stack([picture(LIVER), picture(LIVER, SPLEEN), picture()])
+    images = np.stack([make_image(LIVER), make_image(LIVER, SPLEEN), make_image()])
     labels = np.stack([LIVER * 1, LIVER * 1 + SPLEEN * 8, LIVER * 0]).astype(np.uint8)
-    np.savez_compressed(folder / "abdomenus_128.npz", test_images=pictures, test_label=labels)
-    np.savez(folder / "kvasir_256.npz", train_images=pictures[..., 0], train_label=(labels > 0).astype(np.uint8))
+    np.savez_compressed(folder / "abdomenus_128.npz", test_images=images, test_label=labels)
+    np.savez(folder / "kvasir_256.npz", train_images=images[..., 0], train_label=(labels > 0).astype(np.uint8))
     return folder
 
 
@@ -94,19 +94,19 @@ def test_medsegbench_archives(tmp_path: Path) -> None:
         ("abdomenus", "test", "spleen", "ultrasound"),
         ("kvasir", "train", "polyp", "endoscope"),
         ("kvasir", "train", "polyp", "endoscope"),
-    ]  # the picture that shows nothing is no case
-    assert np.array_equal(source[1].image.pixels, picture(LIVER, SPLEEN))
-    assert np.array_equal(truth(folder, 2), SPLEEN)
-    assert np.array_equal(truth(folder, 4), LIVER | SPLEEN)
+    ]  # the image that shows nothing is no case
+    assert np.array_equal(source[1].image.pixels, make_image(LIVER, SPLEEN))
+    assert np.array_equal(ground_truth(folder, 2), SPLEEN)
+    assert np.array_equal(ground_truth(folder, 4), LIVER | SPLEEN)
     grey = source[3].image.pixels
-    assert (grey == picture(LIVER)[..., :1]).all()
+    assert (grey == make_image(LIVER)[..., :1]).all()
     assert [row.dataset for row in read_cases(folder / "kvasir_256.npz").rows] == ["kvasir", "kvasir"]
 
 
 def test_columns_first_archives_are_read_alike(tmp_path: Path) -> None:
     labels = np.asfortranarray(np.stack([LIVER, SPLEEN]).astype(np.uint8))
     np.savez(tmp_path / "kvasir_128.npz", val_images=np.asfortranarray(labels * 200), val_label=labels)
-    assert np.array_equal(truth(tmp_path, 1), SPLEEN)
+    assert np.array_equal(ground_truth(tmp_path, 1), SPLEEN)
 
 
 # Medical Segmentation Decathlon
@@ -165,7 +165,7 @@ def instances(folder: Path) -> Path:
     (folder / "annotations").mkdir(parents=True)
     (folder / "images").mkdir()
     for name in ("a.png", "b.png"):
-        write_png(picture(LIVER, SPLEEN), folder / "images" / name)
+        write_png(make_image(LIVER, SPLEEN), folder / "images" / name)
     compressed = coco.encode(np.asfortranarray(SPLEEN, dtype=np.uint8))
     flat = LIVER.flatten(order="F").astype(int)
     edges = np.flatnonzero(np.diff(flat)) + 1
@@ -194,8 +194,8 @@ def test_coco_instances_of_a_category_are_one_mask(tmp_path: Path) -> None:
     file = instances(tmp_path / "data")
     source = read_cases(file)
     assert [(row.id, row.split) for row in source.rows] == [("a.png#red cell", "val"), ("a.png#nucleus", "val")]
-    assert np.array_equal(truth(file, 0), LIVER | SPLEEN)
-    square = truth(file, 1)
+    assert np.array_equal(ground_truth(file, 0), LIVER | SPLEEN)
+    square = ground_truth(file, 1)
     assert square[6:14, 11:19].all()
     assert 80 <= square.sum() <= 121
 
@@ -212,7 +212,7 @@ def test_coco_masks_that_are_all_crowds_are_read_and_mixed_pairs_are_counted(
     file.write_text(json.dumps(content))
     caplog.clear()
     assert [row.id for row in read_cases(file).rows][-1] == "b.png#red cell"
-    assert np.array_equal(truth(file, 2), LIVER)
+    assert np.array_equal(ground_truth(file, 2), LIVER)
     assert not caplog.text
 
 
@@ -223,7 +223,7 @@ def test_coco_shapes_that_cannot_be_drawn_are_refused(tmp_path: Path, shape: Any
     content["annotations"] = [{"id": 1, "image_id": 4, "category_id": 1, "segmentation": shape}]
     file.write_text(json.dumps(content))
     with pytest.raises(DataError, match="cannot be drawn") as error:
-        truth(file, 0)
+        ground_truth(file, 0)
     assert "\n" not in str(error.value)
 
 
@@ -247,7 +247,7 @@ def test_coco_without_its_image_says_so(tmp_path: Path) -> None:
 def test_training_rows_are_not_judged_unless_asked_for(
     tmp_path: Path, splits: tuple[str, ...], judged: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_png(picture(LIVER, SPLEEN), tmp_path / "a.png")
+    write_png(make_image(LIVER, SPLEEN), tmp_path / "a.png")
     write_mask_png(LIVER, tmp_path / "m.png")
     lines = ["image,mask,object,split", *(f"a.png,m.png,liver {split},{split}" for split in splits)]
     (tmp_path / "m.csv").write_text("\n".join(lines) + "\n")
@@ -268,7 +268,7 @@ def samed2d(folder: Path) -> Path:
     (folder / "images").mkdir(parents=True)
     (folder / "masks").mkdir()
     name = "ct_00--CT_ORG--volume-8--x_0016"
-    write_png(picture(LIVER, SPLEEN), folder / "images" / f"{name}.png")
+    write_png(make_image(LIVER, SPLEEN), folder / "images" / f"{name}.png")
     parts = {"0001_000": LIVER, "0003_000": SPLEEN, "0003_001": disc(40, 50, 5)}
     for part, mask in parts.items():
         write_mask_png(mask, folder / "masks" / f"{name}--{part}.png")
@@ -288,8 +288,8 @@ def test_samed2d_joins_instances_of_a_class(tmp_path: Path) -> None:
         ("liver", "CT", "CT_ORG", "CT_ORG--volume-8"),
         ("kidney left", "CT", "CT_ORG", "CT_ORG--volume-8"),
     ]
-    assert np.array_equal(truth(folder, 0), LIVER)
-    assert np.array_equal(truth(folder, 1), SPLEEN | disc(40, 50, 5))
+    assert np.array_equal(ground_truth(folder, 0), LIVER)
+    assert np.array_equal(ground_truth(folder, 1), SPLEEN | disc(40, 50, 5))
 
 
 def mecovqa(folder: Path) -> Path:
@@ -318,7 +318,7 @@ def test_mecovqa_asks_its_own_questions(tmp_path: Path) -> None:
         ("Where is the largest organ?", "liver", "test"),
     ]
     assert len(source.by_id) == 2
-    assert np.array_equal(truth(file, 1), LIVER)
+    assert np.array_equal(ground_truth(file, 1), LIVER)
 
 
 # all of them
@@ -370,8 +370,8 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], str, Callable[[Path], None]]] = 
         "does not fit",
         lambda path: np.savez(path, val_images=np.zeros((2, 5, 6)), val_label=np.zeros((2, 6, 5))),
     ),
-    "a missing picture": (samed2d, "cannot", lambda path: (path / "SAMed2D_v1.json").write_text("[]") and None),
-    "a question without picture": (
+    "a missing image": (samed2d, "cannot", lambda path: (path / "SAMed2D_v1.json").write_text("[]") and None),
+    "a question without image": (
         lambda folder: mecovqa(folder.parent),
         "no image 'images/none.png'",
         lambda path: path.write_text(json.dumps([{"image": "images/none.png", "conversations": []}])) and None,
@@ -425,7 +425,7 @@ def test_leaks_are_found_and_only_they(tmp_path: Path) -> None:
     train = read_cases(manifest(tmp_path / "train", {"a": 1, "b": 2, "c": 3}))
     val = read_cases(manifest(tmp_path / "val", {"x": 2, "y": 7, "c": 8}, noise=2))
     leaks = find_leaks(val, train)
-    assert [(Path(mine).name, Path(other).name) for mine, other, _ in leaks.pictures] == [("x.png", "b.png")]
+    assert [(Path(mine).name, Path(other).name) for mine, other, _ in leaks.images] == [("x.png", "b.png")]
     assert leaks.patients == ("c",)
     assert leaks.compared == (3, 3)
     assert not leaks.unread
@@ -442,7 +442,7 @@ def test_nearest_fingerprint_within_reach() -> None:
     assert near_duplicates({"new": flipped.hex()}, known, 8) == {}
     with pytest.raises(ConfigError, match="0 to 15"):
         near_duplicates({}, {}, 16)
-    assert len(fingerprint(picture(LIVER))) == 64
+    assert len(fingerprint(make_image(LIVER))) == 64
 
 
 def test_the_command_lists_checks_and_compares(tmp_path: Path) -> None:
@@ -457,5 +457,5 @@ def test_the_command_lists_checks_and_compares(tmp_path: Path) -> None:
     assert run(train, "--json")[0] == 0
     code, text = run(val, "--against", train, "--json")
     assert code == 2
-    assert len(json.loads(text)["leaks"]["pictures"]) == 1
+    assert len(json.loads(text)["leaks"]["images"]) == 1
     assert run("--against", train)[0] == 2

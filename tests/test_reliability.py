@@ -1,4 +1,4 @@
-"""One calibrated score per mask, from signals that need no truth."""
+"""One calibrated score per mask, from signals that need no ground truth."""
 
 from __future__ import annotations
 
@@ -31,10 +31,12 @@ def blob(x: int, y: int, radius: int) -> np.ndarray:
 
 
 def case(number: int, *, noise: int = 0) -> Case:
-    truth = blob(25 + number % 30, 28, 9 + number % 7)
-    pixels = np.where(truth, 180, 40)[..., None] * np.ones(3)
+    ground_truth = blob(25 + number % 30, 28, 9 + number % 7)
+    pixels = np.where(ground_truth, 180, 40)[..., None] * np.ones(3)
     pixels += np.random.default_rng(number).normal(0, 1 + noise, (*SIZE, 3))
-    return Case(f"case {number}", Image(pixels.clip(0, 255).astype(np.uint8)), "Segment the liver.", {"liver": truth})
+    return Case(
+        f"case {number}", Image(pixels.clip(0, 255).astype(np.uint8)), "Segment the liver.", {"liver": ground_truth}
+    )
 
 
 def oracle_episode(one: Case, spec: str = "region"):  # type: ignore[no-untyped-def]
@@ -68,23 +70,23 @@ def test_nothing_handed_out_scores_nothing() -> None:
     stop = policy.respond([Observation("x", one.image, one.query, {}, oracle_episode(one).turns)])[0].text
     (episode,) = rollout(ScriptedPolicy([stop]), [SegmentationEnv(one, load_segmenter("region"), dialect="ibis")])
     found = signals(episode, one.image, load_segmenter("region"))
-    assert found == {"quality": 0.0, "stability": 0.0, "settling": 0.0}
+    assert found == {"quality": 0.0, "stability": 0.0, "convergence": 0.0}
     assert Reliability.plain(list(found)).score(found) == 0
 
 
-def test_settling_is_how_little_had_to_be_mended() -> None:
+def test_convergence_is_how_little_had_to_be_mended() -> None:
     one = case(3)
     segmenter = load_segmenter("ellipse")
 
-    def settling(*actions: Action) -> tuple[float, list[np.ndarray]]:
+    def convergence(*actions: Action) -> tuple[float, list[np.ndarray]]:
         replies = [write(Reply("", (action,)), SIZE, dialect="ibis") for action in actions]
         env = SegmentationEnv(one, segmenter, dialect="ibis", max_turns=len(actions))
         (episode,) = rollout(ScriptedPolicy(replies), [env])
-        return signals(episode, one.image, segmenter)["settling"], [turn.after["liver"] for turn in episode.turns]
+        return signals(episode, one.image, segmenter)["convergence"], [turn.after["liver"] for turn in episode.turns]
 
     wide, half = Box(20, 20, 40, 36, "liver"), Box(20, 20, 30, 36, "liver")
-    assert settling(wide)[0] == settling(wide, Stop("Done."))[0] == 1
-    found, masks = settling(wide, half, Stop("Done."))
+    assert convergence(wide)[0] == convergence(wide, Stop("Done."))[0] == 1
+    found, masks = convergence(wide, half, Stop("Done."))
     assert found == iou(masks[0], masks[1]) < 0.5  # the turn that changed most counts, not the last
 
 
@@ -127,11 +129,11 @@ def test_any_confidence_is_brought_to_what_was_measured(told: float) -> None:
 
 def test_a_signal_that_is_nearly_always_the_same_is_left_out() -> None:
     found, ious = made_up(20)
-    settled = [one | {"settling": 1.0 if number % 10 else 0.3} for number, one in enumerate(found)]
+    settled = [one | {"convergence": 1.0 if number % 10 else 0.3} for number, one in enumerate(found)]
     assert dict(fit(settled, ious).weights) == dict(fit(found, ious).weights)
-    often = [one | {"settling": 1.0 if number % 2 else 0.3} for number, one in enumerate(found)]
-    assert list(fit(often, ious).weights) == ["quality", "stability", "settling"]
-    assert list(fit([{"settling": 1.0}] * 20, ious).weights) == ["settling"]
+    often = [one | {"convergence": 1.0 if number % 2 else 0.3} for number, one in enumerate(found)]
+    assert list(fit(often, ious).weights) == ["quality", "stability", "convergence"]
+    assert list(fit([{"convergence": 1.0}] * 20, ious).weights) == ["convergence"]
 
 
 def test_gain_of_dropping_by_hand() -> None:
@@ -200,15 +202,15 @@ def test_calibrate_then_segment_with_a_review_queue(tmp_path: Path) -> None:
     code, text = run("eval", "calibrate", str(tmp_path), "-o", made)
     assert code == 0, text
     assert "fitted on 12 cases" in text
-    pictures = [str(tmp_path / f"{number}.png") for number in (0, 11)]
+    images = [str(tmp_path / f"{number}.png") for number in (0, 11)]
     out = ["-o", str(tmp_path / "out"), "--review-queue", "--calibration", made]
-    code, text = run("segment", *pictures, "Segment the liver.", *out, "--json")
+    code, text = run("segment", *images, "Segment the liver.", *out, "--json")
     assert code == 0, text
     review = json.loads(text)["review"]
-    assert {entry["image"] for entry in review} == set(pictures)
+    assert {entry["image"] for entry in review} == set(images)
     assert review[0]["score"] <= review[1]["score"]
     assert json.loads((tmp_path / "out" / "review.json").read_text())["calibrated"] is True
-    code, text = run("segment", *pictures, "Segment the liver.", "-o", str(tmp_path / "out"), "--calibration", made)
+    code, text = run("segment", *images, "Segment the liver.", "-o", str(tmp_path / "out"), "--calibration", made)
     assert code == 2
     assert "--review-queue" in text
 

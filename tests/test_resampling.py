@@ -11,8 +11,8 @@ from ibisagent.evaluation.statistics import Row, differences, intervals, patient
 
 
 def rows(values: list[float], name: str = "iou", patients: list[str] | None = None) -> list[Row]:
-    people = patients or [str(number) for number in range(len(values))]
-    return [(who, {name: (value, 1.0)}) for who, value in zip(people, values, strict=True)]
+    subjects = patients or [str(number) for number in range(len(values))]
+    return [(who, {name: (value, 1.0)}) for who, value in zip(subjects, values, strict=True)]
 
 
 def test_interval_of_a_mean_is_that_of_theory() -> None:
@@ -22,12 +22,12 @@ def test_interval_of_a_mean_is_that_of_theory() -> None:
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.002)
 
 
-def test_every_figure_has_the_interval_that_it_has_alone() -> None:
+def test_every_metrics_has_the_interval_that_it_has_alone() -> None:
     values = np.random.default_rng(1).random((30, 2)).tolist()
     both: list[Row] = [(str(n % 11), {"iou": (a, 1.0), "dice": (b, 1.0)}) for n, (a, b) in enumerate(values)]
-    some: list[Row] = [(who, figures if n % 11 else {"iou": figures["iou"]}) for n, (who, figures) in enumerate(both)]
+    some: list[Row] = [(who, metrics if n % 11 else {"iou": metrics["iou"]}) for n, (who, metrics) in enumerate(both)]
     found = intervals(some)
-    assert found["iou"] == patient_interval((who, figures["iou"][0]) for who, figures in both)
+    assert found["iou"] == patient_interval((who, metrics["iou"][0]) for who, metrics in both)
     assert found["dice"] == patient_interval((who, row["dice"][0]) for who, row in some if "dice" in row)
 
 
@@ -68,7 +68,7 @@ def test_patients_not_cases_are_permuted() -> None:
     assert many.interval == pytest.approx((0.4, 0.4))
 
 
-def test_figures_that_one_run_lacks_are_compared_where_both_have_them() -> None:
+def test_metrics_that_one_run_lacks_are_compared_where_both_have_them() -> None:
     a: list[Row] = [("x", {"tokens": (5.0, 1.0)}), ("y", {}), ("z", {"tokens": (7.0, 1.0)})]
     b: list[Row] = [("x", {"tokens": (6.0, 1.0)}), ("y", {"tokens": (99.0, 1.0)}), ("z", {"tokens": (7.0, 1.0)})]
     found = differences(a, b)["tokens"]

@@ -207,15 +207,15 @@ def test_a_given_mask_that_is_right_needs_no_click() -> None:
 
 
 def test_a_given_mask_of_what_is_absent_is_to_be_taken_away() -> None:
-    absent, foreign = case({"spleen": NONE}), {"spleen": LIVER}
+    absent, unrelated = case({"spleen": NONE}), {"spleen": LIVER}
     named = (Stop("No spleen here.", ("spleen",)),)
-    kept = score(play((named, foreign), start=foreign), absent)
+    kept = score(play((named, unrelated), start=unrelated), absent)
     assert (kept.answer, kept.click, kept.progress) == (0, -1, 0)
-    removed = score(play((click(45, 15, False), {"spleen": NONE}), (named, {"spleen": NONE}), start=foreign), absent)
+    removed = score(play((click(45, 15, False), {"spleen": NONE}), (named, {"spleen": NONE}), start=unrelated), absent)
     assert removed.total == pytest.approx(1.4)
 
 
-def test_several_targets() -> None:
+def test_multiple_targets() -> None:
     both = case({"spleen": SPLEEN, "liver": LIVER})
     one = {"spleen": SPLEEN}
     two = {**one, "liver": LIVER}
@@ -267,9 +267,11 @@ def test_the_other_terms_are_off_until_they_are_weighed() -> None:
 
 
 def test_border_progress_does_not_see_the_border() -> None:
-    def step(before: Mask, after: Mask, truth: Mask = SPLEEN, pixels: int = 2) -> float:
+    def step(before: Mask, after: Mask, ground_truth: Mask = SPLEEN, pixels: int = 2) -> float:
         turn = Turn(Completion(""), Reply("", click(15, 15)), {"spleen": before}, {"spleen": after})
-        return border_progress_score(turn, {"spleen": truth}, {"spleen": "spleen"}, RewardWeights(border_pixels=pixels))
+        return border_progress_score(
+            turn, {"spleen": ground_truth}, {"spleen": "spleen"}, RewardWeights(border_pixels=pixels)
+        )
 
     inner = area(11, 11, 29, 29)
     assert step(NONE, share(0.5)) == 1
@@ -281,7 +283,7 @@ def test_border_progress_does_not_see_the_border() -> None:
     thin = area(10, 10, 50, 12)
     assert step(area(10, 10, 30, 12), thin, thin) == 1  # nothing would be left of it, so all of it counts
     edge = area(0, 0, 20, 20)
-    assert step(area(2, 0, 20, 20), edge, edge) == 1  # the picture's edge is no border
+    assert step(area(2, 0, 20, 20), edge, edge) == 1  # the image's edge is no border
 
 
 def test_predicted_quality_is_the_sum_of_what_the_steps_gained() -> None:
@@ -358,7 +360,7 @@ def test_every_term_varies() -> None:
 def test_cases_that_cannot_score() -> None:
     with pytest.raises(DataError, match="pair them by id"):
         score(play((STOP, {})), Case("other", IMAGE, "?", {"spleen": SPLEEN}))
-    with pytest.raises(DataError, match="has no truth"):
+    with pytest.raises(DataError, match="has no ground truth"):
         score(play((STOP, {})), Case("id", IMAGE, "?"))
 
 

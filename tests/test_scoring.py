@@ -1,4 +1,4 @@
-"""`ibisagent eval score`: masks of all kinds, figures by hand, and everything that does not fit named one by one."""
+"""`ibisagent eval score`: masks of all kinds, results by hand, and everything that does not fit named one by one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ibisagent.datasets import CaseSource, read_cases
 from ibisagent.datasets.catalogue import BENCHMARKS
 from ibisagent.domain import Mask
 from ibisagent.errors import ConfigError, DataError
-from ibisagent.evaluation.metrics import EmptyRule, figure, giou_share
+from ibisagent.evaluation.metrics import EmptyRule, mean_share, quotient
 from ibisagent.evaluation.scoring import Scores, score
 from ibisagent.imaging.images import write_mask_png, write_png
 from ibisagent.imaging.masks import encode_rle, overlap
@@ -33,19 +33,19 @@ def box_mask(x0: int, y0: int, x1: int, y1: int, size: tuple[int, int] = SIZE) -
     return mask
 
 
-TRUTH = box_mask(10, 10, 30, 20)
+GROUND_TRUTH = box_mask(10, 10, 30, 20)
 HALF = box_mask(10, 10, 20, 20)  # IoU 0.5, Dice 2 / 3
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     folder = tmp_path / "data"
-    (folder / "truth").mkdir(parents=True)
+    (folder / "ground truth").mkdir(parents=True)
     rows = ["image,mask,object,modality,patient"]
     for number, name in enumerate(NAMES):
         write_png(np.full((*SIZE, 3), 40 * number, dtype=np.uint8), folder / f"{name}.png")
-        write_mask_png(TRUTH, folder / "truth" / f"{name}_left+lung.png")
-        rows.append(f"{name}.png,truth/{name}_left+lung.png,left lung,CT,p{number}")
+        write_mask_png(GROUND_TRUTH, folder / "ground truth" / f"{name}_left+lung.png")
+        rows.append(f"{name}.png,ground truth/{name}_left+lung.png,left lung,CT,p{number}")
     rows.append("three.png,,spleen,CT,p2")
     (folder / "index.csv").write_text("\n".join(rows))
     return folder
@@ -67,12 +67,12 @@ def kinds(found: Scores) -> list[tuple[str, str]]:
 
 
 def test_every_way_to_name_a_mask(data: Path, made: Path) -> None:
-    (made / "truth").mkdir()
-    write_mask_png(TRUTH, made / "truth" / "one_left+lung.png")
+    (made / "ground truth").mkdir()
+    write_mask_png(GROUND_TRUTH, made / "ground truth" / "one_left+lung.png")
     write_mask_png(HALF, made / "two_mask_left_lung.png")
     write_mask_png(HALF, made / "Three_left lung.tif.png")  # no ending that is dropped: not this name
     write_mask_png(HALF, made / "THREE_left lung.png")
-    write_mask_png(TRUTH & False, made / "three_spleen.png")
+    write_mask_png(GROUND_TRUTH & False, made / "three_spleen.png")
     found = score(made, data)
     expected = {"one.png#left lung": 1, "two.png#left lung": 0.5, "three.png#left lung": 0.5, "three.png#spleen": 1}
     assert ious(found) == expected
@@ -84,9 +84,9 @@ def test_every_way_to_name_a_mask(data: Path, made: Path) -> None:
 
 
 def test_masks_of_all_or_nothing_are_named(data: Path, made: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_mask_png(TRUTH, made / "one_left_lung.png")
-    write_mask_png(TRUTH | True, made / "two_left_lung.png")
-    write_mask_png(TRUTH & False, made / "three_left_lung.png")
+    write_mask_png(GROUND_TRUTH, made / "one_left_lung.png")
+    write_mask_png(GROUND_TRUTH | True, made / "two_left_lung.png")
+    write_mask_png(GROUND_TRUTH & False, made / "three_left_lung.png")
     found = score(made, data)
     assert len(found.evaluation.results) == 3
     assert "two_left_lung.png: its mask is all" in caplog.text
@@ -98,9 +98,9 @@ def test_what_does_not_fit_is_named_and_never_averaged(data: Path, made: Path) -
     write_mask_png(box_mask(5, 5, 15, 10, (20, 30)), made / "one_left_lung.png")  # half the size
     (made / "sub").mkdir()
     for folder in (made, made / "sub"):
-        write_mask_png(TRUTH, folder / "two_left_lung.png")
-    write_mask_png(TRUTH, made / "four_left_lung.png")
-    (made / "three_spleen.png").write_bytes(b"no picture")
+        write_mask_png(GROUND_TRUTH, folder / "two_left_lung.png")
+    write_mask_png(GROUND_TRUTH, made / "four_left_lung.png")
+    (made / "three_spleen.png").write_bytes(b"no image")
     found = score(made, data)
     assert not found.evaluation.results
     assert sorted(kinds(found)) == [
@@ -130,11 +130,11 @@ def test_run_length_codes(data: Path, tmp_path: Path) -> None:
     codes = write_codes(
         tmp_path / "made.jsonl",
         [
-            {"case_id": "one.png#left lung", "segmentation": encode_rle(TRUTH)},
+            {"case_id": "one.png#left lung", "segmentation": encode_rle(GROUND_TRUTH)},
             {"image": "two.png", "object": "left lung", "rle": {"size": SIZE, "counts": runs["counts"].decode()}},
             {"case_id": "three.png#left lung", "segmentation": {"size": SIZE, "counts": plain}},
             {"case_id": "three.png#spleen", "segmentation": {"size": SIZE, "counts": [5, 3]}},
-            {"case_id": "nobody", "segmentation": encode_rle(TRUTH)},
+            {"case_id": "nobody", "segmentation": encode_rle(GROUND_TRUTH)},
             "{",
         ],
     )
@@ -153,19 +153,19 @@ def write_nifti(mask: np.ndarray, file: Path, affine: np.ndarray) -> None:
 
 
 def test_volumes(tmp_path: Path, made: Path) -> None:
-    truth = np.zeros((12, 14, 5), dtype=bool)
-    truth[2:8, 3:9, 1:4] = True
+    ground_truth = np.zeros((12, 14, 5), dtype=bool)
+    ground_truth[2:8, 3:9, 1:4] = True
     affine = np.diag([0.5, 0.5, 3.0, 1.0])
     moved = affine.copy()
     moved[0, 3] = 1.0
     for name in ("a", "b", "c", "d"):
-        write_nifti(truth, tmp_path / "truth" / f"{name}.nii.gz", affine)
-    write_nifti(truth[:, :, ::1], made / "a.nii.gz", affine)
-    write_nifti(truth, made / "b.nii", moved)
-    write_nifti(truth[:, :, :4], made / "c.nii.gz", affine)
-    shifted = np.roll(truth, 1, axis=0)
+        write_nifti(ground_truth, tmp_path / "ground truth" / f"{name}.nii.gz", affine)
+    write_nifti(ground_truth[:, :, ::1], made / "a.nii.gz", affine)
+    write_nifti(ground_truth, made / "b.nii", moved)
+    write_nifti(ground_truth[:, :, :4], made / "c.nii.gz", affine)
+    shifted = np.roll(ground_truth, 1, axis=0)
     write_nifti(shifted, made / "d.nii.gz", affine)
-    found = score(made, tmp_path / "truth")
+    found = score(made, tmp_path / "ground truth")
     assert ious(found) == {"a": 1, "d": pytest.approx(5 / 7)}
     assert kinds(found) == [("other geometry", "b"), ("wrong size", "c")]
     assert "1.00 mm" in found.problems[0].message
@@ -173,9 +173,9 @@ def test_volumes(tmp_path: Path, made: Path) -> None:
     assert measures["hd95_mm"] == pytest.approx(0.5)  # one voxel of 0.5 mm
     assert measures["nsd_2mm"] == 1
     with pytest.raises(ConfigError, match="no splits"):
-        score(made, tmp_path / "truth", split="val")
+        score(made, tmp_path / "ground truth", split="val")
     write_mask_png(HALF, made / "c.png")
-    assert ("other geometry", "d") not in kinds(score(made, tmp_path / "truth"))
+    assert ("other geometry", "d") not in kinds(score(made, tmp_path / "ground truth"))
 
 
 def flipped(affine: np.ndarray) -> np.ndarray:
@@ -199,14 +199,16 @@ def flipped(affine: np.ndarray) -> np.ndarray:
 def test_a_volume_that_does_not_fit_is_told_and_left_out(
     change: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]], kind: str, tmp_path: Path, made: Path
 ) -> None:
-    truth, affine = np.zeros((12, 14, 5), dtype=np.float32), np.diag([0.5, 0.5, 3.0, 1.0])
-    truth[2:8, 3:9, 1:4] = 1
-    (tmp_path / "truth").mkdir()
+    ground_truth, affine = np.zeros((12, 14, 5), dtype=np.float32), np.diag([0.5, 0.5, 3.0, 1.0])
+    ground_truth[2:8, 3:9, 1:4] = 1
+    (tmp_path / "ground truth").mkdir()
     for name in ("a", "b"):
-        nib.save(nib.Nifti1Image(truth, affine), tmp_path / "truth" / f"{name}.nii.gz")
-    nib.save(nib.Nifti1Image(truth, affine), made / "a.nii.gz")
-    nib.save(nib.Nifti1Image(*change(truth, affine)), made / "b.nii.gz")
-    check_that_only_one_counts(score(made, tmp_path / "truth", tmp_path / "run"), tmp_path / "run", kind, "b.nii.gz")
+        nib.save(nib.Nifti1Image(ground_truth, affine), tmp_path / "ground truth" / f"{name}.nii.gz")
+    nib.save(nib.Nifti1Image(ground_truth, affine), made / "a.nii.gz")
+    nib.save(nib.Nifti1Image(*change(ground_truth, affine)), made / "b.nii.gz")
+    check_that_only_one_counts(
+        score(made, tmp_path / "ground truth", tmp_path / "run"), tmp_path / "run", kind, "b.nii.gz"
+    )
 
 
 def check_that_only_one_counts(found: Scores, run: Path, kind: str, file: str) -> None:
@@ -218,40 +220,40 @@ def check_that_only_one_counts(found: Scores, run: Path, kind: str, file: str) -
         assert [(row["kind"], Path(row["file"]).name) for row in csv.DictReader(table)] == [(kind, file)]
 
 
-def test_a_picture_is_no_volume_and_a_volume_no_picture(data: Path, tmp_path: Path, made: Path) -> None:
+def test_an_image_is_no_volume_and_a_volume_no_image(data: Path, tmp_path: Path, made: Path) -> None:
     volume = np.zeros((12, 14, 5), dtype=bool)
     volume[2:8, 3:9, 1:4] = True
     for name in ("a", "b"):
-        write_nifti(volume, tmp_path / "truth" / f"{name}.nii.gz", np.eye(4))
+        write_nifti(volume, tmp_path / "ground truth" / f"{name}.nii.gz", np.eye(4))
     write_nifti(volume, made / "a.nii.gz", np.eye(4))
     write_mask_png(HALF, made / "b.png")
     check_that_only_one_counts(
-        score(made, tmp_path / "truth", tmp_path / "r"), tmp_path / "r", "other geometry", "b.png"
+        score(made, tmp_path / "ground truth", tmp_path / "r"), tmp_path / "r", "other geometry", "b.png"
     )
     write_nifti(volume, made / "one_left_lung.nii.gz", np.eye(4))
     assert ("other geometry", "one.png#left lung") in kinds(score(made, data))
 
 
-def test_a_name_that_means_several_cases_is_told(tmp_path: Path, made: Path) -> None:
+def test_a_name_that_means_multiple_cases_is_told(tmp_path: Path, made: Path) -> None:
     rows = ["image,mask,object"]
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         write_png(np.zeros((*SIZE, 3), dtype=np.uint8), tmp_path / folder / "one.png")
-        write_mask_png(TRUTH, tmp_path / folder / "one_mask.png")
+        write_mask_png(GROUND_TRUTH, tmp_path / folder / "one_mask.png")
         rows.append(f"{folder}/one.png,{folder}/one_mask.png,liver")
     (tmp_path / "rows.csv").write_text("\n".join(rows))
-    write_mask_png(TRUTH, made / "one_liver.png")
+    write_mask_png(GROUND_TRUTH, made / "one_liver.png")
     found = score(made, tmp_path / "rows.csv")
     assert not found.evaluation.results
     assert [kind for kind, _ in kinds(found)] == ["duplicate"] * 2
     assert "means several cases" in found.problems[0].message
 
 
-def test_a_code_beside_a_picture_is_a_duplicate(data: Path, made: Path) -> None:
-    code = {"case_id": "one.png#left lung", "segmentation": encode_rle(TRUTH)}
+def test_a_code_beside_an_image_is_a_duplicate(data: Path, made: Path) -> None:
+    code = {"case_id": "one.png#left lung", "segmentation": encode_rle(GROUND_TRUTH)}
     write_codes(made / "codes.jsonl", [code, {**code, "case_id": "two.png#left lung"}, code])
-    write_mask_png(TRUTH, made / "two_left_lung.png")
-    write_mask_png(TRUTH, made / "three_left_lung.png")
+    write_mask_png(GROUND_TRUTH, made / "two_left_lung.png")
+    write_mask_png(GROUND_TRUTH, made / "three_left_lung.png")
     found = score(made, data)
     assert ious(found) == {"three.png#left lung": 1}
     assert sorted(kinds(found)) == [
@@ -275,21 +277,21 @@ def test_biomedparse_counts_the_dice_of_each_annotation(tmp_path: Path) -> None:
     folder = tmp_path / "Some" / "Organs"
     for kind in ("test", "test_mask"):
         (folder / kind).mkdir(parents=True)
-    both = TRUTH | box_mask(40, 25, 50, 35)  # 200 and 100 pixels
-    truths = {
+    both = GROUND_TRUTH | box_mask(40, 25, 50, 35)  # 200 and 100 pixels
+    ground_truths = {
         "p1_CT_chest_lung": both,
-        "p1_CT_chest_liver": TRUTH,
-        "p2_CT_chest_liver": TRUTH,
-        "p3_MRI_abdomen_liver": TRUTH,
+        "p1_CT_chest_liver": GROUND_TRUTH,
+        "p2_CT_chest_liver": GROUND_TRUTH,
+        "p3_MRI_abdomen_liver": GROUND_TRUTH,
     }
-    for name, truth in truths.items():
-        write_mask_png(truth, folder / "test_mask" / f"{name}.png")
+    for name, ground_truth in ground_truths.items():
+        write_mask_png(ground_truth, folder / "test_mask" / f"{name}.png")
         write_png(np.zeros((*SIZE, 3), dtype=np.uint8), folder / "test" / f"{name.rpartition('_')[0]}.png")
     cases = read_cases(tmp_path / "Some")
     by_name = {f"{row.image.stem}_{row.object}": row.id for row in cases.rows}
-    assert by_name.keys() == truths.keys()
-    masks = {"p1_CT_chest_lung": TRUTH, "p1_CT_chest_liver": HALF, "p2_CT_chest_liver": TRUTH & False}
-    made = {by_name[name]: masks.get(name, truth) for name, truth in truths.items()}
+    assert by_name.keys() == ground_truths.keys()
+    masks = {"p1_CT_chest_lung": GROUND_TRUTH, "p1_CT_chest_liver": HALF, "p2_CT_chest_liver": GROUND_TRUTH & False}
+    made = {by_name[name]: masks.get(name, ground_truth) for name, ground_truth in ground_truths.items()}
     found = score(coded(cases, [made[row.id] for row in cases.rows], tmp_path / "made.jsonl"), tmp_path / "Some")
     assert not found.problems
     dices = {one.case_id: one.measures["dice"] for one in found.evaluation.results}
@@ -304,15 +306,15 @@ def test_biomedparse_counts_the_dice_of_each_annotation(tmp_path: Path) -> None:
     assert medians == pytest.approx({"all": (2 / 3 + 0.8) / 2, "CT": 2 / 3, "MRI": 1})
 
 
-def test_medsegbench_counts_iou_and_f1_of_each_picture(tmp_path: Path) -> None:
-    """Means over the pictures; one that does not show the object counts 1 there, and is no case here."""
-    labels = np.stack([TRUTH, TRUTH, TRUTH, TRUTH & False]).astype(np.uint8)
-    pictures = np.zeros((4, *SIZE, 3), dtype=np.uint8)
-    np.savez(tmp_path / "kvasir_256.npz", test_images=pictures, test_label=labels)
+def test_medsegbench_counts_iou_and_f1_of_each_image(tmp_path: Path) -> None:
+    """Means over the images; one that does not show the object counts 1 there, and is no case here."""
+    labels = np.stack([GROUND_TRUTH, GROUND_TRUTH, GROUND_TRUTH, GROUND_TRUTH & False]).astype(np.uint8)
+    images = np.zeros((4, *SIZE, 3), dtype=np.uint8)
+    np.savez(tmp_path / "kvasir_256.npz", test_images=images, test_label=labels)
     cases = read_cases(tmp_path)
     assert len(cases) == 3
     shifted = box_mask(20, 10, 40, 20)  # half of it outside: IoU 1 / 3, F1 1 / 2
-    found = score(coded(cases, [HALF, shifted, TRUTH & False], tmp_path / "made.jsonl"), tmp_path)
+    found = score(coded(cases, [HALF, shifted, GROUND_TRUTH & False], tmp_path / "made.jsonl"), tmp_path)
     means = found.evaluation.summaries()["all"].means
     assert means["iou"] == pytest.approx((1 / 2 + 1 / 3 + 0) / 3)
     assert means["dice"] == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
@@ -321,8 +323,8 @@ def test_medsegbench_counts_iou_and_f1_of_each_picture(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("benchmark", "mean"), [("medsegbench", (0.5 + 1) / 2), ("mecovqa", (0.5 + 0) / 2)])
 def test_the_official_rule_for_two_empty_masks_is_one_of_ours(benchmark: str, mean: float) -> None:
     rule: EmptyRule = "one" if BENCHMARKS[benchmark].empty_iou else "zero"
-    pairs = [overlap(HALF, TRUTH), overlap(TRUTH & False, TRUTH & False)]
-    assert figure(giou_share(one, rule) for one in pairs) == pytest.approx(mean)
+    pairs = [overlap(HALF, GROUND_TRUTH), overlap(GROUND_TRUTH & False, GROUND_TRUTH & False)]
+    assert quotient(mean_share(one, one.iou, rule) for one in pairs) == pytest.approx(mean)
 
 
 def test_labels_in_a_volume(tmp_path: Path, made: Path) -> None:
@@ -361,8 +363,8 @@ def test_command(data: Path, made: Path, tmp_path: Path) -> None:
     with (out / "problems.csv").open() as table:
         assert [row["kind"] for row in csv.DictReader(table)] == ["missing"] * 3
     for name in ("two", "three"):
-        write_mask_png(TRUTH, made / f"{name}_left_lung.png")
-    write_mask_png(TRUTH & False, made / "three_spleen.png")
+        write_mask_png(GROUND_TRUTH, made / f"{name}_left_lung.png")
+    write_mask_png(GROUND_TRUTH & False, made / "three_spleen.png")
     again = CliRunner().invoke(app, [*arguments, "--json"])
     assert again.exit_code == 0, again.output
     assert json.loads(again.stdout)["strict"]["iou"] == pytest.approx(3.5 / 4)

@@ -28,18 +28,16 @@ from ibisagent.segmenters import (
     SEGMENTERS,
     Multimask,
     Prediction,
-    Request,
     Segmenter,
     SegmenterSession,
     load_segmenter,
-    predict_together,
 )
 from ibisagent.segmenters.cache import EmbeddingCache
-from ibisagent.segmenters.context_features import GlanceEncoder, Glances, glance_input, places_seen
+from ibisagent.segmenters.context_features import ContextEncoder, ContextFeatures, context_input, places_seen
 from ibisagent.segmenters.ibis_click import IbisClick
 from ibisagent.segmenters.letterbox import Window, letterbox, letterbox_size, unletterbox
 from ibisagent.segmenters.litemedsam import LiteMedSam, LiteMedSamEncoder, encoder_input
-from ibisagent.segmenters.postprocess import fill_small_holes, keep_prompted, obey
+from ibisagent.segmenters.postprocess import obey
 from ibisagent.segmenters.region import RegionSegmenter
 from ibisagent.segmenters.remote import RemoteSegmenter
 from ibisagent.segmenters.runtime import one_thread
@@ -96,7 +94,7 @@ def click_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tiny_vision(width: int) -> dict[str, Any]:
-    """The picture encoder of a SAM 2 for 128 pixels, with features of `width`."""
+    """The image encoder of a SAM 2 for 128 pixels, with features of `width`."""
     return {
         "backbone_config": {
             "model_type": "sam2_hiera_det_model",
@@ -184,7 +182,6 @@ CONTRACT = [
     "litemedsam-torch",
     pytest.param("litemedsam-openvino", marks=OPENVINO),
     "ibis-click-torch",
-    "ibis-click-tidy-torch",
     pytest.param("ibis-click-openvino", marks=OPENVINO),
     "sam2",
     "remote",
@@ -273,7 +270,7 @@ class TestContract:
         with pytest.raises(ConfigError, match="at least one click or box"):
             segmenter.open(phantom()[0]).predict([])
 
-    def test_one_session_from_several_threads(self, segmenter: Segmenter) -> None:
+    def test_one_session_from_multiple_threads(self, segmenter: Segmenter) -> None:
         image, mask = phantom()
         session = segmenter.open(image)
         asked: list[list[Prompt]] = [[box_of(mask)], [Box(0, 0, 83, 61, "blob")]] * 2
@@ -367,41 +364,10 @@ class TestObedience:
         assert iou(session.predict([inner_click(mask)]).mask, mask) > 0.85
 
 
-class TestTidying:
+class TestObeying:
     mask = np.zeros((40, 50), dtype=bool)
     mask[5:20, 5:20] = True
     mask[25:35, 30:45] = True
-
-    def test_components_without_a_prompt_go(self) -> None:
-        left = np.zeros_like(self.mask)
-        left[5:20, 5:20] = True
-        assert np.array_equal(keep_prompted(self.mask, [Click(7, 7, True, "a")]), left)
-        assert np.array_equal(keep_prompted(self.mask, [Box(0, 0, 25, 25, "a")]), left)
-        assert np.array_equal(keep_prompted(self.mask, [Click(7, 7, True, "a"), Click(31, 26, True, "a")]), self.mask)
-
-    def test_nothing_prompted_keeps_everything(self) -> None:
-        assert np.array_equal(keep_prompted(self.mask, [Click(49, 0, True, "a")]), self.mask)
-        assert np.array_equal(keep_prompted(self.mask, [Click(49, 0, False, "a")]), self.mask)
-
-    def test_a_start_mask_keeps_its_parts_until_they_are_refused(self) -> None:
-        prompts = [Click(7, 7, True, "a")]
-        assert np.array_equal(keep_prompted(self.mask, prompts, start=self.mask), self.mask)
-        refused = keep_prompted(self.mask, [*prompts, Click(31, 26, False, "a")], start=self.mask)
-        assert not refused[25:, 30:].any()
-        assert refused[7, 7]
-
-    def test_small_holes_are_filled_unless_clicked(self) -> None:
-        holed = self.mask.copy()
-        holed[10:12, 10:12] = False
-        assert np.array_equal(fill_small_holes(holed, []), self.mask)
-        assert not fill_small_holes(holed, [Click(10, 11, False, "a")])[10:12, 10:12].any()
-        holed[6:19, 6:19] = False  # too large to be an oversight
-        assert np.array_equal(fill_small_holes(holed, []), holed)
-
-    def test_open_bays_and_the_border_are_no_holes(self) -> None:
-        bay = np.ones((30, 40), dtype=bool)
-        bay[:2, 10] = False
-        assert np.array_equal(fill_small_holes(bay, []), bay)
 
     def test_a_contradicted_click_turns_the_disc_around_it(self) -> None:
         found = obey(self.mask, [Click(12, 12, False, "a")])
@@ -462,9 +428,9 @@ class TestWindow:
     def test_it_knows_when_it_cuts_a_mask(self) -> None:
         mask = np.zeros((10, 10), dtype=np.bool_)
         mask[3:6, 0] = True
-        assert Window(5, 5, 15, 15).cuts(mask, (40, 40))
-        assert not Window(0, 5, 10, 15).cuts(mask, (40, 40))  # where the image ends
-        assert not Window(5, 5, 15, 15).cuts(np.roll(mask, 2, axis=1), (40, 40))
+        assert Window(5, 5, 15, 15).truncates(mask, (40, 40))
+        assert not Window(0, 5, 10, 15).truncates(mask, (40, 40))  # where the image ends
+        assert not Window(5, 5, 15, 15).truncates(np.roll(mask, 2, axis=1), (40, 40))
 
     def test_scaled_it_is_never_empty(self) -> None:
         assert Window(7, 7, 9, 9).scaled(0.1, (3, 2)) == Window(0, 0, 1, 1)
@@ -545,10 +511,10 @@ class TestLiteMedSam:
     def test_encoder_input(self) -> None:
         pixels = np.full((40, 20, 3), 60, dtype=np.uint8)
         pixels[10:20, 5:10] = 110
-        picture = encoder_input(pixels)
-        assert (picture.shape, picture.dtype) == ((3, 256, 256), np.float32)
-        assert (picture.min(), picture.max()) == (0, 1)
-        assert not picture[:, :, 128:].any()
+        image = encoder_input(pixels)
+        assert (image.shape, image.dtype) == ((3, 256, 256), np.float32)
+        assert (image.min(), image.max()) == (0, 1)
+        assert not image[:, :, 128:].any()
         assert not encoder_input(np.full((9, 7, 3), 200, dtype=np.uint8)).any()
 
     def test_features_do_not_depend_on_the_batch(self) -> None:
@@ -606,22 +572,22 @@ class TestLiteMedSam:
         assert iou(litemedsam.open(image).predict([corner], rough).mask, mask) > 0.85
 
 
-class TestGlance:
+class TestContextFeatures:
     def test_features_do_not_depend_on_the_batch(self) -> None:
-        encoder = GlanceEncoder(runtime="torch")
-        batch = np.stack([glance_input(phantom(seed=seed)[0].pixels) for seed in range(2)])
+        encoder = ContextEncoder(runtime="torch")
+        batch = np.stack([context_input(phantom(seed=seed)[0].pixels) for seed in range(2)])
         features = encoder.embed(batch)
         assert (features.shape, features.dtype) == ((2, 256, 28, 28), np.float16)
         assert np.array_equal(encoder.embed(batch[1:])[0], features[1])
         with pytest.raises(ConfigError, match="112"):
             encoder.embed(batch[:, :, :64])
 
-    def test_an_image_is_glanced_at_once(self) -> None:
-        glances, image = Glances(GlanceEncoder()), phantom(seed=4)[0]
-        assert glances(image) is glances(Image(image.pixels.copy()))
-        assert not np.array_equal(glances(image), glances(phantom(seed=5)[0]))
+    def test_an_image_is_embedded_once(self) -> None:
+        contexts, image = ContextFeatures(ContextEncoder()), phantom(seed=4)[0]
+        assert contexts(image) is contexts(Image(image.pixels.copy()))
+        assert not np.array_equal(contexts(image), contexts(phantom(seed=5)[0]))
 
-    def test_a_look_finds_its_place_in_the_glance(self) -> None:
+    def test_a_view_finds_its_place_in_the_context(self) -> None:
         """A look of 64 pixels at the window from (20, 30), 32 pixels a side, of an image of 80 x 50 pixels."""
         places = places_seen(np.array([[0.5, 0, 19.75], [0, 0.5, 29.75]]), (50, 80), 64)
         assert places.shape == (8, 8, 2)
@@ -637,11 +603,11 @@ class TestGlance:
 
         torch.manual_seed(0)
         network = ClickNetwork(ClickNetworkConfig(64, (8, 8, 16, 16, 16), (1, 1, 1, 1, 1))).eval()
-        torch.nn.init.normal_(network.glance[-1].weight)
+        torch.nn.init.normal_(network.context[-1].weight)
         planes, features = torch.rand(1, 7, 64, 64), torch.randn(1, 256, 28, 28)
         left = torch.from_numpy(places_seen(np.array([[0.5, 0, 0], [0, 1, 0]]), (64, 64), 64))[None]
         changed = features.clone()
-        changed[..., 16:] = 0  # the right part of the picture, which is not looked at
+        changed[..., 16:] = 0  # the right part of the image, which is not looked at
         with torch.inference_mode():
             logits = [network(planes, given, left)[0] for given in (features, changed, torch.zeros_like(features))]
         assert torch.equal(logits[0], logits[1])
@@ -681,27 +647,11 @@ class TestIbisClick:
         second = session.predict([inner_click(mask), Click(0, 0, False, "blob")], first.logits)
         assert np.array_equal(second.logits[1] > 0.5, mask)
 
-    def test_the_network_has_the_last_word_unless_asked_to_tidy(self, click_weights: Path) -> None:
+    def test_the_network_has_the_last_word(self, click_weights: Path) -> None:
         image, mask = phantom()
         prediction = IbisClick(click_weights, device="cpu", runtime="torch").open(image)
         found = prediction.predict([inner_click(mask)])
         assert np.array_equal(found.mask, found.logits[0] > 0)
-
-    def test_several_targets_of_several_images_in_one_call(self, click_weights: Path) -> None:
-        engine = IbisClick(click_weights, device="cpu", runtime="torch")
-        (image, mask), (other, other_mask) = phantom(), phantom(120, 45, seed=1)
-        sessions = [engine.open(image), engine.open(other), RegionSegmenter().open(image)]
-        asked: list[Request[SegmenterSession]] = [
-            (sessions[0], [inner_click(mask)], None),
-            (sessions[2], [inner_click(mask)], None),
-            (sessions[1], [inner_click(other_mask), box_of(other_mask)], other_mask),
-            (sessions[0], [Click(2, 3, True, "corner")], None),
-        ]
-        together = predict_together(asked)
-        for (session, prompts, prior), prediction in zip(asked, together, strict=True):
-            alone = session.predict(prompts, prior)
-            assert np.allclose(alone.logits, prediction.logits, atol=1e-3)
-            assert iou(alone.mask, prediction.mask) > 0.99
 
     def test_the_quality_fit_of_the_weights_is_used(self, click_weights: Path, tmp_path: Path) -> None:
         image, mask = phantom()
@@ -729,7 +679,7 @@ class TestIbisClick:
         assert session.predict(contradiction, first.logits).mask.shape == size
 
     def test_a_small_object_is_looked_at_from_near(self) -> None:
-        """The packaged weights draw the border of a disc of 0.03% of the picture that one click points at."""
+        """The packaged weights draw the border of a disc of 0.03% of the image that one click points at."""
         y, x = np.mgrid[:700, :1000]
         disc = (y - 300) ** 2 + (x - 610) ** 2 <= 9**2
         noise = np.random.default_rng(0).normal(0, 4, (700, 1000, 3))
@@ -780,7 +730,7 @@ print(session.predict([Click(3, 4, True, "a")]).logits.sum())
         assert [process.returncode for process in started] == [0, 0]
         assert len(answers) == 1
         kept = sorted((tmp_path / "ibisagent" / "openvino").iterdir())
-        assert [folder.name.split("-")[0] for folder in kept] == ["glance", "ibis"]  # two networks, once each
+        assert [folder.name.split("-")[0] for folder in kept] == ["context", "ibis"]  # two networks, once each
         for folder in kept:
             assert sorted(file.name for file in folder.iterdir()) == ["network.bin", "network.xml"]
 
@@ -788,7 +738,7 @@ print(session.predict([Click(3, 4, True, "a")]).logits.sum())
     def test_one_thread_gives_the_same_on_any_machine(self, click_weights: Path) -> None:
         with one_thread():
             alone = IbisClick(click_weights, device="cpu", runtime="openvino")
-        network: Any = alone._sight.network
+        network: Any = alone._model.network
         assert network._compiled.get_property("INFERENCE_NUM_THREADS") == 1
 
     def test_a_damaged_conversion_says_what_to_delete(
@@ -900,7 +850,7 @@ class TestSam2Memory:
         assert np.allclose(both["disc"].logits, first["disc"].logits, atol=1e-5)
         assert np.allclose(both["rest"].logits, other["disc"].logits, atol=1e-5)
 
-    def test_it_does_not_grow_with_the_pictures(self, sam2_video_folder: Path) -> None:
+    def test_it_does_not_grow_with_the_images(self, sam2_video_folder: Path) -> None:
         memory = Sam2(str(sam2_video_folder), device="cpu").memory()
         assert memory is not None
         for number in range(60):
@@ -948,7 +898,7 @@ class TestSam2Memory:
         assert np.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-5)  # apart from the order of additions
         assert np.ptp(logits[0]) > 1e-3
 
-    def test_weights_for_single_pictures_have_none(self, sam2_folder: Path) -> None:
+    def test_weights_for_single_images_have_none(self, sam2_folder: Path) -> None:
         assert Sam2(str(sam2_folder), device="cpu").memory() is None
 
     def test_there_must_be_something_to_follow(self, sam2_video_folder: Path) -> None:
@@ -1156,7 +1106,7 @@ class TestRemote:
                 remote.open(phantom()[0])
             remote.close()
 
-    def test_pictures_that_were_dropped_are_sent_again(self) -> None:
+    def test_images_that_were_dropped_are_sent_again(self) -> None:
         images = [phantom(seed=seed) for seed in range(2)]
         with served(RegionSegmenter(), image_bytes=images[0][0].pixels.nbytes) as url:
             remote = RemoteSegmenter(url)
@@ -1183,7 +1133,7 @@ class TestRemote:
         image, _ = phantom()
         with httpx.Client(base_url=server) as client:
             path = f"/v1/images/{image.sha256}"
-            altered = client.put(path, content=b"not a picture")
+            altered = client.put(path, content=b"not an image")
             assert (altered.status_code, "PNG" in altered.json()["error"]) == (400, True)
             request = {"image": "0" * 64, "prompts": []}
             assert client.post("/v1/predict", json=request).status_code == 404

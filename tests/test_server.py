@@ -40,9 +40,10 @@ from ibisagent.server.service import LARGE_RUNS, Limits, Service, plain_name
 SIZE = (61, 83)
 CLICK = "<think>The bright one.</think><action>click + (0.3133, 0.3197) bright box</action>"
 STOP = "<think>It fits.</think><action>stop</action><answer>Done.</answer>"
+OWNERSHIP = {"server.lock", "server.json"}
 
 
-def truth(shift: int = 0) -> np.ndarray:
+def ground_truth(shift: int = 0) -> np.ndarray:
     mask = np.zeros(SIZE, dtype=bool)
     mask[10 + shift : 30 + shift, 12:40] = True
     return mask
@@ -91,7 +92,7 @@ def client(url: str) -> Iterator[Client]:
 
 def test_one_shot(client: Client) -> None:
     masks = client.segment(png(), "Segment the bright box.")
-    assert iou(masks["bright box"], truth()) > 0.8
+    assert iou(masks["bright box"], ground_truth()) > 0.8
 
 
 def test_large_images_take_turns(tmp_path: Path) -> None:
@@ -124,7 +125,7 @@ def test_a_session_from_end_to_end(client: Client, tmp_path: Path) -> None:
     assert turns[0]["predicted_quality"] > 0
     assert len(session.view["turns"]) == 2
     before = session.masks()
-    assert iou(before["bright box"], truth()) > 0.8
+    assert iou(before["bright box"], ground_truth()) > 0.8
     session.click(70, 50, target="background")
     session.box(10, 8, 42, 32, target="bright box")
     assert session.undo()["can_redo"]
@@ -142,7 +143,7 @@ def test_a_session_from_end_to_end(client: Client, tmp_path: Path) -> None:
     assert {"eye_record.json", "eye_overlay.png", "eye_report.html"} <= names
     assert np.array_equal(mask, session.masks()["bright box"])
     session.accept(absent=["spleen"])
-    assert {"name": "spleen", "pixels": 0} in session.view["targets"]
+    assert ("spleen", 0) in [(target["name"], target["pixels"]) for target in session.view["targets"]]
     for path in ("image", "overlay", "report"):
         assert client.call("GET", f"/v1/sessions/{session.id}/{path}").content
     session.close()
@@ -152,9 +153,9 @@ def test_a_session_from_end_to_end(client: Client, tmp_path: Path) -> None:
 
 def test_a_mask_to_refine(client: Client) -> None:
     encoded = io.BytesIO()
-    PIL.Image.fromarray(truth().astype(np.uint8) * 255).save(encoded, format="PNG")
+    PIL.Image.fromarray(ground_truth().astype(np.uint8) * 255).save(encoded, format="PNG")
     session = client.open(png(), "bright box", start_mask=encoded.getvalue())
-    assert np.array_equal(session.masks()["bright box"], truth())
+    assert np.array_equal(session.masks()["bright box"], ground_truth())
     with pytest.raises(DataError, match="pixels"):
         client.open(png(size=(70, 90)), "bright box", start_mask=encoded.getvalue())
 
@@ -162,7 +163,7 @@ def test_a_mask_to_refine(client: Client) -> None:
 def test_jobs(client: Client, tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(png())
-    (tmp_path / "c.png").write_bytes(b"no picture")
+    (tmp_path / "c.png").write_bytes(b"no image")
     job = client.submit([tmp_path / "a.png", tmp_path / "b.png", tmp_path / "c.png"], "bright box")
     job = client.wait(job["id"], every=0.05)
     assert (job["state"], job["done"], job["images"]) == ("done", 3, 3)
@@ -231,7 +232,7 @@ def test_turns_of_different_sessions_are_answered_together(tmp_path: Path) -> No
             assert [turn["by"] for turn in session.view["turns"]] == ["agent", "agent"]
 
 
-def test_one_bad_turn_does_not_spoil_the_batch() -> None:
+def test_one_bad_turn_does_not_harm_the_batch() -> None:
     class Picky(SlowPolicy):
         def respond(self, observations: Sequence[Observation]) -> list[Completion]:
             if any(observation.case_id == "bad" for observation in observations):
@@ -239,12 +240,12 @@ def test_one_bad_turn_does_not_spoil_the_batch() -> None:
             return super().respond(observations)
 
     policy = SharedPolicy(Picky(seconds=0.1))
-    picture = Image(np.zeros((5, 7, 3), dtype=np.uint8))
+    image = Image(np.zeros((5, 7, 3), dtype=np.uint8))
     results: dict[str, Any] = {}
 
     def ask(name: str) -> None:
         try:
-            results[name] = policy.respond([Observation(name, picture, "q")])[0].text
+            results[name] = policy.respond([Observation(name, image, "q")])[0].text
         except PolicyError as error:
             results[name] = str(error)
 
@@ -256,7 +257,7 @@ def test_one_bad_turn_does_not_spoil_the_batch() -> None:
     assert results == {"first": CLICK, "good": CLICK, "bad": "picky: not this one", "fine": CLICK}
     policy.close()
     with pytest.raises(PolicyError, match="stopping"):
-        policy.respond([Observation("late", picture, "q")])
+        policy.respond([Observation("late", image, "q")])
 
 
 def test_a_failing_model_is_503(tmp_path: Path) -> None:
@@ -323,7 +324,7 @@ def test_names_never_become_paths(name: str, tmp_path: Path) -> None:
         with zipfile.ZipFile(io.BytesIO(session.export())) as archive:
             assert not any("/" in member or "\\" in member for member in archive.namelist())
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
-    assert {path.name for path in (tmp_path / "data").iterdir()} == {"sessions", "jobs", "uploads"}
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {"sessions", "jobs", "uploads", *OWNERSHIP}
 
 
 @pytest.mark.parametrize("id_", ["..", "../..", "%2e%2e", "0" * 32, "a" * 5000, "é"])
@@ -443,8 +444,8 @@ def test_plain_names() -> None:
 
 def test_idle_sessions_expire_with_their_files(tmp_path: Path) -> None:
     service = Service(SlowPolicy(), RegionSegmenter(), tmp_path, limits=Limits(idle_seconds=100))
-    kept = service.open(service.read_picture(png(), "a.png"), "a")
-    gone = service.open(service.read_picture(png(), "b.png"), "b")
+    kept = service.open(service.read_upload(png(), "a.png"), "a")
+    gone = service.open(service.read_upload(png(), "b.png"), "b")
     service._touched[gone.id] -= 200
     assert service.expire() == 1
     assert service.session_ids == [kept.id]
@@ -537,7 +538,7 @@ def test_killed_under_load_and_started_again(tmp_path: Path) -> None:
 
 def test_a_damaged_session_is_no_500(tmp_path: Path) -> None:
     service = Service(SlowPolicy(), RegionSegmenter(), tmp_path)
-    id_ = service.open(service.read_picture(png(), "a.png"), "a").id
+    id_ = service.open(service.read_upload(png(), "a.png"), "a").id
     service.close()
     (tmp_path / "sessions" / id_ / "session.json").write_text("{")
     (tmp_path / "sessions" / ("b" * 32)).mkdir()  # killed before its first file

@@ -1,4 +1,4 @@
-"""A person and an agent on one image: turns, undo, rounds, forks, what is saved and what is exported."""
+"""A user and an agent on one image: turns, undo, rounds, forks, what is saved and what is exported."""
 
 from __future__ import annotations
 
@@ -22,10 +22,13 @@ import pytest
 
 from ibisagent.datasets import read_cases
 from ibisagent.domain import Action, Case, Click, Completion, Image, Masks, Observation, Prompt, Reply, Stop, Undo
-from ibisagent.environment import Board
+from ibisagent.environment import PromptState
 from ibisagent.errors import ConfigError, DataError, SegmenterError
+from ibisagent.imaging.images import write_png
+from ibisagent.imaging.masks import decode_rle
 from ibisagent.inference.image import describe_actions
 from ibisagent.inference.replay import replay, replay_record
+from ibisagent.inference.rounds import context
 from ibisagent.inference.session import Session
 from ibisagent.policies.scripted import ScriptedPolicy
 from ibisagent.protocol import parse, write
@@ -38,7 +41,7 @@ BOX = (slice(10, 30), slice(12, 40))
 DISC = (slice(38, 54), slice(50, 74))
 
 
-def picture() -> Image:
+def make_image() -> Image:
     pixels = np.full((*SIZE, 3), 30, dtype=np.uint8)
     pixels[BOX] = 200
     pixels[DISC] = 120
@@ -54,7 +57,7 @@ STOP = "<think>It fits.</think><action>stop</action><answer>Done.</answer>"
 
 
 def session(replies: Sequence[str] = (), folder: Path | None = None, start: Masks | None = None) -> Session:
-    case = Case("s1", picture(), "Segment the bright box.", start=start or {})
+    case = Case("s1", make_image(), "Segment the bright box.", start=start or {})
     return Session(case, RegionSegmenter(), ScriptedPolicy(list(replies)), folder=folder)
 
 
@@ -76,7 +79,7 @@ class WaitingPolicy:
         return [Completion(self.text) for _ in observations]
 
 
-def test_agent_and_person_take_turns() -> None:
+def test_agent_and_user_take_turns() -> None:
     it = session([said(20, 15), "", said(30, 20, "-"), STOP])
     seen = []
     step = it.ask()
@@ -84,19 +87,23 @@ def test_agent_and_person_take_turns() -> None:
     assert step.by == "agent"
     assert it.masks["bright box"][15, 20]
     click = it.click(60, 45)
-    assert click.by == "person"
+    assert click.by == "user"
     assert click.turn.completion.text == f"<think></think>{said(60, 45).partition('</think>')[2]}"
     assert it.masks["bright box"][45, 60]
     assert it.target == "bright box"
     assert it.run(on_step=lambda step: seen.append(step.by)) == "stopped"
     assert seen == ["agent", "agent"]
-    assert [step.by for step in it.steps] == ["agent", "person", "agent", "agent"]
+    assert [step.by for step in it.steps] == ["agent", "user", "agent", "agent"]
     [episode] = it.episodes()
-    assert (episode.stop, episode.made_by["people_turns"], episode.made_by["policy"]) == ("stopped", "2", "scripted")
+    assert (episode.stop, episode.provenance["people_turns"], episode.provenance["policy"]) == (
+        "stopped",
+        "2",
+        "scripted",
+    )
     assert same(replay(episode, it.image, RegionSegmenter()), it.observation.masks)
 
 
-def test_several_targets_and_boxes() -> None:
+def test_multiple_targets_and_boxes() -> None:
     it = session()
     it.click(20, 15)
     it.box(48, 36, 76, 56, target=" grey\tdisc ")
@@ -236,12 +243,12 @@ def test_a_turn_takes_little_memory() -> None:
         held = [traced(column) for column in range(40)]
     finally:
         tracemalloc.stop()
-    assert (held[-1] - held[9]) / 30 < 480 * 640 / 10  # the first fill the board
+    assert (held[-1] - held[9]) / 30 < 480 * 640 / 10  # the first fill the prompt state
 
 
-def test_the_person_takes_over_while_the_agent_thinks() -> None:
+def test_the_user_takes_over_while_the_agent_thinks() -> None:
     policy = WaitingPolicy(said(20, 15))
-    it = Session(Case("s", picture(), "bright box"), RegionSegmenter(), policy)
+    it = Session(Case("s", make_image(), "bright box"), RegionSegmenter(), policy)
     ended: list[str] = []
     thread = threading.Thread(target=lambda: ended.append(it.run()))
     thread.start()
@@ -252,8 +259,8 @@ def test_the_person_takes_over_while_the_agent_thinks() -> None:
     it.click(60, 45)
     policy.go.set()
     thread.join(10)
-    assert ended == ["taken_over"]
-    assert [step.by for step in it.steps] == ["person"]
+    assert ended == ["interrupted"]
+    assert [step.by for step in it.steps] == ["user"]
     assert not it.running
     assert it.run(max_turns=1) == "max_turns"  # handed back
     policy.go.clear()
@@ -261,10 +268,10 @@ def test_the_person_takes_over_while_the_agent_thinks() -> None:
     thread = threading.Thread(target=lambda: ended.append(it.run()))
     thread.start()
     assert policy.asked.wait(10)
-    it.take_over()
+    it.interrupt()
     policy.go.set()
     thread.join(10)
-    assert ended == ["taken_over"] * 2
+    assert ended == ["interrupted"] * 2
 
 
 def test_fork() -> None:
@@ -300,7 +307,7 @@ def test_a_failing_segmenter_changes_nothing() -> None:
             return Opened()
 
     segmenter = Failing()
-    it = Session(Case("s", picture(), "bright box"), segmenter)
+    it = Session(Case("s", make_image(), "bright box"), segmenter)
     it.click(20, 15)
     before = it.masks
     segmenter.fail = True
@@ -441,7 +448,7 @@ def test_corrections_become_training_data(tmp_path: Path) -> None:
     [episode] = EpisodeStore(tmp_path / "episodes").read()
     assert [type(turn.reply.actions[-1]).__name__ for turn in episode.turns] == ["Click", "Undo", "Click", "Stop"]
     assert episode.undone_turns == {0}
-    assert episode.made_by["people_turns"] == "2 3 4"
+    assert episode.provenance["people_turns"] == "2 3 4"
     assert same(replay(episode, it.image, RegionSegmenter()), it.observation.masks)
     [case] = read_cases(tmp_path / "manifest.csv")
     assert (case.id, case.query) == (episode.case_id, "Segment the bright box.")
@@ -493,7 +500,7 @@ def any_session(draw: np.random.Generator) -> Session:
             "nonsense" if draw.random() < 0.1 else write(Reply("I look.", (*actions, *stop)), SIZE, dialect="ibis")
         )
     start = {"disc": np.ones(SIZE, dtype=bool)} if draw.random() < 0.3 else {}
-    case = Case("s1", picture(), "Segment the bright box.", start=start)
+    case = Case("s1", make_image(), "Segment the bright box.", start=start)
     it = Session(case, Fickle(), ScriptedPolicy(replies))
     for number in range(int(draw.integers(2, 12))):
         kind = draw.random()
@@ -511,18 +518,18 @@ def any_session(draw: np.random.Generator) -> Session:
 @pytest.mark.parametrize("seed", range(100))
 def test_corrections_end_with_what_the_user_saw(tmp_path: Path, seed: int) -> None:
     it = any_session(np.random.default_rng(seed))
-    for lesson in it.corrections():
+    for example in it.corrections():
         masks = {name: mask for name, mask in it.masks.items() if name in it.observation.masks}
-        assert same(lesson.masks, masks)
-        assert same({name: mask for name, mask in lesson.answer_masks.items() if name in masks}, masks)
-        assert lesson.turns[-1].reply.stop is not None
-        board = Board(it.image, Fickle(), lesson.start)
-        for turn in lesson.turns:  # every mask is what its actions give
-            assert same(turn.before, board.masks)
+        assert same(example.masks, masks)
+        assert same({name: mask for name, mask in example.answer_masks.items() if name in masks}, masks)
+        assert example.turns[-1].reply.stop is not None
+        prompt_state = PromptState(it.image, Fickle(), example.start)
+        for turn in example.turns:  # every mask is what its actions give
+            assert same(turn.before, prompt_state.masks)
             assert parse(turn.completion.text, SIZE, dialect="ibis", default_target="") == turn.reply
-            board.apply(turn.reply.actions)
-            assert same(turn.after, board.masks)
-        assert all(lesson.turns[number].reply.thought == "" for number in lesson.human_turns)
+            prompt_state.apply(turn.reply.actions)
+            assert same(turn.after, prompt_state.masks)
+        assert all(example.turns[number].reply.thought == "" for number in example.human_turns)
 
 
 def test_random_sessions_have_what_corrections_leave_out() -> None:
@@ -547,33 +554,33 @@ def test_a_worse_click_of_the_agent_is_no_correction(tmp_path: Path) -> None:
             return replace(self._session.predict(prompts, prior), score=1 / (1 + len(prompts)))
 
     replies = [said(20, 15), said(60, 45), "<think>More.</think><action>click + (0.1, 0.1) bright box; stop</action>"]
-    it = Session(Case("s1", picture(), "Segment the bright box."), Doubting(), ScriptedPolicy(replies))
+    it = Session(Case("s1", make_image(), "Segment the bright box."), Doubting(), ScriptedPolicy(replies))
     it.run()
     assert not same(it.masks, it.observation.masks)
     it.accept()
     assert it.export_training(tmp_path) == 1
-    [lesson] = EpisodeStore(tmp_path / "episodes").read()
-    assert [describe_actions(turn.reply.actions) for turn in lesson.turns] == ["click + (20, 15) bright box", "stop"]
+    [example] = EpisodeStore(tmp_path / "episodes").read()
+    assert [describe_actions(turn.reply.actions) for turn in example.turns] == ["click + (20, 15) bright box", "stop"]
     [case] = read_cases(tmp_path / "manifest.csv")
-    assert np.array_equal((case.targets or {})["bright box"], lesson.masks["bright box"])
-    assert np.array_equal(lesson.masks["bright box"], it.masks["bright box"])
+    assert np.array_equal((case.targets or {})["bright box"], example.masks["bright box"])
+    assert np.array_equal(example.masks["bright box"], it.masks["bright box"])
 
 
 def test_a_click_that_came_with_a_stop_is_kept(tmp_path: Path) -> None:
     it = session([STOP.replace("stop<", f"click + ({20.5 / SIZE[1]:.4f}, {15.5 / SIZE[0]:.4f}) bright box; stop<")])
     it.ask()
     it.click(25, 17)
-    [lesson] = it.corrections()
-    assert [describe_actions(turn.reply.actions) for turn in lesson.turns] == [
+    [example] = it.corrections()
+    assert [describe_actions(turn.reply.actions) for turn in example.turns] == [
         "click + (20, 15) bright box",
         "click + (25, 17) bright box",
         "stop",
     ]
-    assert same(replay(lesson, it.image, RegionSegmenter()), it.masks)
+    assert same(replay(example, it.image, RegionSegmenter()), it.masks)
 
 
 def test_a_target_that_looks_like_a_formula_stays_itself_in_the_manifest(tmp_path: Path) -> None:
-    case = Case("s1", picture(), "Segment the =cmd.")
+    case = Case("s1", make_image(), "Segment the =cmd.")
     it = Session(case, RegionSegmenter(), ScriptedPolicy([said(60, 45).replace("bright box", "=cmd")]))
     it.ask()
     it.click(20, 15)
@@ -584,7 +591,7 @@ def test_a_target_that_looks_like_a_formula_stays_itself_in_the_manifest(tmp_pat
         assert list(case.targets or {}) == ["=cmd"]
 
 
-def test_accept_is_a_stop_of_the_person() -> None:
+def test_accept_is_a_stop_of_the_user() -> None:
     it = session([said(20, 15)])
     it.ask()
     step = it.accept("It is right.", absent=["spleen"])
@@ -623,3 +630,71 @@ def test_threads_do_not_lose_each_others_clicks() -> None:
     assert not errors
     assert len(it.prompts) == 20
     assert time.perf_counter() - started < 20
+
+
+def test_what_a_hand_does_begins_a_round(tmp_path: Path) -> None:
+    """Brush, eraser, another name, nothing any more: undone, saved, recorded and replayed like clicks."""
+    it = session([said(20, 20), STOP], tmp_path)
+    assert it.state == "new"
+    it.run()
+    assert it.state == "agent"
+    drawn = it.masks["bright box"]
+    it.brush([(60.5, 45.5), (70.5, 45.5)], 2, target="bright box")
+    painted = it.masks["bright box"]
+    assert it.state == "corrected"
+    assert painted[45, 60:71].all()
+    assert not painted[50].any()
+    assert np.array_equal(painted & drawn, drawn)
+    it.brush([(60.5, 45.5)], 0, add=False, target="bright box")
+    assert painted.sum() - it.masks["bright box"].sum() == 1
+    it.undo()
+    assert np.array_equal(it.masks["bright box"], painted)
+    it.redo()
+    it.rename("bright box", "plate")
+    it.click(60, 45, positive=True, target="disc")
+    it.remove("plate")
+    assert list(it.masks) == ["disc"]
+    it.undo()
+    assert list(it.masks) == ["plate", "disc"]
+    it.accept()
+    assert it.state == "accepted"
+    back = Session.load(tmp_path, RegionSegmenter(), ScriptedPolicy([]))
+    assert same(back.masks, it.masks)
+    assert back.state == context(tmp_path).state == "accepted"
+    assert [what for _, what in back.edits] == ["brush: bright box", "eraser: bright box", "rename bright box: plate"]
+    assert same({name: decode_rle(code) for name, code in back.answer_codes.items()}, back.masks)
+    back.export(tmp_path / "out", "phantom")
+    write_png(make_image().pixels, tmp_path / "out" / "phantom.png")
+    episode, _ = replay_record(tmp_path / "out" / "phantom_record.json")
+    assert same(episode.masks, back.masks)
+    assert episode.provenance["people_edit"] == "rename bright box: plate"
+
+
+@pytest.mark.parametrize(
+    ("points", "radius", "said"),
+    [
+        ([], 1, "one or more points"),
+        ([(1, 1)], -1, "a radius"),
+        ([(500, 1)], 1, "leaves the image"),
+        ([(4, 4)], 1, "nothing"),
+    ],
+)
+def test_strokes_that_are_refused(points: list[tuple[float, float]], radius: float, said: str) -> None:
+    it = session()
+    it.brush([(3, 3), (6, 6)], 4, target="box")
+    before = it.masks["box"]
+    with pytest.raises(ConfigError, match=said):
+        it.brush(points, radius, target="box")
+    with pytest.raises(ConfigError, match="no object 'other'"):
+        it.rename("other", "box")
+    with pytest.raises(ConfigError, match="already an object 'box'"):
+        it.rename("box", "box")
+    assert np.array_equal(it.masks["box"], before)
+
+
+def test_a_preview_is_the_click_and_changes_nothing() -> None:
+    it = session()
+    given = it.preview(20, 20, target="box")
+    assert not it.steps
+    assert not it.masks
+    assert np.array_equal(it.click(20, 20, target="box").turn.after["box"], given)

@@ -1,4 +1,4 @@
-"""Episodes survive the disk exactly; damaged, foreign and newer files are refused in one line."""
+"""Episodes survive the disk exactly; damaged, unrelated and newer files are refused in one line."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def same_masks(a: Masks, b: Masks) -> bool:
 def assert_same(a: Episode, b: Episode) -> None:
     for name in ("case_id", "query", "size", "image_sha256", "image_source", "stop"):
         assert getattr(a, name) == getattr(b, name)
-    assert dict(a.made_by) == dict(b.made_by)
+    assert dict(a.provenance) == dict(b.provenance)
     assert same_masks(a.start, b.start)
     assert len(a.turns) == len(b.turns)
     for one, two in zip(a.turns, b.turns, strict=True):
@@ -68,7 +68,7 @@ def test_shards_give_back_what_was_appended(tmp_path: Path) -> None:
     again = EpisodeStore(tmp_path / "episodes")
     for one, two in zip(written, again.read(), strict=True):
         assert_same(one, two)
-    assert again.case_ids() == {"a", "b", "c"}
+    assert set(again.open().column("case_id")) == {"a", "b", "c"}
     assert list(again.shards) == [0, 1, 2]
     assert [again.notes(shard) for shard in again.shards] == [{"failures": ["x"]}, {}, {}]
 
@@ -212,7 +212,7 @@ def test_damaged_records(tmp_path: Path, keys: tuple[str | int, ...], value: Any
     refused(path, ".")
 
 
-def test_damaged_foreign_and_newer_shards(tmp_path: Path) -> None:
+def test_damaged_unrelated_and_newer_shards(tmp_path: Path) -> None:
     store = EpisodeStore(tmp_path)
     path = store.append([episode()])
     whole = path.read_bytes()
@@ -244,13 +244,13 @@ def test_damaged_foreign_and_newer_shards(tmp_path: Path) -> None:
 
 def test_what_the_first_version_wrote_is_read(tmp_path: Path) -> None:
     for keep, meant in (("best", "best"), ("last", "last"), (None, "last")):
-        made_by = {} if keep is None else {"keep": keep}
+        provenance = {} if keep is None else {"keep": keep}
         store = EpisodeStore(tmp_path / str(keep))
-        path = store.append([replace(episode(), made_by=made_by)])
+        path = store.append([replace(episode(), provenance=provenance)])
         old = pq.read_table(path).drop_columns("mask_selection")
         pq.write_table(old.replace_schema_metadata({"ibisagent.schema_version": "1"}), path)
         record = tmp_path / f"{keep}.json"
-        write_record(replace(episode(), made_by=made_by), record)
+        write_record(replace(episode(), provenance=provenance), record)
         plain = json.loads(record.read_text())
         assert plain.pop("mask_selection") == "best"
         record.write_text(json.dumps({**plain, "version": 1}))

@@ -23,48 +23,48 @@ from ibisagent.generation.teacher.checks import disagreement, leak
 from ibisagent.generation.teacher.endpoint import EndpointTeacher
 from ibisagent.generation.teacher.phrasings import Absences
 from ibisagent.generation.teacher.rules import RulesTeacher
-from ibisagent.generation.teacher.visual_facts import Scene, error_sight, first_sight, place_of, side_of
+from ibisagent.generation.teacher.visual_facts import TeacherContext, error_facts, first_facts, place_of, side_of
 
 SIZE = (60, 90)
 ROWS, COLUMNS = np.mgrid[: SIZE[0], : SIZE[1]]
-TRUTH = (COLUMNS >= 30) & (COLUMNS < 60) & (ROWS >= 20) & (ROWS < 40)
-IMAGE = Image(np.repeat((60 + 120 * TRUTH)[..., None], 3, axis=2).astype(np.uint8))
+GROUND_TRUTH = (COLUMNS >= 30) & (COLUMNS < 60) & (ROWS >= 20) & (ROWS < 40)
+IMAGE = Image(np.repeat((60 + 120 * GROUND_TRUTH)[..., None], 3, axis=2).astype(np.uint8))
 
 
-def scene(number: int, *, left: bool = True) -> Scene:
-    current = TRUTH & ((COLUMNS >= 40) if left else (COLUMNS < 50))
+def context(number: int, *, left: bool = True) -> TeacherContext:
+    current = GROUND_TRUTH & ((COLUMNS >= 40) if left else (COLUMNS < 50))
     click = Click(34 if left else 55, 30, True, "left kidney")
-    sight = error_sight("left kidney", IMAGE, TRUTH, current, click)
-    return Scene(
-        f"s{number}", "Segment it.", "referring", Reply("", (click,)), (sight,), IMAGE, {"left kidney": current}
+    visual = error_facts("left kidney", IMAGE, GROUND_TRUTH, current, click)
+    return TeacherContext(
+        f"s{number}", "Segment it.", "referring", Reply("", (click,)), (visual,), IMAGE, {"left kidney": current}
     )
 
 
 def test_words_come_from_what_was_measured() -> None:
-    assert side_of(33, 30, TRUTH) == "on the left"
-    assert side_of(57, 38, TRUTH) == "at the lower right"
+    assert side_of(33, 30, GROUND_TRUTH) == "on the left"
+    assert side_of(57, 38, GROUND_TRUTH) == "at the lower right"
     assert place_of(5, 55, SIZE) == "in the lower left of the picture"
-    first = first_sight("x", IMAGE, TRUTH, Click(45, 30, True, "x"))
+    first = first_facts("x", IMAGE, GROUND_TRUTH, Click(45, 30, True, "x"))
     assert (first.tone, first.place) == ("brighter", "in the middle of the picture")
-    leaking = error_sight("x", IMAGE, TRUTH, TRUTH | (COLUMNS >= 80), Click(85, 30, False, "x"))
-    assert (leaking.moment, leaking.shape, leaking.contrast) == ("leaked", "detached", "darker")
+    leaking = error_facts("x", IMAGE, GROUND_TRUTH, GROUND_TRUTH | (COLUMNS >= 80), Click(85, 30, False, "x"))
+    assert (leaking.turn_kind, leaking.shape, leaking.contrast) == ("leaked", "detached", "darker")
 
 
 def test_rule_thoughts_vary_agree_and_do_not_leak() -> None:
-    thoughts = RulesTeacher(1).think([scene(number) for number in range(200)])
+    thoughts = RulesTeacher(1).think([context(number) for number in range(200)])
     assert len(set(thoughts)) > 60
-    assert thoughts == RulesTeacher(1).think([scene(number) for number in range(200)])
+    assert thoughts == RulesTeacher(1).think([context(number) for number in range(200)])
     for thought in thoughts:
         assert isinstance(thought, str)
         assert "on the left" in thought
         assert leak(thought) is None
-        assert disagreement(thought, scene(0).reply, scene(0).masks, SIZE, {"left kidney": TRUTH}) is None
+        assert disagreement(thought, context(0).reply, context(0).masks, SIZE, {"left kidney": GROUND_TRUTH}) is None
 
 
 @pytest.mark.parametrize(
     ("thought", "kind"),
     [
-        ("The ground truth shows more on the left.", "truth"),
+        ("The ground truth shows more on the left.", "ground truth"),
         ("The IoU is low, so I click.", "measure"),
         ("This is a false negative.", "measure"),
         ("I click at (0.41, 0.22).", "number"),
@@ -94,7 +94,7 @@ def test_leaks_are_found(thought: str, kind: str | None) -> None:
     ],
 )
 def test_contradictions_are_found(thought: str, reply: Reply, fault: str | None) -> None:
-    assert disagreement(thought, reply, {"a": TRUTH}, SIZE, {"a": TRUTH}) == fault
+    assert disagreement(thought, reply, {"a": GROUND_TRUTH}, SIZE, {"a": GROUND_TRUTH}) == fault
 
 
 def test_absent_names_never_cover_what_is_there() -> None:
@@ -173,14 +173,14 @@ def teacher(url: str, cache: Path, **settings: Any) -> EndpointTeacher:
 GOOD = '{"thought": "A part on the left is missing, I add it."}'
 
 
-def test_endpoint_sends_picture_and_schema_but_no_coordinates(tmp_path: Path) -> None:
+def test_endpoint_sends_image_and_schema_but_no_coordinates(tmp_path: Path) -> None:
     with serving([GOOD]) as (server, url):
         asked = teacher(url, tmp_path)
-        assert asked.think([scene(0)]) == ["A part on the left is missing, I add it."]
+        assert asked.think([context(0)]) == ["A part on the left is missing, I add it."]
     request = server.requests[0]
     assert request["response_format"]["type"] == "json_schema"
-    text, picture = request["messages"][1]["content"]
-    assert picture["image_url"]["url"].startswith("data:image/png;base64,")
+    text, image = request["messages"][1]["content"]
+    assert image["image_url"]["url"].startswith("data:image/png;base64,")
     assert "positive click for the left kidney" in text["text"]
     assert "on the left" in text["text"]
     assert leak(text["text"]) is None
@@ -189,9 +189,9 @@ def test_endpoint_sends_picture_and_schema_but_no_coordinates(tmp_path: Path) ->
 
 def test_replies_are_kept_and_never_paid_twice(tmp_path: Path) -> None:
     with serving([GOOD]) as (server, url):
-        first = teacher(url, tmp_path).think([scene(0), scene(1)])
+        first = teacher(url, tmp_path).think([context(0), context(1)])
         again = teacher(url, tmp_path)
-        assert again.think([scene(0), scene(1)]) == first
+        assert again.think([context(0), context(1)]) == first
         assert len(server.requests) == 2
         assert again.counts == {"cached": 2}
         assert again.spent == pytest.approx(2 * 0.002)
@@ -201,7 +201,7 @@ def test_replies_are_kept_and_never_paid_twice(tmp_path: Path) -> None:
 def test_passing_trouble_is_tried_again(tmp_path: Path, trouble: Any) -> None:
     with serving([trouble, trouble, GOOD]) as (_, url):
         asked = teacher(url, tmp_path)
-        assert isinstance(asked.think([scene(0)])[0], str)
+        assert isinstance(asked.think([context(0)])[0], str)
         assert asked.counts == {"asked": 3, "retried": 2}
 
 
@@ -212,7 +212,7 @@ def test_passing_trouble_is_tried_again(tmp_path: Path, trouble: Any) -> None:
 def test_lasting_trouble_is_a_counted_refusal(tmp_path: Path, trouble: Any, reason: str) -> None:
     with serving([trouble]) as (_, url):
         asked = teacher(url, tmp_path)
-        thoughts = asked.think([scene(0), scene(1)])
+        thoughts = asked.think([context(0), context(1)])
     assert all(isinstance(thought, Refusal) and thought.reason == reason for thought in thoughts)
     assert asked.counts[reason] == 2
     assert asked.counts["asked"] == (2 if trouble == 400 else 6)
@@ -221,32 +221,32 @@ def test_lasting_trouble_is_a_counted_refusal(tmp_path: Path, trouble: Any, reas
 def test_timeouts_are_tried_again(tmp_path: Path) -> None:
     with serving([0.5, GOOD]) as (_, url):
         asked = teacher(url, tmp_path, timeout_seconds=0.15)
-        assert isinstance(asked.think([scene(0)])[0], str)
+        assert isinstance(asked.think([context(0)])[0], str)
         assert asked.counts["retried"] == 1
 
 
 def test_a_budget_stops_before_it_is_exceeded_and_can_be_raised(tmp_path: Path) -> None:
-    scenes = [scene(number) for number in range(4)]
+    contexts = [context(number) for number in range(4)]
     with serving([GOOD]) as (server, url):
         asked = teacher(url, tmp_path, budget=0.0062)
         with pytest.raises(PolicyError, match=r"budget of 0\.0062 is used up"):
-            asked.think(scenes)
+            asked.think(contexts)
         paid = len(server.requests)
         assert 0 < paid < 4
         assert asked.spent <= 0.0062
         richer = teacher(url, tmp_path, budget=1.0)
-        assert all(isinstance(thought, str) for thought in richer.think(scenes))
+        assert all(isinstance(thought, str) for thought in richer.think(contexts))
         assert len(server.requests) == 4
         assert richer.counts["cached"] == paid
 
 
 def test_the_rate_is_kept(tmp_path: Path) -> None:
     with serving([GOOD]) as (server, url):
-        teacher(url, tmp_path, requests_per_minute=300, concurrency=4).think([scene(number) for number in range(4)])
+        teacher(url, tmp_path, requests_per_minute=300, concurrency=4).think([context(number) for number in range(4)])
     gaps = np.diff(sorted(server.times))
     assert gaps.sum() >= 0.56  # of 0.6: the first request may arrive late on a busy machine
 
 
 def test_a_wrong_key_ends_the_run(tmp_path: Path) -> None:
     with serving([401]) as (_, url), pytest.raises(PolicyError, match="check key, model and URL"):
-        teacher(url, tmp_path).think([scene(0)])
+        teacher(url, tmp_path).think([context(0)])

@@ -30,22 +30,24 @@ from ibisagent.training.click.states import Pair, new_state
 from ibisagent.training.click.states import pairs_from as click_pairs
 from ibisagent.training.finetune.recipes import RlRecipe
 from ibisagent.training.images import TrainingImages, context_features, random_turn, read_training_cases
-from ibisagent.training.nano import on_policy as own_turns
+from ibisagent.training.nano import on_policy as on_policy
 from ibisagent.training.nano import trainer as nano_recipe
-from ibisagent.training.nano.curriculum import Example, Lessons, pairs_of
-from ibisagent.training.nano.on_policy import OwnTurns, own_first_turn, sure_part, told
-from ibisagent.training.views import SIDE, Bank
+from ibisagent.training.nano.curriculum import Curriculum, Example, pairs_of
+from ibisagent.training.nano.on_policy import OnPolicyStates, first_turn_of, recap_of, sure_part
+from ibisagent.training.views import SIDE, FeatureCache
 
 
 def disc_case(index, shape=(97, 131)):
     random = np.random.default_rng(index)
-    truth = np.zeros(shape, np.uint8)
+    ground_truth = np.zeros(shape, np.uint8)
     centre = (int(random.integers(35, 95)), int(random.integers(30, 65)))
-    cv2.circle(truth, centre, int(random.integers(12, 26)), 1, cv2.FILLED)
+    cv2.circle(ground_truth, centre, int(random.integers(12, 26)), 1, cv2.FILLED)
     pixels = random.integers(20, 60, (*shape, 3)).astype(np.uint8)
-    pixels[truth > 0] += 120
+    pixels[ground_truth > 0] += 120
     meta = {"dataset": "discs", "modality": "CT", "site": "brain"}
-    return Case(f"disc-{index}", Image(pixels), "Segment the disc.", {"disc": truth > 0}, patient=str(index), meta=meta)
+    return Case(
+        f"disc-{index}", Image(pixels), "Segment the disc.", {"disc": ground_truth > 0}, patient=str(index), meta=meta
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +56,8 @@ def cases():
 
 
 @pytest.fixture(scope="module")
-def bank(cases, tmp_path_factory):
-    return Bank.of(cases, tmp_path_factory.mktemp("bank"), 2, 0)
+def feature_cache(cases, tmp_path_factory):
+    return FeatureCache.of(cases, tmp_path_factory.mktemp("feature_cache"), 2, 0)
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +76,9 @@ def recipe(tmp_path_factory):
         f'out = "{folder / "run"}"',
         "states = 48",
         "side = 64",
-        "batch = 4",
-        "look_every = 24",
-        "rounds = 1",
+        "batch_size = 4",
+        "eval_every = 24",
+        "augmentations_per_image = 1",
     ]
     lines += ['licence_class = "ok"', "widths = [8, 8, 16, 16, 16]", "depth = [1, 1, 1, 1, 1]", "seed = 3"]
     path = folder / "recipe.toml"
@@ -88,9 +90,9 @@ def test_a_click_network_is_trained_from_a_recipe_and_used(recipe, cases, capsys
     assert app(["train", "click", str(recipe), "--json"], standalone_mode=False) is None
     weights = Path(json.loads(capsys.readouterr().out)["weights"])
     segmenter = load_segmenter(f"ibis-click:{weights}", device="cpu", runtime="torch")
-    truth = cases[0].targets["disc"]
-    point = next_click(truth, np.zeros_like(truth), "disc")
-    assert segmenter.open(cases[0].image).predict([point]).mask.shape == truth.shape
+    ground_truth = cases[0].targets["disc"]
+    point = next_click(ground_truth, np.zeros_like(ground_truth), "disc")
+    assert segmenter.open(cases[0].image).predict([point]).mask.shape == ground_truth.shape
     described = json.loads(weights.with_suffix(".json").read_text())
     assert described["trained"]["states"] == 48
     assert "data" not in described["trained"]  # names folders of the machine
@@ -102,44 +104,46 @@ def test_a_click_run_goes_on_from_its_checkpoint_and_refuses_that_of_another_rec
     plan = click_recipe.ClickRecipe.read(recipe).model_copy(update={"out": tmp_path, "tensorboard": False})
     seen = []
 
-    def stop_half_way(states, loss, figures):
+    def stop_half_way(states, loss, metrics):
         seen.append(states)
         if states == 28:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         click_recipe.train(plan, stop_half_way)
-    click_recipe.train(plan, lambda states, loss, figures: seen.append(states))
+    click_recipe.train(plan, lambda states, loss, metrics: seen.append(states))
     assert seen == [*range(4, 29, 4), *range(28, 49, 4)]  # the checkpoint was written at 24
     with pytest.raises(ConfigError, match="another run \\(rate was"):
-        click_recipe.train(plan.model_copy(update={"rate": 0.5}))
+        click_recipe.train(plan.model_copy(update={"learning_rate": 0.5}))
 
 
-def test_an_episode_sees_the_part_of_the_glance_where_its_view_lies(cases, bank):
-    """Whatever the view and the round: the glance's picture, sampled at the places, is the view."""
+def test_an_episode_sees_the_part_of_the_context_where_its_view_lies(cases, feature_cache):
+    """Whatever the view and the augmentation: the cached image, sampled at the places, is the view."""
     random = np.random.default_rng(5)
-    pairs = click_pairs(cases, bank.place)
+    pairs = click_pairs(cases, feature_cache.place)
     weights = np.full(len(pairs), 1 / len(pairs))
-    rounds = set()
+    augmentations_per_image = set()
     for _ in range(30):
-        state = new_state(pairs, weights, bank, 64, random, made_up=0)
-        round_, number = state.glance
-        rounds.add(round_)
-        brightness = torch.from_numpy(bank.pixels[round_, number].mean(axis=2, dtype=np.float32))[None, None]
+        state = new_state(pairs, weights, feature_cache, 64, random, made_up=0)
+        augmentation, number = state.context
+        augmentations_per_image.add(augmentation)
+        brightness = torch.from_numpy(feature_cache.pixels[augmentation, number].mean(axis=2, dtype=np.float32))[
+            None, None
+        ]
         seen = F.grid_sample(brightness, torch.from_numpy(state.places)[None], align_corners=False)[0, 0].numpy()
-        view = state.truth.reshape(8, 8, 8, 8).mean(axis=(1, 3))
+        view = state.ground_truth.reshape(8, 8, 8, 8).mean(axis=(1, 3))
         assert state.places.shape == (8, 8, 2)
         assert seen[view == 1].min(initial=255) > 85  # the disc is bright, and the rest dark
         assert seen[view == 0].max(initial=0) < 85
-    assert rounds == {0, 1}
+    assert augmentations_per_image == {0, 1}
 
 
-def test_pictures_are_glanced_at_once(recipe, tmp_path):
+def test_images_are_embedded_once(recipe, tmp_path):
     plan = click_recipe.ClickRecipe.read(recipe)
     cases = list(read_cases(plan.data, split="train"))[:3]
-    first = Bank.of(cases, tmp_path, 1, 0)
+    first = FeatureCache.of(cases, tmp_path, 1, 0)
     written = (next(tmp_path.iterdir()) / "features.f16").stat().st_mtime_ns
-    again = Bank.of(cases, tmp_path, 1, 0)
+    again = FeatureCache.of(cases, tmp_path, 1, 0)
     assert np.array_equal(first.features, again.features)
     assert first.done.all()
     assert [(folder / "features.f16").stat().st_mtime_ns for folder in tmp_path.iterdir()] == [written]
@@ -154,10 +158,10 @@ def test_data_sets_can_be_left_out(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("rate = 1", "data: Field required"),
+        ("learning_rate = 1", "data: Field required"),
         ('data = "x"\nout = "y"\nrates = 1', "rates: there is no such setting"),
         ('data = "x"\nout = "y"\nside = 100', "side: .*multiple of 32"),
-        ("rate = ", "not TOML"),
+        ("learning_rate = ", "not TOML"),
     ],
 )
 def test_a_bad_recipe_is_one_line(tmp_path, text, message):
@@ -170,30 +174,35 @@ def test_a_bad_recipe_is_one_line(tmp_path, text, message):
 
 def test_settings_of_a_recipe_can_be_replaced(tmp_path):
     path = tmp_path / "recipe.toml"
-    path.write_text('data = "x"\nout = "y"\nsteps = 1\n[rewards]\nclick = 0.5')
-    changes = ["out=some where", "rate = 1e-3", 'report_to=["tensorboard"]', "rewards.length=0", "lora.rank=2"]
+    path.write_text('data = "x"\nout = "y"\nmax_steps = 1\n[rewards]\nclick = 0.5')
+    changes = ["out=some where", "learning_rate = 1e-3", 'report_to=["tensorboard"]', "rewards.length=0", "lora.rank=2"]
     recipe = RlRecipe.read(path, changes)
-    assert (recipe.out, recipe.rate, recipe.report_to, recipe.steps) == (Path("some where"), 1e-3, ("tensorboard",), 1)
+    assert (recipe.out, recipe.learning_rate, recipe.report_to, recipe.max_steps) == (
+        Path("some where"),
+        1e-3,
+        ("tensorboard",),
+        1,
+    )
     assert (recipe.rewards.click, recipe.rewards.length, recipe.lora.rank) == (0.5, 0.0, 2)
-    for change, message in (("rate", "write NAME=VALUE"), ("=1", "write NAME=VALUE"), ("steps.x=1", "is no table")):
+    for change, message in (("rate", "write NAME=VALUE"), ("=1", "write NAME=VALUE"), ("max_steps.x=1", "is no table")):
         with pytest.raises(ConfigError, match=message):
             RlRecipe.read(path, [change])
-    with pytest.raises(ConfigError, match=r"steps: .*valid integer.*'many'"):
-        RlRecipe.read(path, ["steps=many"])
+    with pytest.raises(ConfigError, match=r"max_steps: .*valid integer.*'many'"):
+        RlRecipe.read(path, ["max_steps=many"])
 
 
 def test_the_recipes_of_the_packaged_weights_are_valid():
     recipes = Path(__file__).parent.parent / "recipes"
     click_recipe.ClickRecipe.read(recipes / "ibis-click.toml")
     nano_recipe.NanoRecipe.read(recipes / "ibis-nano.toml")
-    nano_recipe.NanoRecipe.read(recipes / "ibis-nano-own-turns.toml", ["start=somewhere"])
+    nano_recipe.NanoRecipe.read(recipes / "ibis-nano-on-policy.toml", ["start=somewhere"])
 
 
-def test_pictures_without_a_usable_object_do_not_hang_training(cases, bank):
-    pair = click_pairs(cases, bank.place)[0]
+def test_images_without_a_usable_object_do_not_hang_training(cases, feature_cache):
+    pair = click_pairs(cases, feature_cache.place)[0]
     empty = Pair(pair.pixels, np.zeros_like(pair.mask), "all", pair.regions)
     with pytest.raises(DataError, match="show no object"):
-        new_state([empty], np.ones(1), bank, 64, np.random.default_rng(0), made_up=0.0)
+        new_state([empty], np.ones(1), feature_cache, 64, np.random.default_rng(0), made_up=0.0)
 
 
 def test_quality_is_fitted():
@@ -202,21 +211,23 @@ def test_quality_is_fitted():
     assert (slope, shift) == pytest.approx((0.5, -1), abs=0.01)
 
 
-def test_one_step_of_the_click_recipe_lowers_the_loss_on_what_it_saw(cases, bank):
+def test_one_step_of_the_click_recipe_lowers_the_loss_on_what_it_saw(cases, feature_cache):
     torch.manual_seed(0)
     random = np.random.default_rng(0)
-    pairs = click_pairs(cases, bank.place)
+    pairs = click_pairs(cases, feature_cache.place)
     weights = np.full(len(pairs), 1 / len(pairs))
-    states = [new_state(pairs, weights, bank, 64, random) for _ in range(4)]
+    states = [new_state(pairs, weights, feature_cache, 64, random) for _ in range(4)]
     inputs = torch.from_numpy(np.stack([state.network_input() for state in states]))
-    truth = torch.from_numpy(np.stack([state.truth for state in states])[:, None].astype(np.float32))
-    features = torch.from_numpy(np.stack([bank.features[state.glance] for state in states]).astype(np.float32))
+    ground_truth = torch.from_numpy(np.stack([state.ground_truth for state in states])[:, None].astype(np.float32))
+    features = torch.from_numpy(
+        np.stack([feature_cache.features[state.context] for state in states]).astype(np.float32)
+    )
     places = torch.from_numpy(np.stack([state.places for state in states]))
     network = ClickNetwork()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     losses = []
     for _ in range(6):
-        loss = click_recipe.mask_loss(network(inputs, features, places)[0], truth)
+        loss = click_recipe.mask_loss(network(inputs, features, places)[0], ground_truth)
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -224,16 +235,16 @@ def test_one_step_of_the_click_recipe_lowers_the_loss_on_what_it_saw(cases, bank
     assert losses[-1] < losses[0]
 
 
-def test_states_hold_prompts_that_fit_their_truth(cases, bank):
+def test_states_hold_prompts_that_fit_their_ground_truth(cases, feature_cache):
     random = np.random.default_rng(1)
-    pairs = click_pairs(cases, bank.place)
+    pairs = click_pairs(cases, feature_cache.place)
     weights = np.full(len(pairs), 1 / len(pairs))
     for _ in range(40):
-        state = new_state(pairs, weights, bank, 64, random)
+        state = new_state(pairs, weights, feature_cache, 64, random)
         assert state.network_input().shape == (7, 64, 64)
         clicks = [prompt for prompt in state.prompts if isinstance(prompt, Click)]
         started = state.probability.any()
-        assert started or all(state.truth[click.y, click.x] == click.positive for click in clicks)
+        assert started or all(state.ground_truth[click.y, click.x] == click.positive for click in clicks)
         assert state.prompts
 
 
@@ -267,13 +278,13 @@ def context(images, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def lessons(images, context):
-    return Lessons(images, pairs_of(images), ClickNetwork().eval(), context, seed=0)
+def curriculum(images, context):
+    return Curriculum(images, pairs_of(images), ClickNetwork().eval(), context, seed=0)
 
 
-def test_examples_are_replies_that_the_protocol_reads_and_places_that_are_right(lessons):
+def test_examples_are_replies_that_the_protocol_reads_and_places_that_are_right(curriculum):
     kinds = set()
-    for example in lessons.draw(120):
+    for example in curriculum.draw(120):
         reply = parse(example.reply, (SIDE, SIDE), dialect="ibis", default_target="disc")
         assert reply.problem is None
         kinds.add(tuple(type(action).__name__ for action in reply.actions))
@@ -281,15 +292,15 @@ def test_examples_are_replies_that_the_protocol_reads_and_places_that_are_right(
             assert place.sum() == pytest.approx(1, abs=1e-3)
         clicks = [action for action in reply.actions if isinstance(action, Click)]
         for click in clicks:
-            assert example.truth[click.y, click.x] == click.positive
+            assert example.ground_truth[click.y, click.x] == click.positive
             assert example.current[click.y, click.x] != click.positive
     assert {("Click", "Box"), ("Click",), ("Stop",)} <= kinds
 
 
 @pytest.fixture(scope="module")
-def own_turns_of(images, context):
+def on_policy_of(images, context):
     segmenter = read_click_network(PACKAGED_WEIGHTS).eval()
-    return lambda believe: OwnTurns(images, pairs_of(images), segmenter, context, 0, believe=believe)
+    return lambda believe: OnPolicyStates(images, pairs_of(images), segmenter, context, 0, believe=believe)
 
 
 def doubts(examples):
@@ -298,45 +309,49 @@ def doubts(examples):
 
 def knows(examples):
     assert not any(example.current.any() for example in examples)  # a map that sees the mask follows it
-    return np.stack([cv2.resize(example.truth.astype(np.float32), (LOCATIONS, LOCATIONS)) for example in examples])
+    return np.stack(
+        [cv2.resize(example.ground_truth.astype(np.float32), (LOCATIONS, LOCATIONS)) for example in examples]
+    )
 
 
 def test_only_what_the_policy_is_sure_of_is_to_be_corrected():
-    truth, mask = np.zeros((2, SIDE, SIDE), bool)
-    truth[:, :128], mask[:, 64:192] = True, True
+    ground_truth, mask = np.zeros((2, SIDE, SIDE), bool)
+    ground_truth[:, :128], mask[:, 64:192] = True, True
     belief = np.full((LOCATIONS, LOCATIONS), 0.5, np.float32)
-    assert (sure_part(truth, mask, belief) == mask).all()
+    assert (sure_part(ground_truth, mask, belief) == mask).all()
     belief[:, :16] = 0.99  # the missed quarter
-    goal = sure_part(truth, mask, belief)
+    goal = sure_part(ground_truth, mask, belief)
     assert goal[:, :60].all()
     assert (goal[:, 68:] == mask[:, 68:]).all()
     belief[:, 32:] = 0.01  # and the leak
-    assert np.mean(sure_part(truth, mask, belief) == truth) > 0.95
-    assert (sure_part(truth, np.zeros_like(mask), belief * 0 + 0.5) == truth).all()  # a first turn is asked for anyway
+    assert np.mean(sure_part(ground_truth, mask, belief) == ground_truth) > 0.95
+    assert (
+        sure_part(ground_truth, np.zeros_like(mask), belief * 0 + 0.5) == ground_truth
+    ).all()  # a first turn is asked for anyway
 
 
 def test_a_policy_begins_where_its_map_is_brightest_and_around_what_it_marks():
     belief = np.zeros((LOCATIONS, LOCATIONS), np.float32)
     belief[10:20, 30:50], belief[12, 33] = 0.7, 0.9
-    click, box = own_first_turn(belief)
+    click, box = first_turn_of(belief)
     assert (click.x // 4, click.y // 4, click.positive) == (33, 12, True)
     assert (box.x0, box.y0, box.x1, box.y1) == (120, 40, 200, 80)
 
 
-def test_a_policy_that_sees_nothing_sure_is_taught_to_stop_and_sees_its_replies(own_turns_of):
-    drawn = own_turns_of(doubts).draw(80)
+def test_a_policy_that_sees_nothing_sure_is_taught_to_stop_and_sees_its_replies(on_policy_of):
+    drawn = on_policy_of(doubts).draw(80)
     later = [example for example in drawn if example.current.any()]
     assert later
     assert all("stop" in example.reply for example in later)
-    assert any((example.kept == 0).any() for example in later)  # through a veil
+    assert any((example.kept == 0).any() for example in later)  # through a feature dropout
     recalling = [example for example in later if "Your replies so far:\n- click +" in example.query]
     assert recalling
     assert all(example in recalling or START_LINE in example.query for example in later)
 
 
-def test_a_policy_that_knows_better_corrects_and_takes_back_what_did_harm(own_turns_of):
-    lessons = own_turns_of(knows)
-    later = [example for _ in range(8) for example in lessons.draw(100) if example.current.any()]
+def test_a_policy_that_knows_better_corrects_and_takes_back_what_did_harm(on_policy_of):
+    curriculum = on_policy_of(knows)
+    later = [example for _ in range(8) for example in curriculum.draw(100) if example.current.any()]
     replies = [parse(example.reply, (SIDE, SIDE), dialect="ibis", default_target="disc") for example in later]
     assert all(reply.problem is None for reply in replies)
     kinds = Counter(type(reply.actions[0]).__name__ for reply in replies)
@@ -347,25 +362,27 @@ def test_a_policy_that_knows_better_corrects_and_takes_back_what_did_harm(own_tu
         lines = example.query.split("Your replies so far:\n")[1].splitlines()
         assert len(lines) == 2
         assert lines[1].startswith("- click")
-    assert any(not example.current.any() and "Your replies so far" in example.query for example in first_looks(lessons))
+    assert any(
+        not example.current.any() and "Your replies so far" in example.query for example in first_view(curriculum)
+    )
 
 
-def first_looks(lessons):
-    return [example for example in lessons.draw(100) if "I look for" in example.reply]
+def first_view(curriculum):
+    return [example for example in curriculum.draw(100) if "I look for" in example.reply]
 
 
 def test_the_last_click_is_wrong_if_it_lies_wrong_and_looks_so():
-    truth, before, worse = np.zeros((3, SIDE, SIDE), bool)
-    truth[64:128, 64:128] = before[64:128, 64:120] = True
+    ground_truth, before, worse = np.zeros((3, SIDE, SIDE), bool)
+    ground_truth[64:128, 64:128] = before[64:128, 64:120] = True
     worse[64:128, 64:192] = True
-    sees, blind = knows([Example(0, truth, truth)])[0], np.full((LOCATIONS, LOCATIONS), 0.5, np.float32)
+    sees, blind = knows([Example(0, ground_truth, ground_truth)])[0], np.full((LOCATIONS, LOCATIONS), 0.5, np.float32)
 
     def wrong(prompt, mask, belief, before=before):
-        return own_turns._State([[prompt]], [prompt], mask, mask, before).last_was_wrong(truth, belief)
+        return on_policy._State([[prompt]], [prompt], mask, mask, before).last_was_wrong(ground_truth, belief)
 
     off, on, box = Click(160, 90, True, ""), Click(122, 90, True, ""), Box(64, 64, 192, 128, "")
     assert wrong(off, worse, sees)
-    assert not wrong(off, truth, sees)  # it gained something all the same
+    assert not wrong(off, ground_truth, sees)  # it gained something all the same
     assert not wrong(on, worse, sees)
     assert not wrong(off, worse, blind + 0.2)  # it takes the click to be right
     assert wrong(Click(100, 90, False, ""), before & False, sees)
@@ -373,15 +390,15 @@ def test_the_last_click_is_wrong_if_it_lies_wrong_and_looks_so():
     assert not wrong(off, worse, sees, before=None)
 
 
-def test_a_correction_that_gains_nothing_is_not_taught(own_turns_of, monkeypatch):
-    lessons = own_turns_of(knows)
-    monkeypatch.setattr(own_turns, "GAIN", 2.0)  # more than any click can
-    later = [example for example in lessons.draw(100) if example.current.any()]
+def test_a_correction_that_gains_nothing_is_not_taught(on_policy_of, monkeypatch):
+    curriculum = on_policy_of(knows)
+    monkeypatch.setattr(on_policy, "GAIN", 2.0)  # more than any click can
+    later = [example for example in curriculum.draw(100) if example.current.any()]
     assert later
     assert all("stop" in example.reply or "undo" in example.reply for example in later)
 
 
-def test_the_replies_so_far_are_told_as_to_the_policy(cases, bank):
+def test_the_replies_so_far_are_told_as_to_the_policy(cases, feature_cache):
     case = replace(cases[0], query="Find the disc.")
     environment = SegmentationEnv(case, load_segmenter("ibis-click"), dialect="ibis")
     said = [Click(40, 50, True, ""), Box(20, 30, 70, 80, "")], [Click(5, 6, False, "")], [Undo()]
@@ -389,19 +406,19 @@ def test_the_replies_so_far_are_told_as_to_the_policy(cases, bank):
         environment.step(Completion(write(Reply("", tuple(actions)), case.image.size, dialect="ibis")))
     message = render(environment.observation, dialect="ibis", history="actions", style="alpha")[-1]
     text = next(part["text"] for part in message["content"] if part["type"] == "text")
-    assert text == f"{case.query}\n{told(case.query, said, case.image.size)}"
+    assert text == f"{case.query}\n{recap_of(case.query, said, case.image.size)}"
 
 
 def test_context_features_turn_with_their_view(images):
-    lessons = Lessons(images, pairs_of(images), None, np.empty(0), seed=0)
+    curriculum = Curriculum(images, pairs_of(images), None, np.empty(0), seed=0)
     random = np.random.default_rng(3)
-    picture = cv2.GaussianBlur(random.random((SIDE, SIDE)).astype(np.float32), (0, 0), 24)
-    picture = (picture - picture.min()) / np.ptp(picture)
+    image = cv2.GaussianBlur(random.random((SIDE, SIDE)).astype(np.float32), (0, 0), 24)
+    image = (image - image.min()) / np.ptp(image)
     turn = random_turn("CT", random)
-    small = cv2.resize(picture, (28, 28), interpolation=cv2.INTER_AREA)
-    lessons._context = np.repeat(small[None, None], 2, axis=1)
-    turned = lessons._contexts([Example(0, np.empty(0), None, turn)])[0, 0].numpy()
-    wanted = cv2.resize(cv2.warpAffine(picture, turn, (SIDE, SIDE)), (28, 28), interpolation=cv2.INTER_AREA)
+    small = cv2.resize(image, (28, 28), interpolation=cv2.INTER_AREA)
+    curriculum._context = np.repeat(small[None, None], 2, axis=1)
+    turned = curriculum._contexts([Example(0, np.empty(0), None, turn)])[0, 0].numpy()
+    wanted = cv2.resize(cv2.warpAffine(image, turn, (SIDE, SIDE)), (28, 28), interpolation=cv2.INTER_AREA)
     assert np.abs(turned - wanted)[6:-6, 6:-6].max() < 0.05
 
 
@@ -411,7 +428,7 @@ def test_training_the_policy_learns_and_saves_a_loadable_model(images, tmp_path)
     processor = nano_recipe.build_processor(["disc"])
     model = nano_recipe.build_model(processor)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    examples = Lessons(images, pairs, None, np.empty(0), seed=1).draw(4)
+    examples = Curriculum(images, pairs, None, np.empty(0), seed=1).draw(4)
     totals = []
     for _ in range(5):
         loss, parts = nano_recipe.losses(model, examples, processor)
@@ -421,13 +438,13 @@ def test_training_the_policy_learns_and_saves_a_loadable_model(images, tmp_path)
         loss.backward()
         optimizer.step()
     assert totals[-1] < 0.9 * totals[0]
-    found = nano_recipe.look(model, processor, pairs[:3], images)
+    found = nano_recipe.validate(model, processor, pairs[:3], images)
     assert 0 <= found["hit"] <= 1
     nano_recipe.save(model, processor, tmp_path / "ibis-nano")
     assert sum(file.stat().st_size for file in (tmp_path / "ibis-nano").glob("*.safetensors")) < 18_500_000
 
 
-def test_a_batch_in_which_no_place_is_named_is_learnt_from():
+def test_a_batch_in_which_no_place_is_named_is_learned_from():
     processor = nano_recipe.build_processor(["disc"])
     model = nano_recipe.build_model(processor)
     example = Example(0, np.zeros((SIDE, SIDE, 3), np.uint8), np.zeros((SIDE, SIDE), bool), query="Segment the disc.")
@@ -449,7 +466,7 @@ def test_a_name_is_never_read_as_a_place_an_image_or_a_mark(name):
     seen = []
     for called in ("disc", name):
         example = Example(0, np.zeros((SIDE, SIDE, 3), np.uint8), None, query=f"Segment the {called}.")
-        example.recap = told(example.query, [[Click(3, 4, True, "")]], (SIDE, SIDE))
+        example.recap = recap_of(example.query, [[Click(3, 4, True, "")]], (SIDE, SIDE))
         example.answer(f"I look for the {called}.", Click(9, 9, True, called), Box(0, 0, 8, 8, called))
         batch, _ = nano_recipe.collate([example], processor)
         ids, labels = batch["input_ids"], batch["labels"]
@@ -488,7 +505,7 @@ def test_the_nano_recipe_runs_goes_on_and_refuses_another(recipe, tmp_path, caps
     plan = tmp_path / "nano.toml"
     lines = [f'data = "{recipe.parent}"', f'out = "{tmp_path / "run"}"', f'cache = "{recipe.parent / "run"}"']
     plan.write_text(
-        "\n".join([*lines, "backbone_examples = 16", "batch = 2", "examples = 4", "look_every = 2", "seed = 3"])
+        "\n".join([*lines, "backbone_examples = 16", "batch_size = 2", "examples = 4", "eval_every = 2", "seed = 3"])
     )
     assert app(["train", "nano", str(plan), "--json"], standalone_mode=False) is None
     model = json.loads(capsys.readouterr().out)["model"]
@@ -497,19 +514,19 @@ def test_the_nano_recipe_runs_goes_on_and_refuses_another(recipe, tmp_path, caps
     )
     assert reply.text
     seen = []
-    nano_recipe.train(nano_recipe.NanoRecipe.read(plan), lambda done, losses, figures: seen.append(done))
+    nano_recipe.train(nano_recipe.NanoRecipe.read(plan), lambda done, losses, metrics: seen.append(done))
     assert not seen  # all was done before
     with pytest.raises(ConfigError, match="another run \\(rate was"):
-        nano_recipe.train(nano_recipe.NanoRecipe.read(plan).model_copy(update={"rate": 0.5}))
-    other = nano_recipe.NanoRecipe.read(plan).model_copy(update={"out": tmp_path / "other", "rate": 1e-9})
+        nano_recipe.train(nano_recipe.NanoRecipe.read(plan).model_copy(update={"learning_rate": 0.5}))
+    other = nano_recipe.NanoRecipe.read(plan).model_copy(update={"out": tmp_path / "other", "learning_rate": 1e-9})
     further = nano_recipe.train(other.model_copy(update={"start": Path(model), "examples": 2}))
     before, after = (load_file(Path(folder) / "model.safetensors") for folder in (model, further))
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)  # hardly a step away
     assert Path(further, "tokenizer_config.json").read_text() == Path(model, "tokenizer_config.json").read_text()
     with pytest.raises(ConfigError, match="no ibis-nano to start from"):
         nano_recipe.train(other.model_copy(update={"start": tmp_path, "out": tmp_path / "none"}))
-    own = nano_recipe.train(other.model_copy(update={"start": Path(model), "own_turns": True, "out": tmp_path / "own"}))
+    own = nano_recipe.train(other.model_copy(update={"start": Path(model), "on_policy": True, "out": tmp_path / "own"}))
     assert (load_policy(model).history, load_policy(str(own)).history) == ("none", "actions")
     assert "vision.comparison.fine.weight" in load_file(Path(own) / "model.safetensors")
-    with pytest.raises(ConfigError, match="own_turns: set start"):
-        nano_recipe.NanoRecipe.read(plan, ["own_turns=true"])
+    with pytest.raises(ConfigError, match="on_policy: set start"):
+        nano_recipe.NanoRecipe.read(plan, ["on_policy=true"])

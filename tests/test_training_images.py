@@ -48,7 +48,7 @@ def test_left_and_right_are_never_exchanged_where_they_have_names():
     assert any(np.linalg.det(random_turn("fundus", random)[:, :2]) < 0 for _ in range(50))
 
 
-def test_other_colours_keep_the_picture_in_range():
+def test_other_colours_keep_the_image_in_range():
     view = np.random.default_rng(1).integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8)
     seen = [recolored(view, np.random.default_rng(seed)) for seed in range(20)]
     assert all(one.shape == view.shape and one.dtype == np.uint8 for one in seen)

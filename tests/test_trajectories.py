@@ -36,11 +36,11 @@ def write_phantoms(folder: Path, count: int) -> None:
     for number in range(count):
         draw = np.random.default_rng(number)
         x, y, radius = draw.integers(18, 60), draw.integers(15, 45), draw.integers(8, 14)
-        truth = (columns - x) ** 2 + (rows - y) ** 2 <= radius**2
-        pixels = draw.integers(0, 90, (*SIZE, 3)) + truth[..., None] * 110
+        ground_truth = (columns - x) ** 2 + (rows - y) ** 2 <= radius**2
+        pixels = draw.integers(0, 90, (*SIZE, 3)) + ground_truth[..., None] * 110
         stem = f"p{number}_{'CT' if number % 3 else 'MRI'}_abdomen"
         write_png(pixels.astype(np.uint8), folder / "Phantoms" / "train" / f"{stem}.png")
-        write_mask_png(truth, folder / "Phantoms" / "train_mask" / f"{stem}_spleen.png")
+        write_mask_png(ground_truth, folder / "Phantoms" / "train_mask" / f"{stem}_spleen.png")
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +70,9 @@ def test_every_pair_gets_one_episode_that_can_be_replayed(data: Path, undisturbe
         assert episode.stop == "stopped"
         masks = replay(episode, read_image(episode.image_source), region)
         assert np.array_equal(masks["spleen"], episode.masks["spleen"])
-    made_by = episodes[0].made_by
-    assert {"policy": "oracle", "segmenter": "region", "seed": "5", "mistakes": "0.2"}.items() <= made_by.items()
-    assert "ibisagent" in made_by
+    provenance = episodes[0].provenance
+    assert {"policy": "oracle", "segmenter": "region", "seed": "5", "mistakes": "0.2"}.items() <= provenance.items()
+    assert "ibisagent" in provenance
 
 
 def test_summary_and_progress(data: Path, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_failed_cases_are_listed_and_tried_again(tmp_path: Path) -> None:
     assert [failure["case_id"].split("/")[-1][:2] for failure in failures] == ["p4", "p7"]
     assert "DataError" in failures[0]["error"]
     assert "not this one" in failures[1]["error"]
-    assert len(EpisodeStore(tmp_path / "run").case_ids()) == 7
+    assert len(set(EpisodeStore(tmp_path / "run").open().column("case_id"))) == 7
 
     broken.write_bytes(whole)
     moody.dislikes = ""
@@ -227,9 +227,9 @@ def test_cases_whose_files_changed_are_made_again(tmp_path: Path, caplog: pytest
     generate(read_cases(tmp_path / "data"), load_segmenter("region"), tmp_path / "run", CONFIG)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*.parquet")}
     mask = next((tmp_path / "data" / "Phantoms" / "train_mask").glob("p9_*"))
-    truth = np.zeros(SIZE, dtype=bool)
-    truth[5:25, 5:25] = True
-    write_mask_png(truth, mask)
+    ground_truth = np.zeros(SIZE, dtype=bool)
+    ground_truth[5:25, 5:25] = True
+    write_mask_png(ground_truth, mask)
     generate(read_cases(tmp_path / "data"), load_segmenter("region"), tmp_path / "run", CONFIG)
     assert "the files of 1 of 10 cases have changed" in caplog.text
     generate(read_cases(tmp_path / "data"), load_segmenter("region"), tmp_path / "fresh", CONFIG)
@@ -238,7 +238,7 @@ def test_cases_whose_files_changed_are_made_again(tmp_path: Path, caplog: pytest
     assert [name for name in before if before[name] != after[name]] == ["episodes-000002.parquet"]
 
 
-def test_foreign_folders(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_unrelated_folders(data: Path, undisturbed: Path, tmp_path: Path) -> None:
     (tmp_path / "episodes-000000.parquet").write_bytes((undisturbed / "episodes-000000.parquet").read_bytes())
     with pytest.raises(ConfigError, match=r"holds episodes-000000\.parquet, but no run\.json"):
         generate(read_cases(data), load_segmenter("region"), tmp_path, CONFIG)

@@ -1,7 +1,7 @@
 """The adapter to verl: a path through its agent loop as it will be trained on, and settings that its trainer accepts.
 
 What needs verl is skipped where it is not installed (it pins older libraries, so it has an environment of its own:
-docs/rewards.md); what needs GPUs is not tested.
+docs/reference/rewards.md); what needs GPUs is not tested.
 """
 
 from __future__ import annotations
@@ -113,11 +113,11 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         lines.append(f"{number}.png,{number}_mask.png,spleen,CT,train")
     (folder / "data.csv").write_text("\n".join(lines) + "\n")
     build(Plan(read_cases(folder / "data.csv"), folder / "out", FactoryConfig(segmenter="region", formats=("verl",))))
-    return {record["ability"]: plain_truth(record) for record in read_verl(folder / "out" / "export")}
+    return {record["ability"]: plain_ground_truth(record) for record in read_verl(folder / "out" / "export")}
 
 
-def plain_truth(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record as verl's dataset passes it on: the truth is text."""
+def plain_ground_truth(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record as verl's dataset passes it on: the ground truth is text."""
     told = record["reward_model"]
     return {**record, "reward_model": {**told, "ground_truth": json.dumps(told["ground_truth"])}}
 
@@ -205,7 +205,7 @@ STOP = text(Stop("The spleen is segmented."))
 
 
 @needs_verl
-def test_a_path_is_one_stream_of_tokens_with_a_new_picture_each_turn(records: Any, processor: Any) -> None:
+def test_a_path_is_one_stream_of_tokens_with_a_new_image_each_turn(records: Any, processor: Any) -> None:
     output, server = play(processor, records["referring"], [MISS, "nonsense", STOP])
     ids = output.prompt_ids + output.response_ids
     assert len(server.asked) == 3
@@ -217,9 +217,9 @@ def test_a_path_is_one_stream_of_tokens_with_a_new_picture_each_turn(records: An
         assert request["sampling_params"]["max_tokens"] == 256
     assert server.asked[0]["prompt_ids"] == output.prompt_ids
     tokenizer = processor.tokenizer
-    learnt = [token for token, mask in zip(output.response_ids, output.response_mask, strict=True) if mask]
-    assert tokenizer.decode(learnt) == "".join(reply + "<|im_end|>" for reply in (MISS, "nonsense", STOP))
-    assert not any(token < 4 for token in learnt)
+    learned = [token for token, mask in zip(output.response_ids, output.response_mask, strict=True) if mask]
+    assert tokenizer.decode(learned) == "".join(reply + "<|im_end|>" for reply in (MISS, "nonsense", STOP))
+    assert not any(token < 4 for token in learned)
     assert len(output.response_logprobs) == len(output.response_ids)
     assert {p for p, mask in zip(output.response_logprobs, output.response_mask, strict=True) if mask} == {-0.5}
     assert {p for p, mask in zip(output.response_logprobs, output.response_mask, strict=True) if not mask} == {0.0}
@@ -234,7 +234,7 @@ def test_the_stream_is_what_the_template_makes_of_the_whole_conversation(records
     ids = output.prompt_ids + output.response_ids
     said = re.sub(r"(<\|image_pad\|>)+", r"\1", tokenizer.decode(ids))
     again = processor(text=[said], images=output.multi_modal_data["images"])["input_ids"][0]
-    assert list(again) == ids  # every picture has its own places
+    assert list(again) == ids  # every image has its own places
     turns = said.split("<|im_start|>")[1:]
     assert [turn.split("\n")[0] for turn in turns] == ["system", *["user", "assistant"] * 3]
     assert all(turn.rstrip("\n").endswith("<|im_end|>") for turn in turns)
@@ -284,13 +284,13 @@ def test_the_reward_is_that_of_the_turns(records: Any, processor: Any) -> None:
 
 
 @needs_verl
-def test_given_masks_are_shown_and_large_pictures_shrunk(records: Any, processor: Any) -> None:
+def test_given_masks_are_shown_and_large_images_shrunk(records: Any, processor: Any) -> None:
     record = records["refinement"]
     _, server = play(processor, record, [STOP], max_pixels=900)
-    picture = server.asked[0]["image_data"][0]
-    assert picture.width * picture.height <= 900
-    plain = np.asarray(picture, dtype=int)
-    assert np.ptp(plain, axis=2).max() > 20  # the mask's colour on a grey picture
+    image = server.asked[0]["image_data"][0]
+    assert image.width * image.height <= 900
+    plain = np.asarray(image, dtype=int)
+    assert np.ptp(plain, axis=2).max() > 20  # the mask's colour on a grey image
 
 
 @needs_verl
@@ -298,7 +298,7 @@ def test_a_path_ends_where_no_reply_would_fit_any_more(records: Any, processor: 
     output, server = play(processor, records["referring"], [MISS, BOX, STOP], length=420, max_turn_tokens=200)
     assert len(server.asked) == 2
     assert len(output.response_ids) <= 420
-    assert output.response_mask[-1] == 1  # it ends with a reply, so no picture is cut
+    assert output.response_mask[-1] == 1  # it ends with a reply, so no image is cut
     assert output.reward_score is not None
     with pytest.raises(Exception, match="max_turn_tokens is 700"):
         play(processor, records["referring"], [STOP], length=420, max_turn_tokens=700)
@@ -314,7 +314,7 @@ def test_machinery_that_fails_raises(records: Any, processor: Any) -> None:
     with pytest.raises(PolicyError, match="must obey logit_bias"):
         play(processor, records["referring"], ["<|image_pad|>"])
     record = records["referring"]
-    with pytest.raises(DataError, match="holds no truth"):
+    with pytest.raises(DataError, match="holds no ground truth"):
         play(processor, {**record, "reward_model": {"ground_truth": "{}"}}, [STOP])
 
 

@@ -39,8 +39,10 @@ def volume(*objects: np.ndarray, grid: str = "LPS-even") -> Volume:
     return Volume(np.rint(values).astype(np.int16), GRIDS[grid], "phantom")
 
 
-def run(view: SliceView, truths: dict[str, np.ndarray], **options: object) -> VolumeSegmentation:
-    oracle = OraclePolicy(SliceCases(view, "liver", truths))  # it knows when to stop: its last masks are its answer
+def run(view: SliceView, ground_truths: dict[str, np.ndarray], **options: object) -> VolumeSegmentation:
+    oracle = OraclePolicy(
+        SliceCases(view, "liver", ground_truths)
+    )  # it knows when to stop: its last masks are its answer
     options = {"mask_selection": "last", **options}
     return run_volume(view, "liver", oracle, load_segmenter("region"), **options)  # type: ignore[arg-type]
 
@@ -74,11 +76,11 @@ def test_an_absent_object_is_searched_at_a_bounded_number_of_places() -> None:
     assert {asked.why for asked in found.asked} == {"search"}
 
 
-def test_several_targets_are_carried_together() -> None:
+def test_multiple_targets_are_carried_together() -> None:
     view = SliceView(volume(INSIDE, SMALL))
     found = run(view, {"liver": INSIDE, "spleen": SMALL}, keys=range(2, 40, 6), recheck=0)
-    for name, truth in (("liver", INSIDE), ("spleen", SMALL)):
-        assert dice(found.masks[name].reshape(47, -1), truth.reshape(47, -1)) > 0.85, name
+    for name, ground_truth in (("liver", INSIDE), ("spleen", SMALL)):
+        assert dice(found.masks[name].reshape(47, -1), ground_truth.reshape(47, -1)) > 0.85, name
     shared = {carried.slice for carried in found.carried if carried.target == "liver"} & {
         carried.slice for carried in found.carried if carried.target == "spleen"
     }
@@ -88,7 +90,7 @@ def test_several_targets_are_carried_together() -> None:
 
 
 class Remembering:
-    """The region segmenter with a memory, which says of every picture what was last remembered."""
+    """The region segmenter with a memory, which says of every image what was last remembered."""
 
     def __init__(self) -> None:
         self._plain = load_segmenter("region")
@@ -96,7 +98,7 @@ class Remembering:
         self.shown: list[dict[str, int]] = []
 
     def open(self, image: Image) -> SegmenterSession:
-        """For the agent's own turns."""
+        """For the agent's on-policy states."""
         return self._plain.open(image)
 
     def describe(self) -> dict[str, str]:
@@ -139,8 +141,8 @@ def test_a_recheck_spares_what_it_was_not_asked_about() -> None:
     """The agent that looks at one target's end does not empty the other."""
     view = SliceView(volume(INSIDE, SMALL))
     found = run(view, {"liver": INSIDE, "spleen": SMALL}, recheck=3)
-    for name, truth in (("liver", INSIDE), ("spleen", SMALL)):
-        assert dice(found.masks[name].reshape(47, -1), truth.reshape(47, -1)) > 0.85, name
+    for name, ground_truth in (("liver", INSIDE), ("spleen", SMALL)):
+        assert dice(found.masks[name].reshape(47, -1), ground_truth.reshape(47, -1)) > 0.85, name
 
 
 def test_cost_grows_linearly_with_the_slices() -> None:

@@ -26,7 +26,7 @@ from ibisagent.imaging.masks import dice
 from ibisagent.protocol import write
 from ibisagent.store import read_record
 from ibisagent.volumes import SliceView, Volume, read_volume
-from ibisagent.volumes import dicomweb as pacs
+from ibisagent.volumes import dicomweb as dicomweb
 from ibisagent.volumes.writing import masks_on, read_volume_masks, write_nifti
 
 SHAPE = (47, 61, 24)
@@ -142,7 +142,7 @@ def test_dicom_comes_out_of_dicom_and_names_nobody_elsewhere(tmp_path: Path, scr
     assert pydicom.dcmread(out / f"{volume.name}_sr.dcm").PatientID == "MRN77"
 
 
-def test_a_lone_dicom_picture_is_a_volume_of_one_slice(tmp_path: Path, script: str) -> None:
+def test_a_lone_dicom_image_is_a_volume_of_one_slice(tmp_path: Path, script: str) -> None:
     [file] = slice_files(tmp_path / "one", hounsfield(INSIDE)[:, :, 11:12], GRIDS["LPS-uneven"])
     result = segment(file, "liver", "-o", tmp_path / "out", script=script)
     assert result.exit_code == 0, result.output
@@ -197,9 +197,7 @@ def test_a_record_is_replayed_without_its_policy(tmp_path: Path, scan: Path, scr
     assert ibisagent("replay", record).exit_code == 0  # found beside the record
     other = hounsfield(INSIDE, seed=1)
     nib.save(nib.Nifti1Image(other, GRIDS["LPS-uneven"]), tmp_path / "other.nii.gz")
-    assert_one_line(
-        ibisagent("replay", record, "--image", tmp_path / "other.nii.gz"), "is not the picture of the record"
-    )
+    assert_one_line(ibisagent("replay", record, "--image", tmp_path / "other.nii.gz"), "is not the image of the record")
     nib.save(nib.Nifti1Image(other, GRIDS["RAS-uneven"]), tmp_path / "other.nii.gz")
     assert_one_line(ibisagent("replay", record, "--image", tmp_path / "other.nii.gz"), "has another grid")
     changed = json.loads(record.read_text())
@@ -228,7 +226,7 @@ def test_what_cannot_be_used_is_one_line(tmp_path: Path, scan: Path, script: str
     assert (out / "scan_record.json").exists()  # the other one is done
 
 
-def test_a_remote_model_is_said_to_get_pictures(tmp_path: Path, scan: Path, script: str) -> None:
+def test_a_remote_model_is_said_to_get_images(tmp_path: Path, scan: Path, script: str) -> None:
     options = ("--policy", script, "--segmenter", "remote:http://127.0.0.1:9")
     result = ibisagent("segment", scan, "liver", "-o", tmp_path, *options)
     assert result.exit_code == 2
@@ -239,9 +237,9 @@ def test_a_remote_model_is_said_to_get_pictures(tmp_path: Path, scan: Path, scri
 
 def test_addresses_are_checked(tmp_path: Path, script: str) -> None:
     with pytest.raises(ConfigError, match="names no study"):
-        pacs.fetch_series("http://127.0.0.1:9/dicom-web", tmp_path)
+        dicomweb.fetch_series("http://127.0.0.1:9/dicom-web", tmp_path)
     with pytest.raises(DataError, match=r"http://127.0.0.1:9/dicom-web: cannot be reached"):
-        pacs.fetch_series("http://me:secret@127.0.0.1:9/dicom-web/studies/1.2/series/1.3", tmp_path)
+        dicomweb.fetch_series("http://me:secret@127.0.0.1:9/dicom-web/studies/1.2/series/1.3", tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------ Orthanc
@@ -289,7 +287,7 @@ def server(tmp_path: Path) -> Iterator[str]:
 
 def test_from_a_server_and_back(tmp_path: Path, script: str, server: str) -> None:
     files = slice_files(tmp_path / "series", hounsfield(INSIDE), GRIDS["LPS-uneven"])
-    pacs.store(server, files)
+    dicomweb.store(server, files)
     header = pydicom.dcmread(files[0])
     study = f"{server}/studies/{header.StudyInstanceUID}"
     out = tmp_path / "out"
@@ -309,14 +307,31 @@ def test_from_a_server_and_back(tmp_path: Path, script: str, server: str) -> Non
     assert set(made) == {"SEG", "SR"}
     for modality, dataset in made.items():
         (tmp_path / modality).mkdir()
-        pacs.fetch_series(f"{study}/series/{dataset.SeriesInstanceUID}", tmp_path / modality)
+        dicomweb.fetch_series(f"{study}/series/{dataset.SeriesInstanceUID}", tmp_path / modality)
         [back] = (tmp_path / modality).iterdir()
         assert pydicom.dcmread(back).SOPInstanceUID == dataset.SOPInstanceUID
         if modality == "SEG":
             np.testing.assert_array_equal(masks_on(volume, back)["liver"], mine)
     # the study has one series of images: its address is enough, masks and reports are not mistaken for it
     (tmp_path / "study").mkdir()
-    pacs.fetch_series(study, tmp_path / "study")
+    dicomweb.fetch_series(study, tmp_path / "study")
     np.testing.assert_array_equal(read_volume(tmp_path / "study").voxels, volume.voxels)
     with pytest.raises(DataError, match=r"dicom-web: (the server answered 404|the server has no such series)"):
-        pacs.fetch_series(f"{study}/series/1.2.3", tmp_path / "study")
+        dicomweb.fetch_series(f"{study}/series/1.2.3", tmp_path / "study")
+
+
+def test_the_series_of_a_study_on_a_server(tmp_path: Path, server: str) -> None:
+    from ibisagent.volumes.series import list_series
+
+    study = pydicom.uid.generate_uid()
+    for number, slices in ((2, 24), (1, 3)):
+        values = hounsfield(INSIDE)[:, :, :slices]
+        facts = {"SeriesNumber": number, "SeriesDescription": f"Thorax {number}", "StudyInstanceUID": study}
+        dicomweb.store(server, slice_files(tmp_path / str(number), values, GRIDS["LPS-uneven"], **facts))
+    found = {one.series_number: one for one in list_series(f"{server}/studies/{study}")}
+    assert found["2"].description == "Thorax 2"
+    assert (found["2"].slices, found["1"].slices, found["2"].plane) == (24, 3, "axial")
+    assert found["2"].spacing_mm == pytest.approx((0.7, 1.3, 4.1))
+    assert found["2"].place.startswith(f"{server}/studies/{study}/series/")
+    told = ibisagent("data", "series", f"{server}/studies/{study}", "--json")
+    assert len(json.loads(told.stdout)["series"]) == 2

@@ -18,14 +18,14 @@ from volume_phantoms import GRIDS, SHAPE, blob, changed, hounsfield, slice_files
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.imaging.images import read_masks
 from ibisagent.volumes import SliceView, Volume, read_volume
-from ibisagent.volumes.dicom_output import coded, write_report, write_segmentation
+from ibisagent.volumes.dicom_output import write_report, write_segmentation
 from ibisagent.volumes.grid import LPS
 from ibisagent.volumes.measures import longest_diameter, measure, write_measures
 from ibisagent.volumes.writing import masks_on, read_volume_masks, write_nifti, write_png_stack, write_rle
 
 INSIDE = blob()
 VALUES = hounsfield(INSIDE)
-MADE_BY = {"policy": "oracle", "segmenter": "region", "ibisagent": "0.1.0"}
+PROVENANCE = {"policy": "oracle", "segmenter": "region", "ibisagent": "0.1.0"}
 
 
 def source(folder: Path, grid: str, kind: str) -> Volume:
@@ -47,8 +47,8 @@ def bright(volume: Volume) -> np.ndarray:
 
 
 def same_places(mask: np.ndarray, affine: np.ndarray, grid: str) -> None:
-    truth = (VALUES > 60) & (VALUES < 300)
-    np.testing.assert_allclose(world_points(mask, affine), world_points(truth, GRIDS[grid]), atol=0.01)
+    ground_truth = (VALUES > 60) & (VALUES < 300)
+    np.testing.assert_allclose(world_points(mask, affine), world_points(ground_truth, GRIDS[grid]), atol=0.01)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -82,7 +82,10 @@ def test_masks_of_dicom_come_back(tmp_path: Path, grid: str) -> None:
     masks, affine = read_volume_masks(tmp_path / "mask.nii")
     same_places(masks["mask"], affine, grid)
     write_segmentation(
-        {"liver": mask, "spot": mask & (np.arange(SHAPE[0]) < 9)[:, None, None]}, volume, tmp_path / "seg.dcm", MADE_BY
+        {"liver": mask, "spot": mask & (np.arange(SHAPE[0]) < 9)[:, None, None]},
+        volume,
+        tmp_path / "seg.dcm",
+        PROVENANCE,
     )
     back = masks_on(volume, tmp_path / "seg.dcm")
     np.testing.assert_array_equal(back["liver"], mask)
@@ -95,7 +98,9 @@ def test_masks_of_dicom_come_back(tmp_path: Path, grid: str) -> None:
 def test_segmentations_say_what_they_are(tmp_path: Path) -> None:
     volume = source(tmp_path, "LPS-uneven", "dicom")
     mask = bright(volume)
-    write_segmentation({"liver": mask, "left lung tumor": mask, "gizmo": mask}, volume, tmp_path / "seg.dcm", MADE_BY)
+    write_segmentation(
+        {"liver": mask, "left lung tumor": mask, "gizmo": mask}, volume, tmp_path / "seg.dcm", PROVENANCE
+    )
     seg = hd.seg.segread(tmp_path / "seg.dcm")
     kinds = [item.SegmentedPropertyTypeCodeSequence[0].CodeMeaning for item in seg.SegmentSequence]
     assert kinds == ["Liver", "Neoplasm", "Tissue"]
@@ -110,11 +115,10 @@ def test_segmentations_say_what_they_are(tmp_path: Path) -> None:
     assert derived <= uids
     assert len(derived) == mask.any(axis=(0, 1)).sum()
     assert seg.PatientID == "MRN77"
-    assert not coded("gizmo")[2]
     with pytest.raises(DataError, match="no mask has a voxel"):
-        write_segmentation({"liver": mask & False}, volume, tmp_path / "none.dcm", MADE_BY)
+        write_segmentation({"liver": mask & False}, volume, tmp_path / "none.dcm", PROVENANCE)
     with pytest.raises(ConfigError, match="needs a DICOM source"):
-        write_segmentation({"liver": mask}, source(tmp_path, "LPS-even", "nifti"), tmp_path / "x.dcm", MADE_BY)
+        write_segmentation({"liver": mask}, source(tmp_path, "LPS-even", "nifti"), tmp_path / "x.dcm", PROVENANCE)
 
 
 @pytest.mark.filterwarnings("ignore")  # of highdicom, about what the phantom's headers lack
@@ -133,27 +137,32 @@ def test_a_multi_frame_file_is_its_series(tmp_path: Path, grid: str) -> None:
     np.testing.assert_allclose(volume.affine, series.affine, atol=1e-4)
     np.testing.assert_allclose(volume.values(volume.voxels), series.values(series.voxels))
     mask = bright(volume)
-    write_segmentation({"liver": mask}, volume, tmp_path / "seg.dcm", MADE_BY)
+    write_segmentation({"liver": mask}, volume, tmp_path / "seg.dcm", PROVENANCE)
     np.testing.assert_array_equal(masks_on(volume, tmp_path / "seg.dcm")["liver"], mask)
     np.testing.assert_array_equal(masks_on(series, tmp_path / "seg.dcm")["liver"], mask)
 
 
-def test_a_source_without_what_dicom_demands_is_refused(tmp_path: Path) -> None:
-    dose = Path(pydicom.__file__).parent / "data" / "test_files" / "rtdose.dcm"
-    volume = read_volume(dose)
+def test_a_dose_grid_is_a_source_too(tmp_path: Path) -> None:
+    """A multi-frame file without functional groups: SEG gets its places from the grid, and refers to its frames."""
+    volume = read_volume(Path(pydicom.__file__).parent / "data" / "test_files" / "rtdose.dcm")
     mask = blob(volume.shape)
     write_nifti(mask, volume, tmp_path / "mask.nii.gz")
     np.testing.assert_array_equal(masks_on(volume, tmp_path / "mask.nii.gz")["mask"], mask)
-    with pytest.raises(DataError, match="DICOM SEG cannot be made of this source"):
-        write_segmentation({"liver": mask}, volume, tmp_path / "seg.dcm", MADE_BY)
+    write_segmentation({"liver": mask}, volume, tmp_path / "seg.dcm", PROVENANCE)
+    np.testing.assert_array_equal(masks_on(volume, tmp_path / "seg.dcm")["liver"], mask)
+    frames = [
+        group.DerivationImageSequence[0].SourceImageSequence[0].ReferencedFrameNumber - 1
+        for group in pydicom.dcmread(tmp_path / "seg.dcm").PerFrameFunctionalGroupsSequence
+    ]
+    assert frames == list(np.flatnonzero(mask.any(axis=(0, 1))))
 
 
 def test_reports_hold_the_measurements(tmp_path: Path) -> None:
     volume = source(tmp_path, "LPS-uneven", "dicom")
     mask = bright(volume)
     measured = {"liver": measure(SliceView(volume), mask)}
-    seg = write_segmentation({"liver": mask}, volume, tmp_path / "seg.dcm", MADE_BY)
-    write_report(measured, seg, volume, tmp_path / "sr.dcm", MADE_BY)
+    seg = write_segmentation({"liver": mask}, volume, tmp_path / "seg.dcm", PROVENANCE)
+    write_report(measured, seg, volume, tmp_path / "sr.dcm", PROVENANCE)
     report = hd.sr.srread(tmp_path / "sr.dcm")
     [group] = report.content.get_volumetric_roi_measurement_groups()
     values = {item.name.meaning: item.value for item in group.get_measurements()}
@@ -168,9 +177,9 @@ def test_reports_hold_the_measurements(tmp_path: Path) -> None:
 def test_dciodvfy_finds_no_error(tmp_path: Path, grid: str) -> None:
     volume = source(tmp_path, grid, "dicom")
     mask = bright(volume)
-    seg = write_segmentation({"liver": mask, "tumor": mask}, volume, tmp_path / "seg.dcm", MADE_BY)
+    seg = write_segmentation({"liver": mask, "tumor": mask}, volume, tmp_path / "seg.dcm", PROVENANCE)
     measured = {name: measure(SliceView(volume), mask) for name in ("liver", "tumor")}
-    write_report(measured, seg, volume, tmp_path / "sr.dcm", MADE_BY)
+    write_report(measured, seg, volume, tmp_path / "sr.dcm", PROVENANCE)
     for name in ("seg.dcm", "sr.dcm"):
         said = subprocess.run(["dciodvfy", str(tmp_path / name)], capture_output=True, text=True, check=False)
         errors = [line for line in (said.stdout + said.stderr).splitlines() if line.startswith("Error")]
@@ -187,12 +196,12 @@ def test_masks_of_other_grids_are_refused(tmp_path: Path) -> None:
         write_nifti(np.ones(other.shape, bool), other, tmp_path / f"{other.name}.nii.gz")
         with pytest.raises(DataError, match="resample the mask onto its grid"):
             masks_on(volume, tmp_path / f"{other.name}.nii.gz")
-    with pytest.raises(DataError, match="is not a mask of one object"):
+    with pytest.raises(DataError, match="is neither a mask nor a label map"):
         masks_on(volume, tmp_path / "scan.nii.gz")
     folder = tmp_path / "d"
     folder.mkdir()
     dicom = source(folder, "LPS-even", "dicom")
-    write_segmentation({"liver": bright(dicom)}, dicom, tmp_path / "seg.dcm", MADE_BY)
+    write_segmentation({"liver": bright(dicom)}, dicom, tmp_path / "seg.dcm", PROVENANCE)
     for file in (folder / "series").iterdir():
         place = pydicom.dcmread(file).ImagePositionPatient
         changed(file, ImagePositionPatient=[place[0] + 5, place[1], place[2]])
@@ -257,9 +266,9 @@ def test_the_diameter_of_a_disc() -> None:
     assert longest_diameter(disc & False, (0.5, 0.8)) == 0
 
 
-def test_measures_of_an_empty_mask_and_of_a_picture_without_spacing() -> None:
+def test_measures_of_an_empty_mask_and_of_an_image_without_spacing() -> None:
     volume = Volume(VALUES, GRIDS["RAS-even"], "scan")
     assert measure(SliceView(volume), INSIDE & False).volume_ml == 0
-    picture = Volume(VALUES, np.eye(4), "scan", oriented=False, spacing_known=False)
-    found = measure(SliceView(picture), INSIDE)
+    image = Volume(VALUES, np.eye(4), "scan", oriented=False, spacing_known=False)
+    found = measure(SliceView(image), INSIDE)
     assert (found.voxels, found.volume_ml, found.area_mm2) == (INSIDE.sum(), None, None)

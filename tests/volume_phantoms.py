@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pydicom
 from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import CTImageStorage, EnhancedMRImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from ibisagent.volumes.grid import LPS
 
@@ -140,3 +141,79 @@ def changed(file: Path, **attributes: object) -> None:
     for name, value in attributes.items():
         setattr(dataset, name, value)
     dataset.save_as(file)
+
+
+def csa_header(slices: int, normal: Sequence[float]) -> bytes:
+    """The private header of a Siemens scanner (CSA2, as nibabel documents it) that says how a mosaic is cut."""
+    tags = {"NumberOfImagesInMosaic": ("US", [str(slices)]), "SliceNormalVector": ("FD", [f"{x:.8f}" for x in normal])}
+    content = b"SV10\4\3\2\1" + struct.pack("<2I", len(tags), 77)
+    for name, (representation, values) in tags.items():
+        content += struct.pack("<64si4s3i", name.encode(), len(values), representation.encode(), 6, len(values), 77)
+        for value in values:
+            text = value.encode() + b"\0"
+            content += struct.pack("<4i", len(text), len(text), 77, len(text)) + text + b"\0" * (-len(text) % 4)
+    return content
+
+
+def mosaic(folder: Path, values: np.ndarray, affine: np.ndarray, *, told: bool = True) -> Path:
+    """(I, J, K) int16 as Siemens scanners save it: all slices tiled in one image; told: with the private header."""
+    across = int(np.ceil(np.sqrt(values.shape[2])))
+    columns, rows, count = values.shape
+    tiled = np.zeros((across * columns, across * rows, 1), np.int16)
+    for k in range(count):
+        row, column = k // across * rows, k % across * columns
+        tiled[column : column + columns, row : row + rows, 0] = values[:, :, k]
+    shift = np.eye(4)  # the header gives the corner of a slice as large as the mosaic, around the same middle
+    shift[:2, 3] = -(across - 1) * columns / 2, -(across - 1) * rows / 2
+    kind = ["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"]
+    spacing = float(np.linalg.norm(affine[:3, 2]))
+    [file] = slice_files(folder, tiled, affine @ shift, ImageType=kind, Modality="MR", SpacingBetweenSlices=spacing)
+    if told:
+        dataset = pydicom.dcmread(file)
+        block = dataset.private_block(0x0029, "SIEMENS CSA HEADER", create=True)
+        block.add_new(0x10, "OB", csa_header(count, (LPS @ affine)[:3, 2] / spacing))
+        dataset.save_as(file)
+    return file
+
+
+def enhanced(
+    path: Path, stacks: Sequence[np.ndarray], windows: Sequence[tuple[float, float]], *, per_frame: bool = False
+) -> Path:
+    """An enhanced MR file of several (I, J, K) int16 volumes on one grid, 1 x 1 x 3 mm, each with its (centre, width).
+
+    per_frame: pixel measures stand with each frame rather than with all of them.
+    """
+
+    def one(**attributes: object) -> list[pydicom.Dataset]:
+        item = pydicom.Dataset()
+        for name, value in attributes.items():
+            setattr(item, name, value)
+        return [item]
+
+    [file] = slice_files(path.parent, np.zeros((*stacks[0].shape[:2], 1), np.int16), np.diag([-1.0, -1, 3, 1]))
+    dataset = pydicom.dcmread(file)
+    file.unlink()
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = EnhancedMRImageStorage
+    dataset.Modality = "MR"
+    for name in ("ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing", "RescaleSlope", "RescaleIntercept"):
+        delattr(dataset, name)
+    measures = one(PixelSpacing=[1, 1], SliceThickness=3, SpacingBetweenSlices=3)
+    [shared] = one(PlaneOrientationSequence=one(ImageOrientationPatient=[1, 0, 0, 0, 1, 0]))
+    if not per_frame:
+        shared.PixelMeasuresSequence = measures
+    frames, pixels = [], b""
+    for number, (stack, (centre, width)) in enumerate(zip(stacks, windows, strict=True)):
+        for k in range(stack.shape[2]):
+            [frame] = one(
+                PlanePositionSequence=one(ImagePositionPatient=[0, 0, 3 * k]),
+                FrameContentSequence=one(TemporalPositionIndex=number + 1),
+                FrameVOILUTSequence=one(WindowCenter=centre, WindowWidth=width),
+            )
+            if per_frame:
+                frame.PixelMeasuresSequence = measures
+            frames.append(frame)
+            pixels += stack[:, :, k].T.astype("<i2").tobytes()
+    dataset.SharedFunctionalGroupsSequence, dataset.PerFrameFunctionalGroupsSequence = [shared], frames
+    dataset.NumberOfFrames, dataset.PixelData = len(frames), pixels
+    dataset.save_as(path)
+    return path

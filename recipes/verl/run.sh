@@ -15,7 +15,7 @@ shift 2
 files() { # the Parquet files of one split, as a list for hydra
     local found=("$export"/verl/"$1"-*.parquet)
     if [ ! -e "${found[0]}" ]; then
-        echo "$export/verl: holds no $1-*.parquet; run build-data with the format verl" >&2
+        echo "$export/verl: holds no $1-*.parquet; run 'ibisagent data build' with the format verl" >&2
         exit 2
     fi
     local IFS=,

@@ -20,7 +20,7 @@ from ibisagent.errors import ConfigError, DataError
 Mask: TypeAlias = np.ndarray
 Masks: TypeAlias = Mapping[str, Mask]
 StopReason = Literal["stopped", "max_turns", "malformed", "repeated", "open"]
-"""Why an episode ended; "open": it is a person's session, in which nobody has said stop."""
+"""Why an episode ended; "open": it is a user's session, in which nobody has said stop."""
 MaskSelection = Literal["best", "last"]
 """Which masks of an episode are its answer: see `Episode.answer_masks`."""
 MASK_SELECTION: MaskSelection = "best"
@@ -28,7 +28,7 @@ MASK_SELECTION: MaskSelection = "best"
 MAX_QUERY_CHARS = 2_000
 MAX_NAME_CHARS = 200  # of an object
 MAX_TARGETS = 8
-MAX_PIXELS = 2**26  # larger pictures and masks are refused before they are decoded; 8192 x 8192, 200 MB as RGB
+MAX_PIXELS = 2**26  # larger images and masks are refused before they are decoded; 8192 x 8192, 200 MB as RGB
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Undo:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """End the episode with an answer in words; `absent` names the asked-for objects that the image does not show."""
+    """End the episode with a text answer; `absent` names the asked-for objects that the image does not show."""
 
     answer: str = ""
     absent: tuple[str, ...] = ()
@@ -83,7 +83,7 @@ Standing: TypeAlias = tuple[tuple[int, Prompt], ...]
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    """A picture as every part of the package sees it.
+    """An image as every part of the package sees it.
 
     pixels: (H, W, 3) uint8 RGB. spacing_mm: (row, column) distance of pixel centres, or None where unknown.
     source: the file or URL it came from, for messages and records only.
@@ -133,7 +133,7 @@ def check_mask_selection(word: str) -> MaskSelection:
 def check_query(query: str) -> str:
     """The query without surrounding blanks.
 
-    ConfigError if nothing is left, it is longer than MAX_QUERY_CHARS or it is no Unicode text.
+    ConfigError if it has no letter, it is longer than MAX_QUERY_CHARS or it is no Unicode text.
     """
     query = query.strip()
     try:
@@ -142,6 +142,8 @@ def check_query(query: str) -> str:
         raise ConfigError(f"the query holds half a character, at place {error.start}: write it in Unicode") from error
     if not query:
         raise ConfigError("the query is empty: say what to segment, for example 'optic disc'")
+    if not any(letter.isalpha() for letter in query):
+        raise ConfigError(f"the query '{query[:40]}' has no letters: say what to segment, for example 'optic disc'")
     if len(query) > MAX_QUERY_CHARS:
         raise ConfigError(f"the query has {len(query)} characters, at most {MAX_QUERY_CHARS} are read: shorten it")
     return query
@@ -149,10 +151,12 @@ def check_query(query: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One question about one image, with its truth where that is known.
+    """One question about one image, with its ground truth where that is known.
 
-    targets: truth by object name; an all-False mask says that the object is absent; None where no truth is known.
-    start: masks to refine. answer: the truth of a closed question. meta: facts that no policy sees (modality, ...).
+    targets: ground truth by object name; an all-False mask says that the object is absent; None where no ground truth
+    is known.
+    start: masks to refine. answer: the ground truth of a closed question. meta: facts that no policy sees (modality,
+    ...).
     """
 
     id: str
@@ -219,7 +223,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Observation:
-    """All that a policy may see. `case_id` only tells episodes apart; it carries no truth."""
+    """All that a policy may see. `case_id` only tells episodes apart; it carries no ground truth."""
 
     case_id: str
     image: Image
@@ -232,8 +236,8 @@ class Observation:
 class Episode:
     """A finished run of the loop.
 
-    made_by: policy, segmenter, dialect, seed and versions that produced it. mask_selection: which of its masks are the
-    answer, see `answer_masks`.
+    provenance: policy, segmenter, dialect, seed and versions that produced it. mask_selection: which of its masks are
+    the answer, see `answer_masks`.
     """
 
     case_id: str
@@ -244,7 +248,7 @@ class Episode:
     start: Masks
     turns: tuple[Turn, ...]
     stop: StopReason
-    made_by: Mapping[str, str]
+    provenance: Mapping[str, str]
     mask_selection: MaskSelection = MASK_SELECTION
 
     @property
@@ -255,7 +259,7 @@ class Episode:
     @property
     def human_turns(self) -> frozenset[int]:
         """Numbers (from 0) of the turns that a user took in a session; those of the agent are all others."""
-        return frozenset(int(number) - 1 for number in self.made_by.get("people_turns", "").split())
+        return frozenset(int(number) - 1 for number in self.provenance.get("people_turns", "").split())
 
     @property
     def answer_masks(self) -> Masks:

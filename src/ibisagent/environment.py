@@ -17,6 +17,7 @@ from ibisagent import protocol
 from ibisagent.domain import (
     MAX_TARGETS,
     Action,
+    Box,
     Case,
     Completion,
     Episode,
@@ -34,7 +35,8 @@ from ibisagent.domain import (
 )
 from ibisagent.errors import ConfigError, PolicyError, SegmenterError
 from ibisagent.imaging.masks import iou
-from ibisagent.policies.base import Policy, Proposer
+from ibisagent.policies.base import Knowing, Policy, Proposer
+from ibisagent.query import target_of
 from ibisagent.segmenters import Multimask, Prediction, Segmenter, SegmenterSession
 
 MAX_TURNS = 20
@@ -50,10 +52,16 @@ def package_version() -> str:
         return "source tree"
 
 
-def turn_limit(policy: object) -> int:
-    """Most turns of an episode of `policy` where the caller names none: its own `max_turns`, else MAX_TURNS."""
+def turn_limit(policy: object, query: str = "") -> int:
+    """Most turns of an episode of `policy` where the caller names none: its own `max_turns`, else MAX_TURNS.
+
+    query: what is asked; as often as that, and a turn for the answer, where the policy is asked for each of several
+    objects in turn. ConfigError where it does not settle what is asked for.
+    """
     own: int | None = getattr(policy, "max_turns", None)
-    return MAX_TURNS if own is None else own
+    vocabulary = policy.vocabulary if isinstance(policy, Knowing) else None
+    limit, count = MAX_TURNS if own is None else own, vocabulary.count(query) if vocabulary and query else 1
+    return limit * count + (count > 1)
 
 
 def mask_choice(policy: Policy, wanted: MaskSelection | None) -> MaskSelection:
@@ -74,10 +82,10 @@ class _Object:
 _Objects = Mapping[str, _Object]
 
 
-KEPT_STATES = 4  # of a board, the latest
+KEPT_STATES = 4  # of a prompt state, the latest
 
 
-class Board:
+class PromptState:
     """Masks as a pure function of the start masks and the prompts of every turn, with Undo.
 
     `_batches[i]` are the prompts of one turn that stand and lead from `_states[i]` to `_states[i + 1]`. An Undo that
@@ -114,13 +122,13 @@ class Board:
         if self._session is None:
             self._session = self._segmenter.open(self._image)
 
-    def copy(self) -> Board:
-        """A board that goes its own way from here; what both have in common is shared."""
+    def copy(self) -> PromptState:
+        """A prompt state that goes its own way from here; what both have in common is shared."""
         twin = copy(self)
         twin._states = list(self._states)
         return twin
 
-    def take(self, completion: Completion, reply: Reply) -> tuple[Turn, bool]:
+    def apply_reply(self, completion: Completion, reply: Reply) -> tuple[Turn, bool]:
         """Apply a reply that was read from `completion`: the turn, and whether it said anything new (see `apply`).
 
         Raises SegmenterError and ConfigError as the segmenter does; then nothing has changed.
@@ -129,13 +137,41 @@ class Board:
         names = {*objects, *(prompt.target for prompt in reply.prompts)}
         if len(names) > MAX_TARGETS:
             reply = replace(reply, actions=(), problem=f"names more than {MAX_TARGETS} objects")
-        fresh = self.apply(reply.actions)
+        is_new = self.apply(reply.actions)
         scores = [
             thing.score
             for name, thing in self._objects.items()
             if thing is not objects.get(name) and thing.score is not None
         ]
-        return Turn(completion, reply, before, self.masks, float(np.mean(scores)) if scores else None), fresh
+        return Turn(completion, reply, before, self.masks, float(np.mean(scores)) if scores else None), is_new
+
+    def take_best(self, read: Sequence[tuple[Completion, Reply]]) -> tuple[Turn, bool]:
+        """Take the best of several replies for one turn, each with its completion; returns as `take`.
+
+        Each that prompts the segmenter is tried. A turn's worth is the segmenter's own score plus its agreement with
+        the others, the mean IoU of its masks with theirs: what several prompts lead to is more likely right. The first
+        one is taken where it does not prompt (it stops, or cannot be read), or where no other one does. Raises as
+        `take`.
+        """
+        tried = [(completion, reply) for completion, reply in read if reply.prompts]
+        if not read[0][1].prompts or len(tried) < 2:
+            return self.apply_reply(*read[0])
+        self.open()
+        prompt_states = [self.copy() for _ in tried]
+        taken = [prompt_state.apply_reply(*one) for prompt_state, one in zip(prompt_states, tried, strict=True)]
+        turns = [turn for turn, _ in taken]
+        worth = [
+            (turn.segmenter_score or 0.0)
+            + float(np.mean([_agreement(turn.after, other.after) for other in turns if other is not turn]))
+            for turn in turns
+        ]
+        best = int(np.argmax(worth))
+        self._said, self._standing, self._states = (
+            prompt_states[best]._said,
+            prompt_states[best]._standing,
+            prompt_states[best]._states,
+        )
+        return taken[best]
 
     def apply(self, actions: Sequence[Action]) -> bool:
         """Apply one reply's actions as `domain.stand_after` says; False if it has prompts, and yet nothing changes.
@@ -154,9 +190,9 @@ class Board:
             states.append(self._predict(states[-1] or {}, batch))
         for index in range(1, len(states) - KEPT_STATES):
             states[index] = None
-        fresh = standing is not self._standing or not Reply("", tuple(actions)).prompts
+        is_new = standing is not self._standing or not Reply("", tuple(actions)).prompts
         self._said, self._standing, self._states = said, standing, states
-        return fresh
+        return is_new
 
     def _predict(self, state: _Objects, batch: tuple[Prompt, ...]) -> _Objects:
         self.open()  # the costly part: an episode without any prompt never embeds its image
@@ -164,8 +200,12 @@ class Board:
         objects = dict(state)
         for target in dict.fromkeys(prompt.target for prompt in batch):
             old = state.get(target)
-            prompts = (*(old.prompts if old else ()), *(prompt for prompt in batch if prompt.target == target))
-            prediction = self._session.predict(prompts, old.prior if old else None)
+            new = [prompt for prompt in batch if prompt.target == target]
+            prompts = (*(old.prompts if old else ()), *new)
+            prior = old.prior if old else None
+            if old is not None and not old.prompts and any(isinstance(prompt, Box) for prompt in new):
+                prior = None  # a box says where all of the object is: a start mask would only hold it elsewhere
+            prediction = self._session.predict(prompts, prior)
             _check_prediction(prediction, self._image.size, self._segmenter.name)
             objects[target] = _Object(prompts, prediction.mask, prediction.logits, prediction.score)
         return objects
@@ -188,17 +228,17 @@ def _check_prediction(prediction: Prediction, size: tuple[int, int], segmenter: 
 def read_reply(
     completion: Completion, size: tuple[int, int], dialect: str, default_target: str
 ) -> tuple[Completion, Reply]:
-    """What a policy wrote, fit to be stored, and what it means on a picture of `size` (H, W). Never raises for text."""
+    """What a policy wrote, fit to be stored, and what it means on an image of `size` (H, W). Never raises for text."""
     text = completion.text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates cannot be stored
     return replace(completion, text=text), protocol.parse(text, size, dialect=dialect, default_target=default_target)
 
 
-def stop_reason(turns: Sequence[Turn], fresh: bool, dialect: str) -> StopReason | None:
-    """Why a policy's run ends with the last of `turns`, the number of turns aside; fresh: it said anything new."""
+def stop_reason(turns: Sequence[Turn], is_new: bool, dialect: str) -> StopReason | None:
+    """Why a policy's run ends with the last of `turns`, the number of turns aside; is_new: it said anything new."""
     unreadable = protocol.DIALECTS[dialect].unreadable
     if turns[-1].reply.stop is not None:
         return "stopped"
-    if not fresh:
+    if not is_new:
         return "repeated"
     last = turns[-unreadable:]
     malformed = len(last) == unreadable and all(turn.reply.problem is not None for turn in last)
@@ -206,7 +246,7 @@ def stop_reason(turns: Sequence[Turn], fresh: bool, dialect: str) -> StopReason 
 
 
 class SegmentationEnv:
-    """One case, one episode, then discard. It never looks at the case's truth.
+    """One case, one episode, then discard. It never looks at the case's ground truth.
 
     - Actions of one reply apply in order; each target is predicted once per turn, from all its prompts so far and the
       segmenter's previous logits. A start mask is the first prior.
@@ -225,12 +265,12 @@ class SegmentationEnv:
         dialect: str,
         max_turns: int = MAX_TURNS,
         mask_selection: MaskSelection | None = None,
-        made_by: Mapping[str, str] = MappingProxyType({}),
+        provenance: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """dialect: name in `protocol.DIALECTS`. max_turns: for a policy's own limit give `turn_limit(policy)`.
 
-        mask_selection: which masks are the episode's answer; None as is usual for the dialect. made_by: more facts for
-        the record, such as seed, weights and runtime.
+        mask_selection: which masks are the episode's answer; None as is usual for the dialect. provenance: more facts
+        for the record, such as seed, weights and runtime.
 
         Raises ConfigError for an unknown dialect or max_turns < 1.
         """
@@ -242,14 +282,14 @@ class SegmentationEnv:
         self.max_turns = max_turns
         self._mask_selection = mask_selection or protocol.DIALECTS[dialect].mask_selection
         self._case_id, self._image, self._query, self._start = case.id, case.image, case.query, dict(case.start)
-        self._default_target = protocol.target_of(case.query)
-        self._board = Board(case.image, segmenter, self._start, dialect)
-        self._made_by = {
+        self._default_target = target_of(case.query)
+        self._prompt_state = PromptState(case.image, segmenter, self._start, dialect)
+        self._provenance = {
             "segmenter": segmenter.name,
             "dialect": dialect,
             "max_turns": str(max_turns),
             "ibisagent": package_version(),
-            **made_by,
+            **provenance,
         }
         self._turns: list[Turn] = []
         self._stop: StopReason | None = None
@@ -257,7 +297,7 @@ class SegmentationEnv:
     @property
     def observation(self) -> Observation:
         """What the policy may see now."""
-        return Observation(self._case_id, self._image, self._query, self._board.masks, tuple(self._turns))
+        return Observation(self._case_id, self._image, self._query, self._prompt_state.masks, tuple(self._turns))
 
     @property
     def done(self) -> bool:
@@ -270,51 +310,37 @@ class SegmentationEnv:
         Raises SegmenterError when the segmenter fails (the environment is as it was before the step) and ConfigError
         when the episode has already ended. Whatever the completion says never raises.
         """
-        return self._record(*self._board.take(*self._read(completion)))
+        return self._record(*self._prompt_state.apply_reply(*self._read(completion)))
 
     def _read(self, completion: Completion) -> tuple[Completion, Reply]:
         if self._stop is not None:
             raise ConfigError(f"case {self._case_id}: the episode has ended ({self._stop}); open a new environment")
         return read_reply(completion, self._image.size, self.dialect, self._default_target)
 
-    def _record(self, turn: Turn, fresh: bool) -> Turn:
+    def _record(self, turn: Turn, is_new: bool) -> Turn:
         self._turns.append(turn)
         limit: StopReason | None = "max_turns" if len(self._turns) >= self.max_turns else None
-        self._stop = stop_reason(self._turns, fresh, self.dialect) or limit
+        self._stop = stop_reason(self._turns, is_new, self.dialect) or limit
         return turn
 
     @property
     def is_open(self) -> bool:
         """Whether the first turn may be any: nothing has been done yet, and no mask is there to be refined."""
-        return not self._turns and not any(mask.any() for mask in self._start.values())
+        return not self._turns and not self.has_start
+
+    @property
+    def has_start(self) -> bool:
+        """Whether a mask was brought."""
+        return any(mask.any() for mask in self._start.values())
 
     def step_best(self, completions: Sequence[Completion]) -> Turn:
-        """Take the best of several completions for one turn, and record that turn alone.
-
-        Each that prompts the segmenter is tried. A turn's worth is the segmenter's own score plus its agreement with
-        the others, the mean IoU of its masks with theirs: what several prompts lead to is more likely right. The first
-        one is taken where it does not prompt (it stops, or cannot be read), or where no other one does.
+        """Take the best of several completions for one turn (`PromptState.take_best`), and record that turn alone.
 
         Raises as `step`.
         """
-        read = [self._read(completion) for completion in completions]
-        tried = [(completion, reply) for completion, reply in read if reply.prompts]
-        if not read[0][1].prompts or len(tried) < 2:
-            return self.step(completions[0])
-        self._board.open()
-        boards = [self._board.copy() for _ in tried]
-        taken = [board.take(*one) for board, one in zip(boards, tried, strict=True)]
-        turns = [turn for turn, _ in taken]
-        worth = [
-            (turn.segmenter_score or 0.0)
-            + float(np.mean([_agreement(turn.after, other.after) for other in turns if other is not turn]))
-            for turn in turns
-        ]
-        best = int(np.argmax(worth))
-        self._board = boards[best]
-        return self._record(*taken[best])
+        return self._record(*self._prompt_state.take_best([self._read(completion) for completion in completions]))
 
-    def cut(self) -> None:
+    def truncate(self) -> None:
         """End the episode here, as "max_turns": for callers with another limit, such as a trainer's context length.
 
         One that has ended stays as it is.
@@ -335,26 +361,35 @@ class SegmentationEnv:
             self._start,
             tuple(self._turns),
             self._stop,
-            self._made_by,
+            self._provenance,
             self._mask_selection,
         )
 
 
 def rollout(
-    policy: Policy, envs: Sequence[SegmentationEnv], *, on_turn: Callable[[int, Turn], None] | None = None
+    policy: Policy,
+    envs: Sequence[SegmentationEnv],
+    *,
+    on_turn: Callable[[int, Turn], None] | None = None,
+    refine: bool = True,
 ) -> list[Episode]:
-    """Run all `envs` to their end and return their episodes in order; `made_by` names the policy.
+    """Run all `envs` to their end and return their episodes in order; `provenance` names the policy.
 
     All live environments are answered in one `policy.respond` batch per turn; a `Proposer` has its candidates for the
-    first turn tried (`SegmentationEnv.step_best`). on_turn: called with the environment's
-    index and its new turn. Raises PolicyError and SegmenterError when machinery fails, ConfigError when an environment
-    reads another dialect than the policy writes.
+    first turn tried (`SegmentationEnv.step_best`). on_turn: called with the environment's index and its new turn.
+    refine: whether a `Knowing` policy begins anew from masks that were brought; else it may leave them as they are, as
+    suits masks that are likely right.
+
+    Raises PolicyError and SegmenterError when machinery fails, ConfigError when an environment reads another dialect
+    than the policy writes.
     """
     for env in envs:
         if env.dialect != policy.dialect:
             raise ConfigError(f"policy {policy.name} writes dialect {policy.dialect}, its environment {env.dialect}")
     if isinstance(policy, Proposer) and policy.candidates > 1:
         _propose(policy, envs, on_turn)
+    if refine and isinstance(policy, Knowing):
+        _refine(policy, envs, on_turn)
     while live := [index for index, env in enumerate(envs) if not env.done]:
         completions = policy.respond([envs[index].observation for index in live])
         if len(completions) != len(live):
@@ -364,16 +399,27 @@ def rollout(
             if on_turn is not None:
                 on_turn(index, turn)
     episodes = [env.episode() for env in envs]
-    return [replace(episode, made_by={"policy": policy.name, **episode.made_by}) for episode in episodes]
+    return [replace(episode, provenance={"policy": policy.name, **episode.provenance}) for episode in episodes]
 
 
 def _propose(policy: Proposer, envs: Sequence[SegmentationEnv], on_turn: Callable[[int, Turn], None] | None) -> None:
     """The best of several first turns, for those of `envs` where it may be any."""
-    fresh = [index for index, env in enumerate(envs) if env.is_open and not env.done]
-    for index, completions in zip(fresh, policy.propose([envs[index].observation for index in fresh]), strict=True):
+    is_new = [index for index, env in enumerate(envs) if env.is_open and not env.done]
+    for index, completions in zip(is_new, policy.propose([envs[index].observation for index in is_new]), strict=True):
         turn = envs[index].step_best(completions)
         if on_turn is not None:
             on_turn(index, turn)
+
+
+def _refine(policy: Knowing, envs: Sequence[SegmentationEnv], on_turn: Callable[[int, Turn], None] | None) -> None:
+    """The best of several first turns, for those of `envs` that a mask was brought to."""
+    for index, env in enumerate(envs):
+        if env.has_start and not env.done and not env.observation.turns:
+            completions = policy.refine(env.observation)
+            if completions:
+                turn = env.step_best(completions)
+                if on_turn is not None:
+                    on_turn(index, turn)
 
 
 def _agreement(masks: Masks, others: Masks) -> float:

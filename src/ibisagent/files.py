@@ -196,21 +196,21 @@ def file_names(paths: Iterable[str | Path]) -> list[str]:
     return [safe_name(Path(path).stem, taken) for path in paths]
 
 
-def png_bytes(picture: PIL.Image.Image | np.ndarray) -> bytes:
-    """A picture as a PNG file, compressed for speed.
+def png_bytes(image: PIL.Image.Image | np.ndarray) -> bytes:
+    """An image as a PNG file, compressed for speed.
 
-    picture: a PIL image, an array (H, W), (H, W, 3) or (H, W, 4) uint8, RGB or RGBA, or a mask (H, W) bool, which
+    image: a PIL image, an array (H, W), (H, W, 3) or (H, W, 4) uint8, RGB or RGBA, or a mask (H, W) bool, which
     becomes 0 and 255.
     """
-    if isinstance(picture, PIL.Image.Image):
-        picture = np.asarray(picture if picture.mode in ("L", "RGB", "RGBA") else picture.convert("RGB"))
-    if picture.dtype == np.bool_:
-        picture = picture.astype(np.uint8) * 255
-    if picture.ndim == 3:  # OpenCV's order is BGR and BGRA
-        picture = picture[..., [2, 1, 0, 3][: picture.shape[2]]]
-    done, encoded = cv2.imencode(".png", picture, [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    if isinstance(image, PIL.Image.Image):
+        image = np.asarray(image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGB"))
+    if image.dtype == np.bool_:
+        image = image.astype(np.uint8) * 255
+    if image.ndim == 3:  # OpenCV's order is BGR and BGRA
+        image = image[..., [2, 1, 0, 3][: image.shape[2]]]
+    done, encoded = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])
     if not done:
-        raise DataError(f"a picture {picture.shape} {picture.dtype} cannot be written as PNG")
+        raise DataError(f"an image {image.shape} {image.dtype} cannot be written as PNG")
     return bytes(encoded.tobytes())
 
 

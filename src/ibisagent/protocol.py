@@ -1,7 +1,7 @@
-"""Everything that a policy reads and writes as text: prompts, pictures with the masks on them, and three grammars.
+"""Everything that a policy reads and writes as text: prompts, images with the masks on them, and three grammars.
 
 The only home of model-facing text, and the only place where coordinates are not integer pixels: in text they are
-fractions of the picture's width and height, in [0, 1]. Points are pixel centres, corners of boxes are pixel edges.
+fractions of the image's width and height, in [0, 1]. Points are pixel centres, corners of boxes are pixel edges.
 
 | dialect  | who speaks it                         | one action                                                        |
 |----------|---------------------------------------|-------------------------------------------------------------------|
@@ -27,7 +27,6 @@ import PIL.Image
 from ibisagent.domain import (
     MASK_SELECTION,
     MAX_NAME_CHARS,
-    MAX_QUERY_CHARS,
     MAX_TARGETS,
     Action,
     Box,
@@ -74,8 +73,8 @@ MAX_RECALLED_CHARS = 500  # of an unreadable reply, in a full history
 class Dialect:
     """One way of writing replies. history and style: what the models that speak it were trained with.
 
-    system: the system prompt. boxes, undo, several, names: whether a reply can hold a Box, an Undo, more than one
-    action, the name of each target. block: line breaks around a tag's content and between actions. picture_first: in
+    system: the system prompt. boxes, undo, multiple, names: whether a reply can hold a Box, an Undo, more than one
+    action, the name of each target. block: line breaks around a tag's content and between actions. image_first: in
     user turns. absent: how the sentence in the answer begins that lists absent objects; empty where the action lists
     them. read, phrase: the grammar of actions. first: the request without a mask. refine: the request once there is
     one; empty where the query stays. "{query}" stands for the query in both.
@@ -92,10 +91,10 @@ class Dialect:
     style: OverlayStyle
     boxes: bool
     undo: bool
-    several: bool
+    multiple: bool
     names: bool
     block: bool
-    picture_first: bool
+    image_first: bool
     absent: str
     read: Callable[[str, Size], list[Action]]
     phrase: Callable[[Action, Size], str]
@@ -125,7 +124,7 @@ class _UnreadableError(Exception):
 
 
 def parse(text: str, size: Size, *, dialect: str, default_target: str = "") -> Reply:
-    """What a policy's `text` means on a picture of `size` (H, W). Takes time linear in the text's length.
+    """What a policy's `text` means on an image of `size` (H, W). Takes time linear in the text's length.
 
     Wanted is <think>...</think><action>...</action>, after a stop also <answer>...</answer>, in this order and each
     once; text around them is ignored, and without <think> the text before <action> is the thought. All dialects read
@@ -190,8 +189,8 @@ def _fault(actions: Sequence[Action], speech: Dialect) -> str | None:
     """Why these actions are no reply of the dialect, in a few words; None if they are one."""
     if not actions:
         return "the action is empty"
-    if len(actions) > (MAX_ACTIONS if speech.several else 1):
-        return f"it holds more than {MAX_ACTIONS if speech.several else 1} actions"
+    if len(actions) > (MAX_ACTIONS if speech.multiple else 1):
+        return f"it holds more than {MAX_ACTIONS if speech.multiple else 1} actions"
     if any(isinstance(action, Stop) for action in actions[:-1]):
         return "an action follows the stop"
     for action in actions:
@@ -390,14 +389,14 @@ def _phrase_paper(action: Action, size: Size) -> str:
 
 
 def write(reply: Reply, size: Size, *, dialect: str) -> str:
-    """The text of a reply about a picture of `size` (H, W): parse(write(reply, ...), ...) == reply.
+    """The text of a reply about an image of `size` (H, W): parse(write(reply, ...), ...) == reply.
 
     So for every reply that the dialect can express, up to blanks around thought, answer and names, and, where
     `Dialect.names` is False or a name is empty, with the name given to `parse` as default_target. Free text may hold
     anything, tags included.
 
     Raises ConfigError, naming the action, for a reply that the dialect cannot express: a Box in "paper" or "released",
-    an Undo or a second action in "released", a point outside the picture, a `problem`, no action at all.
+    an Undo or a second action in "released", a point outside the image, a `problem`, no action at all.
     """
     speech = _dialect(dialect)
     if reply.problem is not None:
@@ -495,14 +494,14 @@ def overlay(
     colours: Sequence[tuple[int, int, int]] = tuple(COLOURS.values()),
     opacity: float = OPACITY,
 ) -> PIL.Image.Image:
-    """The picture with the current masks on it, as a policy sees it; pixels outside all masks stay as they are.
+    """The image with the current masks on it, as a policy sees it; pixels outside all masks stay as they are.
 
-    style "colour": RGB; each mask is laid over the picture in its colour at `opacity` in [0, 1], in the order of
+    style "colour": RGB; each mask is laid over the image in its colour at `opacity` in [0, 1], in the order of
     `masks`. Eight targets are told apart, then colours repeat.
-    style "alpha": RGBA; the colour planes are the untouched picture, alpha is 255 - 16 k for the k-th target (from 0,
+    style "alpha": RGBA; the colour planes are the untouched image, alpha is 255 - 16 k for the k-th target (from 0,
     the first wins where masks overlap) and 0 where there is none. `colours` and `opacity` do not matter.
 
-    Raises DataError for a mask of another size than the picture, ConfigError for an unknown style.
+    Raises DataError for a mask of another size than the image, ConfigError for an unknown style.
     """
     for name, mask in masks.items():
         if mask.shape != image.size:
@@ -533,11 +532,11 @@ def render(
     """The conversation that asks a policy for its next reply: [system], earlier turns, the current user turn.
 
     A message is {"role": "system" | "user" | "assistant", "content": [part, ...]}, a part {"type": "text", "text": str}
-    or {"type": "image", "image": PIL image}; every user turn has one picture, made by `overlay`.
+    or {"type": "image", "image": PIL image}; every user turn has one image, made by `overlay`.
     history None: as the dialect prefers. "none": the current turn alone. "actions": the same, with the actions so far
-    as text. "full": every earlier picture and reply, as they were. style None: as the dialect prefers; "alpha" has
-    no system prompt, as only models trained for it can read such pictures. paint: makes what stands for a
-    picture in the messages, in place of `overlay`; for writers that have the same picture already. wording: what the
+    as text. "full": every earlier image and reply, as they were. style None: as the dialect prefers; "alpha" has
+    no system prompt, as only models trained for it can read such images. paint: makes what stands for an
+    image in the messages, in place of `overlay`; for writers that have the same image already. wording: what the
     policy is told in place of the dialect's own words.
 
     The query and names are escaped as in replies, so that they cannot pass for tags. Raises ConfigError for an unknown
@@ -595,8 +594,8 @@ def _user(
     if turns and turns[-1].reply.problem is not None:
         lines.append(PROBLEM_LINE.format(problem=escape(turns[-1].reply.problem)))
     text = {"type": "text", "text": "\n".join(lines)}
-    picture = {"type": "image", "image": (paint or overlay)(observation.image, masks, style)}
-    return {"role": "user", "content": [picture, text] if speech.picture_first else [text, picture]}
+    image = {"type": "image", "image": (paint or overlay)(observation.image, masks, style)}
+    return {"role": "user", "content": [image, text] if speech.image_first else [text, image]}
 
 
 def recap(replies: Sequence[Reply], size: Size, *, dialect: str) -> str:
@@ -648,10 +647,10 @@ _PAPER = Dialect(
     style="colour",
     boxes=False,
     undo=True,
-    several=True,
+    multiple=True,
     names=True,
     block=True,
-    picture_first=True,
+    image_first=True,
     absent="Not in this image:",
     read=_read_paper,
     phrase=_phrase_paper,
@@ -672,10 +671,10 @@ _RELEASED = Dialect(
     style="colour",
     boxes=False,
     undo=False,
-    several=False,
+    multiple=False,
     names=False,
     block=True,
-    picture_first=True,
+    image_first=True,
     absent="Not in this image:",
     read=_read_released,
     phrase=_phrase_released,
@@ -704,10 +703,10 @@ _IBIS = Dialect(
     style="colour",
     boxes=True,
     undo=True,
-    several=True,
+    multiple=True,
     names=True,
     block=False,
-    picture_first=False,
+    image_first=False,
     absent="",
     read=_read_ibis,
     phrase=_phrase_ibis,
@@ -720,60 +719,3 @@ def _dialect(name: str) -> Dialect:
     if name not in DIALECTS:
         raise ConfigError(f"unknown dialect '{_shown(str(name))}'; there are: {', '.join(DIALECTS)}")
     return DIALECTS[name]
-
-
-# ------------------------------------------------------------------------------------------------------- the query
-
-_VERBS = (
-    "annotate|check|continue|contour|correct|delineate|detect|draw|find|fix|give|highlight|identify|improve|label|locate|"
-    "look|make|mark|outline|please|point|refine|return|say|segment|select|show|trace"
-)
-_PICTURE = r"(?:image|picture|scan|slice|photo|photograph|radiograph|x-ray|frame|ct|mri|ultrasound)"
-_FILLERS = (
-    rf"(?:in|part of) (?:this|the|that) (?:[\w-]+ ){{0,3}}{_PICTURE}|this {_PICTURE}|pixels belong|began|interested in|"
-    "(?:my|a) (?:first )?mask of|shows|"
-    "a|all|am|an|and|any|are|can|colleague|could|do|does|for|from|here|i|is|it|just|"
-    "(?:mask|contour|outline|location|position) of|me|my|need|of|on|out|see|some|somewhere|that|the|there|this|to|us|"
-    "visible|want|we|what|where|which|would|you"
-)
-_COMMAND = re.compile(rf"(?:{_VERBS})\b", re.IGNORECASE)
-_LEADING = re.compile(rf"(?:(?:{_VERBS}|{_FILLERS})(?:[\s,]+|$))+", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"[.?!;:](?=\s|$)")
-_PLACE = re.compile(
-    r"\s(?:(?:visible|shown|present|seen) )?(?:in|on|from|of|within) (?:this|the|that) "
-    rf"(?:[\w-]+ ){{0,3}}{_PICTURE}\b.*",
-    re.IGNORECASE,
-)
-_TRAILING = re.compile(
-    rf"(?:^|,? )(?:please|for me|(?:only )?if|but|and (?:{_VERBS})|(?:is|are) (?:marked|not|there|visible)|"
-    r"be (?:found|seen)|marked)\b.*",
-    re.IGNORECASE,
-)
-_HOLLOW = re.compile(
-    r"(?:\b(?:case|fit|if|in|is|it|its|mask|masks|no|part|so|that|them|there|what|wrong|yes|you)\b[\s,]*)*",
-    re.IGNORECASE,
-)
-
-
-def target_of(query: str) -> str:
-    """The short name of the object that a query means: "Segment the optic disc." -> "optic disc". Never empty.
-
-    Takes the first sentence that begins with a verb such as "segment", unless it only says "it", else the first; strips
-    verbs, articles and question words at its beginning, "in this image", "if it is there" and the like at its end.
-    At most 80 characters. A guess, for replies that name no object; queries that are already a name come back
-    unchanged.
-    """
-    sentences = [part.strip() for part in _SENTENCE_END.split(query[:MAX_QUERY_CHARS]) if part.strip()] or ["target"]
-    commands = [sentence for sentence in sentences if _COMMAND.match(sentence)]
-    names = [_name_in(sentence) for sentence in (*commands, *sentences)]
-    name = next((name for name in names if not _HOLLOW.fullmatch(name)), sentences[0])
-    while len(name) > 80 and " " in name:
-        name = name.rpartition(" ")[0]
-    return name[:80] or "target"
-
-
-def _name_in(sentence: str) -> str:
-    """What is left of a sentence without the words around the name."""
-    name = " ".join(sentence.split()).strip(" .,;:!?\"'")
-    name = name[leading.end() :] if (leading := _LEADING.match(name)) else name
-    return _TRAILING.sub("", _PLACE.sub("", name)).strip(" .,;:!?\"'")

@@ -4,7 +4,7 @@ Nothing here calls a model: every turn holds its masks. Where the paper's defini
 or leave it a hole, the rules are:
 
 - A *step* is a turn that does more than stop. S_pseg is averaged over the steps, S_click over the clicks.
-- No step, or no click: the score is 1 where nothing was to be done (absent objects, questions answered in words, a
+- No step, or no click: the score is 1 where nothing was to be done (absent objects, questions answered as text, a
   start mask that already earns the best S_ans), else clicks score -1. (With 0, as in the paper, a weak policy learns
   never to click.)
 - Absent objects: S_ans is 3 for a Stop that names the object absent while its mask is empty, else 0; the same Stop on
@@ -12,15 +12,15 @@ or leave it a hole, the rules are:
   take away a mask that they were given.
 - S_ans and IoU judge what the episode hands out (`Episode.answer_masks`), all else judges the masks turn by turn.
 - Several targets: S_ans and IoU are averaged over the targets and every other object that was given a mask, whose
-  truth is empty.
+  ground truth is empty.
 - A box counts as a click: +1 if its IoU with the box around the missed region is at least `box_iou`, else -1.
 - An Undo is a step, no click: its S_pseg is 1 if it raises the IoU. Clicks of the same reply are judged by the masks
   that the Undo restores, as those are what they correct.
 
-Three more terms are off unless they are given a weight; they are not the paper's (docs/rewards.md):
+Three more terms are off unless they are given a weight; they are not the paper's (docs/reference/rewards.md):
 
 - `border_progress`: S_pseg that does not see what happens within a few pixels of the true border.
-- `predicted_quality`: what the segmenter itself thinks that the steps have gained; needs no truth.
+- `predicted_quality`: what the segmenter itself thinks that the steps have gained; needs no ground truth.
 - `turns`: a price for every step, from the first on.
 """
 
@@ -145,14 +145,14 @@ class Score:
 
 
 def score(episode: Episode, case: Case, weights: RewardWeights = PAPER) -> Score:
-    """The reward of `episode`, judged by the truth of its `case`.
+    """The reward of `episode`, judged by the ground truth of its `case`.
 
     DataError if the case is another one, or has neither targets nor an answer.
     """
     if episode.case_id != case.id:
         raise DataError(f"episode of case {episode.case_id} cannot be scored by case {case.id}; pair them by id")
     if not case.targets and case.answer is None:
-        raise DataError(f"case {case.id}: has no truth to score by; give it targets or an answer")
+        raise DataError(f"case {case.id}: has no ground truth to score by; give it targets or an answer")
     targets = case.targets or {}
     names = match_names(_names(episode), targets)
     built_on = [_built_on(episode, number) for number in range(len(episode.turns))]
@@ -184,22 +184,22 @@ def score(episode: Episode, case: Case, weights: RewardWeights = PAPER) -> Score
 def answer_score(episode: Episode, case: Case, names: Mapping[str, str], weights: RewardWeights = PAPER) -> float:
     """S_ans in [0, 3]: by IoU for segmentation (mean over targets), exact match (0 or 1) for a closed question.
 
-    names: truth's name of every name that the episode uses (see `match_names`).
+    names: ground truth's name of every name that the episode uses (see `match_names`).
     """
     if not case.targets:
         return float(_plain(episode.answer.answer) == _plain(case.answer or ""))
-    masks, extra = _by_truth(episode.answer_masks, names)
+    masks, extra = _by_ground_truth(episode.answer_masks, names)
     called_absent = {names[said] for said in episode.answer.absent if said in names}
     values = [0.0] * len(extra)
-    for name, truth in case.targets.items():
+    for name, ground_truth in case.targets.items():
         mask = masks.get(name)
-        if not truth.any():
+        if not ground_truth.any():
             right = name in called_absent and (mask is None or not mask.any())
             values.append(weights.answer_steps[0][1] if right else 0.0)
         elif mask is None or name in called_absent:
             values.append(0.0)
         else:
-            reached = iou(mask, truth)
+            reached = iou(mask, ground_truth)
             values.append(next((value for limit, value in weights.answer_steps if reached > limit), 0.0))
     return float(np.mean(values)) if values else 0.0
 
@@ -208,12 +208,12 @@ def click_score(
     prompt: Prompt, before: Masks, targets: Masks, names: Mapping[str, str], weights: RewardWeights = PAPER
 ) -> float:
     """S_click of one click or box on the masks `before` it: 1 if it corrects an error, else -1."""
-    truth = targets.get(names.get(prompt.target, ""))
-    if truth is None:
+    ground_truth = targets.get(names.get(prompt.target, ""))
+    if ground_truth is None:
         return -1.0
-    current, _ = _by_truth(before, names)
-    mask = current.get(names[prompt.target], np.zeros_like(truth))
-    missed, leaked = truth & ~mask, mask & ~truth
+    current, _ = _by_ground_truth(before, names)
+    mask = current.get(names[prompt.target], np.zeros_like(ground_truth))
+    missed, leaked = ground_truth & ~mask, mask & ~ground_truth
     if isinstance(prompt, Click):
         hit = bool((missed if prompt.positive else leaked)[prompt.y, prompt.x])
     else:
@@ -223,7 +223,7 @@ def click_score(
 
 
 def progress_score(turn: Turn, targets: Masks, names: Mapping[str, str]) -> float:
-    """S_pseg of one step: 1 if the masks agree better with the truth after it than before, else 0."""
+    """S_pseg of one step: 1 if the masks agree better with the ground truth after it than before, else 0."""
     return float(_agreement(turn.after, targets, names) > _agreement(turn.before, targets, names))
 
 
@@ -236,11 +236,11 @@ def length_score(steps: int, weights: RewardWeights = PAPER) -> float:
 def border_progress_score(
     turn: Turn, targets: Masks, names: Mapping[str, str], weights: RewardWeights = PAPER
 ) -> float:
-    """`progress_score` that leaves out the pixels within `border_pixels` of the border of each truth.
+    """`progress_score` that leaves out the pixels within `border_pixels` of the border of each ground truth.
 
     So a step earns nothing by moving the border to and fro where people who draw it would not agree either.
     """
-    edges = {name: _border(truth, weights.border_pixels) for name, truth in targets.items()}
+    edges = {name: _border(ground_truth, weights.border_pixels) for name, ground_truth in targets.items()}
     before, after = (_agreement(masks, targets, names, edges) for masks in (turn.before, turn.after))
     return float(after > before)
 
@@ -285,10 +285,10 @@ def box_iou(a: Box, b: Box) -> float:
 
 
 def match_names(said: Iterable[str], targets: Iterable[str]) -> dict[str, str]:
-    """{name a policy used: name of the truth it means}; names without a partner are left out.
+    """{name a policy used: name of the ground truth it means}; names without a partner are left out.
 
-    Names agree when they are equal but for case, blanks and punctuation at the ends. If one truth and one said name
-    are then left over, they belong together: a question need not tell the object's name.
+    Names agree when they are equal but for case, blanks and punctuation at the ends. If one ground truth and one said
+    name are then left over, they belong together: a question need not tell the object's name.
     """
     said, targets = list(dict.fromkeys(said)), list(targets)
     by_plain = {_plain(target): target for target in targets}
@@ -332,8 +332,8 @@ def _built_on(episode: Episode, number: int) -> Masks:
     return turn.before
 
 
-def _by_truth(masks: Masks, names: Mapping[str, str]) -> tuple[dict[str, Mask], list[Mask]]:
-    """(masks by the truth's names, non-empty masks of objects that the truth does not know)."""
+def _by_ground_truth(masks: Masks, names: Mapping[str, str]) -> tuple[dict[str, Mask], list[Mask]]:
+    """(masks by the ground truth's names, non-empty masks of objects that the ground truth does not know)."""
     known: dict[str, Mask] = {}
     extra = []
     for name, mask in masks.items():
@@ -346,13 +346,13 @@ def _by_truth(masks: Masks, names: Mapping[str, str]) -> tuple[dict[str, Mask], 
 
 def _ious(masks: Masks, targets: Masks, names: Mapping[str, str], ignored: Masks | None = None) -> list[float]:
     """IoU of every target, and 0 for every other object that has a mask. ignored: pixels left out, by target."""
-    known, extra = _by_truth(masks, names)
+    known, extra = _by_ground_truth(masks, names)
     values = []
-    for name, truth in targets.items():
-        mask = known.get(name, np.zeros_like(truth))
+    for name, ground_truth in targets.items():
+        mask = known.get(name, np.zeros_like(ground_truth))
         if ignored is not None:
-            mask, truth = mask & ~ignored[name], truth & ~ignored[name]
-        values.append(iou(mask, truth))
+            mask, ground_truth = mask & ~ignored[name], ground_truth & ~ignored[name]
+        values.append(iou(mask, ground_truth))
     return values + [0.0] * len(extra)
 
 
@@ -362,16 +362,17 @@ def _agreement(masks: Masks, targets: Masks, names: Mapping[str, str], ignored: 
     return float(np.mean(values)) if values else 1.0
 
 
-def _border(truth: Mask, pixels: int) -> Mask:
-    """The pixels within `pixels` of the border of `truth`, inside and outside; none if that is the whole of a thin one.
+def _border(ground_truth: Mask, pixels: int) -> Mask:
+    """The pixels within `pixels` of the border of `ground_truth`, inside and outside; none if that is the whole of a
+    thin one.
 
-    The edge of the picture is no border.
+    The edge of the image is no border.
     """
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * pixels + 1, 2 * pixels + 1))
-    drawn = truth.astype(np.uint8)
+    drawn = ground_truth.astype(np.uint8)
     core = cv2.erode(drawn, disc).astype(bool)
     border: Mask = cv2.dilate(drawn, disc).astype(bool) & ~core
-    return border if core.any() else np.zeros_like(truth)
+    return border if core.any() else np.zeros_like(ground_truth)
 
 
 def _turn_score(

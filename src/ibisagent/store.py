@@ -44,7 +44,7 @@ from ibisagent.imaging import limits
 from ibisagent.imaging.masks import decode_rle, encode_rle
 
 SCHEMA_VERSION = 2
-"""2 has the column `mask_selection`. Version 1, which said the same in `made_by`, is read as well."""
+"""2 has the column `mask_selection`. Version 1, which said the same in `provenance`, is read as well."""
 RECORD_FORMAT = "ibisagent episode"
 
 _ACTIONS: Mapping[str, type[Click] | type[Box] | type[Undo] | type[Stop]] = MappingProxyType(
@@ -143,7 +143,7 @@ class EpisodeStore:
     def read(self) -> Iterator[Episode]:
         """Every episode, shard by shard.
 
-        DataError for a damaged or foreign shard, one of a newer version, or no folder at all.
+        DataError for a damaged or unrelated shard, one of a newer version, or no folder at all.
         """
         if not self.folder.is_dir():
             raise DataError(f"{self.folder}: no such folder; give one that 'ibisagent data trajectories' wrote")
@@ -151,7 +151,7 @@ class EpisodeStore:
             yield from self.read_shard(shard)
 
     def read_shard(self, shard: int) -> Iterator[Episode]:
-        """Every episode of one shard. DataError if the shard is damaged, foreign, of a newer version or not there."""
+        """Every episode of one shard. DataError if the shard is damaged, unrelated, of a newer version or not there."""
         path = self.shards.get(shard)
         if path is None:
             raise DataError(f"{self.folder}: has no shard {shard}; make it again")
@@ -164,11 +164,6 @@ class EpisodeStore:
             raise DataError(f"{self.folder}: no such folder; give one that 'ibisagent data trajectories' wrote")
         return StoredEpisodes(self.shards.values())
 
-    def case_ids(self) -> set[str]:
-        """The cases that have an episode; reads that column only."""
-        tables = (_read_shard(path, ["case_id"]) for path in self.shards.values())
-        return {case_id for table in tables for case_id in table["case_id"].to_pylist()}
-
     def notes(self, shard: int) -> dict[str, Any]:
         """The notes that were appended with shard number `shard`; reads no episode."""
         path = self.shards[shard]
@@ -179,7 +174,7 @@ class StoredEpisodes(Sequence[Episode]):
     """Episodes of Parquet shards, kept as compact columns: 100,000 fit where 1,000 decoded ones would."""
 
     def __init__(self, shards: Iterable[Path]) -> None:
-        """shards: files of an `EpisodeStore`, in order. DataError for a damaged or foreign one."""
+        """shards: files of an `EpisodeStore`, in order. DataError for a damaged or unrelated one."""
         self._table = pa.concat_tables([SCHEMA.empty_table(), *map(_read_shard, shards)])
 
     def __len__(self) -> int:
@@ -229,7 +224,7 @@ def plain_record(episode: Episode) -> dict[str, Any]:
 
 
 def read_record(path: str | Path) -> Episode:
-    """The episode that `write_record` wrote. DataError if the file is damaged, foreign or of a newer version."""
+    """The episode that `write_record` wrote. DataError if the file is damaged, unrelated or of a newer version."""
     path = Path(path)
     try:
         record = _load_json(path.read_bytes(), str(path))
@@ -239,7 +234,7 @@ def read_record(path: str | Path) -> Episode:
 
 
 def read_plain_record(record: Mapping[str, Any], where: str) -> Episode:
-    """The episode that `plain_record` made plain. DataError if it is damaged, foreign or of a newer version."""
+    """The episode that `plain_record` made plain. DataError if it is damaged, unrelated or of a newer version."""
     if record.get("format") != RECORD_FORMAT:
         raise DataError(f"{where}: is no episode record; give a file that 'ibisagent segment' wrote")
     _check_version(record.get("version"), where)
@@ -358,7 +353,7 @@ def _plain_episode(episode: Episode) -> dict[str, Any]:
         "start": plain_masks(episode.start),
         "turns": turns,
         "stop": episode.stop,
-        "made_by": dict(sorted(episode.made_by.items())),
+        "made_by": dict(sorted(episode.provenance.items())),
         "mask_selection": episode.mask_selection,
     }
 
@@ -388,7 +383,7 @@ def _episode(plain: Mapping[str, Any], where: str) -> Episode:
                 raise KeyError(name)
         if plain["stop"] not in _STOPS:
             raise ValueError(f"stop is '{plain['stop']}'")
-        made_by = dict(plain["made_by"] or ())
+        provenance = dict(plain["made_by"] or ())
         return Episode(
             plain["case_id"],
             plain["query"],
@@ -398,8 +393,8 @@ def _episode(plain: Mapping[str, Any], where: str) -> Episode:
             start,
             tuple(turns),
             plain["stop"],
-            made_by,
-            _mask_selection(plain["mask_selection"], made_by),
+            provenance,
+            _mask_selection(plain["mask_selection"], provenance),
         )
     except TooLargeError:
         raise
@@ -415,9 +410,9 @@ def _check_cost(plain: Mapping[str, Any], size: tuple[int, int], where: str) -> 
     limits.check_unpacked(len({mask["rle"]["counts"] for mask in masks}) * size[0] * size[1], where)
 
 
-def _mask_selection(said: str | None, made_by: Mapping[str, str]) -> MaskSelection:
+def _mask_selection(said: str | None, provenance: Mapping[str, str]) -> MaskSelection:
     """As recorded. Version 1 recorded it where the masks were chosen among, as `keep`; elsewhere they were the last."""
-    return check_mask_selection(made_by.get("keep", "last") if said is None else said)
+    return check_mask_selection(provenance.get("keep", "last") if said is None else said)
 
 
 def _turn(plain: Mapping[str, Any], before: Masks, size: tuple[int, int], where: str) -> Turn:
@@ -436,7 +431,7 @@ def _action(plain: Mapping[str, Any]) -> Action:
     return cls(**fields)
 
 
-@lru_cache(maxsize=512)  # episodes of one picture share many masks
+@lru_cache(maxsize=512)  # episodes of one image share many masks
 def _decoded(size: tuple[int, ...], counts: str) -> Mask:
     mask = decode_rle({"size": size, "counts": counts})
     mask.flags.writeable = False

@@ -23,7 +23,7 @@ class _OneLineErrors(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         # Read by OpenMP when torch is loaded: threads that spin while they wait for each other cost a batch up to 30
-        # times its time where another process, or another thread of a server, has a core (docs/log.md).
+        # times its time where another process, or another thread of a server, has a core (docs/experiments).
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         try:
             return super().invoke(ctx)
@@ -55,9 +55,9 @@ app.command()(serve.ui)
 @app.command()
 def models(as_json: JsonOption = False) -> None:
     """List the policies and segmenters: what each is, and which weights are on this machine."""
-    from ibisagent.inference import models as inventory
+    from ibisagent.inference import models as installed
 
-    found = inventory.models()
+    found = installed.models()
     if as_json:
         print_json([asdict(model) for model in found])
         return
@@ -76,9 +76,9 @@ def doctor(
     as_json: JsonOption = False,
 ) -> None:
     """Check this machine: versions, devices, weights, folders, and one tiny episode. Exit code 2 if something fails."""
-    from ibisagent.inference import models as inventory
+    from ibisagent.inference import models as installed
 
-    checks = inventory.check_machine(policy, gpu)
+    checks = installed.check_machine(policy, gpu)
     if as_json:
         print_json([asdict(check) for check in checks])
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -14,6 +14,9 @@ from ibisagent.cli.options import DeviceOption, JsonOption, SeedOption, Segmente
 from ibisagent.cli.output import EXIT_ERROR, print_json, progress, status, stderr, stdout
 from ibisagent.errors import ConfigError
 from ibisagent.files import one_line
+
+if TYPE_CHECKING:
+    from ibisagent.volumes.series import Series
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Labelled data: list, check, audit, build, prompts."
@@ -42,21 +45,59 @@ def list_benchmarks(as_json: JsonOption = False) -> None:
             stdout.print(f"{'':12} {word + ':':10} {fact}")
 
 
+@app.command("series")
+def list_dicom_series(
+    place: Annotated[str, typer.Argument(metavar="FOLDER", help="A folder of DICOM files, or a study's DICOMweb URL.")],
+    as_json: JsonOption = False,
+) -> None:
+    """List every DICOM series below FOLDER: what it shows, its slices and spacing, and what is wrong with it.
+
+    The numbers are those that 'segment --series' takes for this folder; --select chooses by the other columns.
+    """
+    from ibisagent.volumes.series import list_series
+
+    found = []
+    with status("reading headers", quiet=as_json):
+        for one in list_series(place):
+            found.append(one)
+            if not as_json:
+                stdout.print(_in_a_line(one))
+    if as_json:
+        print_json({"series": [one.to_json() for one in found]})
+
+
+def _in_a_line(series: Series) -> str:
+    spacing = "" if series.spacing_mm is None else " x ".join(f"{side:.3g}" for side in series.spacing_mm) + " mm"
+    weights = [f"TE {value:g} ms" for value in series.echo_times_ms] + [f"b {value:g}" for value in series.b_values]
+    facts = (
+        f"'{one_line(series.description, 60)}'" if series.description else "",
+        f"series {series.series_number}" if series.series_number else "",
+        f"{series.slices} slices of {series.size[0]} x {series.size[1]}" if series.slices else "",
+        spacing,
+        series.plane,
+        *weights[:6],
+    )
+    problem = f"cannot be used: {series.problem}" if series.problem else ""
+    remarks = "; ".join(part for part in (problem, *series.notes) if part)
+    line = f"{series.number:3}  {series.modality or '?':3} {', '.join(fact for fact in facts if fact)}"
+    return f"{line}  ({one_line(remarks, 300)})" if remarks else line
+
+
 @app.command()
 def check(
     data: Annotated[Path, typer.Argument(help="A local copy of a benchmark, a data set folder, or a manifest.")],
     against: Annotated[
-        Path | None, typer.Option(help="Look for pictures and patients that DATA shares with this.")
+        Path | None, typer.Option(help="Look for images and patients that DATA shares with this.")
     ] = None,
     limit: Annotated[int, typer.Option(help="Decode this many cases of DATA, spread over it; 0: all.", min=0)] = 50,
     bits: Annotated[
-        int | None, typer.Option(help="Pictures whose 256-bit fingerprints differ so little are the same (default 6).")
+        int | None, typer.Option(help="Images whose 256-bit fingerprints differ so little are the same (default 6).")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check a local copy of a public benchmark, or of any DATA: what is in it, and whether it can be read.
 
-    With --against: also pictures that look alike and patients in both; give it the data that a model was trained on.
+    With --against: also images that look alike and patients in both; give it the data that a model was trained on.
     Exit code 2 if cases cannot be read, or something is shared.
     """
     from ibisagent.datasets import read_cases
@@ -69,15 +110,15 @@ def check(
     if against is not None:
         mine, theirs = read_cases(data), read_cases(against)
         total = len({row.image for row in mine.rows}) + len({row.image for row in theirs.rows})
-        with progress(total, "pictures", quiet=as_json) as advance:
-            leaks = find_leaks(mine, theirs, bits=NEAR_BITS if bits is None else bits, on_picture=advance)
+        with progress(total, "images", quiet=as_json) as advance:
+            leaks = find_leaks(mine, theirs, bits=NEAR_BITS if bits is None else bits, on_image=advance)
     if as_json:
         print_json({"copy": asdict(copy), "leaks": None if leaks is None else asdict(leaks)})
     else:
         known = BENCHMARKS.get(copy.layout)
         stdout.print(f"{data}: {known.title if known else 'a manifest'}")
         stdout.print(
-            f"  {copy.pairs} pairs, {copy.pictures} pictures, {copy.objects} objects, {copy.patients} patients named"
+            f"  {copy.pairs} pairs, {copy.images} images, {copy.objects} objects, {copy.patients} patients named"
         )
         for title, counts in (("splits", copy.splits), ("modalities", copy.modalities)):
             stdout.print(f"  {title}: {', '.join(f'{one_line(name, 40)} {count}' for name, count in counts.items())}")
@@ -87,17 +128,17 @@ def check(
         for problem in copy.problems:
             stderr.print(f"  {one_line(problem, 300)}")
         if leaks is not None:
-            stdout.print(f"  compared {leaks.compared[0]} pictures with {leaks.compared[1]} of {against}")
-            stdout.print(f"  pictures that look alike: {len(leaks.pictures)}, patients in both: {len(leaks.patients)}")
+            stdout.print(f"  compared {leaks.compared[0]} images with {leaks.compared[1]} of {against}")
+            stdout.print(f"  images that look alike: {len(leaks.images)}, patients in both: {len(leaks.patients)}")
             if not all(leaks.patients_known):
                 stdout.print("  patients cannot be compared: not both name them")
-            for name, other, distance in leaks.pictures:
+            for name, other, distance in leaks.images:
                 stdout.print(f"  {one_line(name, 200)} = {one_line(other, 200)} ({distance} of 256 bits differ)")
             for patient in leaks.patients:
                 stdout.print(f"  patient {one_line(patient)}")
             for problem in leaks.unread:
                 stderr.print(f"  {one_line(problem, 300)}")
-    shared = leaks is not None and (leaks.pictures or leaks.patients or leaks.unread)
+    shared = leaks is not None and (leaks.images or leaks.patients or leaks.unread)
     if copy.problems or shared:
         raise typer.Exit(EXIT_ERROR)
 
@@ -105,27 +146,23 @@ def check(
 @app.command()
 def audit(
     data: Annotated[Path, typer.Argument(help="Data set folder, a manifest, or a public benchmark's files.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the page, the table and the pictures.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the page, the table and the images.")],
     split: Annotated[str | None, typer.Option(help="Only these masks; they are held against all of DATA.")] = None,
     segmenter: Annotated[str, typer.Option("--segmenter", "-s", help="Draws what leaks and is missed.")] = "ibis-click",
-    policy: Annotated[
-        str, typer.Option("--policy", "-p", help="Ask this agent, too: a signal beside the others, without weight yet.")
-    ] = "none",
     limit: Annotated[int | None, typer.Option(help="Only this many masks, spread over the data.", min=1)] = None,
-    pictures: Annotated[int, typer.Option(help="Pictures of so many of the worst.", min=0)] = 50,
+    images: Annotated[int, typer.Option(help="Images of so many of the worst.", min=0)] = 50,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """List the masks of DATA that disagree with their name or their picture, worst first.
+    """List the masks of DATA that disagree with their name or their image, worst first.
 
-    Writes index.html with pictures of the worst, findings.csv and findings.json with all. Masks that cannot be read are
+    Writes index.html with images of the worst, findings.csv and findings.json with all. Masks that cannot be read are
     listed and make the exit code 2.
     """
     with status("reading the data and loading the segmenter", quiet=as_json):
         from ibisagent.datasets import read_cases
         from ibisagent.evaluation import audit as auditing
         from ibisagent.files import try_folder
-        from ibisagent.policies import load_policy
         from ibisagent.segmenters import load_segmenter
 
         everything = read_cases(data)
@@ -133,10 +170,9 @@ def audit(
         cases = cases.filter(lambda row: row.mask is not None).spread(limit)
         try_folder(output)
         engine = load_segmenter(segmenter, device=device)
-        agent = None if policy == "none" else load_policy(policy, device=device)
     with progress(len(cases), "masks", quiet=as_json) as advance:
-        found = auditing.audit(cases, engine, agent, among=everything, on_mask=advance)
-    page = auditing.write_report(found, cases, output, pictures=pictures)
+        found = auditing.audit(cases, engine, among=everything, on_mask=advance)
+    page = auditing.write_report(found, cases, output, images=images)
     if as_json:
         print_json({"findings": [one.to_json() for one in found.findings], "failures": dict(found.failures)})
     else:
@@ -169,7 +205,7 @@ def trajectories(
 ) -> None:
     """Write an expert's episode for every image-mask pair of DATA.
 
-    A run that was killed goes on where it stopped, and ends with the same files as one that was not.
+    A run that was killed resumes, and ends with the same files as one that was not.
     """
     with status("reading the data and loading the segmenter", quiet=as_json):
         from ibisagent.datasets import read_cases
@@ -231,7 +267,7 @@ def build(
     split: Annotated[str | None, typer.Option(help="Only the pairs of this split.")] = None,
     licence_class: Annotated[str | None, typer.Option(help="Only pairs of this class, from that column.")] = None,
     hold_out: Annotated[
-        bool, typer.Option(help="Without the patients, one in sixteen, that train-nano keeps to choose settings on.")
+        bool, typer.Option(help="Without the patients, one in sixteen, that 'train nano' keeps to choose settings on.")
     ] = False,
     limit: Annotated[int | None, typer.Option(help="Only this many pairs, spread over the data.", min=1)] = None,
     workers: Annotated[int | None, typer.Option(help="Processes, on Ray; default: this one alone.", min=1)] = None,
@@ -242,8 +278,8 @@ def build(
 ) -> None:
     """Make training data from image-mask pairs: questions, expert episodes with thoughts, files for SFT and RL.
 
-    Stages: trajectories, questions, thoughts, reflection, filter, export. A run that was killed goes on where it
-    stopped and ends with the same bytes. OUT/card.md says what was made, and what was rejected and why.
+    Stages: trajectories, questions, thoughts, reflection, filter, export. A run that was killed resumes and ends with
+    the same bytes. OUT/card.md says what was made, and what was rejected and why.
     """
     with status("reading the data", quiet=as_json):
         from ibisagent.datasets import read_cases

@@ -53,7 +53,7 @@ def run(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="Folder of the run; an unfinished one is continued. See docs/evaluation.md."
+            "--output", "-o", help="Folder of the run; an unfinished one resumes. See docs/reference/evaluation.md."
         ),
     ] = None,
     segmenter: SegmenterOption = "ibis-click",
@@ -70,7 +70,7 @@ def run(
     """Measure a policy with a segmenter on labelled DATA, beside the baselines.
 
     The location prior is learned from the rows for training. Cases that fail are listed and left out. A run that was
-    killed goes on where it stopped, and ends with the same figures; cases whose files have changed since are judged
+    killed resumes, and ends with the same results; cases whose files have changed since are judged
     again.
     """
     with status("loading", quiet=as_json):
@@ -150,13 +150,16 @@ def score(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only this many cases, spread over the data.", min=1)] = None,
     resize_targets: Annotated[
-        bool, typer.Option(help="Compare masks of another size with the truth resized to theirs (nearest neighbour).")
+        bool,
+        typer.Option(help="Compare masks of another size with the ground truth resized to theirs (nearest neighbour)."),
     ] = False,
     by: Annotated[str, typer.Option(help="Group the table by modality, object, size or dataset.")] = "modality",
     empty: EmptyOption = "one",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure masks that anything made against the masks of DATA; docs/evaluation.md says how they are to be named.
+    """Measure masks that anything made against the masks of DATA.
+
+    docs/reference/evaluation.md says how they are to be named.
 
     Masks of wrong size or place, missing, double or unknown ones are listed one by one, never averaged away; then the
     exit code is 2.
@@ -178,7 +181,7 @@ def score(
         )
     else:
         _print_evaluation(replace(found.evaluation, failures=()), group, rule)
-        count, total = len(found.evaluation.results), int(found.evaluation.made_by["cases"])
+        count, total = len(found.evaluation.results), int(found.evaluation.provenance["cases"])
         stdout.print(
             f"{count} of {total} cases scored; with 0 for each of the others: mean IoU {found.strict['iou']:.3f},"
             f" Dice {found.strict['dice']:.3f}"
@@ -195,9 +198,7 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The page. Default: report.html in RUN.")
     ] = None,
-    shown: Annotated[
-        int, typer.Option("--cases", help="So many best, median and worst cases with pictures.", min=1)
-    ] = 6,
+    shown: Annotated[int, typer.Option("--cases", help="So many best, median and worst cases with images.", min=1)] = 6,
     empty: EmptyOption = "one",
 ) -> None:
     """Write one HTML page about RUN that needs nothing else: tables, plots, the best, median and worst cases."""
@@ -207,7 +208,7 @@ def report(
     page = output or run / "report.html"
     missing = write_report(run, page, cases=shown, empty=check_empty_rule(empty))
     for name in missing:
-        stderr.print(f"without its picture, as the file is not there any more or has changed: {one_line(name)}")
+        stderr.print(f"without its image, as the file is not there any more or has changed: {one_line(name)}")
     stdout.print(str(page))
 
 
@@ -257,7 +258,7 @@ def ceiling(
             engine,
             max_clicks=clicks,
             seed=seed,
-            made_by={"data": str(data), "split": split or "", **engine.describe()},
+            provenance={"data": str(data), "split": split or "", **engine.describe()},
             on_case=advance,
         )
     plain = result.to_json(compared)
@@ -283,7 +284,7 @@ _TABLES = {
     "the same: borders and noise": ("hd95_mm", "nsd_2mm", "hd95_px", "nsd_2px", "extra_components", "speck_share"),
     "the same: how it works": ("clicks", "redundant_clicks", "stop_gap", "parse_failures", "tokens"),
     "blind clicks with {segmenter}": ("prior_iou", "prior_hit", "centre_iou", "centre_hit"),
-    "seeing the truth: its box's ellipse, an expert's clicks with {segmenter} (IoU)": (
+    "seeing the ground truth: its box's ellipse, an expert's clicks with {segmenter} (IoU)": (
         "ellipse_iou",
         *(f"oracle_iou_{count}" for count in (1, 2, 3, 5, 10)),
     ),
@@ -311,7 +312,7 @@ def _print_evaluation(result: Evaluation, by: GroupBy, empty: EmptyRule) -> None
             continue
         table = Table(
             *("", "cases", *shown),
-            title=title.format(**result.made_by),
+            title=title.format(**result.provenance),
             title_justify="left",
             box=SIMPLE_HEAD,
             pad_edge=False,
@@ -334,7 +335,7 @@ def _print_evaluation(result: Evaluation, by: GroupBy, empty: EmptyRule) -> None
 
 def _print_ceiling(result: Ceiling, agent: Agent | None) -> None:
     if groups := result.groups():
-        _print_groups(result.made_by["segmenter"], result.max_clicks, groups)
+        _print_groups(result.provenance["segmenter"], result.max_clicks, groups)
     for kind, times in result.milliseconds().items():
         stdout.print(f"{kind}: {times.median:.1f} ms median, {times.p95:.1f} ms p95 ({times.count})")
     if result.peak_memory_bytes is not None:

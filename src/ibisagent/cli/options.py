@@ -164,13 +164,16 @@ HostOption = Annotated[str, typer.Option(help="Address to listen on; beyond this
 SessionsOption = Annotated[int, typer.Option(help="Most sessions at a time.", min=1)]
 
 
-IdleOption = Annotated[float, typer.Option(help="Minutes after which an idle session and its files go.", min=0.1)]
+IdleOption = Annotated[float, typer.Option(help="Minutes without use after which what nobody worked on goes.", min=0.1)]
+DeleteOption = Annotated[
+    float | None, typer.Option(help="Days without use after which everything goes, also somebody's work.", min=0.01)
+]
 
 
 UploadOption = Annotated[int, typer.Option(help="Largest upload in megabytes.", min=1)]
 
 
-AreaOption = Annotated[int, typer.Option(help="Largest picture in megapixels.", min=1)]
+AreaOption = Annotated[int, typer.Option(help="Largest image in megapixels.", min=1)]
 
 
 VoxelsOption = Annotated[int, typer.Option(help="Largest volume in megavoxels of 4 bytes.", min=1)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,13 +23,16 @@ from ibisagent.cli.options import (
 )
 from ibisagent.cli.output import EXIT_ERROR, JsonStream, print_error, print_json, progress, status, stderr, stdout
 from ibisagent.domain import check_mask_selection
-from ibisagent.errors import ConfigError, IbisError
+from ibisagent.errors import ConfigError, DataError, IbisError, PolicyError
 from ibisagent.files import one_line, try_folder
 
 if TYPE_CHECKING:
     from ibisagent.domain import Turn
     from ibisagent.evaluation.reliability import Queue
     from ibisagent.inference.batch import Batch, ImageResult, Listener, Result, VolumeResult
+
+LOW_PRESENCE = 0.5
+"""Below this an object is as likely missing as there."""
 
 
 @spread_options
@@ -38,8 +41,8 @@ def segment(
         list[str],
         typer.Argument(
             metavar="IMAGE",
-            help="Images (PNG, JPEG, TIFF, BMP), volumes (NIfTI, DICOM, NRRD, MHA), folders with a DICOM series, or"
-            " the DICOMweb address of one.",
+            help="Images (PNG, JPEG, TIFF, BMP), volumes (NIfTI, DICOM, NRRD, MHA, MGH, ZIP), folders with a DICOM"
+            " series, or the DICOMweb address of one.",
         ),
     ],
     query: Annotated[str, typer.Argument(metavar="QUERY", help='What to segment, such as "the optic disc".')],
@@ -52,30 +55,45 @@ def segment(
     start_mask: Annotated[
         list[Path] | None, typer.Option(help="Mask to refine (0 outside); once per image, in their order.")
     ] = None,
+    label: Annotated[
+        str | None, typer.Option(help="Volumes: the object of the start mask that is meant, by name or number.")
+    ] = None,
     axis: Annotated[str, typer.Option(help="Volumes: slices to look at: auto, axial, coronal, sagittal.")] = "auto",
     slices: Annotated[
-        str | None, typer.Option(help="Volumes: key slices, such as 12,40,77 or ::10. Default: searched for.")
+        str | None,
+        typer.Option(help="Volumes: key slices, such as 12,40:60:5, or 'instance 12,40'. Default: searched."),
     ] = None,
     window: Annotated[
         str, typer.Option(help="Volumes: auto, lung, bone, 'soft tissue', brain, ..., LEVEL/WIDTH, or 1-99%.")
     ] = "auto",
     channel: Annotated[int | None, typer.Option(help="Volumes: which of several on one grid, from 0.", min=0)] = None,
-    series: Annotated[str | None, typer.Option(help="Volumes: which DICOM series of a folder: number or UID.")] = None,
+    series: Annotated[
+        str | None, typer.Option(help="Volumes: which DICOM series of a folder: number, UID, or 1/2 for its stack 2.")
+    ] = None,
+    select: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="IMAGEs are folders of studies: segment these series, such as 'CT axial >= 20 slices', or all."
+        ),
+    ] = None,
     recheck: Annotated[
         int, typer.Option(help="Volumes: ask the agent again after so many slices; 0 never asks again.", min=0)
     ] = 10,
     formats: Annotated[
         list[str] | None,
-        typer.Option("--format", help="Volumes: nifti (default), seg and sr (DICOM), png, rle; may be repeated."),
+        typer.Option(
+            "--format", help="Volumes: nifti (default), labels, seg.nrrd, seg, sr, rtstruct, png, rle; may be repeated."
+        ),
     ] = None,
     store: Annotated[
-        str | None, typer.Option(help="Volumes: DICOMweb server to send seg and sr to; the images stay here.")
+        str | None, typer.Option(help="Volumes: DICOMweb server to send DICOM results to; the images stay here.")
     ] = None,
     overwrite: Annotated[
         bool, typer.Option(help="Make results that are there already again, in their place. Default: they are kept.")
     ] = False,
     review_queue: Annotated[
-        bool, typer.Option(help="Images: score every mask; review.csv and .json list them worst first.")
+        bool,
+        typer.Option(help="Score every mask (of volumes: their slices); review.csv and .json list them worst first."),
     ] = False,
     calibration: Annotated[
         Path | None, typer.Option(help="What 'eval calibrate' wrote: makes scores expected IoUs, in the review queue.")
@@ -107,7 +125,9 @@ def segment(
         from ibisagent.inference.batch import Batch, VolumeOptions
         from ibisagent.segmenters import load_segmenter
 
-        options = VolumeOptions(axis, slices, window, channel, series, recheck, tuple(formats or ("nifti",)), store)
+        options = VolumeOptions(
+            axis, slices, window, channel, series, recheck, tuple(formats or ("nifti",)), store, label
+        )
         writer = choice.load(**asdict(drawing))
         engine = load_segmenter(segmenter, device=choice.device)
         batch = Batch(writer, engine, query, output, max_turns, selection, options, overwrite)
@@ -117,7 +137,7 @@ def segment(
 
         reviewer = Reviewer(writer, engine, selection, samples, max_turns, drawing.seed)
         batch.review = queue = Queue(reviewer, None if calibration is None else Reliability.read(calibration))
-    failed = _run_batch(batch, images, start_mask or [], queue, as_json)
+    failed = _run_batch(batch, images, start_mask or [], select or [], queue, as_json)
     if queue is not None and not as_json:
         stdout.print(f"to be reviewed, worst first ({output / 'review.csv'}):")
         for entry in queue.worst_first:
@@ -126,19 +146,28 @@ def segment(
         raise typer.Exit(EXIT_ERROR)
 
 
-def _run_batch(batch: Batch, images: list[str], starts: list[Path], queue: Queue | None, as_json: bool) -> int:
+def _run_batch(
+    batch: Batch, images: list[str], starts: list[Path], select: list[str], queue: Queue | None, as_json: bool
+) -> int:
     """Print every result as it comes; how many inputs failed."""
-    failed = kept = 0
+    from ibisagent.inference.studies import LIST, segment_studies
+    from ibisagent.volumes.series import parse_selection
+
+    if select and starts:
+        raise ConfigError("--start-mask is for single images: leave it or --select out")
+    failed = kept = passed = 0
     if not as_json:
         batch.listener = _printer(batch.query)
     with (
         _results(batch.query, as_json) as stream,
-        progress(len(images), "images", quiet=as_json or len(images) == 1) as advance,
+        progress(None if select else len(images), "images", quiet=as_json or len(images) == 1) as advance,
     ):
-        for result in batch.run(images, starts):
+        chosen = [parse_selection(text) for text in select]
+        for result in segment_studies(batch, images, chosen) if select else batch.run(images, starts):
             value = result.to_json()
             failed += "error" in value
             kept += "kept" in value
+            passed += "passed_over" in value
             if stream is not None:
                 stream.add(value)
             else:
@@ -149,7 +178,10 @@ def _run_batch(batch: Batch, images: list[str], starts: list[Path], queue: Queue
             if stream is not None:
                 stream.after["review"] = queue.worst_first
     if kept:
-        stderr.print(f"{kept} of {len(images)} results were there already and are kept (--overwrite makes them again)")
+        of = "" if select else f" of {len(images)}"
+        stderr.print(f"{kept}{of} results were there already and are kept (--overwrite makes them again)")
+    if passed:
+        stderr.print(f"{passed} series were passed over: {batch.folder / LIST} says why")
     return failed
 
 
@@ -240,6 +272,11 @@ def _printer(query: str) -> Listener:
             spacing = " x ".join(f"{side:.3g}" for side in volume.spacing_mm)
             size = f"{sides} voxels of {spacing} mm" if volume.spacing_known else f"{sides} voxels"
             stdout.print(f"  {volume.name}: {size}, {view.count} {view.axis} slices, window {view.window_source}")
+            self.noted(volume.notes)
+
+        def noted(self, notes: Sequence[str]) -> None:
+            for note in notes:
+                stdout.print(f"  note: {one_line(note, 400)}")
 
         def asked(self, index: int, why: Why, episode: Episode) -> None:
             found = ", ".join(one_line(name, 60) for name, mask in episode.answer_masks.items() if mask.any())
@@ -253,16 +290,19 @@ def _printer(query: str) -> Listener:
 
 
 def _print_result(result: Result) -> None:
-    from ibisagent.inference.batch import Failed, ImageResult, VolumeResult
+    from ibisagent.inference.batch import Failed, ImageResult, PassedOver, VolumeResult
 
     if isinstance(result, Failed):
         print_error(result.error)
+    elif isinstance(result, PassedOver):
+        stdout.print(f"{result.path}: passed over, {one_line(result.why, 200)}")
     elif isinstance(result, ImageResult):
         _print_image(result)
     elif isinstance(result, VolumeResult):
         _print_volume(result)
     else:
         stdout.print(f"  kept:    {result.record} (was there already)")
+        _print_failed(result.failed)
 
 
 def _print_image(result: ImageResult) -> None:
@@ -279,8 +319,25 @@ def _print_image(result: ImageResult) -> None:
         stdout.print(f"  mask:    {file} ({one_line(target, 60)}, {pixels} pixels)")
     if not outputs.masks:
         stdout.print("  mask:    none was made")
+    for line in _doubts(result):
+        stdout.print(f"  note:    {line}")
     stdout.print(f"  overlay: {outputs.overlay}")
     stdout.print(f"  record:  {outputs.record}")
+    if (problem := result.problem) is not None:
+        print_error(PolicyError(problem))
+
+
+def _doubts(result: ImageResult) -> Iterator[str]:
+    """What a user should know before trusting a mask: names that the policy never learned, objects hardly there."""
+    from ibisagent.inference.image import asked_objects
+
+    for one in asked_objects(result.episode):
+        name, presence = one_line(one["name"], 60), one["presence"]
+        if not one["known"]:
+            nearest = f"; the nearest that it knows: {one['nearest']}" if one["nearest"] else ""
+            yield f"the policy never learned '{name}'{nearest}"
+        if presence < LOW_PRESENCE:
+            yield f"'{name}' is likely not in this image (presence {presence:.2f} of 1)"
 
 
 def _print_volume(result: VolumeResult) -> None:
@@ -300,3 +357,9 @@ def _print_volume(result: VolumeResult) -> None:
         stdout.print(f"  DICOM:   {file} (names the patient as its source does)")
     stdout.print(f"  overlay: {outputs.overview}")
     stdout.print(f"  record:  {outputs.record}")
+    _print_failed(outputs.failed)
+
+
+def _print_failed(messages: Sequence[str]) -> None:
+    for message in messages:
+        print_error(DataError(message))

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from ibisagent.cli.options import (
     AreaOption,
     DataFolderOption,
+    DeleteOption,
     DeviceOption,
     HostOption,
     IdleOption,
@@ -90,9 +91,17 @@ def api(
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8002,
     max_sessions: SessionsOption = 100,
     idle_minutes: IdleOption = 60.0,
+    delete_after: DeleteOption = None,
     max_upload: UploadOption = 64,
     max_megapixels: AreaOption = 16,
     max_megavoxels: VoxelsOption = 128,
+    label: Annotated[
+        list[str] | None, typer.Option(help="What Slicer and OHIF ask for by default, such as 'optic disc'; repeat it.")
+    ] = None,
+    studies: Annotated[str | None, typer.Option(help="DICOMweb server to take series from, for OHIF.")] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(help="Web page that may use it as OHIF does: http://viewer:3000; repeat it.")
+    ] = None,
     page: Annotated[bool, typer.Option(help="Also serve the web page.")] = False,
     open_browser: Annotated[bool, typer.Option("--open-browser", hidden=True)] = False,
 ) -> None:
@@ -100,7 +109,7 @@ def api(
 
     The API is described at /docs. Only this machine is answered unless IBIS_TOKEN holds a secret.
     """
-    _require_server(*(["gradio"] if page else []))
+    _require_server()
     with status("loading the models", quiet=False):
         import platformdirs
 
@@ -110,11 +119,12 @@ def api(
         from ibisagent.server.service import Limits, Service
         from ibisagent.server.volumes import PackageVolumes
 
-        mounts = server.standard_mounts(page=page)
+        mounts = server.standard_mounts(page=page, labels=label or ["target"], studies=studies)
         writer = choice.load()
         limits = Limits(
             sessions=max_sessions,
             idle_seconds=idle_minutes * 60,
+            delete_seconds=None if delete_after is None else delete_after * 24 * 3600,
             upload_bytes=max_upload * 2**20,
             pixels=max_megapixels * 2**20,
             voxels=max_megavoxels * 2**20,
@@ -122,15 +132,19 @@ def api(
         folder = data or Path(platformdirs.user_data_dir("ibisagent")) / "server"
         server.check_host(host)
         engine = load_segmenter(segmenter, device=choice.device)
-        service = Service(writer, engine, folder, limits=limits, volumes=PackageVolumes())
-    address = url_of(host, port)
+        address = url_of(host, port)
+        service = Service(writer, engine, folder, limits=limits, volumes=PackageVolumes(), address=address)
     stderr.print(f"{address}{'' if page else '/docs'} - sessions in {folder} - stop with Ctrl+C")
+    stderr.print(
+        f"after {idle_minutes:g} minutes without use: what nobody worked on and what was fetched is deleted;"
+        + (" nothing else ever is" if delete_after is None else f" after {delete_after:g} days everything is")
+    )
     if open_browser:
         import threading
         import webbrowser
 
         threading.Timer(2.0, webbrowser.open, [address]).start()
-    server.serve(service, host=host, port=port, mounts=mounts)
+    server.serve(service, host=host, port=port, mounts=mounts, origins=allow_origin or [])
 
 
 def ui(
@@ -155,10 +169,9 @@ def ui(
     )
 
 
-def _require_server(*more: str) -> None:
+def _require_server() -> None:
     from importlib.util import find_spec
 
-    needed = ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "mcp", *more)
+    needed = ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "mcp")
     if missing := [name for name in needed if not find_spec(name)]:
-        extra = "ui" if "gradio" in missing else "server"
-        raise ConfigError(f"serving needs {', '.join(missing)}: pip install 'ibisagent[{extra}]'")
+        raise ConfigError(f"serving needs {', '.join(missing)}: pip install 'ibisagent[server]'")

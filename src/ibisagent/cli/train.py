@@ -35,7 +35,7 @@ def click(
 ) -> None:
     """Train a click network on image-mask pairs; use it as --segmenter ibis-click:OUT/ibis-click.safetensors.
 
-    Writes checkpoint, weights and TensorBoard logs to the recipe's folder; a run that was stopped goes on from there.
+    Writes checkpoint, weights and TensorBoard logs to the recipe's folder; a run that was stopped resumes from there.
     """
     with status("reading the data", quiet=as_json):
         from ibisagent.training.click.trainer import ClickRecipe, train
@@ -57,7 +57,7 @@ def nano(
 ) -> None:
     """Train the small policy on image-mask pairs from scratch; use it as --policy OUT/ibis-nano.
 
-    Writes checkpoint and model to the recipe's folder; a run that was stopped goes on from there.
+    Writes checkpoint and model to the recipe's folder; a run that was stopped resumes from there.
     """
     with status("reading the data", quiet=as_json):
         from ibisagent.training.nano.trainer import NanoRecipe, train
@@ -71,22 +71,22 @@ def nano(
         stdout.print(f"model: {model}\nuse it with --policy {model}")
 
 
-def _figures(named: Mapping[str, float]) -> str:
+def _named_metrics(named: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in named.items())
 
 
 @contextmanager
 def _training(total: int, what: str, *, quiet: bool) -> Iterator[Callable[..., None]]:
-    """A progress bar for a training run, as its report (number done, losses, figures of a look or None)."""
+    """A progress bar for a training run, as its report (number done, losses, metrics of a validation, or None)."""
     with progress(total, what, quiet=quiet) as advance:
         before = 0
 
-        def report(done: int, losses: Mapping[str, float], figures: Mapping[str, float] | None) -> None:
+        def report(done: int, losses: Mapping[str, float], metrics: Mapping[str, float] | None) -> None:
             nonlocal before
             advance(done - before)
             before = done
-            if figures is not None and not quiet:
-                stderr.print(f"{done} {what}, {_figures(losses)}; held-out patients: {_figures(figures)}")
+            if metrics is not None and not quiet:
+                stderr.print(f"{done} {what}, {_named_metrics(losses)}; held-out patients: {_named_metrics(metrics)}")
 
         yield report
 
@@ -118,7 +118,7 @@ def rl(
 ) -> None:
     """Train a policy by playing whole episodes with a segmenter (GRPO); use it as --policy mllm:OUT/policy.
 
-    Start from a policy that `sft` made: one that never hits learns not to click. Several GPUs and stopped runs: as for
+    Start from a policy that `sft` made: one that never hits learns not to click. More GPUs and stopped runs: as for
     `sft`.
     """
     _require_training()
@@ -136,7 +136,7 @@ def check_rewards(
         list[Path], typer.Argument(metavar="EPISODES...", help="Folders of episodes, or records of single ones.")
     ],
     data: Annotated[
-        Path, typer.Option(help="The truth: data set folder, manifest, or what 'data build' made of them.")
+        Path, typer.Option(help="The ground truth: data set folder, manifest, or what 'data build' made of them.")
     ],
     config: Annotated[
         Path | None,
@@ -147,8 +147,8 @@ def check_rewards(
     """Check that every reward term varies over recorded EPISODES, and which one decides.
 
     Exit code 1 if a term is the same in all of them: training would not feel it. Episodes of the same case make a
-    group, as in GRPO; give several folders to bring them together. Episodes without truth in DATA are listed and left
-    out; the exit code is then 2.
+    group, as in GRPO; give several folders to bring them together. Episodes without ground truth in DATA are listed and
+    left out; the exit code is then 2.
     """
     with status("reading the data", quiet=as_json):
         from ibisagent.rewards import PAPER
@@ -156,7 +156,7 @@ def check_rewards(
         from ibisagent.training.finetune.recipes import RlRecipe
 
         weights = PAPER if config is None else RlRecipe.read_one(config, "rewards")
-        cases = checking.read_truth(data)
+        cases = checking.read_ground_truth(data)
     replayed = (episode for path in episodes for episode in checking.read_episodes(path))
     report = checking.check_rewards(replayed, cases, weights)
     if as_json:
@@ -167,7 +167,7 @@ def check_rewards(
         stderr.print(f"failed, left out: {failure.case_id}: {one_line(failure.error, 300)}")
     if constant := [term for term in report.terms if term.constant]:
         listed = ", ".join(f"{term.name} ({term.mean:.3g})" for term in constant)
-        stderr.print(f"constant over all {report.episodes} episodes, so nothing can be learnt from it: {listed}")
+        stderr.print(f"constant over all {report.episodes} episodes, so nothing can be learned from it: {listed}")
         raise typer.Exit(EXIT_CONSTANT)
     if report.failures:
         raise typer.Exit(EXIT_ERROR)
@@ -182,7 +182,7 @@ def _require_training() -> None:
 
 def _told(*, quiet: bool) -> Callable[[int, int, Mapping[str, float]], None]:
     """Prints what a trainer logs on one line of stderr."""
-    shown = ("loss", "eval_loss", "mean_token_accuracy", "reward", "path/iou", "path/turns", "path/failed")
+    shown = ("loss", "eval_loss", "mean_token_accuracy", "reward", "rollout/iou", "rollout/turns", "rollout/failed")
 
     def report(step: int, steps: int, logs: Mapping[str, float]) -> None:
         told = ", ".join(f"{name} {logs[name]:.3g}" for name in shown if name in logs)

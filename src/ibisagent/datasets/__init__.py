@@ -120,7 +120,7 @@ def layout_of(path: Path) -> Layout:
                 return "mecovqa"
             if coco.is_instances(loaded):
                 return "coco"
-            raise DataError(f"{path}: is neither COCO's instance JSON nor MeCoVQA's; see docs/datasets.md")
+            raise DataError(f"{path}: is neither COCO's instance JSON nor MeCoVQA's; see docs/reference/datasets.md")
         return "manifest"
     if not path.is_dir():
         raise DataError(f"{path}: no such file or folder; give a data-set folder or a .csv or .jsonl manifest")
@@ -150,7 +150,7 @@ def _read_rows(path: Path) -> list[CaseRow]:
         return [row for name, folder in _data_sets(path).items() for row in biomedparse.read_data_set(folder, name)]
     readers = {
         "msd": decathlon.read_task,
-        "samed2d": samed2d.read_pictures,
+        "samed2d": samed2d.read_images,
         "coco": coco.read_instances,
         "mecovqa": samed2d.read_questions,
     }

@@ -18,7 +18,7 @@ def splits(folder: Path) -> list[str]:
     return sorted(name for name in names if f"{name}_mask" in names)
 
 
-def _pictures(folder: Path) -> list[Path]:
+def _images(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
 
 
@@ -63,11 +63,11 @@ def _facts(stem: str) -> tuple[str, str]:
 def _named(folder: Path, split: str) -> Iterator[tuple[Path, Path, str]]:
     """(image, mask, object) as the file names tell."""
     images: dict[str, Path] = {}
-    for image in _pictures(folder / split):
+    for image in _images(folder / split):
         if image.stem in images:
             raise DataError(f"{image}: shares its name with {images[image.stem].name}; rename one of the two")
         images[image.stem] = image
-    for mask in _pictures(folder / f"{split}_mask"):
+    for mask in _images(folder / f"{split}_mask"):
         stem = mask.stem
         while stem not in images and "_" in stem:
             stem = stem.rpartition("_")[0]

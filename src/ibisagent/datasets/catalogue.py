@@ -16,8 +16,9 @@ from ibisagent.errors import DataError
 class Benchmark:
     """One benchmark.
 
-    test_split: the split that published figures are about; "" where there is none with public masks. empty_iou: what
-    the official score gives a case whose truth and mask are both empty; None where that cannot be, or is not said.
+    test_split: the split that published results are about; "" where there is none with public masks. empty_iou: what
+    the official score gives a case whose ground truth and mask are both empty; None where that cannot be, or is not
+    said.
     rules: the rest of the official rules, and what we do otherwise.
     """
 
@@ -42,20 +43,21 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
             " {train,test}.json",
             "test",
             None,
-            "Pictures of 1024 x 1024. One case is one annotation of test.json: a picture and the union of an object's"
+            "Images of 1024 x 1024. One case is one annotation of test.json: an image and the union of an object's"
             " instances. Dice of each case, mean and median per data set and modality. Objects that are not there are"
             " tested apart (test_absent.json), which is not read.",
         ),
         "mecovqa": Benchmark(
             "MeCoVQA-G and MeCoVQA-G+ (MedPLIB, Huang et al., AAAI 2025; G+: Citrus-V, 2025)",
             "https://github.com/ShawnHuang497/MedPLIB; https://huggingface.co/datasets/jdh-algo/MeCoVQA-G-Plus",
-            "Apache-2.0 for MedPLIB's code; the pictures keep the terms of SA-Med2D-20M",
+            "Apache-2.0 for MedPLIB's code; the images keep the terms of SA-Med2D-20M",
             "the JSON files from either address, with SA-Med2D-20M's SAMed2Dv1 folder linked beside them",
             "JSON list of {image, conversations}; the answer to segment holds <mask>masks/NAME.png</mask>",
             "test",
             0.0,
             "Mean over the cases of the IoU, and of 2 IoU / (1 + IoU), also per modality (first word of the file name)."
-            " A case in which truth and mask are both empty counts 0. Masks in masks_merged are made by the user from"
+            " A case in which ground truth and mask are both empty counts 0. Masks in masks_merged are made by the"
+            " user from"
             " the instances of SA-Med2D-20M; files that are missing are told.",
         ),
         "medsegbench": Benchmark(
@@ -66,8 +68,8 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
             "<name>_<128|256|512>.npz with {train,val,test}_images (N, H, W[, 3]) and {train,val,test}_label (N, H, W)",
             "test",
             1.0,
-            "512 pixels. Binary sets: IoU and F1 of each picture from its pixel counts, mean over pictures that are not"
-            " NaN; both empty counts 1 (segmentation-models-pytorch). Pictures without the object are part of the"
+            "512 pixels. Binary sets: IoU and F1 of each image from its pixel counts, mean over images that are not"
+            " NaN; both empty counts 1 (segmentation-models-pytorch). Images without the object are part of the"
             " official mean, but are no case here: there is nothing to segment. Names of objects are ours.",
         ),
         "msd": Benchmark(
@@ -79,7 +81,7 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
             "",
             None,
             "Official: Dice and normalised surface distance of whole volumes, on hidden test labels. Here: every axial"
-            " slice of a training volume that shows an object, first channel; a figure on slices is none of the"
+            " slice of a training volume that shows an object, first channel; a result on slices is none of the"
             " challenge's. Take `ibisagent segment` for volumes.",
         ),
         "coco": Benchmark(
@@ -109,7 +111,7 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
 """By the name that `layout_of` gives their files.
 
 Addresses and licences as copies of the sources' pages stated them: they may have changed, and the terms of each
-picture's own source hold as well. Read them before use.
+image's own source hold as well. Read them before use.
 """
 
 
@@ -120,7 +122,7 @@ class Copy:
     path: str
     layout: str
     pairs: int
-    pictures: int
+    images: int
     objects: int
     splits: Mapping[str, int]
     modalities: Mapping[str, int]

@@ -40,13 +40,13 @@ def read_instances(file: Path) -> list[CaseRow]:
                 crowds += 1
                 continue
             thing, name = categories[category].replace("_", " "), str(images[image_id]["file_name"]).replace("\\", "/")
-            picture = next((folder / name for folder in folders if (folder / name).is_file()), None)
-            if picture is None:
+            image = next((folder / name for folder in folders if (folder / name).is_file()), None)
+            if image is None:
                 raise DataError(f"{file}: image '{name}' is not in {', '.join(str(f) for f in folders[:3])}")
             rows.append(
                 CaseRow(
                     f"{name}#{thing}",
-                    picture,
+                    image,
                     file / str(image_id) / str(category),
                     thing,
                     f"Segment the {thing}.",
@@ -58,7 +58,7 @@ def read_instances(file: Path) -> list[CaseRow]:
     except DataError:
         raise
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise DataError(f"{file}: is not COCO's instance JSON ({error!r}); see docs/datasets.md") from error
+        raise DataError(f"{file}: is not COCO's instance JSON ({error!r}); see docs/reference/datasets.md") from error
     if crowds:
         log.warning("%s: %d pairs left out: they have a crowd region (iscrowd) beside other instances", file, crowds)
     return rows

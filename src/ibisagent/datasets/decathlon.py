@@ -30,7 +30,9 @@ def read_task(folder: Path) -> list[CaseRow]:
         name = str(task.get("name", "")) or folder.resolve().name
         licence = str(task.get("licence", task.get("license", "")))
     except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
-        raise DataError(f"{index}: is not the index of a Decathlon task ({error!r}); see docs/datasets.md") from error
+        raise DataError(
+            f"{index}: is not the index of a Decathlon task ({error!r}); see docs/reference/datasets.md"
+        ) from error
     rows = []
     for image, labels in pairs:
         for kind, file in (("image", image), ("label map", labels)):

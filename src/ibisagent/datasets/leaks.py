@@ -1,4 +1,4 @@
-"""What two data sets share: pictures that look alike, and patients."""
+"""What two data sets share: images that look alike, and patients."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ibisagent.errors import ConfigError, DataError
 
 BANDS = 16
 NEAR_BITS = 6
-"""Pictures whose fingerprints differ in at most so many of 256 bits are taken to be the same one."""
+"""Images whose fingerprints differ in at most so many of 256 bits are taken to be the same one."""
 
 
 def fingerprint(pixels: np.ndarray) -> str:
-    """256 bits as hex, alike for pictures that look alike: where brightness rises to the right on a 16 x 16 grid."""
+    """256 bits as hex, alike for images that look alike: where brightness rises to the right on a 16 x 16 grid."""
     grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
     small = cv2.resize(grey, (17, 16), interpolation=cv2.INTER_AREA).astype(np.int16)
     return np.packbits(small[:, 1:] > small[:, :-1] + 1).tobytes().hex()
@@ -27,7 +27,7 @@ def near_duplicates(asked: Mapping[str, str], known: Mapping[str, str], bits: in
     """{name in `asked`: (the most similar in `known`, bits that differ)} of all that differ in at most `bits`.
 
     asked, known: fingerprints by name. bits: below BANDS; then two that are alike agree in one of BANDS bands at least,
-    so that the time is linear in the pictures. ConfigError for more.
+    so that the time is linear in the images. ConfigError for more.
     """
     if not 0 <= bits < BANDS:
         raise ConfigError(f"near duplicates within {bits} bits: give 0 to {BANDS - 1}")
@@ -50,23 +50,23 @@ def near_duplicates(asked: Mapping[str, str], known: Mapping[str, str], bits: in
 class Leaks:
     """What a data set has in common with another one.
 
-    pictures: (picture, the one that it looks like, bits that differ). patients: names in both. known: whether either
-    side names patients at all. unread: pictures that could not be read, one line each.
+    images: (image, the one that it looks like, bits that differ). patients: names in both. known: whether either
+    side names patients at all. unread: images that could not be read, one line each.
     """
 
     compared: tuple[int, int]
-    pictures: tuple[tuple[str, str, int], ...]
+    images: tuple[tuple[str, str, int], ...]
     patients: tuple[str, ...]
     patients_known: tuple[bool, bool]
     unread: tuple[str, ...]
 
 
 def find_leaks(
-    cases: CaseSource, others: CaseSource, *, bits: int = NEAR_BITS, on_picture: Callable[[], None] | None = None
+    cases: CaseSource, others: CaseSource, *, bits: int = NEAR_BITS, on_image: Callable[[], None] | None = None
 ) -> Leaks:
-    """Pictures of `cases` that look like one of `others`, and patients in both. on_picture: called after each picture.
+    """Images of `cases` that look like one of `others`, and patients in both. on_image: called after each image.
 
-    Patients are compared by their names as the data give them. Flat pictures are left out, as all of them look alike.
+    Patients are compared by their names as the data give them. Flat images are left out, as all of them look alike.
     """
     unread: list[str] = []
 
@@ -80,8 +80,8 @@ def find_leaks(
             else:
                 if any(bytes.fromhex(code)):
                     found[str(row.image)] = code
-            if on_picture is not None:
-                on_picture()
+            if on_image is not None:
+                on_image()
         return found
 
     mine, theirs = fingerprints(cases), fingerprints(others)

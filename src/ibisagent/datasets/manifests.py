@@ -27,7 +27,7 @@ COLUMNS: Mapping[str, str] = {
     "case": "like `patient`, but only unique within its data set",
     "licence_class": "ok (permissive), nc (non-commercial), unknown",
     "licence": "the licence as stated",
-    "area": "share of the picture that the mask covers, in [0, 1]",
+    "area": "share of the image that the mask covers, in [0, 1]",
     "source_repo": "where it came from (not kept)",
     "height": "pixels (not kept)",
     "width": "pixels (not kept)",
@@ -93,7 +93,8 @@ def _manifest_row(path: Path, number: int, record: Mapping[str, str]) -> CaseRow
     except (ConfigError, ValueError) as error:
         raise DataError(f"{where}: {error}") from error
     for name in ("image", "mask"):
-        if cells[name] and not (path.parent / cells[name]).is_file():
+        place = path.parent / cells[name]
+        if cells[name] and not (place.is_file() or (name == "image" and place.is_dir())):  # a DICOM series is a folder
             raise DataError(f"{where}: {name} '{cells[name]}' is not in {path.parent}; correct or drop the row")
     label = cells["label"]
     in_data_set = f"{cells['dataset']}/{cells['case']}" if cells["dataset"] else cells["case"]

@@ -47,7 +47,7 @@ _BINARY = {
     "yeaz": ("yeast cell", "microscopy"),
 }
 """Name -> (object, modality). The archives say only "foreground"; the words are ours."""
-_SEVERAL = {
+_MULTIPLE = {
     "abdomenus": (
         "ultrasound",
         ("liver", "kidney", "pancreas", "vessel", "adrenal gland", "gallbladder", "bone", "spleen"),
@@ -68,9 +68,9 @@ _SEVERAL = {
 
 
 def read_archives(files: Iterable[Path]) -> list[CaseRow]:
-    """One row for every picture and object that it shows, in all splits of all archives.
+    """One row for every image and object that it shows, in all splits of all archives.
 
-    Reads all labels, as they say which objects a picture shows. DataError for an archive of another structure.
+    Reads all labels, as they say which objects an image shows. DataError for an archive of another structure.
     """
     return [row for file in files for row in _rows(file)]
 
@@ -81,14 +81,16 @@ def _rows(file: Path) -> list[CaseRow]:
     shapes = npz_shapes(file)
     splits = [split for split in SPLITS if f"{split}_images" in shapes]
     if not splits:
-        raise DataError(f"{file}: has no array 'train_images', 'val_images' or 'test_images'; see docs/datasets.md")
+        raise DataError(
+            f"{file}: has no array 'train_images', 'val_images' or 'test_images'; see docs/reference/datasets.md"
+        )
     rows = []
     for split in splits:
-        pictures, key = shapes[f"{split}_images"], f"{split}_label"
-        if shapes.get(key, ())[:3] != pictures[:3] or len(pictures) not in (3, 4):
-            raise DataError(f"{file}: '{key}' {shapes.get(key)} does not fit '{split}_images' {pictures}")
+        images, key = shapes[f"{split}_images"], f"{split}_label"
+        if shapes.get(key, ())[:3] != images[:3] or len(images) not in (3, 4):
+            raise DataError(f"{file}: '{key}' {shapes.get(key)} does not fit '{split}_images' {images}")
         labels = npz_array(file, key)
-        for index in range(pictures[0]):
+        for index in range(images[0]):
             present = np.unique(labels[index])
             objects, modality = _objects(name, [int(value) for value in present if value])
             rows += [
@@ -111,8 +113,8 @@ def _rows(file: Path) -> list[CaseRow]:
 
 def _objects(name: str, labels: list[int]) -> tuple[Mapping[str, int | None], str]:
     """({object: its label, None for "all that is not 0"}, modality)."""
-    if name in _SEVERAL:
-        modality, things = _SEVERAL[name]
+    if name in _MULTIPLE:
+        modality, things = _MULTIPLE[name]
         return {things[label - 1]: label for label in labels if 0 < label <= len(things)}, modality
     if name in _BINARY:
         thing, modality = _BINARY[name]

@@ -1,6 +1,6 @@
-"""Pictures and masks by their address: a file, or a file and what to take out of it.
+"""Images and masks by their address: a file, or a file and what to take out of it.
 
-Some data sets keep many pictures in one file. Their rows name them by a path that goes on beyond the file:
+Some data sets keep many images in one file. Their rows name them by a path that goes on beyond the file:
 
 | path | what |
 |---|---|
@@ -43,8 +43,8 @@ _MOST_STEPS = 2**22
 """How many pixels long the outline of one polygon may be: it is drawn step by step, five to a pixel."""
 
 
-def read_picture(path: Path) -> Image:
-    """The picture at an address. DataError naming the file and the remedy."""
+def read_image_at(path: Path) -> Image:
+    """The image at an address. DataError naming the file and the remedy."""
     file, inside = _container(path)
     if file is None:
         return read_image(path)
@@ -54,11 +54,11 @@ def read_picture(path: Path) -> Image:
     if file.suffix.lower() == ARRAYS:
         values = _entry(path, file, inside)
         if values.dtype != np.uint8 or values.shape[2:] not in ((), (1,), (3,)):
-            raise DataError(f"{path}: is {values.shape} {values.dtype}, a picture is (H, W) or (H, W, 3) uint8")
+            raise DataError(f"{path}: is {values.shape} {values.dtype}, an image is (H, W) or (H, W, 3) uint8")
         grey = values.ndim == 2 or values.shape[2] == 1
         pixels = values.reshape(*values.shape[:2], -1).repeat(3, axis=2) if grey else values
         return Image(np.ascontiguousarray(pixels), source=str(path))
-    raise DataError(f"{path}: there are no pictures in {file.name}; correct the row")
+    raise DataError(f"{path}: there are no images in {file.name}; correct the row")
 
 
 def read_target(path: Path, label: int | str | None) -> Mask:
@@ -129,7 +129,7 @@ def read_json(file: Path) -> Any:
 
 
 def _container(path: Path) -> tuple[Path | None, tuple[str, ...]]:
-    """(the file that the picture is in, the rest of the path); (None, ()) for a picture that is a file itself."""
+    """(the file that the image is in, the rest of the path); (None, ()) for an image that is a file itself."""
     for depth, parent in enumerate(path.parents, start=1):
         if parent.name.lower().endswith((ARRAYS, COCO, *VOLUMES)) and parent.is_file():
             return parent, path.parts[-depth:]
@@ -241,7 +241,7 @@ def _coco_index(file: Path, _changed: int) -> tuple[dict[int, Any], dict[tuple[i
         for annotation in loaded["annotations"]:
             parts.setdefault((int(annotation["image_id"]), int(annotation["category_id"])), []).append(annotation)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise DataError(f"{file}: is not COCO's instance JSON ({error!r}); see docs/datasets.md") from error
+        raise DataError(f"{file}: is not COCO's instance JSON ({error!r}); see docs/reference/datasets.md") from error
     return images, parts
 
 

@@ -14,7 +14,7 @@ from typing import TypeVar, overload
 
 import numpy as np
 
-from ibisagent.datasets.members import content_of, read_picture, read_target
+from ibisagent.datasets.members import content_of, read_image_at, read_target
 from ibisagent.domain import Case, Image, Mask
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.files import FileHashes, one_line
@@ -127,9 +127,9 @@ class CaseSource(Sequence[Case]):
         held = ([content_of(path, hashes) for path in (row.image, row.mask) if path is not None] for row in self.rows)
         return [hashlib.sha256(" ".join(each).encode()).hexdigest() for each in held]
 
-    def truths(self) -> Iterator[tuple[CaseRow, Mask]]:
+    def ground_truths(self) -> Iterator[tuple[CaseRow, Mask]]:
         """Every row that has a mask, with its mask (H, W); images are not decoded. As for `readable`."""
-        return self._readable([row for row in self.rows if row.mask is not None], _read_truth)
+        return self._readable([row for row in self.rows if row.mask is not None], _read_ground_truth)
 
     def readable(self) -> Iterator[tuple[CaseRow, Case]]:
         """Every row that can be decoded, with its case; a warning names each other one, as they cost no further row.
@@ -156,11 +156,11 @@ class CaseSource(Sequence[Case]):
     def decode(self, row: CaseRow) -> Case:
         """The case of one row: reads its image and mask. DataError naming file, row and remedy if they do not fit."""
         last = self._last_image
-        image = last[1] if last and last[0] == row.image else read_picture(row.image)
+        image = last[1] if last and last[0] == row.image else read_image_at(row.image)
         self._last_image = (row.image, image)
         targets: dict[str, Mask] | None = None
         if row.mask is not None:
-            targets = {row.object: _read_truth(row, image.size)}
+            targets = {row.object: _read_ground_truth(row, image.size)}
         elif row.object:
             targets = {row.object: np.zeros(image.size, dtype=bool)}
         try:
@@ -228,7 +228,7 @@ def refuse_duplicates(rows: Iterable[CaseRow]) -> None:
         seen[row.id] = row.where
 
 
-def _read_truth(row: CaseRow, size: tuple[int, int] | None = None) -> Mask:
+def _read_ground_truth(row: CaseRow, size: tuple[int, int] | None = None) -> Mask:
     """The mask of the row's object, checked for having any pixel, and against the image's `size` (H, W) if given.
 
     One that covers the whole image is read, and a warning names it: an inverted or blank export often does.

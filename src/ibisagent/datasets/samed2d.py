@@ -1,7 +1,7 @@
-"""SA-Med2D-20M, and MeCoVQA-G and G+ (MedPLIB), whose questions are about its pictures.
+"""SA-Med2D-20M, and MeCoVQA-G and G+ (MedPLIB), whose questions are about its images.
 
 Names: `images/<modality>_<sequence>--<data set>--<case>--<slice>.png` and
-`masks/<the same>--<class id>_<instance>.png`; the JSON files beside them pair pictures with masks and ids with names.
+`masks/<the same>--<class id>_<instance>.png`; the JSON files beside them pair images with masks and ids with names.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from ibisagent.datasets.members import read_json
 from ibisagent.datasets.rows import CaseRow
 from ibisagent.errors import DataError
-from ibisagent.protocol import target_of
+from ibisagent.query import target_of
 
 PAIRS, CLASSES = "SAMed2D_v1.json", "SAMed2D_v1_class_mapping_id.json"
 _MODALITIES = {
@@ -33,8 +33,8 @@ _MASK = re.compile(r"<mask>\s*(.*?)\s*</mask>", re.DOTALL)
 _MARKS = re.compile(r"<image>|<im_start>|<im_end>")
 
 
-def read_pictures(folder: Path) -> list[CaseRow]:
-    """One row for every picture and class; the instances of a class are one mask. DataError for another structure."""
+def read_images(folder: Path) -> list[CaseRow]:
+    """One row for every image and class; the instances of a class are one mask. DataError for another structure."""
     names = _class_names(folder)
     rows = []
     try:
@@ -58,7 +58,7 @@ def is_questions(loaded: Any) -> bool:
 def read_questions(file: Path) -> list[CaseRow]:
     """One row for every answer with a mask in a MeCoVQA file; questions without one are no cases.
 
-    Pictures are looked for beside the file, in `SAMed2Dv1` there, and the same one and two folders up.
+    Images are looked for beside the file, in `SAMed2Dv1` there, and the same one and two folders up.
     """
     roots = [parent / name for parent in list(file.parents)[:3] for name in ("", "SAMed2Dv1")]
     rows: list[CaseRow] = []
@@ -78,7 +78,9 @@ def read_questions(file: Path) -> list[CaseRow]:
                     continue
                 for mask in _MASK.findall(said["value"]):
                     if not (root / mask).is_file():
-                        raise DataError(f"{file}, item {number}: mask '{mask}' is not in {root}; see docs/datasets.md")
+                        raise DataError(
+                            f"{file}, item {number}: mask '{mask}' is not in {root}; see docs/reference/datasets.md"
+                        )
                     thing = names.get((_set_of(item["image"]), _class_of(Path(mask).stem))) or target_of(asked)
                     row = _row(root, item["image"], mask, thing, asked, file, split=_split_of(file))
                     seen[row.id] = seen.get(row.id, 0) + 1

@@ -5,7 +5,7 @@ Measures of a case (absent from a row where they have no meaning; definitions in
 | name | what |
 |---|---|
 | iou, dice | of the masks handed out, mean over the case's targets; an absent target wants an empty mask |
-| hd95_mm, nsd_2mm | distances of the borders, where the picture's spacing is known, else hd95_px, nsd_2px in pixels |
+| hd95_mm, nsd_2mm | distances of the borders, where the image's spacing is known, else hd95_px, nsd_2px in pixels |
 | extra_components, speck_share | noise of the masks handed out |
 | turns, clicks | turns taken; clicks and boxes given |
 | stop_gap | best IoU after any turn, less the IoU handed out: what is lost by stopping or choosing wrongly |
@@ -17,8 +17,8 @@ Measures of a case (absent from a row where they have no meaning; definitions in
 | answer_correct | 1 if the answer of a closed question is exact |
 | prior_iou, prior_hit | one click where objects of that name usually lie, with the same segmenter, blind to the image |
 | centre_iou, centre_hit | the one click on the image's centre, likewise |
-| ellipse_iou | the ellipse inside the true bounding box: no segmenter at all, but the truth's box |
-| oracle_iou_1 ... _10 | after that many clicks of an expert who sees the truth, with the same segmenter |
+| ellipse_iou | the ellipse inside the true bounding box: no segmenter at all, but the ground truth's box |
+| oracle_iou_1 ... _10 | after that many clicks of an expert who sees the ground truth, with the same segmenter |
 
 A case whose files, policy or segmenter fail is listed as a failure and counts nowhere; it is never scored 0.
 """
@@ -109,7 +109,7 @@ class Judge:
     oracle: bool
     max_turns: int
     mask_selection: MaskSelection
-    made_by: Mapping[str, str]
+    provenance: Mapping[str, str]
 
     def __call__(self, batch: Sequence[Case]) -> list[Judged]:
         """Judge the cases of `batch`, in order. Raises PolicyError or SegmenterError for the whole batch."""
@@ -120,7 +120,7 @@ class Judge:
         shown = [
             (case, row)
             for case, row in zip(batch, rows, strict=True)
-            if any(truth.any() for truth in (case.targets or {}).values())
+            if any(ground_truth.any() for ground_truth in (case.targets or {}).values())
         ]
         seen = [case for case, _ in shown]
         for name, baseline in self.blind.items():
@@ -145,7 +145,7 @@ class Judge:
                 dialect=who.dialect,
                 max_turns=turns,
                 mask_selection=self.mask_selection,
-                made_by=self.made_by,
+                provenance=self.provenance,
             )
             for case in cases
         ]
@@ -163,7 +163,7 @@ def evaluate(
     max_turns: int | None = None,
     mask_selection: MaskSelection | None = None,
     batch_size: int = 16,
-    made_by: Mapping[str, str] | None = None,
+    provenance: Mapping[str, str] | None = None,
     on_case: Callable[[CaseResult | Failure], None] | None = None,
 ) -> Evaluation:
     """Run `policy` on every case, `batch_size` episodes together, and measure it beside the baselines.
@@ -177,7 +177,7 @@ def evaluate(
     blind = {name: baseline for name, baseline in (("prior", prior), ("centre", centre)) if baseline is not None}
     turns = turn_limit(policy) if max_turns is None else max_turns
     chosen = mask_choice(policy, mask_selection)
-    judge = Judge(policy, segmenter, blind, oracle, turns, chosen, made_by or {})
+    judge = Judge(policy, segmenter, blind, oracle, turns, chosen, provenance or {})
     results, failures = judge_cases(
         cases,
         lambda batch: [one.result for one in judge(batch)],
@@ -185,7 +185,7 @@ def evaluate(
         on_case=on_case,
     )
     facts = {"policy": policy.name, "segmenter": segmenter.name, "max_turns": str(turns)}
-    facts |= {"mask_selection": chosen, **(made_by or {})}
+    facts |= {"mask_selection": chosen, **(provenance or {})}
     return Evaluation(facts, tuple(results), tuple(failures))
 
 
@@ -256,12 +256,13 @@ def location_prior(everything: CaseSource, cases: CaseSource) -> LocationPriorPo
     learned = prior_cases(everything)
     if learned is None:
         return None
-    masks = ((row.object, row.modality, truth) for row, truth in learned.truths())
+    masks = ((row.object, row.modality, ground_truth) for row, ground_truth in learned.ground_truths())
     return LocationPriorPolicy(masks, {row.id: row.modality for row in cases.rows})
 
 
 def matched(masks: Masks, case: Case) -> list[tuple[Mask, Mask]]:
-    """(mask, truth) of each of the case's targets; a missing mask is empty, names as `rewards.match_names` has it.
+    """(mask, ground truth) of each of the case's targets; a missing mask is empty, names as `rewards.match_names` has
+    it.
 
     DataError if the case has no targets.
     """
@@ -270,7 +271,7 @@ def matched(masks: Masks, case: Case) -> list[tuple[Mask, Mask]]:
     found = {target: np.zeros(case.image.size, dtype=bool) for target in case.targets}
     for said, target in match_names([name for name, mask in masks.items() if mask.any()], case.targets).items():
         found[target] = found[target] | masks[said]
-    return [(found[target], truth) for target, truth in case.targets.items()]
+    return [(found[target], ground_truth) for target, ground_truth in case.targets.items()]
 
 
 def agreement(masks: Masks, case: Case) -> tuple[float, float]:
@@ -280,7 +281,7 @@ def agreement(masks: Masks, case: Case) -> tuple[float, float]:
 
 
 def mask_measures(pairs: Sequence[tuple[Mask, Mask]], spacing_mm: Sequence[float] | None) -> dict[str, float]:
-    """iou, dice, HD95, NSD and noise (see the module's text) of (mask, truth) pairs, mean over them."""
+    """iou, dice, HD95, NSD and noise (see the module's text) of (mask, ground truth) pairs, mean over them."""
     overlaps = [overlap(*pair) for pair in pairs]
     unit, spacing = ("px", (1.0,) * pairs[0][0].ndim) if spacing_mm is None else ("mm", tuple(spacing_mm))
     borders = [metrics.surfaces(*pair, spacing) for pair in pairs]
@@ -319,7 +320,8 @@ def oracle_curves(
     jitter: float = 0.0,
     seed: int = 0,
 ) -> list[OracleCurve]:
-    """What an expert who sees the truth reaches with at most `prompts` prompts per target: a curve per case, in order.
+    """What an expert who sees the ground truth reaches with at most `prompts` prompts per target: a curve per case, in
+    order.
 
     cases: with at least one object in each. box_first: the first prompt is the target's bounding box, all others are
     clicks. jitter, seed: see `OraclePolicy`. Raises SegmenterError when the segmenter fails.
@@ -337,8 +339,9 @@ def oracle_curves(
 
 
 def ellipse_iou(case: Case) -> float:
-    """IoU of the ellipse inside the true bounding box of every target: what needs no segmenter, but the truth's box."""
-    boxes = {name: bounding_box(truth, name) for name, truth in (case.targets or {}).items()}
+    """IoU of the ellipse inside the true bounding box of every target: what needs no segmenter, but the ground truth's
+    box."""
+    boxes = {name: bounding_box(ground_truth, name) for name, ground_truth in (case.targets or {}).items()}
     ellipses = {name: ellipse(box, case.image.size) for name, box in boxes.items() if box is not None}
     return agreement(ellipses, case)[0]
 
@@ -350,16 +353,16 @@ def first_action_hits(episode: Episode, case: Case) -> bool | None:
     without any prompt misses.
     """
     targets = case.targets or {}
-    if not any(truth.any() for truth in targets.values()):
+    if not any(ground_truth.any() for ground_truth in targets.values()):
         return None
     prompts = (action for turn in episode.turns for action in turn.reply.actions if isinstance(action, Click | Box))
     prompt = next(prompts, None)
-    truth = None if prompt is None else targets.get(match_names([prompt.target], targets).get(prompt.target, ""))
-    if prompt is None or truth is None:
+    ground_truth = None if prompt is None else targets.get(match_names([prompt.target], targets).get(prompt.target, ""))
+    if prompt is None or ground_truth is None:
         return False
     if isinstance(prompt, Click):
-        return prompt.positive and bool(truth[prompt.y, prompt.x])
-    box = bounding_box(truth, prompt.target)
+        return prompt.positive and bool(ground_truth[prompt.y, prompt.x])
+    box = bounding_box(ground_truth, prompt.target)
     return box is not None and box_iou(prompt, box) >= FIRST_BOX_IOU
 
 
@@ -408,15 +411,15 @@ def _result(case: Case, episode: Episode, measures: Mapping[str, float]) -> Case
         episode.stop,
         measures,
         sum((overlap(*pair) for pair in pairs), Overlap(0, 0, 0)) if pairs else None,
-        size_of([truth for _, truth in pairs]),
+        size_of([ground_truth for _, ground_truth in pairs]),
         tuple(agreement(turn.after, case)[0] for turn in episode.turns) if pairs else (),
         episode.answer_score,
     )
 
 
-def size_of(truths: Sequence[Mask]) -> Size:
-    """The size class of the union of `truths`; "absent" if it is empty, "" if there are none."""
-    if not truths:
+def size_of(ground_truths: Sequence[Mask]) -> Size:
+    """The size class of the union of `ground_truths`; "absent" if it is empty, "" if there are none."""
+    if not ground_truths:
         return ""
-    area = float(np.logical_or.reduce(truths).mean())
+    area = float(np.logical_or.reduce(ground_truths).mean())
     return metrics.size_class(area) if area else "absent"

@@ -1,8 +1,8 @@
-"""Label QA: which masks of a data set disagree with their picture or their name, worst first.
+"""Label QA: which masks of a data set disagree with their image or their name, worst first.
 
-Every mask is held against the other masks of its name in the same data (never of the same patient), against what an
-agent segments that is asked for its name, against a segmenter that is prompted from it, and against its own picture.
-Signals, 0 where nothing is wrong, growing with the disagreement:
+Every mask is held against the other masks of its name in the same data (never of the same patient), against a
+segmenter that is prompted from it, and against its own image. Signals, 0 where nothing is wrong, growing with the
+disagreement:
 
 | signal | what |
 |---|---|
@@ -10,13 +10,12 @@ Signals, 0 where nothing is wrong, growing with the disagreement:
 | look | the same for brightness, colour, texture and contrast |
 | other form, other look | how much nearer they are to a mask of another name of the same data set |
 | holes, gaps | share of the filled mask that is holes, and their number, beyond three quarters of those masks |
-| border, edges | how much less its outline follows edges than theirs, against its surroundings and the whole picture |
+| border, edges | how much less its outline follows edges than theirs, against its surroundings and the whole image |
 | segmenter | 1 - IoU with what the segmenter draws, given its box and two clicks of an expert who believes in it |
-| agent | 1 - IoU with what the agent segments, given the picture and the name |
-| twin | IoU with a mask of another name in the same picture, from TWIN up |
+| twin | IoU with a mask of another name in the same image, from TWIN up |
 
 `suspicion` is their weighted sum through a sigmoid. The weights come from benchmarks/audit.py: masks of training
-patients that the segmenter never saw, against spoiled copies. It sorts, it is no probability: look at the pictures.
+patients that the segmenter never saw, against corrupted copies. It sorts, it is no probability: look at the images.
 """
 
 from __future__ import annotations
@@ -34,14 +33,12 @@ import cv2
 import numpy as np
 
 from ibisagent.datasets import CaseRow, CaseSource
-from ibisagent.domain import Case, Click, Image, Mask, Prompt
-from ibisagent.errors import DataError, PolicyError, SegmenterError
+from ibisagent.domain import Click, Image, Mask, Prompt
+from ibisagent.errors import DataError, SegmenterError
 from ibisagent.files import csv_text, write_whole
 from ibisagent.imaging.clicks import bounding_box, next_click
 from ibisagent.imaging.images import write_png
 from ibisagent.imaging.masks import iou
-from ibisagent.inference.image import run_case
-from ibisagent.policies import Policy
 from ibisagent.segmenters import Segmenter
 
 NEIGHBOURS = 3
@@ -65,20 +62,19 @@ WEIGHTS: Mapping[str, float] = MappingProxyType(
         "border": 2.51,
         "edges": 1.54,
         "segmenter": 2.28,
-        "agent": 0.0,  # fitted, and no gain with an agent of IoU 0.5: it is written down, and does not change the order
-        "twin": 4.0,  # by hand: none of the spoiled copies were beside their twins
+        "twin": 4.0,  # by hand: none of the corrupted copies were beside their twins
     }
 )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Description:
-    """What is measured of a mask on its picture.
+    """What is measured of a mask on its image.
 
-    form (9,): centre, logarithms of sides and area relative to the picture, filling of its box and of its hull,
-    roughness, number of parts. look (8,): colour inside against the picture and against a ring around it, and textures.
+    form (9,): centre, logarithms of sides and area relative to the image, filling of its box and of its hull,
+    roughness, number of parts. look (8,): colour inside against the image and against a ring around it, and textures.
     holes: share of the filled mask, and their number. border (2,): log of the mean gradient on the outline against that
-    near it, and against that of the whole picture.
+    near it, and against that of the whole image.
     """
 
     form: np.ndarray
@@ -180,7 +176,7 @@ def _border(pixels: np.ndarray, mask: Mask) -> np.ndarray:
     grey = cv2.GaussianBlur(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), (0, 0), 1.0).astype(np.float32)
     gradient = np.hypot(cv2.Sobel(grey, cv2.CV_32F, 1, 0), cv2.Sobel(grey, cv2.CV_32F, 0, 1))
     outline = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8))
-    outline[[0, -1]] = outline[:, [0, -1]] = 0  # where the picture ends there is no edge to follow
+    outline[[0, -1]] = outline[:, [0, -1]] = 0  # where the image ends there is no edge to follow
     if not outline.any():
         return np.zeros(2)
     side = 2 * max(3, int(0.12 * math.sqrt(mask.sum()))) + 1
@@ -270,7 +266,7 @@ def _distance(value: np.ndarray, points: np.ndarray, nearest: int) -> float | No
 
 
 def unit_of(row: CaseRow) -> str:
-    """Who is shown: the patient, or where that is not known the picture."""
+    """Who is shown: the patient, or where that is not known the image."""
     return f"{row.dataset}/{row.patient}" if row.patient else str(row.image)
 
 
@@ -290,16 +286,14 @@ def reference_rows(rows: Sequence[CaseRow], names: set[str]) -> list[CaseRow]:
 def audit(
     cases: CaseSource,
     segmenter: Segmenter,
-    policy: Policy | None = None,
     *,
     among: CaseSource | None = None,
     on_mask: Callable[[], None] | None = None,
 ) -> Audit:
     """Look at every mask of `cases`. among: the data whose masks they are held against; default: themselves.
 
-    policy: the agent that is asked for every name, with `segmenter`; None: nobody is. on_mask: called after each mask
-    that was looked at; describing the others comes before. Masks that cannot be read, or on which segmenter or policy
-    fail, are failures. Raises DataError if there is no mask.
+    on_mask: called after each mask that was looked at; describing the others comes before. Masks that cannot be read,
+    or on which the segmenter fails, are failures. Raises DataError if there is no mask.
     """
     rows = [row for row in cases.rows if row.mask is not None]
     if not rows:
@@ -331,8 +325,8 @@ def audit(
         for row in together:
             if row.id in masks and image is not None:
                 try:
-                    findings.append(_look_at(row, image, masks, together, segmenter, policy, references))
-                except (DataError, SegmenterError, PolicyError) as error:
+                    findings.append(_look_at(row, image, masks, together, segmenter, references))
+                except (DataError, SegmenterError) as error:
                     failures[row.id] = str(error)
             if on_mask is not None:
                 on_mask()
@@ -352,7 +346,6 @@ def _look_at(
     masks: Mapping[str, Mask],
     together: Sequence[CaseRow],
     segmenter: Segmenter,
-    policy: Policy | None,
     references: References,
 ) -> Finding:
     mask = masks[row.id]
@@ -360,7 +353,6 @@ def _look_at(
     signals = references.signals(row, one)
     suggestion = redraw(image, mask, segmenter)
     signals["segmenter"] = 1 - iou(mask, suggestion)
-    signals["agent"] = 0.0 if policy is None else 1 - iou(mask, asked(image, row.object, policy, segmenter))
     twins = {
         other.object: iou(mask, masks[other.id])
         for other in together
@@ -406,17 +398,8 @@ def redraw(image: Image, mask: Mask, segmenter: Segmenter) -> Mask:
     return prediction.mask
 
 
-def asked(image: Image, name: str, policy: Policy, segmenter: Segmenter) -> Mask:
-    """(H, W): what the agent segments when it is asked for `name`; nothing where it says that there is none."""
-    episode = run_case(Case("audit", image, f"Segment the {name}."), policy, segmenter)
-    found = np.zeros(image.size, dtype=bool)
-    for mask in episode.answer_masks.values():
-        found |= mask
-    return found
-
-
 def _reasons(signals: Mapping[str, float], one: Description, twin: str, nearest: str, name: str) -> tuple[str, ...]:
-    """What weighs most, in words, heaviest first."""
+    """What weighs most, as text, heaviest first."""
     words = {
         "form": f"place, size or form is unlike other masks called '{name}'",
         "look": f"what it covers looks unlike other masks called '{name}'",
@@ -425,9 +408,8 @@ def _reasons(signals: Mapping[str, float], one: Description, twin: str, nearest:
         "holes": f"holes make up {one.holes[0]:.0%} of it",
         "gaps": f"it has {one.holes[1]} holes",
         "border": "its outline follows no edges",
-        "edges": "its outline lies where the picture is flat",
+        "edges": "its outline lies where the image is flat",
         "segmenter": f"the segmenter draws another outline (IoU {1 - signals['segmenter']:.2f})",
-        "agent": f"asked for '{name}', the agent segments something else (IoU {1 - signals['agent']:.2f})",
         "twin": f"it is the mask of '{twin}'",
     }
     weights = {signal: WEIGHTS[signal] * signals[signal] for signal in words}
@@ -435,10 +417,10 @@ def _reasons(signals: Mapping[str, float], one: Description, twin: str, nearest:
     return tuple(words[signal] for signal in heavy[:4])
 
 
-def write_report(found: Audit, cases: CaseSource, folder: Path, *, pictures: int = 50) -> Path:
-    """Write findings.csv, findings.json and index.html with a picture of each of the worst `pictures`; the page's path.
+def write_report(found: Audit, cases: CaseSource, folder: Path, *, images: int = 50) -> Path:
+    """Write findings.csv, findings.json and index.html with an image of each of the worst `images`; the page's path.
 
-    `folder` must exist. In the pictures: the mask's outline, what leaks beyond the segmenter's outline, what it misses.
+    `folder` must exist. In the images: the mask's outline, what leaks beyond the segmenter's outline, what it misses.
     """
     rows = [finding.to_json() for finding in found.findings]
     columns = ["case_id", "object", "dataset", "suspicion", "reasons", "pixels", "leaks", "missed", "image", "mask"]
@@ -447,11 +429,11 @@ def write_report(found: Audit, cases: CaseSource, folder: Path, *, pictures: int
     write_whole(table.encode(), folder / "findings.csv")
     content = {"findings": rows, "failures": dict(found.failures)}
     write_whole((json.dumps(content, indent=1) + "\n").encode(), folder / "findings.json")
-    (folder / "pictures").mkdir(exist_ok=True)
+    (folder / "images").mkdir(exist_ok=True)
     sections = []
-    for number, finding in enumerate(found.findings[:pictures], start=1):
+    for number, finding in enumerate(found.findings[:images], start=1):
         case = cases.decode(finding.row)
-        name = f"pictures/{number:03d}.png"
+        name = f"images/{number:03d}.png"
         write_png(draw(case.image, next(iter((case.targets or {}).values())), finding.suggestion), folder / name)
         sections.append(_section(number, finding, name))
     page = folder / "index.html"
@@ -460,7 +442,7 @@ def write_report(found: Audit, cases: CaseSource, folder: Path, *, pictures: int
 
 
 def draw(image: Image, mask: Mask, suggestion: Mask) -> np.ndarray:
-    """(h, 2 w, 3) uint8, sides at most SHOWN_SIDE each: the picture, and on it outline, leaks and missed pixels."""
+    """(h, 2 w, 3) uint8, sides at most SHOWN_SIDE each: the image, and on it outline, leaks and missed pixels."""
     tinted = image.pixels.astype(np.float32)
     for wrong, colour in ((mask & ~suggestion, LEAK_COLOUR), (suggestion & ~mask, MISSED_COLOUR)):
         tinted[wrong] = 0.5 * tinted[wrong] + 0.5 * np.array(colour)
@@ -476,14 +458,14 @@ def draw(image: Image, mask: Mask, suggestion: Mask) -> np.ndarray:
     return np.concatenate([plain, marked], axis=1)
 
 
-def _section(number: int, finding: Finding, picture: str) -> str:
+def _section(number: int, finding: Finding, image: str) -> str:
     reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in finding.reasons) or "<li>nothing weighs much</li>"
     return (
         f"<section><h2>{number}. {html.escape(finding.object)} <small>{finding.suspicion:.2f}</small></h2>"
         f"<p>{html.escape(finding.case_id)}</p><ul>{reasons}</ul>"
         f"<p>{finding.pixels} pixels; {finding.leaks} leak beyond the segmenter's outline, {finding.missed} inside it"
         " are missed</p>"
-        f'<img src="{picture}" alt="{html.escape(finding.object)}"></section>'
+        f'<img src="{image}" alt="{html.escape(finding.object)}"></section>'
     )
 
 

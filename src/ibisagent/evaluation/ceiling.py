@@ -1,4 +1,5 @@
-"""What a segmenter can reach on labelled data when an expert who sees the truth prompts it: the bound of its agents.
+"""What a segmenter can reach on labelled data when an expert who sees the ground truth prompts it: the bound of its
+agents.
 
 Measures of a case (IoU in [0, 1] unless said otherwise):
 
@@ -15,7 +16,7 @@ Measures of a case (IoU in [0, 1] unless said otherwise):
 
 An expert who finds no wrong pixel to click ends early; what was reached then stands for all later clicks. NoC and NoF
 are those of Sofiiuk et al. (Reviving Iterative Training with Mask Guidance, ICIP 2022). A case whose files or segmenter
-fail is listed and counts nowhere; one whose picture does not show the object has nothing to click and is counted apart.
+fail is listed and counts nowhere; one whose image does not show the object has nothing to click and is counted apart.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ NOT_SMALL = "area >= 0.5%"
 class CeilingCase:
     """One case: who it is, what was reached (see the module's text), and how long that took.
 
-    area: share of the picture that the object covers. clicks, box_first: every prompt of the expert who only clicks,
-    and of the one who begins with the box. open_ms, first_click_ms: opening the picture and the first click on it; None
+    area: share of the image that the object covers. clicks, box_first: every prompt of the expert who only clicks,
+    and of the one who begins with the box. open_ms, first_click_ms: opening the image and the first click on it; None
     if it had been opened for an earlier case. click_ms: all later clicks.
     """
 
@@ -143,11 +144,11 @@ class Shortfall:
 class Ceiling:
     """All results of one run, in the order of the cases.
 
-    absent: how many cases have no mask, as their picture shows no object. peak_memory_bytes: the most that this process
+    absent: how many cases have no mask, as their image shows no object. peak_memory_bytes: the most that this process
     ever held, None where the system does not say; the memory of a GPU or of another machine is not in it.
     """
 
-    made_by: Mapping[str, str]
+    provenance: Mapping[str, str]
     max_clicks: int
     results: tuple[CeilingCase, ...]
     failures: tuple[Failure, ...]
@@ -210,7 +211,7 @@ class Ceiling:
         count = _counted(overall.cases, "case")
         more = "" if self.max_clicks == 1 else f", {self.max_clicks} clicks {overall.means['last']:.3f}"
         bound = (
-            f"With {self.made_by['segmenter']} one click of an expert gives a mean IoU of"
+            f"With {self.provenance['segmenter']} one click of an expert gives a mean IoU of"
             f" {overall.means['click_1']:.3f}{more}; the true box gives {overall.means['box']:.3f}, the ellipse"
             f" inside it {overall.means['ellipse']:.3f}. {missed:.0f} of {count} never reach 0.80."
         )
@@ -236,10 +237,10 @@ class Ceiling:
         )
 
     def to_json(self, agent: Agent | None = None) -> dict[str, Any]:
-        """Everything as plain JSON values: made_by, groups, times, memory, verdict, failures, one row per case."""
+        """Everything as plain JSON values: provenance, groups, times, memory, verdict, failures, one row per case."""
         shortfall = None if agent is None else self.shortfall(agent)
         return {
-            "made_by": dict(self.made_by),
+            "made_by": dict(self.provenance),
             "max_clicks": self.max_clicks,
             "verdict": self.verdict(agent),
             "agent": None if shortfall is None else asdict(shortfall),
@@ -258,10 +259,10 @@ def measure_ceiling(
     *,
     max_clicks: int = MAX_CLICKS,
     seed: int = 0,
-    made_by: Mapping[str, str] | None = None,
+    provenance: Mapping[str, str] | None = None,
     on_case: Callable[[], None] | None = None,
 ) -> Ceiling:
-    """Prompt `segmenter` on every case as an expert who sees the truth would.
+    """Prompt `segmenter` on every case as an expert who sees the ground truth would.
 
     max_clicks: of the expert who only clicks, and the cap of NoC. seed: of the moved boxes. on_case: called after each
     case. Cases that fail are listed; after `evaluation.MAX_FAILURES` failures in a row the last error is raised again.
@@ -277,7 +278,7 @@ def measure_ceiling(
         lambda batch: [_judge(case, timed, max_clicks, seed) for case in batch],
         on_case=None if on_case is None else lambda _: on_case(),
     )
-    facts = {"segmenter": segmenter.name, "max_clicks": str(max_clicks), "seed": str(seed), **(made_by or {})}
+    facts = {"segmenter": segmenter.name, "max_clicks": str(max_clicks), "seed": str(seed), **(provenance or {})}
     absent = len(cases) - len(results) - len(failures)
     return Ceiling(facts, max_clicks, tuple(results), tuple(failures), absent, peak_memory_bytes())
 
@@ -290,15 +291,15 @@ def read_agent(path: Path, segmenter: Segmenter, cases: CaseSource) -> Agent:
     path = path / "evaluation.json" if path.is_dir() else path
     try:
         loaded = json.loads(path.read_bytes())
-        made_by, rows = loaded["made_by"], loaded["cases"]
+        provenance, rows = loaded["made_by"], loaded["cases"]
         found = {row["case_id"]: row["measures"] for row in rows if "iou" in row["measures"]}
         agent = Agent(
-            str(made_by["policy"]),
+            str(provenance["policy"]),
             {name: float(measures["iou"]) for name, measures in found.items()},
             {name: int(measures["clicks"]) for name, measures in found.items()},
-            "dialect" not in made_by or DIALECTS[made_by["dialect"]].boxes,
+            "dialect" not in provenance or DIALECTS[provenance["dialect"]].boxes,
         )
-        theirs = str(made_by["segmenter"])
+        theirs = str(provenance["segmenter"])
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}); give what 'ibisagent eval run -o' wrote"
@@ -308,7 +309,7 @@ def read_agent(path: Path, segmenter: Segmenter, cases: CaseSource) -> Agent:
     if theirs != segmenter.name:
         raise ConfigError(f"{path}: was made with segmenter {theirs}, this run has {segmenter.name}; use the same one")
     ours = segmenter.describe().get("weights_sha256", "")
-    if made_by.get("weights_sha256", ours) != ours:
+    if provenance.get("weights_sha256", ours) != ours:
         raise ConfigError(f"{path}: was made with other weights of {theirs}; evaluate again with these")
     if not any(row.id in agent.ious for row in cases.rows if row.mask is not None):
         raise ConfigError(f"{path}: has no case in common with {cases.where}; evaluate on the same data and split")
@@ -337,7 +338,7 @@ def draw(ceiling: Ceiling) -> bytes:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigError("pictures of a ceiling need matplotlib: pip install 'ibisagent[plot]'") from error
+        raise ConfigError("images of a ceiling need matplotlib: pip install 'ibisagent[plot]'") from error
     if not ceiling.results:
         raise DataError("no case could be judged, so there is nothing to draw; see the failures")
     groups = ceiling.groups()
@@ -365,7 +366,7 @@ def draw(ceiling: Ceiling) -> bytes:
     trust_axes.plot([one.mean_score for one in estimated], [one.mean_iou for one in estimated], marker="o")
     trust_axes.set(xlabel="IoU estimated by the segmenter", ylabel="IoU measured", xlim=(0, 1), ylim=(0, 1))
     trust_axes.set_title(f"expected calibration error {overall.calibration.expected_error:.3f}")
-    sizes_axes.set_title(f"{ceiling.made_by['segmenter']}, {overall.cases} cases"[-60:])
+    sizes_axes.set_title(f"{ceiling.provenance['segmenter']}, {overall.cases} cases"[-60:])
     modality_axes.set_title("by modality")
     sizes_axes.legend(fontsize="small")
     modality_axes.legend(fontsize="small")
@@ -375,7 +376,7 @@ def draw(ceiling: Ceiling) -> bytes:
 
 
 class _Stopwatch:
-    """A segmenter that notes how long its calls take, and keeps the picture opened last open for the next case."""
+    """A segmenter that notes how long its calls take, and keeps the image opened last open for the next case."""
 
     def __init__(self, segmenter: Segmenter) -> None:
         self.name = segmenter.name
@@ -391,7 +392,7 @@ class _Stopwatch:
             started = time.perf_counter()
             session = self._segmenter.open(image)
             elapsed = _milliseconds_since(started)
-            if key not in self._seen:  # the segmenter may keep what it knows of a picture: only the first time is true
+            if key not in self._seen:  # the segmenter may keep what it knows of an image: only the first time is true
                 self.open_ms = elapsed
                 self._seen.add(key)
             self._last = key, _StopwatchSession(session, self.predict_ms)

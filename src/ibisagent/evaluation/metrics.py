@@ -1,12 +1,12 @@
 """Measures of a mask against its target, and of many of them together, each with its definition and source.
 
-A figure over many cases is a quotient of sums, `sum(numerator) / sum(denominator)`: a mean has denominator 1 in every
+A metric over many cases is a quotient of sums, `sum(numerator) / sum(denominator)`: a mean has denominator 1 in every
 case, cIoU has the union, F1 twice the hits plus the errors. So every function named `..._share` gives one case's part
-of it, None where the case has no part, and `figure` puts them together. That also lets one bootstrap serve them all.
+of it, None where the case has no part, and `quotient` puts them together. That also lets one bootstrap serve them all.
 
 Two empty masks. Whether "nothing there, nothing found" is worth 1, 0 or nothing is a rule, not a fact (`EmptyRule`):
 "one", the default, as in the gIoU of LISA and gRefCOCO; "zero", as code has it that adds an epsilon to the
-denominator alone; "skip" leaves the case out. Figures of the positives only, the cases that do show their object, never
+denominator alone; "skip" leaves the case out. Metrics of the positives only, the cases that do show their object, never
 depend on it.
 
 A target of another size than the mask is resized (`resize_target`, nearest neighbour), never the mask.
@@ -14,7 +14,7 @@ A target of another size than the mask is resized (`resize_target`, nearest neig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
@@ -28,7 +28,7 @@ from ibisagent.imaging.masks import Overlap, check_same_shape
 EmptyRule = Literal["one", "zero", "skip"]
 """What two empty masks are worth; see the module's text."""
 Share: TypeAlias = tuple[float, float] | None
-"""One case's (numerator, denominator) of a figure; None if the case has no part in it."""
+"""One case's (numerator, denominator) of a metric; None if the case has no part in it."""
 
 EMPTY_RULE: EmptyRule = "one"
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -40,10 +40,10 @@ SizeClass = Literal["area < 0.5%", "area 0.5% to 5%", "area > 5%"]
 SMALL, LARGE = 0.005, 0.05
 
 
-# ------------------------------------------------------------------------------------------------ figures over cases
+# ------------------------------------------------------------------------------------------------ metrics over cases
 
 
-def figure(shares: Iterable[Share]) -> float | None:
+def quotient(shares: Iterable[Share]) -> float | None:
     """The quotient of the sums; None where no case has a part, or the denominators add up to 0."""
     parts = [share for share in shares if share is not None]
     below = sum(part[1] for part in parts)
@@ -65,30 +65,12 @@ def mean_share(case: Overlap, value: float, empty: EmptyRule = EMPTY_RULE) -> Sh
     return (0.0, 1.0) if empty == "zero" else None
 
 
-def giou_share(case: Overlap, empty: EmptyRule = EMPTY_RULE) -> Share:
-    """gIoU: the mean over the cases of their IoU (Lai et al., LISA, CVPR 2024; "mIoU" in BiomedParse and the paper).
-
-    It is not the generalised IoU of boxes that has the same name.
-    """
-    return mean_share(case, case.iou, empty)
-
-
-def dice_share(case: Overlap, empty: EmptyRule = EMPTY_RULE) -> Share:
-    """The mean over the cases of their Dice coefficient (Dice 1945; DSC)."""
-    return mean_share(case, case.dice, empty)
-
-
 def ciou_share(case: Overlap) -> Share:
     """cIoU: all intersections over all unions (oIoU of the referring-segmentation papers; Lai et al., LISA, CVPR 2024).
 
     Large objects dominate it. Two empty masks add nothing to either sum, so no rule is needed.
     """
     return float(case.shared), float(case.union)
-
-
-def precision_share(case: Overlap, threshold: float, empty: EmptyRule = EMPTY_RULE) -> Share:
-    """precision@threshold: the share of the cases whose IoU is at least `threshold` (Mao et al., CVPR 2016: P@0.5)."""
-    return mean_share(case, float(case.iou >= threshold), empty)
 
 
 def presence_share(case: Overlap) -> Share:
@@ -110,11 +92,6 @@ def match_share(case: Overlap, threshold: float = MATCH_IOU) -> Share:
     return 2.0 * (said and there and case.iou >= threshold), float(said) + float(there)
 
 
-def positives_only(share: Callable[[Overlap], Share]) -> Callable[[Overlap], Share]:
-    """`share` over the cases whose target has a pixel; the others have no part."""
-    return lambda case: share(case) if case.target else None
-
-
 # -------------------------------------------------------------------------------------------------- surface distances
 
 
@@ -130,14 +107,14 @@ def surfaces(mask: Mask, target: Mask, spacing: Sequence[float], tolerance: floa
     """HD95 and NSD of two bool arrays of equal shape; spacing: distance of pixel centres along each axis, as indexed.
 
     The border of a mask is its pixels that have a neighbour outside (4 neighbours in a plane, 6 in a volume; beyond the
-    picture is outside), a distance goes from a border pixel's centre to the nearest centre of the other border.
+    image is outside), a distance goes from a border pixel's centre to the nearest centre of the other border.
 
     - HD95: the larger of the two directed 95th percentiles (Huttenlocher et al., PAMI 1993; the percentile as in
       Maier-Hein and Reinke et al., Metrics Reloaded, Nature Methods 2024; MONAI's `compute_hausdorff_distance`).
     - NSD: the share of both borders that lies within `tolerance` of the other one (Nikolov et al., JMIR 2021; counted
       in border pixels as in MONAI's `compute_surface_dice`). Default: TOLERANCE_MM.
 
-    Two empty masks have HD95 0 and NSD 1. If one alone is empty there is no distance: HD95 is then the picture's
+    Two empty masks have HD95 0 and NSD 1. If one alone is empty there is no distance: HD95 is then the image's
     diagonal, the largest there can be (the rule of BraTS), and NSD 0. DataError for shapes or spacing that do not fit.
     """
     check_same_shape(mask, target)
@@ -157,7 +134,7 @@ def _directed(mask: Mask, other: Mask, spacing: Sequence[float]) -> np.ndarray:
     """Distances from every border pixel of `mask` to the border of `other`, both with a pixel."""
     from scipy import ndimage
 
-    around = ndimage.find_objects(np.asarray(mask | other, dtype=np.uint8))[0]  # the rest of the picture is far away
+    around = ndimage.find_objects(np.asarray(mask | other, dtype=np.uint8))[0]  # the rest of the image is far away
     mask, other = mask[around], other[around]
     borders = [part & ~ndimage.binary_erosion(part) for part in (mask, other)]
     distances: np.ndarray = ndimage.distance_transform_edt(~borders[1], sampling=spacing)[borders[0]]
@@ -215,7 +192,7 @@ def resize_target(target: Mask, size: tuple[int, int]) -> Mask:
 
 
 def size_class(area: float) -> SizeClass:
-    """The class of an object that covers the share `area` of its picture, in [0, 1]."""
+    """The class of an object that covers the share `area` of its image, in [0, 1]."""
     small, medium, large = get_args(SizeClass)
     found: SizeClass = small if area < SMALL else large if area > LARGE else medium
     return found

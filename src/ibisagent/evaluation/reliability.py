@@ -1,4 +1,4 @@
-"""One calibrated score per mask: how good it probably is, without knowing the truth.
+"""One calibrated score per mask: how good it probably is, without knowing the ground truth.
 
 Four signals of an episode, each in [0, 1]:
 
@@ -6,7 +6,7 @@ Four signals of an episode, each in [0, 1]:
 |---|---|
 | quality | the segmenter's own estimate of the IoU of the masks that are handed out |
 | stability | their mean IoU with the masks from the same prompts moved a little, JITTERS times |
-| settling | the smallest mean IoU of the masks after one turn with those after the next: did it have to mend much? |
+| convergence | the smallest mean IoU of the masks after one turn with those after the next: did it have to mend much? |
 | agreement | their mean IoU with those of further episodes of the policy, drawn at random; only where asked for |
 
 `Reliability` turns them into an expected IoU: a logistic regression on their log odds whose target is the measured IoU
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -40,7 +40,7 @@ from ibisagent.domain import (
     Turn,
     Undo,
 )
-from ibisagent.environment import Board, SegmentationEnv, mask_choice, rollout, turn_limit
+from ibisagent.environment import PromptState, SegmentationEnv, mask_choice, rollout, turn_limit
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.evaluation.calibration import calibration
 from ibisagent.files import csv_text, write_whole
@@ -48,7 +48,7 @@ from ibisagent.imaging.masks import iou
 from ibisagent.policies.base import Policy
 from ibisagent.segmenters import Segmenter
 
-FREE_SIGNALS = ("quality", "stability", "settling")  # that need no further episodes
+FREE_SIGNALS = ("quality", "stability", "convergence")  # that need no further episodes
 SIGNALS = (*FREE_SIGNALS, "agreement")
 JITTERS = 3
 JITTER = 0.05  # of the mask's mean side: how far a click, or an edge of a box, is moved at most
@@ -57,7 +57,7 @@ MIN_CASES = 10
 PULL = 10.0  # how many cases the plain mean of the signals is worth
 USUAL = 0.75  # most of the cases in which a signal may have one and the same value
 _EDGE = 0.01  # log odds of signals are those of values clipped to [_EDGE, 1 - _EDGE]
-KIND = "ibisagent reliability 2"  # 1 cut the log odds elsewhere
+KIND = "ibisagent reliability 3"  # 2 called the convergence otherwise, 1 cut the log odds elsewhere
 Signals = Mapping[str, float]
 
 
@@ -84,7 +84,7 @@ def signals(
     moved = [_replayed(episode, image, segmenter, kept, random) for _ in range(JITTERS)]
     found["stability"] = float(np.mean([_likeness(kept, masks) for masks in moved]))
     steps = [(before.after, after.after) for before, after in pairwise(episode.turns) if after.after]
-    found["settling"] = min((_likeness(after, before) for before, after in steps), default=1.0)
+    found["convergence"] = min((_likeness(after, before) for before, after in steps), default=1.0)
     if others:
         found["agreement"] = float(np.mean([_likeness(kept, _shown(other.answer_masks)) for other in others]))
     return found
@@ -142,7 +142,7 @@ class Reviewer:
 class Reliability:
     """How signals become a score. weights: by signal, on log odds, and bias. cases: how many it was fitted on.
 
-    made_by: `Reviewer.identity`, which must be the same where it is used. error, kept_gain: each case scored without
+    provenance: `Reviewer.identity`, which must be the same where it is used. error, kept_gain: each case scored without
     it: expected calibration error, and what dropping the worst 20% adds to the mean IoU.
     """
 
@@ -151,7 +151,7 @@ class Reliability:
     cases: int = 0
     error: float | None = None
     kept_gain: float | None = None
-    made_by: Mapping[str, str] | None = None
+    provenance: Mapping[str, str] | None = None
 
     @classmethod
     def plain(cls, names: Sequence[str]) -> Reliability:
@@ -187,11 +187,11 @@ class Reliability:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path}: is no calibration; make one with 'ibisagent eval calibrate'") from error
 
-    def check(self, made_by: Mapping[str, str]) -> None:
+    def check(self, provenance: Mapping[str, str]) -> None:
         """ConfigError if it was fitted with another policy or segmenter, or other weights of them."""
-        for name, value in (self.made_by or {}).items():
-            if made_by.get(name, value) != value:
-                raise ConfigError(f"the calibration was made with {name} {value}, this run has {made_by[name]}")
+        for name, value in (self.provenance or {}).items():
+            if provenance.get(name, value) != value:
+                raise ConfigError(f"the calibration was made with {name} {value}, this run has {provenance[name]}")
 
 
 class Queue:
@@ -217,6 +217,24 @@ class Queue:
         self._entries.append({"image": image, "score": round(score, 4), **rounded})
         return score
 
+    def add_volume(self, image: str, episodes: Iterable[tuple[Episode, Case]]) -> float:
+        """Score a volume by the mean signals of the slices on which the agent found something; the score.
+
+        Slices that the segmenter was carried through are not scored. A volume in which nothing was found has 0 in each
+        signal. Raises PolicyError and SegmenterError.
+        """
+        found = [
+            self._reviewer.signals(episode, case)
+            for episode, case in episodes
+            if any(mask.any() for mask in episode.answer_masks.values())
+        ]
+        names = SIGNALS if self._reviewer.samples else FREE_SIGNALS
+        means = {name: float(np.mean([one[name] for one in found])) if found else 0.0 for name in names}
+        score = self._reliability.score(means)
+        rounded = {name: round(value, 4) for name, value in means.items()}
+        self._entries.append({"image": image, "score": round(score, 4), **rounded})
+        return score
+
     @property
     def worst_first(self) -> list[dict[str, Any]]:
         """{"image", "score", and the signals} of all, lowest score first."""
@@ -233,11 +251,11 @@ class Queue:
         write_whole((json.dumps(content, indent=1) + "\n").encode(), folder / "review.json")
 
 
-def fit(found: Sequence[Signals], ious: Sequence[float], made_by: Mapping[str, str] | None = None) -> Reliability:
+def fit(found: Sequence[Signals], ious: Sequence[float], provenance: Mapping[str, str] | None = None) -> Reliability:
     """The calibration of measured `ious` (N,) in [0, 1] by their signals, all with the same names.
 
     A signal that is the same in more than USUAL of the cases is left out: of a policy that nearly always stops after
-    its first masks, settling says nothing, and its sure 1 would be believed as the mean of the signals is.
+    its first masks, convergence says nothing, and its sure 1 would be believed as the mean of the signals is.
 
     Raises DataError for fewer than MIN_CASES, or what does not fit together.
     """
@@ -263,7 +281,7 @@ def fit(found: Sequence[Signals], ious: Sequence[float], made_by: Mapping[str, s
         len(targets),
         calibration(left_out, targets.tolist()).expected_error,
         gain_of_dropping(left_out, targets.tolist()),
-        dict(made_by or {}),
+        dict(provenance or {}),
     )
 
 
@@ -328,11 +346,11 @@ def _likeness(kept: Masks, others: Masks) -> float:
 
 def _replayed(episode: Episode, image: Image, segmenter: Segmenter, kept: Masks, random: np.random.Generator) -> Masks:
     """What the episode hands out when every click and box is moved a little; turns and undos stay as they are."""
-    board = Board(image, segmenter, episode.start, episode.made_by.get("dialect", ""))
+    prompt_state = PromptState(image, segmenter, episode.start, episode.provenance.get("dialect", ""))
     turns: list[Turn] = []
     for turn in episode.turns:
         actions = tuple(_moved(action, kept, image.size, random) for action in turn.reply.actions)
-        turns.append(board.take(turn.completion, replace(turn.reply, actions=actions))[0])
+        turns.append(prompt_state.apply_reply(turn.completion, replace(turn.reply, actions=actions))[0])
     return replace(episode, turns=tuple(turns)).answer_masks
 
 

@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import cv2
 import numpy as np
 
-from ibisagent.datasets.members import read_picture
+from ibisagent.datasets.members import read_image_at
 from ibisagent.domain import Box, Click, Episode, Image, Masks, Turn
 from ibisagent.errors import DataError
 from ibisagent.evaluation.metrics import EMPTY_RULE, EmptyRule
@@ -28,16 +28,16 @@ from ibisagent.files import write_whole
 from ibisagent.inference.image import describe_actions
 from ibisagent.protocol import overlay
 
-SIDE = 320  # pixels of a picture's longer side
+SIDE = 320  # pixels of an image's longer side
 QUALITY = 82
 COLOURS = ("#111111", "#1d4ed8", "#d97706", "#15803d", "#be185d", "#7c3aed", "#0e7490", "#b91c1c", "#4d7c0f", "#6b7280")
 POSITIVE, NEGATIVE, BOX = (34, 197, 94), (239, 68, 68), (34, 211, 238)
-MASK, TRUTH = (59, 130, 246), (250, 204, 21)
+MASK, GROUND_TRUTH = (59, 130, 246), (250, 204, 21)
 Rank = Literal["best", "median", "worst"]
 
 
 def write_report(folder: Path, page: Path, *, cases: int = 6, empty: EmptyRule = EMPTY_RULE) -> list[str]:
-    """Write the page about the run in `folder`: the cases whose picture is not there any more, or has changed.
+    """Write the page about the run in `folder`: the cases whose image is not there any more, or has changed.
 
     cases: so many best, median and worst by IoU over all cases; each modality adds a third as many, which are shown
     when the page is filtered. DataError if the folder holds no run, or no case of it was judged.
@@ -74,27 +74,27 @@ def iou_by_turn(results: Sequence[CaseResult], turns: int) -> list[tuple[float, 
 
 def _page(run: Run, cards: str, empty: EmptyRule) -> str:
     evaluation = run.evaluation
-    made_by, results = evaluation.made_by, evaluation.results
+    provenance, results = evaluation.provenance, evaluation.results
     overall = summarise(results, empty=empty)
     judged = len(results) + len(evaluation.failures)
     unfinished = "" if judged == run.cases else f" The run is unfinished: {judged} of {run.cases} cases."
     names = ordered(list(overall.means))
-    figures = "".join(
+    metrics = "".join(
         f"<tr>{_cells([HEADINGS.get(name, name), f'{overall.means[name]:.3f}', interval_text(overall, name)])}</tr>"
         for name in names
     )
     shown = [name for name in (*MAIN, "stop_gap", "seconds") if name in overall.means]
     template = Template(files("ibisagent.evaluation").joinpath("report.html").read_text(encoding="utf-8"))
     return template.substitute(
-        title=html.escape(f"{made_by.get('policy', '')} with {made_by.get('segmenter', '')}"),
-        facts=html.escape(", ".join(f"{name} {value}" for name, value in made_by.items() if value)),
+        title=html.escape(f"{provenance.get('policy', '')} with {provenance.get('segmenter', '')}"),
+        facts=html.escape(", ".join(f"{name} {value}" for name, value in provenance.items() if value)),
         counts=html.escape(
             f"{overall.cases} cases of {overall.patients} patients; {overall.positives} show their object (pos.)."
             f" {len(evaluation.failures)} failed and count nowhere. Two empty masks count as: {empty}."
             f" Intervals: 95%, patients resampled.{unfinished}"
         ),
         failures=_failures(evaluation),
-        figures=figures,
+        metrics=metrics,
         kinds=_options(get_args(GroupBy)),
         groups="".join(_group_table(evaluation, by, shown, empty) for by in get_args(GroupBy)),
         plots=_plots(evaluation),
@@ -131,7 +131,7 @@ def _group_table(evaluation: Evaluation, by: GroupBy, shown: Sequence[str], empt
     rows = []
     for name, cases in evaluation.groups(by).items():
         summary = summarise(cases, empty=empty)
-        values = [_number(summary.means.get(figure)) for figure in shown]
+        values = [_number(summary.means.get(name)) for name in shown]
         rows.append(f"<tr>{_cells([name, str(summary.cases), *values, interval_text(summary, 'iou')])}</tr>")
     return f'<table data-by="{by}"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
 
@@ -295,7 +295,7 @@ def _card(run: Run, pick: _Pick, missing: list[str]) -> str:
         missing.append(one.case_id)
     figures = []
     if image is not None:
-        figures.append(_figure(image, {}, targets, (), "truth", ""))
+        figures.append(_figure(image, {}, targets, (), "ground truth", ""))
         for number, turn in enumerate(episode.turns if episode else (), start=1):
             iou = f", IoU {one.ious[number - 1]:.3f}" if number <= len(one.ious) else ""
             said = turn.reply.problem or describe_actions(turn.reply.actions)
@@ -307,7 +307,7 @@ def _card(run: Run, pick: _Pick, missing: list[str]) -> str:
             figures.append(_figure(image, answer, targets, (), f"handed out: IoU {one.measures['iou']:.3f}", ""))
     facts = [one.object, one.modality, one.size, *([f"ended: {one.stop}"] if one.stop else [])]
     words = html.escape(", ".join(fact for fact in facts if fact))
-    note = "" if image is not None else '<p class="quiet">Its picture is not there any more, or has changed.</p>'
+    note = "" if image is not None else '<p class="quiet">Its image is not there any more, or has changed.</p>'
     return (
         f'<article class="card" data-overall="{int(pick.overall)}" {_data(one)}>'
         f"<h4><b>IoU {one.measures['iou']:.3f}</b> {html.escape(one.case_id)} <span class=quiet>{words}</span></h4>"
@@ -316,9 +316,9 @@ def _card(run: Run, pick: _Pick, missing: list[str]) -> str:
 
 
 def _image(source: str, episode: Episode | None) -> Image | None:
-    """The picture that was judged; None if it cannot be read, or is another one now."""
+    """The image that was judged; None if it cannot be read, or is another one now."""
     try:
-        image = read_picture(Path(source))
+        image = read_image_at(Path(source))
     except DataError:
         return None
     return image if episode is None or image.sha256 == episode.image_sha256 else None
@@ -338,7 +338,7 @@ def _figure(
     pixels = _drawn(image, masks, targets, prompts)
     done, coded = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
     if not done:
-        raise DataError(f"{image.source}: its picture cannot be drawn")
+        raise DataError(f"{image.source}: its image cannot be drawn")
     height, width = pixels.shape[:2]
     said = f'<div class="thought">{html.escape(thought)}</div>' if thought else ""
     return (
@@ -349,7 +349,7 @@ def _figure(
 
 
 def _drawn(image: Image, masks: Masks, targets: Masks, prompts: Sequence[Click | Box]) -> np.ndarray:
-    """(h, w, 3) uint8: the picture at most SIDE long, with masks, outlines of the truth, and prompts."""
+    """(h, w, 3) uint8: the image at most SIDE long, with masks, outlines of the ground truth, and prompts."""
     scale = SIDE / max(image.size)
     size = max(1, round(image.size[1] * scale)), max(1, round(image.size[0] * scale))
     how = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
@@ -360,9 +360,9 @@ def _drawn(image: Image, masks: Masks, targets: Masks, prompts: Sequence[Click |
     small = Image(np.ascontiguousarray(cv2.resize(image.pixels, size, interpolation=how)))
     shown = {name: resized(mask) > 0 for name, mask in masks.items()}
     pixels = np.array(overlay(small, shown, colours=(MASK,)))
-    for truth in targets.values():
-        outlines, _ = cv2.findContours(resized(truth), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(pixels, outlines, -1, TRUTH, 1)
+    for ground_truth in targets.values():
+        outlines, _ = cv2.findContours(resized(ground_truth), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(pixels, outlines, -1, GROUND_TRUTH, 1)
     for prompt in prompts:
         if isinstance(prompt, Click):
             centre = (int((prompt.x + 0.5) * scale), int((prompt.y + 0.5) * scale))

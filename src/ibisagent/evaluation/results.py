@@ -1,6 +1,6 @@
-"""What an evaluation found: one result per case, figures of groups of them, two runs compared.
+"""What an evaluation found: one result per case, metrics of groups of them, two runs compared.
 
-Figures beside the means of the measures of `evaluation` (each with its definition in `metrics`):
+Metrics beside the means of the measures of `evaluation` (each with its definition in `metrics`):
 
 | name | what |
 |---|---|
@@ -31,7 +31,7 @@ from ibisagent.imaging.masks import Overlap
 
 GroupBy = Literal["modality", "object", "size", "dataset"]
 Size = SizeClass | Literal["absent", ""]
-"""How much of its picture an object covers; "" if that is not known."""
+"""How much of its image an object covers; "" if that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class CaseResult:
     quality: float | None = None
 
     @property
-    def person(self) -> str:
+    def subject(self) -> str:
         """The patient, by a name that no other data set has: the unit of all intervals."""
         return f"{self.dataset}/{self.patient}"
 
@@ -78,9 +78,9 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Figures of one group of cases, each over the cases that have a part in it.
+    """Metrics of one group of cases, each over the cases that have a part in it.
 
-    positives: cases that show their object. means: every figure, most of them means. intervals: 95%, patients resampled
+    positives: cases that show their object. means: every metric, most of them means. intervals: 95%, patients resampled
     (images where no patient is known), None for fewer than two of them.
     """
 
@@ -96,7 +96,7 @@ class Summary:
 class Evaluation:
     """All results of one run, in the order of the cases."""
 
-    made_by: Mapping[str, str]
+    provenance: Mapping[str, str]
     results: tuple[CaseResult, ...]
     failures: tuple[Failure, ...]
 
@@ -114,12 +114,13 @@ class Evaluation:
         return {"all": summarise(self.results, empty=empty), **groups}
 
     def to_json(self, empty: EmptyRule = EMPTY_RULE) -> dict[str, Any]:
-        """Everything as plain JSON values: made_by, rule, summaries of all and by each GroupBy, failures, all cases."""
+        """Everything as plain JSON values: provenance, rule, summaries of all and by each GroupBy, failures, all
+        cases."""
         summaries: dict[str, Any] = {"all": asdict(summarise(self.results, empty=empty))}
         for by in get_args(GroupBy):
             summaries[by] = {name: asdict(summarise(group, empty=empty)) for name, group in self.groups(by).items()}
         return {
-            "made_by": dict(self.made_by),
+            "made_by": dict(self.provenance),
             "two_empty_masks_count_as": empty,
             "summaries": summaries,
             "failures": [asdict(failure) for failure in self.failures],
@@ -136,7 +137,13 @@ def check_group(by: str) -> GroupBy:
 
 
 def shares(result: CaseResult, empty: EmptyRule = EMPTY_RULE) -> dict[str, tuple[float, float]]:
-    """One case's (numerator, denominator) of every figure that it has a part in."""
+    """One case's (numerator, denominator) of every metric that it has a part in.
+
+    iou: gIoU, the mean over the cases of their IoU (Lai et al., LISA, CVPR 2024; "mIoU" in BiomedParse and the paper),
+    not the generalised IoU of boxes that has the same name. dice: the mean of their Dice coefficients (Dice 1945; DSC).
+    precision_50, ...: the share of the cases whose IoU is at least that (Mao et al., CVPR 2016: P@0.5). positive_...:
+    over the cases whose target has a pixel. The others: see `metrics`.
+    """
     found: dict[str, metrics.Share] = {name: (value, 1.0) for name, value in result.measures.items()}
     overlap = result.overlap
     if overlap is not None and "iou" in result.measures:
@@ -160,11 +167,11 @@ def shares(result: CaseResult, empty: EmptyRule = EMPTY_RULE) -> dict[str, tuple
 def summarise(
     results: Sequence[CaseResult], *, empty: EmptyRule = EMPTY_RULE, resamples: int = 2_000, seed: int = 0
 ) -> Summary:
-    """The figures of `results`; an empty sequence has none."""
-    rows: list[Row] = [(one.person, shares(one, empty)) for one in results]
+    """The metrics of `results`; an empty sequence has none."""
+    rows: list[Row] = [(one.subject, shares(one, empty)) for one in results]
     means = {}
     for name in dict.fromkeys(name for _, row in rows for name in row):
-        found = metrics.figure(row.get(name) for _, row in rows)
+        found = metrics.quotient(row.get(name) for _, row in rows)
         if found is not None:
             means[name] = found
     if dice := [row["dice"][0] for _, row in rows if "dice" in row]:
@@ -174,8 +181,8 @@ def summarise(
     )
     stops = Counter(one.stop for one in results if one.stop is not None)
     positives = sum(one.overlap is not None and one.overlap.target > 0 for one in results)
-    people = len({one.person for one in results})
-    return Summary(len(results), positives, people, means, spread, dict(stops.most_common()))
+    subjects = len({one.subject for one in results})
+    return Summary(len(results), positives, subjects, means, spread, dict(stops.most_common()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +194,7 @@ class Comparison:
     cases: int
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
-    figures: Mapping[str, Difference]
+    metrics: Mapping[str, Difference]
     groups: Mapping[str, Mapping[str, Difference]]
 
 
@@ -211,7 +218,7 @@ def compare(a: Evaluation, b: Evaluation, *, empty: EmptyRule = EMPTY_RULE, seed
         return [
             [
                 (
-                    pair[0].person,
+                    pair[0].subject,
                     {name: share for name, share in shares(pair[side], empty).items() if only in (None, name)},
                 )
                 for pair in pairs
@@ -232,8 +239,8 @@ def compare(a: Evaluation, b: Evaluation, *, empty: EmptyRule = EMPTY_RULE, seed
                 found.setdefault(by, {})[name] = group["iou"]
     ours = {one.case_id for one in a.results}
     return Comparison(
-        a.made_by,
-        b.made_by,
+        a.provenance,
+        b.provenance,
         len(pairs),
         tuple(sorted(ours - theirs.keys())),
         tuple(sorted(theirs.keys() - ours)),

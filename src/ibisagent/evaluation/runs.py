@@ -1,4 +1,4 @@
-"""An evaluation on disk: resumable after any end, in several processes, the same figures for the same settings.
+"""An evaluation on disk: resumable after any end, in several processes, the same metrics for the same settings.
 
 The folder of a run holds run.json (what makes it), cases.jsonl (a line per case: result, episode, ground truth),
 contents.json (the files that it was judged on, see `files.FileHashes`) and, when it has ended, evaluation.json and the
@@ -34,7 +34,7 @@ from ibisagent.evaluation import MAX_FAILURES, Judge, judge_cases, location_prio
 from ibisagent.evaluation.metrics import EMPTY_RULE, EmptyRule
 from ibisagent.evaluation.results import CaseResult, Evaluation, Failure
 from ibisagent.files import FileHashes, claim, try_folder, write_whole
-from ibisagent.inference.image import provenance
+from ibisagent.inference.image import provenance_of
 from ibisagent.policies import load_policy
 from ibisagent.policies.base import Policy
 from ibisagent.protocol import History
@@ -106,7 +106,7 @@ class Setup:
             blind = ({} if prior is None else {"prior": prior}) | {"centre": load_policy("centre-click")}
         max_turns = turn_limit(policy) if self.max_turns is None else self.max_turns
         chosen = mask_choice(policy, self.mask_selection)
-        made_by = provenance(policy, segmenter)
+        provenance = provenance_of(policy, segmenter)
         facts = {
             "ibisagent": package_version(),
             "data": str(self.data),
@@ -120,9 +120,9 @@ class Setup:
             "baselines": ", ".join([*blind, "oracle"]) if self.baselines else "",
             "batch_size": str(self.batch_size),
             "seed": str(self.seed),
-            **made_by,
+            **provenance,
         }
-        judge = Judge(policy, segmenter, blind, self.baselines, max_turns, chosen, made_by)
+        judge = Judge(policy, segmenter, blind, self.baselines, max_turns, chosen, provenance)
         learned = prior_cases(everything) if needs_prior else None
         return Bench(cases, learned, judge, facts, self.batch_size)
 
@@ -189,7 +189,7 @@ def run(
         raise ConfigError(f"{workers} workers: give 1 or more")
     if folder is not None:
         try_folder(folder)
-    with _hands(setup, workers) as (facts, contents_of, judge_blocks):
+    with _worker_pool(setup, workers) as (facts, contents_of, judge_blocks):
         total, size = int(facts["cases"]), setup.batch_size
         kept, contents = _Log(None if folder is None else folder / CASES_NAME), [""] * total
         if folder is not None:
@@ -255,7 +255,8 @@ class Run:
         self._index = {line["result"]["case_id"]: index for index, line in self._log.lines.items() if "result" in line}
 
     def masks(self, case_id: str) -> tuple[Episode | None, Masks, Masks]:
-        """(episode or None, masks handed out without one, truth) of a judged case. DataError if they are damaged."""
+        """(episode or None, masks handed out without one, ground truth) of a judged case. DataError if they are
+        damaged."""
         line, where = self._line(case_id), f"{self.folder / CASES_NAME}, case {case_id}"
         episode = read_plain_record(line["episode"], where) if line.get("episode") else None
         plain = [line.get("masks") or [], line.get("targets") or []]
@@ -265,7 +266,7 @@ class Run:
         return episode, masks, targets
 
     def image(self, case_id: str) -> str:
-        """Where the picture of a judged case was; "" if that is not known."""
+        """Where the image of a judged case was; "" if that is not known."""
         line = self._line(case_id)
         return str(line.get("image") or (line.get("episode") or {}).get("image_source", ""))
 
@@ -355,7 +356,7 @@ def _light(line: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _hands(
+def _worker_pool(
     setup: Setup, workers: int
 ) -> Iterator[
     tuple[dict[str, str], Callable[[Path], list[str]], Callable[[Sequence[int]], Iterator[list[dict[str, Any]]]]]

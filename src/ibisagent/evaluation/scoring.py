@@ -1,4 +1,4 @@
-"""Masks made by anything, measured against labelled data: PNG and other pictures, NIfTI, run-length codes.
+"""Masks made by anything, measured against labelled data: PNG and other images, NIfTI, run-length codes.
 
 Which file belongs to which case, first rule that fits (blanks, "+" and case do not matter):
 
@@ -7,7 +7,7 @@ Which file belongs to which case, first rule that fits (blanks, "+" and case do 
 
 A `.jsonl` file, or those in the folder, holds one JSON object a line: "case_id" (as `ibisagent eval run` has it:
 IMAGE#OBJECT), or "image" and "object"; and "segmentation" or "rle", a COCO run-length code {"size": [H, W], "counts":
-text, or a list of runs}. A truth in NIfTI (a folder of such masks, or a manifest that names them) wants NIfTI.
+text, or a list of runs}. A ground truth in NIfTI (a folder of such masks, or a manifest that names them) wants NIfTI.
 
 Whatever does not fit is a `Problem` of its file: never resampled, never scored, never left out in silence.
 """
@@ -78,8 +78,8 @@ class _Found:
 
 
 @dataclass(frozen=True, slots=True)
-class _Truth:
-    """The truth of a case. affine: of a volume."""
+class _GroundTruth:
+    """The ground truth of a case. affine: of a volume."""
 
     masks: Masks
     patient: str
@@ -105,10 +105,10 @@ def score(
 ) -> Scores:
     """Measure the masks in `made`, a folder or a .jsonl file, against the masks of `data`.
 
-    folder: write a run there that `compare` and `report` read, and problems.csv. split, limit: as for
-    `cases_to_judge`. resize_targets: a picture's mask of another size is compared with the truth, resized to it by
-    nearest neighbour; otherwise it is a problem. DataError if `made` holds no mask at all, or the data cannot be read.
-    A mask that is all or nothing of an image is scored, and a warning names it.
+    folder: write a run there that `eval compare` and `eval report` read, and problems.csv. split, limit: as for
+    `cases_to_judge`. resize_targets: an image's mask of another size is compared with the ground truth, resized to it
+    by nearest neighbour; otherwise it is a problem. DataError if `made` holds no mask at all, or the data cannot be
+    read. A mask that is all or nothing of an image is scored, and a warning names it.
     """
     if folder is not None:
         try_folder(folder)
@@ -251,36 +251,38 @@ def _decode(code: Any, where: str) -> Mask:
 
 
 def _judge(row: CaseRow, found: _Found, cases: CaseSource, resize_targets: bool) -> dict[str, Any]:
-    """A plain line of a run: result, masks, truth."""
-    truth = _truth(row, cases)
+    """A plain line of a run: result, masks, ground truth."""
+    ground_truth = _ground_truth(row, cases)
     mask, affine = found.read()
     if mask.all() or not mask.any():
         log.warning("%s: its mask is %s; look whether it was meant so", found.file, "all" if mask.any() else "empty")
-    if found.volume != (truth.affine is not None):
-        wanted = "a NIfTI volume" if truth.affine is not None else "a picture"
-        raise _MisfitError("other geometry", f"{found.file}: the truth is {wanted}; save the mask as one")
-    size = next(iter(truth.masks.values())).shape
-    targets = dict(truth.masks)
+    if found.volume != (ground_truth.affine is not None):
+        wanted = "a NIfTI volume" if ground_truth.affine is not None else "an image"
+        raise _MisfitError("other geometry", f"{found.file}: the ground truth is {wanted}; save the mask as one")
+    size = next(iter(ground_truth.masks.values())).shape
+    targets = dict(ground_truth.masks)
     if mask.shape != size:
         if not resize_targets or found.volume:
             sides = [" x ".join(map(str, shape)) for shape in (mask.shape, size)]
-            raise _MisfitError("wrong size", f"{found.file}: is {sides[0]}, the truth {sides[1]}; save it at that size")
+            raise _MisfitError(
+                "wrong size", f"{found.file}: is {sides[0]}, the ground truth {sides[1]}; save it at that size"
+            )
         targets = {name: resize_target(target, mask.shape) for name, target in targets.items()}
-    if affine is not None and truth.affine is not None:
-        _check_place(found.file, affine, truth.affine, size)
+    if affine is not None and ground_truth.affine is not None:
+        _check_place(found.file, affine, ground_truth.affine, size)
     pairs = [(mask, target) for target in targets.values()]
     result = CaseResult(
         row.id,
         row.object,
         row.modality,
         row.dataset,
-        truth.patient,
+        ground_truth.patient,
         None,
-        mask_measures(pairs, truth.spacing_mm),
+        mask_measures(pairs, ground_truth.spacing_mm),
         overlap(*pairs[0]),
-        size_of(list(targets.values())) if truth.affine is None else "",
+        size_of(list(targets.values())) if ground_truth.affine is None else "",
     )
-    flat = truth.affine is None
+    flat = ground_truth.affine is None
     return {
         "result": asdict(result),
         "episode": None,
@@ -290,10 +292,12 @@ def _judge(row: CaseRow, found: _Found, cases: CaseSource, resize_targets: bool)
     }
 
 
-def _truth(row: CaseRow, cases: CaseSource) -> _Truth:
+def _ground_truth(row: CaseRow, cases: CaseSource) -> _GroundTruth:
+    if row.mask is not None and row.mask.suffix.lower() == ".dcm":
+        return _dicom_ground_truth(row, row.mask)
     if row.mask is None or not _is_nifti(row.mask):
         case = cases.decode(row)
-        return _Truth(case.targets or {}, case.patient or case.image.sha256, case.image.spacing_mm, None)
+        return _GroundTruth(case.targets or {}, case.patient or case.image.sha256, case.image.spacing_mm, None)
     from ibisagent.volumes import read_volume
 
     volume = read_volume(row.mask)
@@ -302,24 +306,43 @@ def _truth(row: CaseRow, cases: CaseSource) -> _Truth:
         raise DataError(f"{row.where}: label '{row.label}' is no value of a volume; give a whole number")
     mask = values != 0 if row.label is None else values == int(row.label)
     spacing = volume.spacing_mm if volume.spacing_known else None
-    return _Truth({row.object: mask}, row.patient or str(row.image), spacing, volume.affine)
+    return _GroundTruth({row.object: mask}, row.patient or str(row.image), spacing, volume.affine)
+
+
+def _dicom_ground_truth(row: CaseRow, file: Path) -> _GroundTruth:
+    """The ground truth in a DICOM segmentation or structure set, on the grid of the row's image.
+
+    label: the segment or ROI; default the row's object, or the only one there is.
+    """
+    from ibisagent.volumes import read_volume
+    from ibisagent.volumes.label_maps import choose_label
+    from ibisagent.volumes.writing import masks_on
+
+    volume = read_volume(row.image)
+    masks = masks_on(volume, file)
+    alone = len(masks) == 1 and row.label is None
+    mask = next(iter(masks.values())) if alone else choose_label(masks, str(row.label or row.object), file)
+    spacing = volume.spacing_mm if volume.spacing_known else None
+    return _GroundTruth({row.object: mask}, row.patient or str(row.image), spacing, volume.affine)
 
 
 def _read_volume_mask(file: Path) -> tuple[Mask, np.ndarray]:
     from ibisagent.volumes.writing import read_volume_masks
 
     masks, affine = read_volume_masks(file)
-    return masks["mask"], affine
+    if len(masks) != 1:
+        raise DataError(f"{file}: is not a mask of one object, it holds {len(masks)}; save the one that is meant")
+    return next(iter(masks.values())), affine
 
 
 def _check_place(file: str, ours: np.ndarray, theirs: np.ndarray, shape: Sequence[int]) -> None:
-    from ibisagent.volumes.writing import SAME_PLACE_MM, places_off_mm
+    from ibisagent.volumes.grid import places_off_mm, tolerance_mm
 
     off = places_off_mm(ours, theirs, shape)
-    if off > SAME_PLACE_MM:
+    if off > tolerance_mm(theirs):
         raise _MisfitError(
             "other geometry",
-            f"{file}: lies up to {off:.2f} mm beside the truth; resample it onto the grid of the truth",
+            f"{file}: lies up to {off:.2f} mm beside the ground truth; resample it onto the grid of the ground truth",
         )
 
 

@@ -1,4 +1,4 @@
-"""Figures of an evaluation as CSV, Markdown and LaTeX. Figures have three decimals; "" where there is none."""
+"""Metrics of an evaluation as CSV, Markdown and LaTeX. Metrics have three decimals; "" where there is none."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ HEADINGS: Mapping[str, str] = {
     "ellipse_iou": "ellipse",
     **{f"oracle_iou_{count}": f"oracle {count}" for count in (1, 2, 3, 5, 10)},
 }
-"""Figure -> heading, in the order of all tables; figures that are not here come last, by their own names."""
+"""Metric -> heading, in the order of all tables; metrics that are not here come last, by their own names."""
 MAIN = ("iou", "positive_iou", "ciou", "dice", "precision_50", "match_f1", "turns")
 """The columns of the Markdown and LaTeX tables."""
 
@@ -66,7 +66,7 @@ def files(evaluation: Evaluation, empty: EmptyRule = EMPTY_RULE) -> dict[str, st
 
 
 def ordered(names: Sequence[str]) -> list[str]:
-    """Figures in the order of HEADINGS."""
+    """Metrics in the order of HEADINGS."""
     order = list(HEADINGS)
     return sorted(dict.fromkeys(names), key=lambda name: order.index(name) if name in HEADINGS else len(order))
 
@@ -82,7 +82,7 @@ def _cases_csv(results: Sequence[CaseResult]) -> str:
 
 
 def _summary_csv(groups: Mapping[tuple[str, str], Summary]) -> str:
-    rows: list[list[str]] = [["by", "group", "figure", "value", "low_95", "high_95", "cases", "positives", "patients"]]
+    rows: list[list[str]] = [["by", "group", "metric", "value", "low_95", "high_95", "cases", "positives", "patients"]]
     for (by, group), summary in groups.items():
         counts = [str(summary.cases), str(summary.positives), str(summary.patients)]
         for name in ordered(list(summary.means)):
@@ -93,7 +93,7 @@ def _summary_csv(groups: Mapping[tuple[str, str], Summary]) -> str:
 
 def _markdown(evaluation: Evaluation, groups: Mapping[tuple[str, str], Summary], empty: EmptyRule) -> str:
     overall = groups["all", "all"]
-    facts = evaluation.made_by
+    facts = evaluation.provenance
     lines = [
         f"# {facts.get('policy', '')} with {facts.get('segmenter', '')}",
         "",
@@ -101,7 +101,7 @@ def _markdown(evaluation: Evaluation, groups: Mapping[tuple[str, str], Summary],
         f" {len(evaluation.failures)} failed and left out. Two empty masks count as: {empty}."
         " pos.: over the cases that show their object. Intervals: 95%, patients resampled.",
         "",
-        "| figure | value | 95% |",
+        "| metric | value | 95% |",
         "|---|---|---|",
     ]
     for name in ordered(list(overall.means)):
@@ -140,23 +140,23 @@ def _latex(groups: Mapping[tuple[str, str], Summary], empty: EmptyRule) -> str:
 
 
 def interval_text(summary: Summary, name: str) -> str:
-    """The interval of a figure in words, "" if there is none."""
+    """The interval of a metric as text, "" if there is none."""
     interval = summary.intervals.get(name)
     return "" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
 
 
 def comparison_markdown(found: Comparison) -> str:
-    """A comparison as Markdown: every figure, then the IoU by group."""
+    """A comparison as Markdown: every metric, then the IoU by group."""
     names = [f"{run.get('policy', '')} with {run.get('segmenter', '')}" for run in (found.a, found.b)]
     lines = [
         f"A: {names[0]}; B: {names[1]}. {found.cases} cases in both;"
         f" left out: {len(found.only_a)} only in A, {len(found.only_b)} only in B.",
-        "Difference: B less A; 95%, patients resampled; p: paired permutation of patients, each figure by itself.",
+        "Difference: B less A; 95%, patients resampled; p: paired permutation of patients, each metric by itself.",
         "",
-        "| figure | cases | A | B | B - A | 95% | p |",
+        "| metric | cases | A | B | B - A | 95% | p |",
         "|---|---|---|---|---|---|---|",
     ]
-    rows = {HEADINGS.get(name, name): found.figures[name] for name in ordered(list(found.figures))}
+    rows = {HEADINGS.get(name, name): found.metrics[name] for name in ordered(list(found.metrics))}
     rows |= {f"IoU, {group}": one for groups in found.groups.values() for group, one in groups.items()}
     for label, one in rows.items():
         spread = "" if one.interval is None else f"{one.interval[0]:+.3f} to {one.interval[1]:+.3f}"

@@ -48,7 +48,7 @@ def write_card(worker: Worker) -> dict[str, Any]:
     pairs = len(worker.plan.cases)
     card = {
         "pairs": pairs,
-        "pictures": len(worker.groups),
+        "images": len(worker.groups),
         "failed_pairs": len(failures),
         "failures": failures[:20],
         "questions": sum(asked.values()),
@@ -72,7 +72,7 @@ def write_card(worker: Worker) -> dict[str, Any]:
 
 
 def _group(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Pictures and QA; IoU, DSC, clicks and turns of those that segment; characters of all."""
+    """Images and QA; IoU, DSC, clicks and turns of those that segment; characters of all."""
     drawn = [result for result in results if result["iou"] is not None]
     return {
         "images": len({result["image"] for result in results}),
@@ -100,14 +100,14 @@ def _text(card: Mapping[str, Any]) -> str:
     lines = [
         "# Data card",
         "",
-        f"{card['pairs']} image-mask pairs on {card['pictures']} pictures, {card['failed_pairs']} of them could not be "
+        f"{card['pairs']} image-mask pairs on {card['images']} images, {card['failed_pairs']} of them could not be "
         f"used. {card['questions']} questions ({card['questions_per_pair']} a pair), {card['kept']} kept as episodes.",
         "",
         "| modality | images | QA | mean IoU | mean DSC | mean clicks | mean turns | characters |",
         "|---|---|---|---|---|---|---|---|",
         *table,
         "",
-        "IoU, DSC, clicks and turns: over episodes that segment. Truth: the masks of the data.",
+        "IoU, DSC, clicks and turns: over episodes that segment. Ground truth: the masks of the data.",
         "",
         "| questions | asked | kept |",
         "|---|---|---|",

@@ -43,7 +43,7 @@ class EndpointConfig(BaseModel):
     price_in: float = Field(default=0, ge=0)
     price_out: float = Field(default=0, ge=0)
     budget: float | None = Field(default=None, ge=0)
-    tokens_per_picture: int = Field(default=800, ge=0, description="for the estimate before a request")
+    tokens_per_image: int = Field(default=800, ge=0, description="for the estimate before a request")
 
 
 class FactoryConfig(Recipe):
@@ -52,9 +52,7 @@ class FactoryConfig(Recipe):
     seed: int = 0
     segmenter: str = "ibis-click"
     dialect: str = "ibis"
-    shard_pictures: int = Field(
-        default=16, ge=1, description="pictures that are worked on together: the unit of resuming"
-    )
+    shard_images: int = Field(default=16, ge=1, description="images that are worked on together: the unit of resuming")
 
     goal_iou: float = Field(default=0.92, gt=0, le=1, description="the expert stops here")
     max_clicks: int = Field(default=10, ge=1)
@@ -66,7 +64,7 @@ class FactoryConfig(Recipe):
     reasoning: int = Field(default=2, ge=0)
     existence: int = Field(default=1, ge=0)
     absent: int = Field(default=2, ge=0)
-    several: int = Field(default=1, ge=0, description="for each picture with two objects or more")
+    multiple: int = Field(default=1, ge=0, description="for each image with two objects or more")
     refinement: int = Field(default=2, ge=0)
     vqa: int = Field(default=3, ge=0)
     self_correction: float = Field(default=0.4, ge=0, le=1)
@@ -78,11 +76,11 @@ class FactoryConfig(Recipe):
     min_iou: float = Field(default=0.87, ge=0, le=1)
     max_turns: int = Field(default=MAX_TURNS, ge=1)
     near_duplicate_bits: int = Field(
-        default=6, ge=0, le=15, description="of 256: pictures that differ by less are copies"
+        default=6, ge=0, le=15, description="of 256: images that differ by less are copies"
     )
 
     formats: tuple[Format, ...] = ("trl", "sharegpt", "grpo", "verl")
-    picture_format: Literal["jpeg", "png"] = "jpeg"
+    image_format: Literal["jpeg", "png"] = "jpeg"
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -100,9 +98,10 @@ class FactoryConfig(Recipe):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question about one picture, with its answer.
+    """One question about one image, with its answer.
 
-    rows: ids of the pairs whose masks are its truth. raw: the expert's episode that answers it; "" where words do.
+    rows: ids of the pairs whose masks are its ground truth. expert: the expert's episode that answers it; "" where
+    words do.
     answer: of a closed question, else "". claim: what the user says that is not so. start: whether a mask is given.
     """
 
@@ -116,7 +115,7 @@ class Question:
     answer: str
     targets: list[str]
     absent: list[str]
-    raw: str
+    expert: str
     claim: str
     start: bool
     image: str

@@ -9,7 +9,7 @@
 
 Files are named "<split>-<shard>"; the split "train" (see `filters.is_trained_on`) holds training phrasings only, the
 others held-out ones only.
-Picture files are named by their content, so that conversations share them; paths are relative to the export folder.
+Image files are named by their content, so that conversations share them; paths are relative to the export folder.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ TRAINING_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
 )
-"""Chat template in the form of Qwen2.5-VL that marks what is learnt: assistant turns without "loss": false.
+"""Chat template in the form of Qwen2.5-VL that marks what is learned: assistant turns without "loss": false.
 
 Role "tool", as TRL calls what an environment shows, reads like "user"; "tool_calls" stand for replies in its checks.
 """
@@ -111,7 +111,7 @@ VERL_SCHEMA = pa.schema(
 class Conversation:
     """An exported conversation, read back.
 
-    family: of its question, "" where the format does not say. learnt: for each reply whether it carries loss. pictures:
+    family: of its question, "" where the format does not say. learned: for each reply whether it carries loss. images:
     their files.
     """
 
@@ -119,11 +119,11 @@ class Conversation:
     family: str
     messages: list[Message]
     replies: list[str]
-    learnt: list[bool]
-    pictures: list[Path]
+    learned: list[bool]
+    images: list[Path]
 
     def actions(self, size: tuple[int, int], dialect: str, default_target: str = "") -> list[Reply]:
-        """The replies, parsed on a picture of `size` (H, W)."""
+        """The replies, parsed on an image of `size` (H, W)."""
         return [parse(text, size, dialect=dialect, default_target=default_target) for text in self.replies]
 
 
@@ -140,15 +140,16 @@ def export_shard(
 ) -> dict[str, int]:
     """Write one shard in every format of the settings; how many records each got.
 
-    episodes: for conversations. prompts: questions for RL, whether they have an episode or not. starts: by raw episode.
+    episodes: for conversations. prompts: questions for RL, whether they have an episode or not. starts: by expert
+    episode.
     """
-    pictures = _Pictures(out, shard, config)
+    images = _Images(out, shard, config)
     counts: dict[str, int] = {}
     by_split: dict[str, list[Episode]] = {}
     for episode in episodes:
         by_split.setdefault(_split_of(questions[episode.case_id]), []).append(episode)
     for split, mine in sorted(by_split.items()):
-        told = [_conversation(episode, questions[episode.case_id], cases, pictures, config) for episode in mine]
+        told = [_conversation(episode, questions[episode.case_id], cases, images, config) for episode in mine]
         if "trl" in config.formats:
             table = pa.Table.from_pylist(told, schema=TRL_SCHEMA)
             write_table(table, out / "trl" / f"{split}-{shard:06d}.parquet")
@@ -162,10 +163,10 @@ def export_shard(
                 counts[f"sharegpt/{name}-{split}"] = len(records)
     asked: dict[str, list[Question]] = {}
     for question in prompts:
-        if all(row in cases for row in question.rows) and (not question.start or question.raw in starts):
+        if all(row in cases for row in question.rows) and (not question.start or question.expert in starts):
             asked.setdefault(_split_of(question), []).append(question)
     for split, chosen in sorted(asked.items()):
-        records = [_prompt(question, rows, cases, starts, pictures, config) for question in chosen]
+        records = [_prompt(question, rows, cases, starts, images, config) for question in chosen]
         if "grpo" in config.formats:
             write_table(
                 pa.Table.from_pylist(records, schema=GRPO_SCHEMA), out / "grpo" / f"{split}-{shard:06d}.parquet"
@@ -177,7 +178,7 @@ def export_shard(
             counts[f"verl/{split}"] = len(verl)
     if "sharegpt" in config.formats:
         _write_dataset_info(out)
-    counts["pictures"] = len(pictures.written)
+    counts["images"] = len(images.written)
     return counts
 
 
@@ -191,15 +192,15 @@ def remove_shard(out: Path, shard: int) -> None:
     for pattern in (f"*/*-{shard:06d}.parquet", f"sharegpt/*/{shard:06d}.jsonl"):
         for file in list(out.glob(pattern)):
             file.unlink()
-    shutil.rmtree(out / "pictures" / f"{shard:06d}", ignore_errors=True)
+    shutil.rmtree(out / "images" / f"{shard:06d}", ignore_errors=True)
 
 
-class _Pictures:
-    """Writes pictures under names that come from what they show; each once a shard."""
+class _Images:
+    """Writes images under names that come from what they show; each once a shard."""
 
     def __init__(self, out: Path, shard: int, config: FactoryConfig) -> None:
-        self._out, self._folder = out, Path("pictures") / f"{shard:06d}"
-        self._suffix = "jpg" if config.picture_format == "jpeg" else "png"
+        self._out, self._folder = out, Path("images") / f"{shard:06d}"
+        self._suffix = "jpg" if config.image_format == "jpeg" else "png"
         self.written: dict[str, str] = {}
         make_folder(out / self._folder)
 
@@ -210,26 +211,26 @@ class _Pictures:
             digest.update(np.packbits(mask).tobytes())
         name = digest.hexdigest()[:20]
         if name not in self.written:
-            picture = overlay(image, masks, style)
+            rendered = overlay(image, masks, style)
             relative = self._folder / f"{name}.{self._suffix}"
             if self._suffix == "jpg":
                 buffer = io.BytesIO()
-                picture.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+                rendered.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
                 content = buffer.getvalue()
             else:
-                content = png_bytes(picture)
+                content = png_bytes(rendered)
             write_whole(content, self._out / relative)
             self.written[name] = relative.as_posix()
         return self.written[name]
 
 
 def _conversation(
-    episode: Episode, question: Question, cases: Mapping[str, Case], pictures: _Pictures, config: FactoryConfig
+    episode: Episode, question: Question, cases: Mapping[str, Case], images: _Images, config: FactoryConfig
 ) -> dict[str, Any]:
     image = cases[question.rows[0]].image
     masks = episode.turns[-1].before
     observation = Observation(episode.case_id, image, episode.query, masks, episode.turns[:-1])
-    rendered = render(observation, dialect=config.dialect, history="full", style="colour", paint=pictures.file)
+    rendered = render(observation, dialect=config.dialect, history="full", style="colour", paint=images.file)
     wrong = episode.undone_turns
     messages: list[dict[str, Any]] = []
     files: list[str] = []
@@ -285,11 +286,11 @@ def _sharegpt(told: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any
 
 
 def _sharegpt_record(record: Mapping[str, Any], name: str, messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    pictures = sum(part["type"] == "image" for message in messages for part in message["content"])
+    images = sum(part["type"] == "image" for message in messages for part in message["content"])
     return {
         "id": name,
         "messages": [{"role": message["role"], "content": _flat(message["content"])} for message in messages],
-        "images": record["images"][:pictures],
+        "images": record["images"][:images],
     }
 
 
@@ -313,18 +314,20 @@ def _prompt(
     rows: Mapping[str, CaseRow],
     cases: Mapping[str, Case],
     starts: Mapping[str, Masks],
-    pictures: _Pictures,
+    images: _Images,
     config: FactoryConfig,
 ) -> dict[str, Any]:
     case = cases[question.rows[0]]
-    start = starts[question.raw] if question.start else {}
+    start = starts[question.expert] if question.start else {}
     observation = Observation(question.id, case.image, question.query, start)
     prompt, files = [], []
-    for message in render(observation, dialect=config.dialect, style="colour", paint=pictures.file):
+    for message in render(observation, dialect=config.dialect, style="colour", paint=images.file):
         parts, seen = _stored(message["content"])
         files += seen
         prompt.append({"role": message["role"], "content": parts})
-    truths = {name: truth for row in question.rows for name, truth in (cases[row].targets or {}).items()}
+    ground_truths = {
+        name: ground_truth for row in question.rows for name, ground_truth in (cases[row].targets or {}).items()
+    }
     row = rows[question.rows[0]]
     return {
         "id": question.id,
@@ -334,7 +337,7 @@ def _prompt(
         "images": files,
         "image": str(row.image),
         "image_sha256": case.image.sha256,
-        "targets": _plain({name: truths[name] for name in question.targets}),
+        "targets": _plain({name: ground_truths[name] for name in question.targets}),
         "start": _plain(start),
         "absent": question.absent,
         "answer": question.answer or None,
@@ -350,13 +353,13 @@ def _plain(masks: Masks) -> list[dict[str, Any]]:
 
 
 def _verl(record: Mapping[str, Any], split: str, index: int) -> dict[str, Any]:
-    truth = {name: record[name] for name in ("targets", "start", "absent", "answer", "image", "image_sha256")}
+    ground_truth = {name: record[name] for name in ("targets", "start", "absent", "answer", "image", "image_sha256")}
     return {
         "data_source": f"ibisagent/{record['dataset']}",
         "prompt": [{"role": said["role"], "content": _flat(said["content"])} for said in record["prompt"]],
         "images": [{"image": file} for file in record["images"]],
         "ability": record["family"],
-        "reward_model": {"style": "rule", "ground_truth": json.dumps(truth, ensure_ascii=False, sort_keys=True)},
+        "reward_model": {"style": "rule", "ground_truth": json.dumps(ground_truth, ensure_ascii=False, sort_keys=True)},
         "extra_info": {"id": record["id"], "split": split, "index": index, "query": record["query"]},
     }
 
@@ -365,7 +368,7 @@ def _verl(record: Mapping[str, Any], split: str, index: int) -> dict[str, Any]:
 
 
 def read_trl(out: Path, split: str = "train") -> Iterator[Conversation]:
-    """The conversations under `out`/trl. DataError if there are none, or pictures do not fit the text."""
+    """The conversations under `out`/trl. DataError if there are none, or images do not fit the text."""
     for path in _files(out / "trl", f"{split}-*.parquet"):
         for record in read_table(path).to_pylist():
             messages = [
@@ -382,8 +385,8 @@ def read_trl(out: Path, split: str = "train") -> Iterator[Conversation]:
             said = [message for message in messages if message["role"] == "assistant"]
             replies = ["".join(part["text"] for part in message["content"]) for message in said]
             wanted = sum(part["type"] == "image" for message in messages for part in message["content"])
-            learnt = [bool(message["loss"]) for message in said]
-            yield _checked(out, record["id"], record["family"], messages, replies, learnt, record["images"], wanted)
+            learned = [bool(message["loss"]) for message in said]
+            yield _checked(out, record["id"], record["family"], messages, replies, learned, record["images"], wanted)
 
 
 def read_sharegpt(out: Path, name: str = "all", split: str = "train") -> Iterator[Conversation]:
@@ -392,9 +395,9 @@ def read_sharegpt(out: Path, name: str = "all", split: str = "train") -> Iterato
         for line in path.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             replies = [said["content"] for said in record["messages"] if said["role"] == "assistant"]
-            learnt = [name == "all" or number == len(replies) - 1 for number in range(len(replies))]
+            learned = [name == "all" or number == len(replies) - 1 for number in range(len(replies))]
             wanted = sum(said["content"].count("<image>") for said in record["messages"])
-            yield _checked(out, record["id"], "", record["messages"], replies, learnt, record["images"], wanted)
+            yield _checked(out, record["id"], "", record["messages"], replies, learned, record["images"], wanted)
 
 
 def read_grpo(out: Path, split: str = "train") -> Iterator[dict[str, Any]]:
@@ -407,23 +410,29 @@ def read_verl(out: Path, split: str = "train") -> Iterator[dict[str, Any]]:
     """The records under `out`/verl, with what the reward needs decoded from its JSON."""
     for path in _files(out / "verl", f"{split}-*.parquet"):
         for record in read_table(path).to_pylist():
-            truth = json.loads(record["reward_model"]["ground_truth"])
-            yield {**record, "reward_model": {**record["reward_model"], "ground_truth": truth}}
+            ground_truth = json.loads(record["reward_model"]["ground_truth"])
+            yield {**record, "reward_model": {**record["reward_model"], "ground_truth": ground_truth}}
 
 
-def prompt_case(name: str, query: str, truth: Mapping[str, Any], folder: Path = Path()) -> Case:
-    """The case of an exported prompt, with its picture as it was before anything was drawn on it.
+def prompt_case(name: str, query: str, ground_truth: Mapping[str, Any], folder: Path = Path()) -> Case:
+    """The case of an exported prompt, with its image as it was before anything was drawn on it.
 
-    truth: a record of `read_grpo`, or the ground truth of one of `read_verl`. folder: where relative paths of pictures
-    begin. DataError if the record is damaged or its picture cannot be read.
+    ground_truth: a record of `read_grpo`, or the ground truth of one of `read_verl`. folder: where relative paths of
+    images begin. DataError if the record is damaged or its image cannot be read.
     """
     try:
-        targets = {mask["name"]: decode_rle(mask) for mask in truth["targets"] or ()}
-        start = {mask["name"]: decode_rle(mask) for mask in truth["start"] or ()}
-        absent, answer, file = list(truth["absent"] or ()), truth["answer"] or None, folder / truth["image"]
-        sha256 = truth["image_sha256"]
+        targets = {mask["name"]: decode_rle(mask) for mask in ground_truth["targets"] or ()}
+        start = {mask["name"]: decode_rle(mask) for mask in ground_truth["start"] or ()}
+        absent, answer, file = (
+            list(ground_truth["absent"] or ()),
+            ground_truth["answer"] or None,
+            folder / ground_truth["image"],
+        )
+        sha256 = ground_truth["image_sha256"]
     except (KeyError, TypeError) as error:
-        raise DataError(f"prompt {name}: holds no truth as build-data writes it ({error!r}); export again") from error
+        raise DataError(
+            f"prompt {name}: holds no ground truth as 'data build' writes it ({error!r}); export again"
+        ) from error
     image = read_image(file)
     if image.sha256 != sha256:
         raise DataError(f"{file}: is not the image that prompt {name} was made with; build the data again")
@@ -444,11 +453,11 @@ def _checked(
     family: str,
     messages: list[Message],
     replies: list[str],
-    learnt: list[bool],
+    learned: list[bool],
     files: Sequence[str],
     wanted: int,
 ) -> Conversation:
-    pictures = [out / file for file in files]
-    if wanted != len(pictures):
-        raise DataError(f"{out}: conversation {name} speaks of {wanted} pictures and has {len(pictures)}; export again")
-    return Conversation(name, family, messages, replies, learnt, pictures)
+    images = [out / file for file in files]
+    if wanted != len(images):
+        raise DataError(f"{out}: conversation {name} speaks of {wanted} images and has {len(images)}; export again")
+    return Conversation(name, family, messages, replies, learned, images)

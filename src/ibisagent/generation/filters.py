@@ -18,23 +18,23 @@ from ibisagent.imaging.masks import dice, iou
 def judge(
     question: Question,
     episode: Episode,
-    truths: Mapping[str, Mapping[str, Mask]],
+    ground_truths: Mapping[str, Mapping[str, Mask]],
     overlaps: Mapping[str, str],
     config: FactoryConfig,
 ) -> dict[str, Any] | str:
     """The facts of an episode that is kept, or "reason|detail" of one that is not.
 
-    truths: masks by pair and name. overlaps: see `find_overlaps`. Thoughts of turns that are taken back are not judged:
-    nobody learns them.
+    ground_truths: masks by pair and name. overlaps: see `find_overlaps`. Thoughts of turns that are taken back are not
+    judged: nobody learns them.
     """
     if reason := overlapping(question, overlaps):
         return reason
     if episode.stop != "stopped" or len(episode.turns) > config.max_turns:
         return f"too long|{len(episode.turns)} turns"
-    wanted = {name: truth for row in question.rows for name, truth in truths.get(row, {}).items()}
+    wanted = {name: ground_truth for row in question.rows for name, ground_truth in ground_truths.get(row, {}).items()}
     asked = {name: wanted[name] for name in question.targets}
     masks = episode.answer_masks
-    ious = [iou(union(masks, [name], episode.size), truth) for name, truth in asked.items()]
+    ious = [iou(union(masks, [name], episode.size), ground_truth) for name, ground_truth in asked.items()]
     if ious and min(ious) < config.min_iou:
         return f"low IoU|{min(ious):.3f}"
     if question.absent and any(mask.any() for mask in masks.values()):
@@ -50,7 +50,7 @@ def judge(
             return f"leak: {kind}|turn {number + 1}: {thought[:160]}"
         if fault := disagreement(thought, turn.reply, turn.before, episode.size, asked):
             return f"thought against action: {fault}|turn {number + 1}: {thought[:160]}"
-    dices = [dice(union(masks, [name], episode.size), truth) for name, truth in asked.items()]
+    dices = [dice(union(masks, [name], episode.size), ground_truth) for name, ground_truth in asked.items()]
     return {
         "id": question.id,
         "family": question.family,
@@ -59,7 +59,7 @@ def judge(
         "image": question.image,
         "iou": float(np.mean(ious)) if ious else None,
         "dice": float(np.mean(dices)) if dices else None,
-        "area": min(float(truth.mean()) for truth in asked.values()) if asked else None,
+        "area": min(float(ground_truth.mean()) for ground_truth in asked.values()) if asked else None,
         "clicks": episode.clicks,
         "turns": len(episode.turns),
         "wrong": len(wrong),
@@ -68,14 +68,14 @@ def judge(
 
 
 def overlapping(question: Question, overlaps: Mapping[str, str]) -> str | None:
-    """Why the question's picture must not be used; None if it may."""
+    """Why the question's image must not be used; None if it may."""
     return overlaps.get(question.image)
 
 
 def find_overlaps(groups: Sequence[Sequence[CaseRow]], hashes: Mapping[str, str], bits: int) -> dict[str, str]:
-    """Pictures to be trained on that show a patient of another split, or look like a picture of one, with reasons.
+    """Images to be trained on that show a patient of another split, or look like an image of one, with reasons.
 
-    hashes: `leaks.fingerprint` by picture; pictures that differ in at most `bits` < 16 are alike.
+    hashes: `leaks.fingerprint` by image; images that differ in at most `bits` < 16 are alike.
     """
     split_of = {str(rows[0].image): rows[0].split for rows in groups}
     patients = {row.patient for rows in groups for row in rows if row.patient and not is_trained_on(row.split)}

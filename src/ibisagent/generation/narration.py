@@ -11,12 +11,20 @@ from ibisagent.domain import Box, Case, Click, Completion, Episode, Image, Mask,
 from ibisagent.generation.config import Question
 from ibisagent.generation.questions import final_answer
 from ibisagent.generation.teacher.base import Refusal, Teacher
-from ibisagent.generation.teacher.visual_facts import Scene, Sight, error_sight, first_sight, look, side_of, stop_sights
+from ibisagent.generation.teacher.visual_facts import (
+    TeacherContext,
+    VisualFacts,
+    error_facts,
+    first_facts,
+    object_facts,
+    side_of,
+    stop_facts,
+)
 from ibisagent.protocol import write
 
 
 @dataclass(frozen=True, slots=True)
-class Untold:
+class Rejected:
     """A question without an episode, and why."""
 
     question: str
@@ -24,61 +32,65 @@ class Untold:
     detail: str = ""
 
 
-class Teller:
-    """Retells episodes of one picture. What is seen at each turn is measured once for all questions that share it."""
+class Narrator:
+    """Retells episodes of one image. What is seen at each turn is measured once for all questions that share it."""
 
-    def __init__(self, teacher: Teacher, dialect: str, cases: Mapping[str, Case], raws: Mapping[str, Episode]) -> None:
-        """cases: of one picture, by id. raws: their expert's episodes, by id."""
-        self._teacher, self._dialect, self._cases, self._raws = teacher, dialect, cases, raws
-        self._seen: dict[str, list[tuple[Sight, ...]]] = {}
+    def __init__(
+        self, teacher: Teacher, dialect: str, cases: Mapping[str, Case], experts: Mapping[str, Episode]
+    ) -> None:
+        """cases: of one image, by id. experts: their expert's episodes, by id."""
+        self._teacher, self._dialect, self._cases, self._experts = teacher, dialect, cases, experts
+        self._seen: dict[str, list[tuple[VisualFacts, ...]]] = {}
 
-    def tell(self, questions: Sequence[Question], made_by: Mapping[str, str]) -> list[Episode | Untold]:
+    def narrate(self, questions: Sequence[Question], provenance: Mapping[str, str]) -> list[Episode | Rejected]:
         """An episode for each question, in order, or why there is none. PolicyError if the teacher gives up."""
-        prepared = [self._scenes(question) for question in questions]
-        scenes = [scene for found in prepared if not isinstance(found, Untold) for scene in found[1]]
-        thoughts = iter(self._teacher.think(scenes))
-        told: list[Episode | Untold] = []
+        prepared = [self._contexts(question) for question in questions]
+        contexts = [context for found in prepared if not isinstance(found, Rejected) for context in found[1]]
+        thoughts = iter(self._teacher.think(contexts))
+        narrated: list[Episode | Rejected] = []
         for question, found in zip(questions, prepared, strict=True):
-            if isinstance(found, Untold):
-                told.append(found)
+            if isinstance(found, Rejected):
+                narrated.append(found)
                 continue
-            raw, own = found
+            expert, own = found
             said = [next(thoughts) for _ in own]
             refused = next((thought for thought in said if isinstance(thought, Refusal)), None)
             if refused is not None:
-                told.append(Untold(question.id, f"teacher: {refused.reason}", refused.detail))
+                narrated.append(Rejected(question.id, f"teacher: {refused.reason}", refused.detail))
             else:
                 texts = [thought for thought in said if isinstance(thought, str)]
-                told.append(self._retold(question, raw, own, texts, made_by))
-        return told
+                narrated.append(self._retold(question, expert, own, texts, provenance))
+        return narrated
 
-    def _scenes(self, question: Question) -> tuple[Episode, list[Scene]] | Untold:
+    def _contexts(self, question: Question) -> tuple[Episode, list[TeacherContext]] | Rejected:
         case = self._cases[question.rows[0]]
-        if not question.raw:
-            raw = self._in_words(question, case)
-        elif question.raw in self._raws:
-            raw = self._raws[question.raw]
+        if not question.expert:
+            expert = self._text_only(question, case)
+        elif question.expert in self._experts:
+            expert = self._experts[question.expert]
         else:
-            return Untold(question.id, "no trajectory", question.raw)
-        scenes = []
-        for number, (turn, sights) in enumerate(zip(raw.turns, self._sights(question, raw, case.image), strict=True)):
+            return Rejected(question.id, "no trajectory", question.expert)
+        contexts = []
+        for number, (turn, visuals) in enumerate(
+            zip(expert.turns, self._visuals(question, expert, case.image), strict=True)
+        ):
             reply = self._answered(turn.reply, question, case)
-            scenes.append(
-                Scene(
+            contexts.append(
+                TeacherContext(
                     f"{question.id}#{number}",
                     question.query,
                     question.kind,
                     reply,
-                    sights,
+                    visuals,
                     case.image,
                     turn.before,
                     question.claim,
                     question.modality,
                 )
             )
-        return raw, scenes
+        return expert, contexts
 
-    def _in_words(self, question: Question, case: Case) -> Episode:
+    def _text_only(self, question: Question, case: Case) -> Episode:
         """The episode of a question that needs no click."""
         image = case.image
         stop = Stop(question.answer, tuple(question.absent))
@@ -99,78 +111,89 @@ class Teller:
         """`reply` with the answer that fits the question."""
         if reply.stop is None:
             return reply
-        truth = self._truth(question.targets[0]) if question.targets else None
-        place = look(question.targets[0], case.image, truth).get("place", "") if truth is not None else ""
+        ground_truth = self._ground_truth(question.targets[0]) if question.targets else None
+        place = (
+            object_facts(question.targets[0], case.image, ground_truth).get("place", "")
+            if ground_truth is not None
+            else ""
+        )
         return Reply("", (Stop(final_answer(question, place or "elsewhere"), reply.stop.absent),))
 
-    def _truth(self, name: str) -> Mask:
-        return next(truth for case in self._cases.values() for n, truth in (case.targets or {}).items() if n == name)
+    def _ground_truth(self, name: str) -> Mask:
+        return next(
+            ground_truth
+            for case in self._cases.values()
+            for n, ground_truth in (case.targets or {}).items()
+            if n == name
+        )
 
-    def _sights(self, question: Question, raw: Episode, image: Image) -> list[tuple[Sight, ...]]:
-        if not question.raw:
-            stop = raw.turns[0].reply.stop
-            return [stop_sights(stop, {}, {}) if stop is not None else ()]
-        if question.raw not in self._seen:
-            wrong = raw.undone_turns
-            self._seen[question.raw] = [
-                self._turn_sights(raw, number, number in wrong, image) for number in range(len(raw.turns))
+    def _visuals(self, question: Question, expert: Episode, image: Image) -> list[tuple[VisualFacts, ...]]:
+        if not question.expert:
+            stop = expert.turns[0].reply.stop
+            return [stop_facts(stop, {}, {}) if stop is not None else ()]
+        if question.expert not in self._seen:
+            wrong = expert.undone_turns
+            self._seen[question.expert] = [
+                self._turn_visuals(expert, number, number in wrong, image) for number in range(len(expert.turns))
             ]
-        sights = self._seen[question.raw]
+        visuals = self._seen[question.expert]
         if question.family != "inconsistency":
-            return sights
-        place = look(question.targets[0], image, self._truth(question.targets[0])).get("place", "")
-        moment = replace(sights[0][0], moment="claim" if question.claim else "foreign", place=place)
-        return [(moment,), *sights[1:]]
+            return visuals
+        place = object_facts(question.targets[0], image, self._ground_truth(question.targets[0])).get("place", "")
+        turn_kind = replace(visuals[0][0], turn_kind="claim" if question.claim else "unrelated", place=place)
+        return [(turn_kind,), *visuals[1:]]
 
-    def _turn_sights(self, raw: Episode, number: int, wrong: bool, image: Image) -> tuple[Sight, ...]:
-        turn = raw.turns[number]
+    def _turn_visuals(self, expert: Episode, number: int, wrong: bool, image: Image) -> tuple[VisualFacts, ...]:
+        turn = expert.turns[number]
         stop = turn.reply.stop
         if stop is not None:
-            return stop_sights(stop, turn.before, {name: self._truth(name) for name in turn.before})
+            return stop_facts(stop, turn.before, {name: self._ground_truth(name) for name in turn.before})
         if any(isinstance(action, Undo) for action in turn.reply.actions):
-            return (self._harm(raw.turns[number - 1]),)
-        sights: list[Sight] = []
+            return (self._harm(expert.turns[number - 1]),)
+        visuals: list[VisualFacts] = []
         for action in turn.reply.actions:
             if not isinstance(action, Click | Box):
                 continue
-            truth = self._truth(action.target)
-            current = turn.before.get(action.target, truth & False)
+            ground_truth = self._ground_truth(action.target)
+            current = turn.before.get(action.target, ground_truth & False)
             if wrong:
                 cut = isinstance(action, Click) and not action.positive
-                sights.append(Sight(action.target, "wrong", extent="cut" if cut else "", boxed=isinstance(action, Box)))
+                visuals.append(
+                    VisualFacts(action.target, "wrong", extent="cut" if cut else "", boxed=isinstance(action, Box))
+                )
             elif not current.any():
-                sights.append(first_sight(action.target, image, truth, action))
+                visuals.append(first_facts(action.target, image, ground_truth, action))
             else:
-                sights.append(error_sight(action.target, image, truth, current, action))
-        return tuple(sights)
+                visuals.append(error_facts(action.target, image, ground_truth, current, action))
+        return tuple(visuals)
 
-    def _harm(self, turn: Turn) -> Sight:
+    def _harm(self, turn: Turn) -> VisualFacts:
         """What the mistake of `turn` did, as it can be seen."""
         name = next(action.target for action in turn.reply.actions if isinstance(action, Click | Box))
-        truth = self._truth(name)
-        before, after = turn.before.get(name, truth & False), turn.after.get(name, truth & False)
-        lost, spread = before & ~after & truth, after & ~before & ~truth
+        ground_truth = self._ground_truth(name)
+        before, after = turn.before.get(name, ground_truth & False), turn.after.get(name, ground_truth & False)
+        lost, spread = before & ~after & ground_truth, after & ~before & ~ground_truth
         worse = lost if np.count_nonzero(lost) > np.count_nonzero(spread) else spread
-        if not before.any() or not (after & truth).any():
-            return Sight(name, "undo", extent="beside" if worse is spread else "lost")
+        if not before.any() or not (after & ground_truth).any():
+            return VisualFacts(name, "undo", extent="beside" if worse is spread else "lost")
         rows, columns = np.nonzero(worse)
-        box_like = truth | before | after
+        box_like = ground_truth | before | after
         side = side_of(float(columns.mean()), float(rows.mean()), box_like) if rows.size else ""
         side = "" if side == "in the middle" else side
-        return Sight(name, "undo", side=side, extent="lost" if worse is lost else "spread")
+        return VisualFacts(name, "undo", side=side, extent="lost" if worse is lost else "spread")
 
     def _retold(
         self,
         question: Question,
-        raw: Episode,
-        scenes: Sequence[Scene],
+        expert: Episode,
+        contexts: Sequence[TeacherContext],
         thoughts: Sequence[str],
-        made_by: Mapping[str, str],
+        provenance: Mapping[str, str],
     ) -> Episode:
         turns = []
-        for turn, scene, thought in zip(raw.turns, scenes, thoughts, strict=True):
-            reply = replace(scene.reply, thought=thought.strip())
-            text = write(reply, raw.size, dialect=self._dialect)
+        for turn, context, thought in zip(expert.turns, contexts, thoughts, strict=True):
+            reply = replace(context.reply, thought=thought.strip())
+            text = write(reply, expert.size, dialect=self._dialect)
             turns.append(replace(turn, completion=Completion(text), reply=reply))
-        facts = {**raw.made_by, **made_by, "dialect": self._dialect, "teacher": self._teacher.name}
-        return replace(raw, case_id=question.id, query=question.query, turns=tuple(turns), made_by=facts)
+        facts = {**expert.provenance, **provenance, "dialect": self._dialect, "teacher": self._teacher.name}
+        return replace(expert, case_id=question.id, query=question.query, turns=tuple(turns), provenance=facts)

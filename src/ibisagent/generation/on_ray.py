@@ -73,7 +73,7 @@ def on_ray(
         except ray.exceptions.RayActorError as error:
             raise IbisError(
                 f"a Ray worker died {LIVES + 1} times at stage {stage} ({one_line(error)});"
-                " give it more memory and start the same command again: it goes on where it stopped"
+                " give it more memory and start the same command again: it resumes"
             ) from error
 
     return run

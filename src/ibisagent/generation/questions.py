@@ -14,8 +14,8 @@ from ibisagent.generation.teacher.phrasings import DESCRIPTIONS, SHARES, Absence
 VAGUE_SITES = ("tissue", "cell")
 
 
-class Asker:
-    """Writes the questions of one picture. The draws depend on the seed and the pair alone."""
+class QuestionGenerator:
+    """Writes the questions of one image. The draws depend on the seed and the pair alone."""
 
     def __init__(self, config: FactoryConfig, rows: Sequence[CaseRow]) -> None:
         """rows: of the whole data, for the names of what is absent."""
@@ -23,7 +23,7 @@ class Asker:
         self._absences = Absences([row for row in rows if len(row.object) <= MAX_NAME_CHARS])
 
     def ask(self, rows: Sequence[CaseRow], facts: Mapping[str, Mapping[str, Any]]) -> list[Question]:
-        """All questions about the picture of `rows`; those of self-reflection are asked by `ask_again`."""
+        """All questions about the image of `rows`; those of self-reflection are asked by `ask_again`."""
         questions: list[Question] = []
         for row in rows:
             known = facts.get(row.id)
@@ -44,15 +44,15 @@ class Asker:
             if known is None or not known["present"]:
                 continue
             draw, made = _Draw(self._config, row), known["episodes"]
-            if "erring" in made:
-                questions.append(draw.question("correction", "referring", raw="erring", name=row.object))
-            if "foreign" in made:
+            if "self_correcting" in made:
+                questions.append(draw.question("correction", "referring", expert="self_correcting", name=row.object))
+            if "unrelated" in made:
                 questions.append(
-                    draw.question("inconsistency", "refinement", raw="foreign", start=True, name=row.object)
+                    draw.question("inconsistency", "refinement", expert="unrelated", start=True, name=row.object)
                 )
             elif draw.chance("claim") < self._config.inconsistency and (claim := _false_side(known)):
                 questions.append(
-                    draw.question("inconsistency", "wrong side", raw="plain", name=row.object, claim=claim)
+                    draw.question("inconsistency", "wrong side", expert="plain", name=row.object, claim=claim)
                 )
         return questions
 
@@ -73,18 +73,18 @@ class Asker:
         made += [draw.question("existence", "existence", name=row.object) for _ in range(config.existence)]
         if "start" in known["episodes"]:
             made += [
-                draw.question("refinement", "refinement", raw="start", start=True, name=row.object)
+                draw.question("refinement", "refinement", expert="start", start=True, name=row.object)
                 for _ in range(config.refinement)
             ]
         else:
             made += [draw.question("referring", "referring", name=row.object) for _ in range(config.refinement)]
-        if "several" in known["episodes"]:
+        if "multiple" in known["episodes"]:
             by_id = {other.id: other for other in rows}
-            asked = [by_id[row_id] for row_id in known["several"]]
+            asked = [by_id[row_id] for row_id in known["multiple"]]
             names = _listed([f"the {other.object}" for other in asked])
             made += [
-                draw.question("several", "several", raw="several", rows=asked, names=names)
-                for _ in range(config.several)
+                draw.question("multiple", "multiple", expert="multiple", rows=asked, names=names)
+                for _ in range(config.multiple)
             ]
         return made
 
@@ -100,7 +100,7 @@ class Asker:
                 choice = [name for name in choice or near or far if name not in names]
                 names += [draw.pick(choice)] if choice else []
         return [
-            draw.question("existence", draw.pick(["existence", "referring"]), raw="", absent=name, name=name)
+            draw.question("existence", draw.pick(["existence", "referring"]), expert="", absent=name, name=name)
             for name in names
         ]
 
@@ -131,7 +131,7 @@ class Asker:
             kind = draw.pick(kinds)
             kinds = [other for other in kinds if other != kind] or list(dict.fromkeys(k for k, _, _ in ways))
             _, answer, words = draw.pick([way for way in ways if way[0] == kind])
-            made.append(draw.question("vqa", kind, raw="", answer=answer, name=row.object, **words))
+            made.append(draw.question("vqa", kind, expert="", answer=answer, name=row.object, **words))
         return made
 
 
@@ -156,7 +156,7 @@ class _Draw:
         family: str,
         kind: str,
         *,
-        raw: str = "plain",
+        expert: str = "plain",
         rows: Sequence[CaseRow] = (),
         answer: str = "",
         absent: str = "",
@@ -186,7 +186,7 @@ class _Draw:
             answer=answer,
             targets=[] if absent or answer else [other.object for other in asked],
             absent=[absent] if absent else [],
-            raw=f"{row.id}|{raw}" if raw else "",
+            expert=f"{row.id}|{expert}" if expert else "",
             claim=claim,
             start=start,
             image=str(row.image),
@@ -199,7 +199,7 @@ class _Draw:
 
 
 def _comparisons(row: CaseRow, rows: Sequence[CaseRow], facts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Comparisons with one other object of the picture that `row` wins clearly."""
+    """Comparisons with one other object of the image that `row` wins clearly."""
     here = facts[row.id]
     ways = []
     for other in rows:
@@ -239,7 +239,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def final_answer(question: Question, place: str) -> str:
-    """The answer in words that ends the episode. place: of the first target in the picture, "" where unclear."""
+    """The text answer that ends the episode. place: of the first target in the image, "" where unclear."""
     if question.answer:
         return question.answer
     if question.absent:

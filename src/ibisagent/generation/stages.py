@@ -1,7 +1,7 @@
 """The stages, shard by shard: every (stage, shard) is one file that appears whole or not at all.
 
 OUT holds run.json (data and settings), contents.json (the files of the data, see `files.FileHashes`), a folder for each
-stage with a file for each shard, and at the end card.json and card.md. A shard is `shard_pictures` pictures in the
+stage with a file for each shard, and at the end card.json and card.md. A shard is `shard_images` images in the
 order of the data. What a file holds depends on the data, the settings and the files of the stages before it, so a run
 that was killed and started again ends with the same bytes, and it does not matter who works on which shard. Shards with
 pairs whose files have changed since are removed, from the last stage to the first, and made again.
@@ -34,9 +34,9 @@ from ibisagent.generation.config import (
     read_questions,
     write_questions,
 )
-from ibisagent.generation.expert_episodes import RecallingSegmenter, raw_episodes
-from ibisagent.generation.narration import Teller, Untold
-from ibisagent.generation.questions import Asker
+from ibisagent.generation.expert_episodes import RecallingSegmenter, expert_episodes
+from ibisagent.generation.narration import Narrator, Rejected
+from ibisagent.generation.questions import QuestionGenerator
 from ibisagent.generation.teacher.base import Teacher
 from ibisagent.segmenters import load_segmenter
 from ibisagent.segmenters.runtime import one_thread
@@ -71,7 +71,7 @@ class Worker:
 
     @cached_property
     def groups(self) -> list[list[CaseRow]]:
-        """The rows of each picture, pictures in the order of their first row."""
+        """The rows of each image, images in the order of their first row."""
         by_image: dict[Path, list[CaseRow]] = {}
         for row in self.plan.cases.rows:
             by_image.setdefault(row.image, []).append(row)
@@ -80,12 +80,12 @@ class Worker:
     @property
     def shards(self) -> int:
         """How many there are."""
-        return -(-len(self.groups) // self.config.shard_pictures)
+        return -(-len(self.groups) // self.config.shard_images)
 
     def groups_of(self, shard: int) -> list[list[CaseRow]]:
-        """The rows of the pictures of a shard."""
-        first = shard * self.config.shard_pictures
-        return self.groups[first : first + self.config.shard_pictures]
+        """The rows of the images of a shard."""
+        first = shard * self.config.shard_images
+        return self.groups[first : first + self.config.shard_images]
 
     @cached_property
     def segmenter(self) -> RecallingSegmenter:
@@ -105,8 +105,8 @@ class Worker:
         return RulesTeacher(self.config.seed)
 
     @cached_property
-    def _asker(self) -> Asker:
-        return Asker(self.config, self.plan.cases.rows)
+    def _question_generator(self) -> QuestionGenerator:
+        return QuestionGenerator(self.config, self.plan.cases.rows)
 
     def path(self, stage: Stage, shard: int) -> Path:
         """The file of a stage that says that a shard is done."""
@@ -131,7 +131,7 @@ class Worker:
 
     def _trajectories(self, shard: int, groups: Sequence[Sequence[CaseRow]]) -> None:
         segmenter = self.segmenter
-        made_by = {**segmenter.describe(), "segmenter": segmenter.name, "seed": str(self.config.seed)}
+        provenance = {**segmenter.describe(), "segmenter": segmenter.name, "seed": str(self.config.seed)}
         episodes: list[Episode] = []
         facts: dict[str, Any] = {}
         images: dict[str, Any] = {}
@@ -140,7 +140,7 @@ class Worker:
             cases, failed = self._decoded(rows)
             failures += failed
             try:
-                made, known = raw_episodes(cases, segmenter, self.config, made_by) if cases else ([], {})
+                made, known = expert_episodes(cases, segmenter, self.config, provenance) if cases else ([], {})
             except IbisError as error:
                 failures += [{"case_id": case.id, "error": f"{type(error).__name__}: {error}"} for case in cases]
                 continue
@@ -159,7 +159,7 @@ class Worker:
 
     def _questions(self, shard: int, groups: Sequence[Sequence[CaseRow]]) -> None:
         facts = EpisodeStore(self.plan.out / "trajectories").notes(shard)["facts"]
-        questions = [question for rows in groups for question in self._asker.ask(rows, facts)]
+        questions = [question for rows in groups for question in self._question_generator.ask(rows, facts)]
         counts = dict(Counter(question.family for question in questions))
         write_questions(questions, self.path("questions", shard), {"counts": counts})
 
@@ -168,30 +168,32 @@ class Worker:
 
     def _reflection(self, shard: int, groups: Sequence[Sequence[CaseRow]]) -> None:
         facts = EpisodeStore(self.plan.out / "trajectories").notes(shard)["facts"]
-        self._tell("reflection", shard, groups, [q for rows in groups for q in self._asker.ask_again(rows, facts)])
+        self._tell(
+            "reflection", shard, groups, [q for rows in groups for q in self._question_generator.ask_again(rows, facts)]
+        )
 
     def _tell(
         self, stage: Stage, shard: int, groups: Sequence[Sequence[CaseRow]], questions: Sequence[Question]
     ) -> None:
-        raws = {episode.case_id: episode for episode in self._raws(shard)}
-        told: list[Episode] = []
-        untold: list[Untold] = []
+        experts = {episode.case_id: episode for episode in self._experts(shard)}
+        narrated: list[Episode] = []
+        rejected: list[Rejected] = []
         for rows in groups:
             cases, _ = self._decoded(rows)
             mine = [question for question in questions if question.image == str(rows[0].image)]
             known = {case.id: case for case in cases}
-            teller = Teller(self.teacher, self.config.dialect, known, raws)
+            narrator = Narrator(self.teacher, self.config.dialect, known, experts)
             mine = [question for question in mine if set(question.rows) <= known.keys()]
-            for found in teller.tell(mine, {"ibisagent": package_version()}):
-                if isinstance(found, Untold):
-                    untold.append(found)
+            for found in narrator.narrate(mine, {"ibisagent": package_version()}):
+                if isinstance(found, Rejected):
+                    rejected.append(found)
                 else:
-                    told.append(found)
+                    narrated.append(found)
         notes = {
-            "untold": [asdict(lost) for lost in untold],
+            "rejected": [asdict(lost) for lost in rejected],
             "questions": [asdict(question) for question in questions] if stage == "reflection" else [],
         }
-        EpisodeStore(self.plan.out / stage).append(told, shard=shard, notes=notes)
+        EpisodeStore(self.plan.out / stage).append(narrated, shard=shard, notes=notes)
 
     def _filter(self, shard: int, groups: Sequence[Sequence[CaseRow]]) -> None:
         questions = {question.id: question for question in self.questions(shard)}
@@ -204,14 +206,14 @@ class Worker:
         rejected = [
             {"id": lost["question"], "reason": lost["reason"], "detail": lost["detail"]}
             for stage in ("thoughts", "reflection")
-            for lost in EpisodeStore(self.plan.out / stage).notes(shard)["untold"]
+            for lost in EpisodeStore(self.plan.out / stage).notes(shard)["rejected"]
         ]
         for rows in groups:
             cases, _ = self._decoded(rows)
-            truths = {case.id: dict(case.targets or {}) for case in cases}
+            ground_truths = {case.id: dict(case.targets or {}) for case in cases}
             for question in (q for q in questions.values() if q.image == str(rows[0].image) and q.id in episodes):
                 episode = episodes[question.id]
-                verdict = filters.judge(question, episode, truths, overlaps, self.config)
+                verdict = filters.judge(question, episode, ground_truths, overlaps, self.config)
                 if isinstance(verdict, str):
                     reason, _, detail = verdict.partition("|")
                     rejected.append({"id": question.id, "reason": reason, "detail": detail})
@@ -228,7 +230,7 @@ class Worker:
         questions = {question.id: question for question in self.questions(shard)}
         rows = {row.id: row for group in groups for row in group}
         cases = {case.id: case for group in groups for case in self._decoded(group)[0]}
-        starts = {episode.case_id: episode.start for episode in self._raws(shard) if episode.start}
+        starts = {episode.case_id: episode.start for episode in self._experts(shard) if episode.start}
         counts = export_shard(
             self.plan.out / "export",
             shard,
@@ -252,7 +254,7 @@ class Worker:
     def _read(self, stage: str, shard: int) -> Iterator[Episode]:
         return EpisodeStore(self.plan.out / stage).read_shard(shard)
 
-    def _raws(self, shard: int) -> Iterator[Episode]:
+    def _experts(self, shard: int) -> Iterator[Episode]:
         return self._read("trajectories", shard)
 
     def _decoded(self, rows: Sequence[CaseRow]) -> tuple[list[Case], list[dict[str, str]]]:
@@ -273,7 +275,7 @@ def build(
     progress: Callable[[Stage, int, int], None] | None = None,
     run_shards: Callable[[Plan, Stage, Sequence[int], Callable[[int], None]], None] | None = None,
 ) -> dict[str, Any]:
-    """Run `stages` in order, going on where an earlier run stopped; the data card as far as it is known.
+    """Run `stages` in order, resuming an earlier run; the data card as far as it is known.
 
     progress: called with (stage, shards done, shards in all). run_shards: who works on the shards; None: this process.
     Shards whose files have changed are made again; a warning says how many pairs. One run at a time in a folder. Raises
@@ -324,9 +326,9 @@ def estimate(plan: Plan) -> dict[str, Any]:
     thoughts = 0.0
     if (plan.out / RUN_NAME).exists() and all(worker.path("questions", k).exists() for k in range(worker.shards)):
         for shard in range(worker.shards):
-            turns = {episode.case_id: len(episode.turns) for episode in worker._raws(shard)}
+            turns = {episode.case_id: len(episode.turns) for episode in worker._experts(shard)}
             asked = read_questions(worker.path("questions", shard))
-            thoughts += sum(turns.get(question.raw, 1) for question in asked)
+            thoughts += sum(turns.get(question.expert, 1) for question in asked)
         basis = "finished trajectories and questions"
     else:
         drawn = config.referring + config.reasoning + config.existence + config.refinement
@@ -339,7 +341,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
     if config.teacher == "endpoint" and endpoint is not None:
         from ibisagent.generation.teacher.endpoint import PROMPT_TOKENS
 
-        tokens_in = thoughts * (PROMPT_TOKENS + (endpoint.tokens_per_picture if endpoint.images else 0))
+        tokens_in = thoughts * (PROMPT_TOKENS + (endpoint.tokens_per_image if endpoint.images else 0))
         tokens_out = thoughts * endpoint.max_tokens
         price = (tokens_in * endpoint.price_in + tokens_out * endpoint.price_out) / 1e6
         report |= {"tokens_in": round(tokens_in), "tokens_out_at_most": round(tokens_out), "price": round(price, 2)}
@@ -359,10 +361,10 @@ def _run_here(worker: Worker) -> Callable[[Plan, Stage, Sequence[int], Callable[
 def _claim(plan: Plan) -> None:
     """Write run.json, or check that the one there says the same."""
     # how fast and how dear the teacher may be asked can change between starts
-    told = {"endpoint": {"concurrency", "requests_per_minute", "retries", "pause_seconds", "timeout_seconds",
-                         "price_in", "price_out", "budget", "tokens_per_picture"}}  # fmt: skip
+    narrated = {"endpoint": {"concurrency", "requests_per_minute", "retries", "pause_seconds", "timeout_seconds",
+                         "price_in", "price_out", "budget", "tokens_per_image"}}  # fmt: skip
     facts = {
-        **plan.config.model_dump(mode="json", exclude=told if plan.config.endpoint else None),
+        **plan.config.model_dump(mode="json", exclude=narrated if plan.config.endpoint else None),
         "cases": len(plan.cases),
         "cases_sha256": plan.cases.sha256,
     }
@@ -379,7 +381,7 @@ def _remove_changed(worker: Worker) -> None:
         earlier = EpisodeStore(worker.plan.out / "trajectories").notes(shard)["contents"]
         different = sum(worker.plan.contents[name] != content for name, content in earlier.items())
         if different:
-            (worker.plan.out / OVERLAPS_NAME).unlink(missing_ok=True)  # with all pictures
+            (worker.plan.out / OVERLAPS_NAME).unlink(missing_ok=True)  # with all images
             _remove(worker, reversed(STAGES), shard)
         changed += different
     if changed:
@@ -406,14 +408,14 @@ def _sweep(out: Path, stage: Stage) -> None:
 
 
 def _among(overlaps: Mapping[str, str], groups: Sequence[Sequence[CaseRow]]) -> dict[str, str]:
-    """Those of the pictures of `groups`."""
+    """Those of the images of `groups`."""
     return {image: overlaps[image] for rows in groups if (image := str(rows[0].image)) in overlaps}
 
 
 def _find_overlaps(worker: Worker) -> None:
-    """Write overlaps.json: the pictures that must not be trained on, as they or their patient are in another split.
+    """Write overlaps.json: the images that must not be trained on, as they or their patient are in another split.
 
-    Shards that were filtered by others are removed: pictures of other shards have changed since.
+    Shards that were filtered by others are removed: images of other shards have changed since.
     """
     path = worker.plan.out / OVERLAPS_NAME
     if path.exists():

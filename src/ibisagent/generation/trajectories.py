@@ -1,4 +1,4 @@
-"""Oracle episodes for every image-mask pair: the raw material of the cold start (paper, section 3.1, D_cold).
+"""Oracle episodes for every image-mask pair: the material of the cold start (paper, section 3.1, D_cold).
 
 A run's folder holds run.json (what made it), contents.json (the files that it was made of, see `files.FileHashes`),
 shards `episodes-000000.parquet`, ... of `shard_cases` cases each, failures.jsonl and summary.json. Shard k holds cases
@@ -88,7 +88,7 @@ def generate(
     *,
     batch_size: int = 16,
 ) -> Summary:
-    """Write one oracle episode per case into the folder `out`; go on where an earlier run of the same kind stopped.
+    """Write one oracle episode per case into the folder `out`; resume an earlier run of the same kind.
 
     progress: called with (cases done, cases in all) after every shard, first with what an earlier run did. batch_size:
     environments that are rolled out together; it changes no result. Cases that fail (files, segmenter) are listed in
@@ -107,9 +107,9 @@ def generate(
     for name in ("episodes-*.parquet", RUN_NAME, FAILURES_NAME, SUMMARY_NAME):
         for leftover in store.folder.glob(f".{name}.*.part"):  # of a run that was killed while it wrote
             leftover.unlink()
-    made_by = {**segmenter.describe(), "segmenter": segmenter.name, "ibisagent": package_version()}
-    claim(store.folder / RUN_NAME, _run_facts(cases, config, made_by), leftovers=store.shards.values())
-    made_by |= {name: str(value) for name, value in asdict(config).items() if name != "shard_cases"}
+    provenance = {**segmenter.describe(), "segmenter": segmenter.name, "ibisagent": package_version()}
+    claim(store.folder / RUN_NAME, _run_facts(cases, config, provenance), leftovers=store.shards.values())
+    provenance |= {name: str(value) for name, value in asdict(config).items() if name != "shard_cases"}
     hashes = FileHashes(store.folder / CONTENTS_NAME)
     contents = cases.contents(hashes)
     hashes.write()
@@ -129,7 +129,7 @@ def generate(
         rows = cases.rows[start : start + config.shard_cases]
         outcomes: list[_Outcome] = []
         for first in range(0, len(rows), batch_size):
-            batch = _run_batch(cases, rows[first : first + batch_size], segmenter, config, made_by)
+            batch = _run_batch(cases, rows[first : first + batch_size], segmenter, config, provenance)
             outcomes += batch
             recent.extend(batch)
             _check_machinery(recent)
@@ -163,9 +163,9 @@ def _remove_changed(store: EpisodeStore, contents: Sequence[str], config: Trajec
     return changed
 
 
-def _run_facts(cases: CaseSource, config: TrajectoryConfig, made_by: Mapping[str, str]) -> dict[str, Any]:
+def _run_facts(cases: CaseSource, config: TrajectoryConfig, provenance: Mapping[str, str]) -> dict[str, Any]:
     """What must be the same for a run to be continued."""
-    return {**asdict(config), **made_by, "cases": len(cases), "cases_sha256": cases.sha256}
+    return {**asdict(config), **provenance, "cases": len(cases), "cases_sha256": cases.sha256}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -192,7 +192,7 @@ def _run_batch(
     rows: Sequence[CaseRow],
     segmenter: Segmenter,
     config: TrajectoryConfig,
-    made_by: Mapping[str, str],
+    provenance: Mapping[str, str],
 ) -> list[_Outcome]:
     """Roll out `rows` together; one by one if any of them fails."""
     try:
@@ -204,8 +204,8 @@ def _run_batch(
                 segmenter,
                 dialect=config.dialect,
                 max_turns=oracle.max_turns,
-                mask_selection="last",  # the expert sees the truth: the mask that it stops at is its answer
-                made_by=made_by,
+                mask_selection="last",  # the expert sees the ground truth: the mask that it stops at is its answer
+                provenance=provenance,
             )
             for case in batch
         ]
@@ -213,7 +213,7 @@ def _run_batch(
     except IbisError as error:
         if len(rows) == 1:
             return [_Failed(rows[0].id, error)]
-        return [outcome for row in rows for outcome in _run_batch(cases, [row], segmenter, config, made_by)]
+        return [outcome for row in rows for outcome in _run_batch(cases, [row], segmenter, config, provenance)]
     return [
         _Made(episode, _result(case, episode, config.iou_threshold))
         for case, episode in zip(batch, episodes, strict=True)
@@ -228,7 +228,9 @@ def _check_machinery(recent: Iterable[_Outcome]) -> None:
 
 def _result(case: Case, episode: Episode, threshold: float) -> dict[str, Any]:
     masks = episode.answer_masks
-    reached = [iou(masks.get(name, truth & False), truth) for name, truth in (case.targets or {}).items()]
+    reached = [
+        iou(masks.get(name, ground_truth & False), ground_truth) for name, ground_truth in (case.targets or {}).items()
+    ]
     return {
         "case_id": case.id,
         "modality": case.meta.get("modality", ""),

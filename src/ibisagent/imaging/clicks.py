@@ -16,7 +16,7 @@ ErrorRegion = Literal["deeper", "larger"]
 def interior_depth(region: Mask) -> np.ndarray:
     """Exact Euclidean distance of every pixel of `region` to the nearest pixel outside it; float32 (H, W), 0 outside.
 
-    The picture's border counts as outside (the map is padded by one pixel first), so a region that touches the border
+    The image's border counts as outside (the map is padded by one pixel first), so a region that touches the border
     is not clicked on its very edge.
     """
     padded = cv2.copyMakeBorder(region.astype(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
@@ -43,9 +43,9 @@ def deepest_pixel(region: Mask, avoid: Iterable[tuple[int, int]] = ()) -> tuple[
 
 
 def next_click(
-    truth: Mask, current: Mask, target: str, past: Sequence[Click] = (), *, region: ErrorRegion = "deeper"
+    ground_truth: Mask, current: Mask, target: str, past: Sequence[Click] = (), *, region: ErrorRegion = "deeper"
 ) -> Click | None:
-    """The click that an expert who knows `truth` gives on `current`; None when no wrong pixel is left to click.
+    """The click that an expert who knows `ground_truth` gives on `current`; None when no wrong pixel is left to click.
 
     Missed pixels (FN) ask for a positive click, leaked pixels (FP) for a negative one; it lies where the chosen error
     is deepest, that is farthest from everything that is not this error, and never on a pixel of `past`.
@@ -54,7 +54,7 @@ def next_click(
     a tie. Takes well under a millisecond at 256 x 256.
     """
     avoid = [(click.x, click.y) for click in past]
-    missed, leaked = truth & ~current, current & ~truth
+    missed, leaked = ground_truth & ~current, current & ~ground_truth
     errors = [(missed, True), (leaked, False)]
     if region == "larger":
         errors.sort(key=lambda error: -int(np.count_nonzero(error[0])))

@@ -1,4 +1,4 @@
-"""Pictures and masks from files and back: PNG, JPEG, TIFF and BMP, any bit depth, any number of channels.
+"""Images and masks from files and back: PNG, JPEG, TIFF and BMP, any bit depth, any number of channels.
 
 Every file problem is a DataError of one line that names the file and the remedy. Files are written whole or not at all.
 """
@@ -54,7 +54,7 @@ _warning_filters = threading.Lock()
 
 
 def read_image(path: str | os.PathLike[str]) -> Image:
-    """The picture in a PNG, JPEG, TIFF or BMP file, upright (EXIF/TIFF orientation applied), as 8-bit RGB.
+    """The image in a PNG, JPEG, TIFF or BMP file, upright (EXIF/TIFF orientation applied), as 8-bit RGB.
 
     - 1 channel: grey, repeated three times. 2: shown in red and green, as of two stains. 3: red, green, blue. CMYK is
       converted. 4 and more are refused: which three to show is for the user to say.
@@ -80,23 +80,23 @@ def read_image(path: str | os.PathLike[str]) -> Image:
     return Image(np.ascontiguousarray(shown.repeat(3 // shown.shape[2], axis=2)), source=str(path))
 
 
-def decode_picture(content: bytes, where: str, formats: tuple[str, ...]) -> PIL.Image.Image:
-    """A picture that came over a network, as Pillow decodes it: not turned, windowed or converted.
+def decode_image(content: bytes, where: str, formats: tuple[str, ...]) -> PIL.Image.Image:
+    """An image that came over a network, as Pillow decodes it: not turned, windowed or converted.
 
-    where: what the picture is called in errors. formats: names that Pillow has for those that are taken, such as "PNG".
+    where: what the image is called in errors. formats: names that Pillow has for those that are taken, such as "PNG".
     What the headers claim is held against `limits` before anything is decoded. Raises DataError.
     """
     with _told(where):
         try:
-            picture = _open(io.BytesIO(content), where, formats)
+            image = _open(io.BytesIO(content), where, formats)
         except PIL.UnidentifiedImageError as error:
-            raise DataError(f"{where}: not a readable {' or '.join(formats)} picture; send another") from error
-        picture.load()
-    return picture
+            raise DataError(f"{where}: not a readable {' or '.join(formats)} image; send another") from error
+        image.load()
+    return image
 
 
 def read_masks(path: str | os.PathLike[str], labels: Mapping[int | str, str] | None = None) -> dict[str, Mask]:
-    """The masks in an image file, each (H, W) bool, upright as `read_image` gives the picture.
+    """The masks in an image file, each (H, W) bool, upright as `read_image` gives the image.
 
     labels None: the file is one binary mask, black outside and one other value or colour (1, 255, ...) inside; the
     result is {"mask": mask}, all False where the file is black. Where alpha varies and what is not transparent has one
@@ -133,19 +133,19 @@ def write_mask_png(mask: Mask, path: str | os.PathLike[str]) -> None:
     write_png(mask.astype(np.uint8) * 255, path)
 
 
-def write_png(picture: PIL.Image.Image | np.ndarray, path: str | os.PathLike[str]) -> None:
+def write_png(image: PIL.Image.Image | np.ndarray, path: str | os.PathLike[str]) -> None:
     """Write a PIL image, or an array (H, W), (H, W, 3) or (H, W, 4) uint8 or (H, W) uint16, as PNG.
 
     The file appears complete, by rename, or not at all; an older file of that name stays until then. Raises DataError
     when the folder does not exist or cannot be written, or the disk is full.
     """
-    if isinstance(picture, np.ndarray):
-        kind = (picture.dtype.name, picture.shape[2:])
-        if kind not in (("uint8", ()), ("uint8", (3,)), ("uint8", (4,)), ("uint16", ())) or 0 in picture.shape:
-            raise DataError(f"{path}: cannot write {picture.shape} {picture.dtype} as PNG; see write_png")
-        picture = PIL.Image.fromarray(np.ascontiguousarray(picture))
+    if isinstance(image, np.ndarray):
+        kind = (image.dtype.name, image.shape[2:])
+        if kind not in (("uint8", ()), ("uint8", (3,)), ("uint8", (4,)), ("uint16", ())) or 0 in image.shape:
+            raise DataError(f"{path}: cannot write {image.shape} {image.dtype} as PNG; see write_png")
+        image = PIL.Image.fromarray(np.ascontiguousarray(image))
     encoded = io.BytesIO()
-    picture.save(encoded, format="PNG")
+    image.save(encoded, format="PNG")
     write_whole(encoded.getvalue(), path)
 
 
@@ -163,14 +163,14 @@ def _decode(path: Path, *, as_labels: bool) -> _Stored:
     _check_readable(path)
     with _told(path):
         try:
-            with path.open("rb") as file, _open(file, path, _FORMATS) as picture:
-                stored = _decode_open(picture, path, as_labels=as_labels)
+            with path.open("rb") as file, _open(file, path, _FORMATS) as image:
+                stored = _decode_open(image, path, as_labels=as_labels)
         except PIL.UnidentifiedImageError as error:
             with path.open("rb") as file:
                 known = file.read(4) in _TIFF_MAGIC
             if not known:
                 raise DataError(
-                    f"{path}: not a readable PNG, JPEG, TIFF or BMP picture; export it again as PNG"
+                    f"{path}: not a readable PNG, JPEG, TIFF or BMP image; export it again as PNG"
                 ) from error
             stored = _decode_tiff(path)
     values = stored.values.astype(stored.values.dtype.newbyteorder("="), copy=False)
@@ -180,7 +180,7 @@ def _decode(path: Path, *, as_labels: bool) -> _Stored:
 def _check_readable(path: Path) -> None:
     if path.name.lower().endswith(_VOLUME_SUFFIXES):
         raise DataError(
-            f"{path}: is a volume, not a picture; read it with volumes.read_volume, or export the slice as PNG"
+            f"{path}: is a volume, not an image; read it with volumes.read_volume, or export the slice as PNG"
         )
     try:
         if path.is_dir():
@@ -218,7 +218,7 @@ def _told(where: object) -> Iterator[None]:
 def _open(file: IO[bytes], where: object, formats: tuple[str, ...]) -> ImageFile:
     """Headers only, held against the limits.
 
-    Pillow warns about large pictures before their size can be asked for, so the warning is an error. Not by its path:
+    Pillow warns about large images before their size can be asked for, so the warning is an error. Not by its path:
     Pillow maps such a file into memory and loses the rows of a TIFF that lies on its side.
     """
     check_image_file(file, where)
@@ -230,9 +230,9 @@ def _open(file: IO[bytes], where: object, formats: tuple[str, ...]) -> ImageFile
         PIL.Image.MAX_IMAGE_PIXELS = max(PIL.Image.MAX_IMAGE_PIXELS, limits.current().pixels)
     with _warning_filters, warnings.catch_warnings():  # the filters belong to the whole process
         warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
-        picture = PIL.Image.open(file, formats=formats)
-    _check_size(where, picture.height, picture.width, len(picture.getbands()), 1)
-    return picture
+        image = PIL.Image.open(file, formats=formats)
+    _check_size(where, image.height, image.width, len(image.getbands()), 1)
+    return image
 
 
 def _check_size(where: object, height: int, width: int, channels: int, bytes_each: int) -> None:
@@ -250,34 +250,32 @@ def _damaged(where: object, error: Exception) -> DataError:
     return DataError(f"{where}: damaged, cut off or of an unknown kind ({one_line(error)}); export or copy it again")
 
 
-def _is_series(picture: ImageFile) -> bool:
+def _is_series(image: ImageFile) -> bool:
     """Whether a second page is as large as the first: channels or a volume, where a smaller one is a thumbnail."""
-    first = picture.size
+    first = image.size
     try:
-        picture.seek(1)  # not n_frames, which reads all pages
+        image.seek(1)  # not n_frames, which reads all pages
     except EOFError:
         return False
-    second = picture.size
-    picture.seek(0)
+    second = image.size
+    image.seek(0)
     return first == second
 
 
-def _decode_open(picture: ImageFile, path: Path, *, as_labels: bool) -> _Stored:
-    """Values of an opened picture; those that Pillow would cut, wrap or take for others are decoded elsewhere."""
-    if isinstance(picture, TiffImageFile) and (
-        _is_deep(picture) or _is_misread_by_pillow(picture) or _is_series(picture)
-    ):
+def _decode_open(image: ImageFile, path: Path, *, as_labels: bool) -> _Stored:
+    """Values of an opened image; those that Pillow would cut, wrap or take for others are decoded elsewhere."""
+    if isinstance(image, TiffImageFile) and (_is_deep(image) or _is_misread_by_pillow(image) or _is_series(image)):
         return _decode_tiff(path)
-    if _is_deep(picture):
-        picture.load()  # OpenCV returns what it has when a file is cut off, Pillow complains
+    if _is_deep(image):
+        image.load()  # OpenCV returns what it has when a file is cut off, Pillow complains
         values = cv2.imdecode(np.frombuffer(path.read_bytes(), dtype=np.uint8), cv2.IMREAD_UNCHANGED)
         if values is None:
             raise DataError(f"{path}: cannot be decoded; export it again")
         order = [2, 1, 0, 3][: values.shape[2]]  # OpenCV gives blue first
-        return _without_alpha(_upright(values[..., order], picture.getexif().get(_ORIENTATION_TAG, 1)))
-    lossy = picture.format in ("JPEG", "MPO")
-    bits_as_stored = picture.mode == "1" and isinstance(picture, TiffImageFile) and _is_by_tifffile(picture)
-    upright = PIL.ImageOps.exif_transpose(picture)
+        return _without_alpha(_upright(values[..., order], image.getexif().get(_ORIENTATION_TAG, 1)))
+    lossy = image.format in ("JPEG", "MPO")
+    bits_as_stored = image.mode == "1" and isinstance(image, TiffImageFile) and _is_by_tifffile(image)
+    upright = PIL.ImageOps.exif_transpose(image)
     if upright.mode in ("P", "PA") and not as_labels:
         upright = upright.convert("RGBA")  # not RGB: Pillow warns about palettes with transparency
     elif upright.mode in ("1", "L", "RGB") and "transparency" in upright.info and not as_labels:
@@ -297,23 +295,23 @@ def _without_alpha(values: np.ndarray) -> _Stored:
     return _Stored(values)
 
 
-def _is_deep(picture: ImageFile) -> bool:
+def _is_deep(image: ImageFile) -> bool:
     """Whether the file holds more than 8 bits in each of several channels, which Pillow would cut to 8."""
-    if picture.mode not in ("RGB", "RGBA", "RGBX", "LA"):
+    if image.mode not in ("RGB", "RGBA", "RGBX", "LA"):
         return False
-    if isinstance(picture, TiffImageFile):
-        return bool(max(picture.tag_v2.get(_BITS_TAG, (8,))) > 8)
-    return "16" in str(picture.tile)  # the raw mode, as in "RGB;16B"
+    if isinstance(image, TiffImageFile):
+        return bool(max(image.tag_v2.get(_BITS_TAG, (8,))) > 8)
+    return "16" in str(image.tile)  # the raw mode, as in "RGB;16B"
 
 
-def _is_misread_by_pillow(picture: TiffImageFile) -> bool:
+def _is_misread_by_pillow(image: TiffImageFile) -> bool:
     """Whether it is grey with sign, of 32 bits, or deep with white at zero, or has channels beyond alpha, or alpha in a
     plane of its own, or colours that alpha has been multiplied into.
 
     Pillow wraps some of these, swaps bytes of others where they are compressed, divides colours by alpha, loses planes,
     and ignores the rest.
     """
-    tags = picture.tag_v2
+    tags = image.tag_v2
     bits, kind = max(tags.get(_BITS_TAG, (1,))), tags.get(_SAMPLE_FORMAT_TAG, (1,))[0]
     samples, is_planar = tags.get(_SAMPLES_TAG, 1), tags.get(_PLANES_TAG) == _SEPARATE
     if samples > 4 or (samples in (2, 4) and (is_planar or _ASSOCIATED in tags.get(_EXTRA_TAG, ()))):
@@ -323,9 +321,9 @@ def _is_misread_by_pillow(picture: TiffImageFile) -> bool:
     return bool(kind != 1 or bits > 16 or (bits > 8 and tags[_PHOTOMETRIC_TAG] == _WHITE_IS_ZERO))
 
 
-def _is_by_tifffile(picture: TiffImageFile) -> bool:
+def _is_by_tifffile(image: TiffImageFile) -> bool:
     """Whether tifffile wrote it with white at zero, as it does with all of one bit."""
-    tags = picture.tag_v2
+    tags = image.tag_v2
     return tags.get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO and str(tags.get(_SOFTWARE_TAG, "")).startswith("tifffile")
 
 
@@ -339,9 +337,7 @@ def _decode_tiff(path: Path) -> _Stored:
             channel_axis = "S" if sides.get("S", 1) > 1 else "C"
             channels = sides.pop(channel_axis, 1)
             if any(side > 1 for side in sides.values()):
-                raise DataError(
-                    f"{path}: is a stack (axes {series.axes}); save the picture to read as a file of its own"
-                )
+                raise DataError(f"{path}: is a stack (axes {series.axes}); save the image to read as a file of its own")
             _check_size(path, height, width, channels, series.dtype.itemsize)
             if page.compression not in _COMPRESSIONS:
                 name = getattr(page.compression, "name", page.compression)
@@ -504,13 +500,13 @@ def _number_codes(values: np.ndarray, path: Path) -> np.ndarray:
 def _colour_codes(values: np.ndarray, path: Path) -> np.ndarray:
     """The colour of each pixel as 0xRRGGBB, (H, W) int64; grey counts as that colour."""
     if values.dtype != np.uint8 or values.shape[2] not in (1, 3):
-        raise DataError(f"{path}: is not an 8-bit colour picture; save the mask as 8-bit PNG")
+        raise DataError(f"{path}: is not an 8-bit colour image; save the mask as 8-bit PNG")
     red, green, blue = (values[..., channel if values.shape[2] == 3 else 0].astype(np.int64) for channel in range(3))
     return red << 16 | green << 8 | blue
 
 
 def _listed(codes: np.ndarray, coloured: bool) -> str:
-    """The values of a label map in words, at most eight of them."""
+    """The values of a label map as text, at most eight of them."""
     values = np.unique(codes)
     shown = ", ".join(f"#{value:06x}" if coloured else str(value) for value in values[:8])
     return f"{len(values)} values ({shown}{', ...' if len(values) > 8 else ''})"

@@ -21,7 +21,9 @@ _CHUNKS = 8  # of five bits: more than any run within the limits needs
 def check_same_shape(a: Mask, b: Mask) -> None:
     """Raise DataError unless both masks have the same shape."""
     if a.shape != b.shape:
-        raise DataError(f"masks of different size: {a.shape} and {b.shape}; resize the truth with nearest neighbour")
+        raise DataError(
+            f"masks of different size: {a.shape} and {b.shape}; resize the ground truth with nearest neighbour"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,17 @@ def encode_rle(mask: Mask) -> dict[str, Any]:
         raise DataError(f"run-length encoding needs a (H, W) bool mask with pixels, got {mask.shape} {mask.dtype}")
     encoded = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
+
+
+def rle_area(rle: Mapping[str, Any]) -> int:
+    """How many pixels a mask has that `encode_rle` encoded; it is not decoded."""
+    return int(coco.area({"size": list(rle["size"]), "counts": rle["counts"].encode("ascii")}))
+
+
+def rle_box(rle: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    """The smallest box around a mask that `encode_rle` encoded: left, top, width, height in pixels; 0 where empty."""
+    x, y, width, height = coco.toBbox({"size": list(rle["size"]), "counts": rle["counts"].encode("ascii")})
+    return int(x), int(y), int(width), int(height)
 
 
 def decode_rle(rle: Mapping[str, Any]) -> Mask:

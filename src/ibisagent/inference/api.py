@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -16,12 +17,12 @@ import PIL.Image
 from ibisagent.domain import Case, Episode, Image, Mask, Masks, MaskSelection
 from ibisagent.errors import DataError
 from ibisagent.files import safe_name
-from ibisagent.inference.image import Outputs, export, provenance, read_case, run_case
+from ibisagent.inference.image import Outputs, asked_objects, export, provenance_of, read_case, run_case
 from ibisagent.inference.volume import RECHECK, VolumeSegmentation, parse_slices, run_volume
 from ibisagent.inference.volume_files import VolumeOutputs, VolumeWriter
 from ibisagent.policies import load_policy
 from ibisagent.policies.base import Policy
-from ibisagent.protocol import target_of
+from ibisagent.query import target_of
 from ibisagent.segmenters import Segmenter, load_segmenter
 from ibisagent.volumes import SliceView, Volume, read_volume
 from ibisagent.volumes.writing import masks_on
@@ -58,6 +59,11 @@ class SegmentedImage:
         """Names of what the agent says is not in the image."""
         return self.episode.answer.absent
 
+    @property
+    def objects(self) -> list[dict[str, Any]]:
+        """What the agent knows of each object that was asked for, see `inference.image.asked_objects`."""
+        return asked_objects(self.episode)
+
     def save(self, folder: str | Path, name: str = "") -> Outputs:
         """Write `NAME_mask_TARGET.png`, `NAME_overlay.png` and `NAME_record.json`, which `ibisagent replay` reads.
 
@@ -69,12 +75,12 @@ class SegmentedImage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SegmentedVolume:
-    """What an agent found in one volume, on the slices of `view`; made_by: policy, segmenter and their versions."""
+    """What an agent found in one volume, on the slices of `view`; provenance: policy, segmenter and their versions."""
 
     view: SliceView
     query: str
     found: VolumeSegmentation
-    made_by: Mapping[str, str]
+    provenance: Mapping[str, str]
 
     @property
     def masks(self) -> Mapping[str, np.ndarray]:
@@ -88,7 +94,7 @@ class SegmentedVolume:
         command `ibisagent segment` alone.
         """
         with VolumeWriter(Path(folder), name or safe_name(self.view.volume.name, set()), formats) as files:
-            return files.finish(self.found, self.view, self.query, self.made_by)
+            return files.finish(self.found, self.view, self.query, self.provenance)
 
 
 def segment(
@@ -169,7 +175,7 @@ def segment_volume(
     if len(start) == 1:
         start = {target_of(query): mask for mask in start.values()}
     agent, engine = _models(policy, segmenter)
-    made_by = provenance(agent, engine)
+    provenance = provenance_of(agent, engine)
     found = run_volume(
         view,
         query,
@@ -180,9 +186,9 @@ def segment_volume(
         max_turns=max_turns,
         mask_selection=mask_selection,
         start=start,
-        made_by=made_by,
+        provenance=provenance,
     )
-    return SegmentedVolume(view, query, found, {"policy": agent.name, **made_by})
+    return SegmentedVolume(view, query, found, {"policy": agent.name, **provenance})
 
 
 def _models(policy: str | Policy, segmenter: str | Segmenter) -> tuple[Policy, Segmenter]:

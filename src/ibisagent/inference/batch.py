@@ -12,7 +12,7 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,14 +24,15 @@ from ibisagent.domain import Case, Episode, Image, MaskSelection, Turn, check_qu
 from ibisagent.environment import mask_choice
 from ibisagent.errors import ConfigError, DataError, IbisError
 from ibisagent.files import make_folder, safe_name, same_run
-from ibisagent.inference.image import Outputs, export, outputs_of, provenance, read_case, run_case
-from ibisagent.inference.volume import Cost, Why, parse_slices, run_volume
-from ibisagent.inference.volume_files import VolumeOutputs, VolumeWriter
+from ibisagent.inference.image import Outputs, asked_objects, export, outputs_of, provenance_of, read_case, run_case
+from ibisagent.inference.volume import Cost, Why, choose_slices, run_volume
+from ibisagent.inference.volume_files import DICOM_FORMATS, VolumeOutputs, VolumeWriter
 from ibisagent.policies.base import Policy
-from ibisagent.protocol import target_of
+from ibisagent.query import target_of
 from ibisagent.segmenters import Segmenter
 from ibisagent.store import read_record
-from ibisagent.volumes import SliceView, Volume, dicomweb, is_volume, read_volume
+from ibisagent.volumes import SliceView, Volume, dicomweb, is_volume, read_volume, whole_series
+from ibisagent.volumes.label_maps import choose_start
 from ibisagent.volumes.writing import masks_on
 
 _OF_MACHINE = {"ibisagent", "torch", "transformers", "runtime", "policy_device"}
@@ -42,7 +43,8 @@ _OF_MACHINE = {"ibisagent", "torch", "transformers", "runtime", "policy_device"}
 class VolumeOptions:
     """How volumes are read, walked through and written; see `read_volume`, `SliceView`, `run_volume`, `FORMATS`.
 
-    slices: as for `parse_slices`; None searches. store: address of a DICOMweb server that gets the DICOM objects.
+    slices: as for `choose_slices`; None searches. store: address of a DICOMweb server that gets the DICOM objects.
+    label: which object of a start mask is refined, see `choose_start`.
     """
 
     axis: str = "auto"
@@ -53,10 +55,11 @@ class VolumeOptions:
     recheck: int = 10
     formats: tuple[str, ...] = ("nifti",)
     store: str | None = None
+    label: str | None = None
 
     def __post_init__(self) -> None:
-        if self.store is not None and not {"seg", "sr"} & set(self.formats):
-            raise ConfigError("--store sends DICOM objects: ask for them with --format seg, and --format sr")
+        if self.store is not None and not set(DICOM_FORMATS) & set(self.formats):
+            raise ConfigError("--store sends DICOM objects: ask for them with --format seg, sr or rtstruct")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +74,19 @@ class ImageResult:
 
     kept: bool = False
 
+    @property
+    def problem(self) -> str | None:
+        """Why there is nothing that could be an answer; None where there is."""
+        episode = self.episode
+        if episode.stop != "malformed" or any(mask.any() for mask in episode.answer_masks.values()):
+            return None
+        why = episode.turns[-1].reply.problem
+        return f"{self.path}: no mask was made, as the policy's replies could not be read ({why}); ask in other words"
+
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """As plain values. known, nearest, presence: of the only object, as in `objects` (`image.asked_objects`)."""
         answer = self.episode.answer
+        asked = asked_objects(self.episode)
         return {
             "image": self.path,
             "masks": {target: str(file) for target, file in self.outputs.masks.items()},
@@ -84,6 +97,9 @@ class ImageResult:
             "stop": self.episode.stop,
             "turns": len(self.episode.turns),
             "seconds": round(self.seconds, 3),
+            **({"objects": asked} if asked else {}),
+            **({key: asked[0][key] for key in ("known", "nearest", "presence")} if len(asked) == 1 else {}),
+            **({} if (problem := self.problem) is None else {"error": problem}),
             **({} if self.score is None else {"score": round(self.score, 4)}),
             **({"kept": True} if self.kept else {}),
         }
@@ -97,6 +113,8 @@ class VolumeResult:
     outputs: VolumeOutputs
     cost: Cost
     seconds: float
+    score: float | None = None
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -110,6 +128,9 @@ class VolumeResult:
             "record": str(outputs.record),
             "cost": asdict(self.cost),
             "seconds": round(self.seconds, 3),
+            "notes": list(self.notes),
+            **({} if self.score is None else {"score": round(self.score, 4)}),
+            **({"error": "; ".join(outputs.failed)} if outputs.failed else {}),
         }
 
 
@@ -119,10 +140,12 @@ class KeptVolume:
 
     path: str
     record: Path
+    failed: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
-        return {"image": self.path, "record": str(self.record), "kept": True}
+        error = {"error": "; ".join(self.failed)} if self.failed else {}
+        return {"image": self.path, "record": str(self.record), "kept": True, **error}
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +160,19 @@ class Failed:
         return {"image": self.path, "error": str(self.error)}
 
 
-Result = ImageResult | VolumeResult | KeptVolume | Failed
+@dataclass(frozen=True, slots=True)
+class PassedOver:
+    """A series that the choice leaves out, and why."""
+
+    path: str
+    why: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return {"image": self.path, "passed_over": self.why}
+
+
+Result = ImageResult | VolumeResult | KeptVolume | Failed | PassedOver
 
 
 class Review(Protocol):
@@ -145,6 +180,9 @@ class Review(Protocol):
 
     def add(self, image: str, episode: Episode, case: Case) -> float:
         """The score of an episode of the image at this path, in [0, 1]."""
+
+    def add_volume(self, image: str, episodes: Iterable[tuple[Episode, Case]]) -> float:
+        """The score of a volume of the episodes on its slices, in [0, 1]."""
 
 
 class Listener:
@@ -158,6 +196,9 @@ class Listener:
 
     def opened(self, view: SliceView) -> None:
         """A volume was read."""
+
+    def noted(self, notes: Sequence[str]) -> None:
+        """What of the source is repaired in the objects that will be written, a line each."""
 
     def asked(self, index: int, why: Why, episode: Episode) -> None:
         """The agent has answered on one slice of a volume."""
@@ -189,24 +230,31 @@ class Batch:
     def __post_init__(self) -> None:
         self.query = check_query(self.query)
         make_folder(self.folder)
-        self._made_by = provenance(self.policy, self.segmenter)
+        self._provenance = provenance_of(self.policy, self.segmenter)
         # by name without case, as many file systems cannot keep two that differ in it alone
         self._records = {record.name.casefold(): record for record in self.folder.glob("*_record.json")}
 
     def run(self, paths: Sequence[str], starts: Sequence[Path | None] = ()) -> Iterator[Result]:
         """The results, in order. An input that fails becomes `Failed` and does not stop the others.
 
-        paths: files, folders with a DICOM series, or the DICOMweb address of one. starts: masks to refine, one for each
-        path, or none at all. ConfigError for another number.
+        paths: files, folders with a DICOM series, or the DICOMweb address of one; slices of one series are one input,
+        called by their folder. starts: masks to refine, one for each input, or none at all. ConfigError for another
+        number.
         """
-        if starts and len(starts) != len(paths):
-            raise ConfigError(f"{len(starts)} start masks for {len(paths)} images: give one per image, in their order")
-        for path, start in zip(paths, starts or [None] * len(paths), strict=True):
+        groups = whole_series(paths)
+        if starts and len(starts) != len(groups):
+            raise ConfigError(f"{len(starts)} start masks for {len(groups)} images: give one per image, in their order")
+        for files, start in zip(groups, starts or [None] * len(groups), strict=True):
+            path = files[0] if len(files) == 1 else str(Path(files[0]).parent)
             self.listener.started(path)
             try:
-                yield self.segment(path, start)
+                yield self.segment(path, start) if len(files) == 1 else self._volume(path, start, files)
             except IbisError as error:
                 yield Failed(path, error)
+
+    def segment_files(self, path: str, files: Sequence[Path]) -> VolumeResult | KeptVolume:
+        """The result of the volume in DICOM files of one series; path: what it is called. Raises IbisError."""
+        return self._volume(path, None, [str(file) for file in files])
 
     def segment(self, path: str, start: Path | None = None) -> ImageResult | VolumeResult | KeptVolume:
         """The result of one input. Raises IbisError."""
@@ -223,7 +271,7 @@ class Batch:
             if earlier is None or (earlier.image_sha256, earlier.query) != (case.image.sha256, self.query):
                 return False
             if not self.overwrite:
-                self._check_settings(record, earlier.made_by, {"mask_selection": earlier.mask_selection})
+                self._check_settings(record, earlier.provenance, {"mask_selection": earlier.mask_selection})
                 if not _same_masks(earlier.start, case.start):
                     raise ConfigError(f"{record}: was made with another start mask; --overwrite makes it again")
             return True
@@ -252,19 +300,19 @@ class Batch:
         self._records[outputs.record.name.casefold()] = outputs.record
         return ImageResult(path, episode, outputs, time.perf_counter() - started, score)
 
-    def _volume(self, path: str, start: Path | None) -> VolumeResult | KeptVolume:
+    def _volume(self, path: str, start: Path | None, files: Sequence[str] = ()) -> VolumeResult | KeptVolume:
         started, options = time.perf_counter(), self.volumes
         with ExitStack() as until:
             source = Path(path)
             if dicomweb.is_url(path):
                 source = Path(until.enter_context(tempfile.TemporaryDirectory(prefix="ibisagent-")))
                 dicomweb.fetch_series(path, source)
-            volume = read_volume(source, channel=options.channel, series=options.series)
+            volume = read_volume(files or source, channel=options.channel, series=options.series)
             view = SliceView(volume, options.axis, options.window)
             self.listener.opened(view)
-            masks = {} if start is None else masks_on(volume, start)
-            if len(masks) == 1:
-                masks = {target_of(self.query): mask for mask in masks.values()}
+            masks = {}
+            if start is not None:
+                masks = choose_start(masks_on(volume, start), self.query, options.label, start)
             facts = self._volume_facts(volume, start)
 
             def same_input(record: Path) -> bool:
@@ -279,7 +327,10 @@ class Batch:
 
             name, record = self._name(volume.name, facts["sha256"], same_input)
             if record is not None and not self.overwrite:
-                return KeptVolume(path, record)
+                self._review_volume(path, record, view)
+                return KeptVolume(
+                    path, record, tuple((_volume_record(record) or {}).get("failed_formats", {}).values())
+                )
             return self._segment_volume(path, view, masks, name, facts, started)
 
     def _segment_volume(
@@ -292,8 +343,11 @@ class Batch:
         started: float,
     ) -> VolumeResult:
         options = self.volumes
-        keys = None if options.slices is None else parse_slices(options.slices, view.count)
+        keys = None if options.slices is None else choose_slices(view, options.slices)
+        provenance = {"policy": self.policy.name, **self._provenance}
         with VolumeWriter(self.folder, name, options.formats) as files:
+            repaired = files.prepare(view.volume, provenance)
+            self.listener.noted(repaired)
 
             def on_episode(index: int, why: Why, episode: Episode, image: Image) -> None:
                 files.episode(index, why, episode, image)
@@ -309,16 +363,29 @@ class Batch:
                 max_turns=self.max_turns,
                 mask_selection=self.mask_selection,
                 start=start,
-                made_by=self._made_by,
+                provenance=self._provenance,
                 on_episode=on_episode,
             )
-            made_by = {"policy": self.policy.name, **self._made_by}
-            outputs = files.finish(found, view, self.query, made_by, channel=options.channel, input_facts=facts)
+            outputs = files.finish(found, view, self.query, provenance, channel=options.channel, input_facts=facts)
         if options.store is not None and outputs.dicom:
             self.listener.sending(options.store)
             dicomweb.store(options.store, outputs.dicom)
         self._records[outputs.record.name.casefold()] = outputs.record
-        return VolumeResult(path, outputs, found.cost, time.perf_counter() - started)
+        score = self._review_volume(path, outputs.record, view)
+        notes = (*view.volume.notes, *repaired)
+        return VolumeResult(path, outputs, found.cost, time.perf_counter() - started, score, notes)
+
+    def _review_volume(self, path: str, record: Path, view: SliceView) -> float | None:
+        """The score of a volume's record by the episodes on its slices; None where nobody reviews."""
+        if self.review is None:
+            return None
+        asked = (_volume_record(record) or {}).get("asked", ())
+        return self.review.add_volume(path, (pair for row in asked for pair in self._episodes_on(row, record, view)))
+
+    def _episodes_on(self, asked: Mapping[str, Any], record: Path, view: SliceView) -> Iterator[tuple[Episode, Case]]:
+        for file in asked["records"]:
+            episode = read_record(record.parent / file)
+            yield episode, Case(episode.case_id, view.image(asked["slice"]), self.query, start=episode.start)
 
     def _volume_facts(self, volume: Volume, start: Path | None) -> dict[str, Any]:
         """What a volume's result was made from, for its record."""
@@ -327,7 +394,7 @@ class Batch:
         options["formats"] = sorted(options["formats"])
         return {
             "sha256": volume.sha256,
-            "start_sha256": "" if start is None else hashlib.sha256(start.read_bytes()).hexdigest(),
+            "start_sha256": "" if start is None else _sha256(start),
             "mask_selection": mask_choice(self.policy, self.mask_selection),
             "max_turns": self.max_turns,
             **options,
@@ -336,15 +403,15 @@ class Batch:
     def _check_settings(
         self,
         record: Path,
-        made_by: Mapping[str, str],
+        provenance: Mapping[str, str],
         earlier: Mapping[str, Any],
         now: Mapping[str, Any] | None = None,
     ) -> None:
         """ConfigError where the result of `record` was made with other settings."""
-        ours = {"policy": self.policy.name, **self._made_by}
-        if self.max_turns is not None and "max_turns" in made_by:
+        ours = {"policy": self.policy.name, **self._provenance}
+        if self.max_turns is not None and "max_turns" in provenance:
             ours["max_turns"] = str(self.max_turns)
-        before = {name: made_by.get(name, value) for name, value in ours.items()}
+        before = {name: provenance.get(name, value) for name, value in ours.items()}
         try:
             same_run(before, ours, record, free=_OF_MACHINE)
             same_run(
@@ -375,6 +442,14 @@ def _image_record(path: Path) -> Episode | None:
         return read_record(path)
     except DataError:
         return None
+
+
+def _sha256(path: Path) -> str:
+    """Hash of a file, or of all files of a folder in the order of their names."""
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _volume_record(path: Path) -> dict[str, Any] | None:

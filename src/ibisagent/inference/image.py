@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ibisagent.domain import (
     Action,
@@ -25,12 +27,16 @@ from ibisagent.environment import SegmentationEnv, rollout, turn_limit
 from ibisagent.errors import DataError
 from ibisagent.files import safe_name
 from ibisagent.imaging.images import read_image, read_masks, write_mask_png, write_png
-from ibisagent.policies.base import Policy
-from ibisagent.protocol import overlay, target_of
+from ibisagent.policies.base import Knowing, Policy
+from ibisagent.protocol import overlay
+from ibisagent.query import target_of
 from ibisagent.segmenters import Segmenter
 from ibisagent.store import (
     write_record,
 )
+
+ASKED_FACT = "objects"
+"""The fact of an episode's `provenance` that holds what `asked_objects` reads, as JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,28 +82,42 @@ def run_case(
     mask_selection: MaskSelection | None = None,
     on_turn: Callable[[Turn], None] | None = None,
 ) -> Episode:
-    """One episode of `policy` with `segmenter` on `case`, `made_by` whatever is named there; see its `answer_masks`.
+    """One episode of `policy` with `segmenter` on `case`, `provenance` whatever is named there; see its `answer_masks`.
 
     max_turns: default the policy's own limit. mask_selection: which masks are the answer, see `Episode.answer_masks`;
     default as is usual for the policy's dialect. on_turn: called after every turn. Raises PolicyError and
-    SegmenterError when their machinery fails.
+    SegmenterError when their machinery fails, ConfigError for a query that does not settle what is asked for.
     """
     env = SegmentationEnv(
         case,
         segmenter,
         dialect=policy.dialect,
-        max_turns=turn_limit(policy) if max_turns is None else max_turns,
+        max_turns=turn_limit(policy, case.query) if max_turns is None else max_turns,
         mask_selection=mask_selection,
-        made_by=provenance(policy, segmenter),
+        provenance={**provenance_of(policy, segmenter), **asked_facts(policy, case.image, case.query)},
     )
     [episode] = rollout(policy, [env], on_turn=None if on_turn is None else lambda _, turn: on_turn(turn))
     return episode
 
 
-def provenance(policy: Policy, segmenter: Segmenter) -> dict[str, str]:
+def provenance_of(policy: Policy, segmenter: Segmenter) -> dict[str, str]:
     """Names, hashes, seeds and versions of policy and segmenter, for the record of what they make."""
     describe = getattr(policy, "describe", dict)  # fakes and baselines have no weights or seeds to name
     return {**segmenter.describe(), **describe()}
+
+
+def asked_facts(policy: Policy, image: Image, query: str) -> dict[str, str]:
+    """What the policy can say of the objects that are asked for, as a fact for the record; none where it can say
+    nothing. See `asked_objects`."""
+    asked = policy.about(image, query) if isinstance(policy, Knowing) else ()
+    return {ASKED_FACT: json.dumps([asdict(one) for one in asked])} if asked else {}
+
+
+def asked_objects(episode: Episode) -> list[dict[str, Any]]:
+    """Of each object that was asked for its `name`, whether the policy learned it (`known`), else the `nearest` name
+    that it learned, and how likely the image shows it (`presence`, 0 to 1); none where the policy makes no claim."""
+    objects: list[dict[str, Any]] = json.loads(episode.provenance.get(ASKED_FACT, "[]"))
+    return objects
 
 
 def export(episode: Episode, image: Image, folder: str | Path, name: str) -> Outputs:

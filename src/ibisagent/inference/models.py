@@ -230,15 +230,15 @@ def _free_disk() -> str:
 
 
 def _episode() -> str:
-    """The whole loop on a drawn picture, with the fakes."""
+    """The whole loop on a drawn image, with the fakes."""
     pixels = np.full((61, 83, 3), 30, dtype=np.uint8)
-    truth = np.zeros((61, 83), dtype=bool)
-    truth[20:45, 30:60] = True
-    pixels[truth] = 200
-    case = Case("doctor", Image(pixels), "Segment the bright box.", {"bright box": truth})
+    ground_truth = np.zeros((61, 83), dtype=bool)
+    ground_truth[20:45, 30:60] = True
+    pixels[ground_truth] = 200
+    case = Case("doctor", Image(pixels), "Segment the bright box.", {"bright box": ground_truth})
     policy = OraclePolicy([case], iou_threshold=0.8)
     [episode] = rollout(policy, [SegmentationEnv(case, RegionSegmenter(), dialect=policy.dialect)])
-    reached = iou(episode.masks["bright box"], truth)
+    reached = iou(episode.masks["bright box"], ground_truth)
     if episode.stop != "stopped" or reached < 0.8:
         raise IbisError(f"ended '{episode.stop}' at IoU {reached:.2f} instead of above 0.8: reinstall ibisagent")
     return f"oracle with region: IoU {reached:.2f} after {len(episode.turns)} turns"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from ibisagent.domain import (
     Masks,
     Observation,
 )
-from ibisagent.environment import Board
+from ibisagent.environment import PromptState
 from ibisagent.errors import ConfigError, DataError, IbisError
 from ibisagent.files import file_names
 from ibisagent.imaging.images import read_image
@@ -30,12 +31,13 @@ from ibisagent.segmenters import Segmenter, load_segmenter
 from ibisagent.segmenters.runtime import RUNTIMES
 from ibisagent.store import read_record
 from ibisagent.volumes import SliceView, read_volume
-from ibisagent.volumes.grid import scratch
+from ibisagent.volumes.grid import scratch_mask
 
 _NEEDED = (
     *("volume", "channel", "shape", "affine", "axis", "window", "query"),
     *("recheck", "max_turns", "made_by", "asked", "masks_sha256"),
 )
+_SLICE_RECORD = re.compile(r"(.+)_slice-\d{4,}(?:-\d+)?_record\.json")
 _ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", "")
 
 
@@ -47,26 +49,26 @@ def replay(episode: Episode, image: Image, segmenter: Segmenter) -> Masks:
     """
     if image.sha256 != episode.image_sha256:
         raise DataError(f"{image.source or 'image'}: is not the image of this record, {episode.image_source}")
-    recorded = episode.made_by.get("segmenter", segmenter.name)
+    recorded = episode.provenance.get("segmenter", segmenter.name)
     if recorded != segmenter.name:
         raise ConfigError(f"the record was made with segmenter {recorded}, not {segmenter.name}; load that one")
-    board = Board(image, segmenter, episode.start, episode.made_by.get("dialect", ""))
+    prompt_state = PromptState(image, segmenter, episode.start, episode.provenance.get("dialect", ""))
     for turn in episode.turns:
-        board.apply(turn.reply.actions)
-    return dict(board.masks)
+        prompt_state.apply(turn.reply.actions)
+    return dict(prompt_state.masks)
 
 
 def replay_record(path: str | Path, *, image: str | Path | None = None, device: str = "auto") -> tuple[Episode, Image]:
     """Rebuild the masks of a record from its clicks, without the policy, and check them bit for bit.
 
-    image: the picture, or the folder that it is in; by default it is looked for beside the record, one folder higher,
+    image: the image, or the folder that it is in; by default it is looked for beside the record, one folder higher,
     and where the process runs. Raises DataError if the masks differ or files cannot be used.
     """
     episode = read_record(path)
-    picture = _find_image(episode, Path(path), image)
-    recorded = episode.made_by
+    found = _find_image(episode, Path(path), image)
+    recorded = episode.provenance
     engine = load_recorded_segmenter(recorded, str(path), device)
-    masks = replay(episode, picture, engine)
+    masks = replay(episode, found, engine)
     differing = [
         name
         for name in dict.fromkeys([*episode.masks, *masks])
@@ -74,27 +76,27 @@ def replay_record(path: str | Path, *, image: str | Path | None = None, device: 
     ]
     if differing:
         raise cannot_be_rebuilt(path, differing[0], recorded, engine)
-    return episode, picture
+    return episode, found
 
 
-def load_recorded_segmenter(made_by: Mapping[str, str], where: str, device: str) -> Segmenter:
+def load_recorded_segmenter(provenance: Mapping[str, str], where: str, device: str) -> Segmenter:
     """The segmenter that a record names, on the runtime that it names. DataError where it names none."""
-    if not made_by.get("segmenter"):
+    if not provenance.get("segmenter"):
         raise DataError(f"{where}: does not name its segmenter; make the record again")
-    runtime = made_by.get("runtime", "").partition(" ")[0]  # "openvino 2026.4.1 f32", "opencv 5.0.0"
-    return load_segmenter(made_by["segmenter"], device=device, runtime=runtime if runtime in RUNTIMES else "auto")
+    runtime = provenance.get("runtime", "").partition(" ")[0]  # "openvino 2026.4.1 f32", "opencv 5.0.0"
+    return load_segmenter(provenance["segmenter"], device=device, runtime=runtime if runtime in RUNTIMES else "auto")
 
 
-def cannot_be_rebuilt(where: object, target: str, made_by: Mapping[str, str], segmenter: Segmenter) -> DataError:
+def cannot_be_rebuilt(where: object, target: str, provenance: Mapping[str, str], segmenter: Segmenter) -> DataError:
     """What to raise where a record's mask comes out otherwise; says what has changed, as far as is known."""
     now = segmenter.describe()
-    changed = [key for key in now if key in made_by and made_by[key] != now[key]]
+    changed = [key for key in now if key in provenance and provenance[key] != now[key]]
     hint = f"{', '.join(changed)} is not what it was" if changed else "hardware or library versions may differ"
     return DataError(f"{where}: the mask of '{target}' cannot be rebuilt bit for bit ({hint})")
 
 
 def _find_image(episode: Episode, record: Path, given: str | Path | None) -> Image:
-    """The picture of a record, which knows its name and content only."""
+    """The image of a record, which knows its name and content only."""
     name = Path(episode.image_source).name
     folders = [record.parent, record.parent.parent, Path()] if given is None else [Path(given)]
     if given is not None and not Path(given).is_dir():
@@ -102,8 +104,8 @@ def _find_image(episode: Episode, record: Path, given: str | Path | None) -> Ima
     found = [folder / name for folder in folders if (folder / name).is_file()]
     if not found:
         raise DataError(f"{record}: its image {name} is not there; say where it is with --image")
-    pictures = [read_image(path) for path in found]
-    return next((picture for picture in pictures if picture.sha256 == episode.image_sha256), pictures[0])
+    images = [read_image(path) for path in found]
+    return next((image for image in images if image.sha256 == episode.image_sha256), images[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,7 @@ def replay_records(
     output: a folder to write the files to once more. image: where the image or volume is now, or the folder of several
     images. series: of a DICOM folder, see `read_volume`. ConfigError where `image` is one file of several records.
     """
+    records = without_slices(records)
     if image is not None and not image.is_dir() and len(records) > 1:
         raise ConfigError("--image names one file: replay one record at a time with it")
     for record, name in zip(records, file_names(records), strict=True):
@@ -154,12 +157,29 @@ def replay_records(
 
 
 def is_volume_record(path: str | Path) -> bool:
-    """Whether this is the record of a volume rather than of a picture; False also for what cannot be read."""
+    """Whether this is the record of a volume rather than of an image; False also for what cannot be read."""
     try:
         record = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(record, dict) and record.get("format") == RECORD_FORMAT
+
+
+def without_slices(records: Sequence[Path]) -> list[Path]:
+    """The records but those of a volume's slices, which are played again with their volume's.
+
+    DataError for one of a slice whose volume's record lies beside it and is not given.
+    """
+    given = {path.resolve() for path in records}
+    kept = []
+    for path in records:
+        match = _SLICE_RECORD.fullmatch(path.name)
+        whole = path.with_name(f"{match[1]}_record.json") if match else None
+        if whole is None or not is_volume_record(whole):
+            kept.append(path)
+        elif whole.resolve() not in given:
+            raise DataError(f"{path}: is of one slice of a volume; replay {whole.name}, which takes it along")
+    return kept
 
 
 def replay_volume(
@@ -185,12 +205,14 @@ def replay_volume(
     view = SliceView(volume, axis, record["window"]["asked"])
     if list(volume.shape) != record["shape"] or not np.allclose(volume.affine, record["affine"]):
         raise DataError(f"{volume.name}: has another grid than the volume of {path}")
-    made_by = record["made_by"]
-    engine = load_recorded_segmenter(made_by, str(path), device)
+    provenance = record["made_by"]
+    engine = load_recorded_segmenter(provenance, str(path), device)
     episodes = _episodes(record, path)
     keys = sorted({asked["slice"] for asked in record["asked"] if asked["why"] == "key"})
-    policy = _Recorded(view, episodes, str(made_by.get("policy", "")), str(path))
+    policy = _Recorded(view, episodes, str(provenance.get("policy", "")), str(path))
     with VolumeWriter(Path(output), name or volume.name, formats) if output else nullcontext() as files:
+        if files:
+            files.prepare(volume, provenance)
         found = run_volume(
             view,
             record["query"],
@@ -201,17 +223,19 @@ def replay_volume(
             max_turns=record["max_turns"],
             mask_selection=policy.mask_selection,
             start=_starts(view, episodes, keys),
-            made_by={key: value for key, value in made_by.items() if key not in ("policy", "ibisagent")},
+            provenance={key: value for key, value in provenance.items() if key not in ("policy", "ibisagent")},
             on_episode=files.episode if files else None,
         )
         masks = record["masks_sha256"]
         for target in dict.fromkeys([*masks, *found.masks]):
             if target not in found.masks or mask_sha256(found.masks[target]) != masks.get(target):
-                raise cannot_be_rebuilt(path, target, made_by, engine)
+                raise cannot_be_rebuilt(path, target, provenance, engine)
         outputs = None
         if files is not None:
             facts = record.get("input")
-            outputs = files.finish(found, view, record["query"], made_by, channel=record["channel"], input_facts=facts)
+            outputs = files.finish(
+                found, view, record["query"], provenance, channel=record["channel"], input_facts=facts
+            )
     written = (
         {}
         if outputs is None
@@ -263,7 +287,7 @@ def _starts(
     starts: dict[str, np.ndarray] = {}
     for key in keys:
         for target, mask in episodes[key][0].start.items():
-            view.write_mask(starts.setdefault(target, scratch(view.volume.shape, np.bool_)), key, mask)
+            view.write_mask(starts.setdefault(target, scratch_mask(view.volume.shape)), key, mask)
     return starts or None
 
 
@@ -272,15 +296,15 @@ class _Recorded:
 
     def __init__(self, view: SliceView, episodes: Mapping[int, Sequence[Episode]], name: str, where: str) -> None:
         self.name, self._where = name, where
-        dialects = {episode.made_by.get("dialect", "ibis") for several in episodes.values() for episode in several}
+        dialects = {episode.provenance.get("dialect", "ibis") for multiple in episodes.values() for episode in multiple}
         if len(dialects) > 1:
             raise DataError(f"{where}: its slices are in several dialects ({', '.join(sorted(dialects))})")
         self.dialect = dialects.pop() if dialects else "ibis"
-        selections = {episode.mask_selection for several in episodes.values() for episode in several}
+        selections = {episode.mask_selection for multiple in episodes.values() for episode in multiple}
         if len(selections) > 1:
             raise DataError(f"{where}: its slices select their masks in several ways ({', '.join(sorted(selections))})")
         self.mask_selection = selections.pop() if selections else MASK_SELECTION
-        self._waiting = {slice_id(view, index): list(several) for index, several in episodes.items()}
+        self._waiting = {slice_id(view, index): list(multiple) for index, multiple in episodes.items()}
 
     def respond(self, observations: Sequence[Observation]) -> list[Completion]:
         """See `Policy`."""
@@ -292,7 +316,7 @@ class _Recorded:
             raise DataError(f"{self._where}: has no reply for {observation.image.source}; the masks come out otherwise")
         episode = waiting[0]
         if episode.image_sha256 != observation.image.sha256:
-            raise DataError(f"{observation.image.source}: is not the picture of the record {self._where}")
+            raise DataError(f"{observation.image.source}: is not the image of the record {self._where}")
         if len(observation.turns) == len(episode.turns) - 1:
             waiting.pop(0)
         return episode.turns[len(observation.turns)].completion

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 
 from ibisagent.domain import (
@@ -21,150 +20,64 @@ from ibisagent.domain import (
     Click,
     Completion,
     Episode,
-    Image,
     Mask,
     Masks,
     Observation,
     Reply,
-    Standing,
     Stop,
-    StopReason,
     Turn,
     Undo,
+    check_masks,
     check_query,
-    stand_after,
     standing,
     standing_by_turn,
 )
-from ibisagent.environment import Board, package_version, read_reply, stop_reason, turn_limit
+from ibisagent.environment import PromptState, package_version, read_reply, stop_reason, turn_limit
 from ibisagent.errors import ConfigError, DataError, IbisError, PolicyError
-from ibisagent.files import csv_text, make_folder, plain_cell, png_bytes, safe_name, write_whole
-from ibisagent.imaging.images import read_image, write_mask_png
-from ibisagent.imaging.masks import decode_rle
-from ibisagent.inference.image import Outputs, export, provenance
+from ibisagent.files import make_folder, png_bytes, write_whole
+from ibisagent.imaging.images import read_image
+from ibisagent.imaging.masks import encode_rle
+from ibisagent.inference.corrections import add_to_data_set, to_learn_from
+from ibisagent.inference.image import Outputs, asked_facts, export, provenance_of
+from ibisagent.inference.rounds import SESSION_FILE, Author, Round, State, Step, read_round, state_of
 from ibisagent.inference.session_report import session_report
-from ibisagent.policies.base import Policy
-from ibisagent.protocol import target_of, write
+from ibisagent.policies.base import Knowing, Policy
+from ibisagent.protocol import write
+from ibisagent.query import target_of
 from ibisagent.segmenters import Segmenter
 from ibisagent.store import (
     EpisodeStore,
-    plain_masks,
-    plain_turn,
-    read_plain_masks,
-    read_turn,
     write_record,
 )
 
 MAX_STEPS = 400
-"""Most turns of one session, a person's and the agent's together."""
+"""Most turns of one session, a user's and the agent's together."""
 
 
-# ------------------------------------------------------------------------------------------ a person and an agent
+# ------------------------------------------------------------------------------------------ a user and an agent
 
-Author = Literal["agent", "person"]
-RunEnd = Literal["stopped", "max_turns", "malformed", "repeated", "taken_over"]
-SESSION_FILE, IMAGE_FILE = "session.json", "image.png"
-SESSION_FORMAT, SESSION_VERSION = "ibisagent session", 1
-MANIFEST_NAME = "manifest.csv"
-_MANIFEST_COLUMNS = ("image", "mask", "object", "query")
+RunEnd = Literal["stopped", "max_turns", "malformed", "repeated", "interrupted"]
+IMAGE_FILE = "image.png"
+SESSION_FORMAT, SESSION_VERSION = "ibisagent session", 2
 
 
 class BusyError(ConfigError):
     """The agent is at work in a session, and was asked once more."""
 
 
-class _CodedMasks(Mapping[str, Mask]):
-    """Masks that are held as run-length codes, a few hundred bytes in place of all pixels; each look decodes one."""
-
-    def __init__(self, plain: Sequence[Mapping[str, Any]]) -> None:
-        """plain: as `plain_masks` gives them."""
-        self._codes = {one["name"]: one["rle"] for one in plain}
-
-    def __getitem__(self, name: str) -> Mask:
-        return decode_rle(self._codes[name])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._codes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._codes)
-
-    def __len__(self) -> int:
-        return len(self._codes)
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """One turn of a session, and whose it was. A person's turn is written in the dialect "ibis".
-
-    plain: the step for the session's file; its codes are what `turn` holds as masks.
-    """
-
-    turn: Turn
-    by: Author
-    plain: Mapping[str, Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Round:
-    """What happened about one request: the masks that it began with, and its steps.
-
-    board: the masks with all that made them, megabytes; None where the round was read from a file or is over, until
-    somebody acts again.
-    """
-
-    query: str
-    start: Masks
-    steps: tuple[Step, ...] = ()
-    board: Board | None = None
-
-    @property
-    def masks(self) -> Masks:
-        """The masks as they stand."""
-        return self._left if self.board is None else self.board.masks
-
-    @property
-    def _left(self) -> Masks:
-        """The same, as the steps hold them."""
-        return self.steps[-1].turn.after if self.steps else self.start
-
-    def extended(self, turn: Turn, by: Author, board: Board | None = None) -> Round:
-        """The round with one more step. A session has hundreds of turns: their masks are held coded."""
-        plain = {"by": by, **plain_turn(turn)}
-        coded = replace(turn, before=self._left, after=_CodedMasks(plain["masks"]))
-        return Round(self.query, self.start, (*self.steps, Step(coded, by, plain)), board)
-
-    @property
-    def turns(self) -> tuple[Turn, ...]:
-        """The turns of the steps."""
-        return tuple(step.turn for step in self.steps)
-
-    def episode(self, session_id: str, image: Image, made_by: Mapping[str, str]) -> Episode:
-        """The round as a record; its `made_by` says as well which turns (from 1) a user took."""
-        users = [str(number) for number, step in enumerate(self.steps, 1) if step.by == "person"]
-        stop: StopReason = "stopped" if self.steps and self.turns[-1].reply.stop else "open"
-        facts = {**made_by, "people_turns": " ".join(users)}
-        return Episode(
-            session_id, self.query, image.size, image.sha256, image.source, self.start, self.turns, stop, facts
-        )
-
-    @cached_property
-    def plain_start(self) -> list[dict[str, Any]]:
-        """For the session's file."""
-        return plain_masks(self.start)
-
-
 class Session:
-    """One person, one agent, one image: ask, click, undo, hand over, export.
+    """One user, one agent, one image: ask, click, undo, hand over, export.
 
-    - A session goes through rounds, one for each request in words; the agent sees the turns of its round alone. A new
-      round begins with the masks that were the answer to the last one, as masks to refine.
-    - Whoever acts, agent or person, acts through the same turns. A person's undo is a turn as well, so that what was
+    - A session goes through rounds, one for each request; the agent sees the turns of its round alone. A new
+      round begins with the masks that were the answer to the last one, as masks to refine. What a user does to the
+      masks by hand (a brush, another name for an object, none of it any more) begins a round as well: no clicks lead
+      there, and whoever goes on, user or agent, resumes from those masks.
+    - Whoever acts, agent or user, acts through the same turns. A user's undo is a turn as well, so that what was
       wrong and what put it right both stay for training; `redo` takes it away again.
     - With a folder, every change is on disk before it is seen: a process that is killed loses no finished turn.
 
-    Safe to use from several threads. The policy is asked outside the lock, so a person can act while it thinks; its
-    reply is then dropped, as it was about masks that are no more, and a run ends ("taken_over").
+    Safe to use from several threads. The policy is asked outside the lock, so a user can act while it thinks; its
+    reply is then dropped, as it was about masks that are no more, and a run ends ("interrupted").
     """
 
     def __init__(
@@ -206,7 +119,7 @@ class Session:
             if plain["format"] != SESSION_FORMAT or plain["version"] != SESSION_VERSION:
                 raise ValueError("it is of another format or version")
             image = replace(read_image(folder / IMAGE_FILE), source=str(plain["source"]))
-            rounds = tuple(_read_round(one, image.size, str(path)) for one in plain["rounds"])
+            rounds = tuple(read_round(one, image.size, str(path)) for one in plain["rounds"])
             case = Case(str(plain["id"]), image, rounds[0].query)
         except IbisError:
             raise
@@ -246,6 +159,41 @@ class Session:
         return standing(self._rounds[-1].turns)
 
     @property
+    def answer_codes(self) -> Mapping[str, Mapping[str, Any]]:
+        """The run lengths (`masks.encode_rle`) of `masks`, as the steps hold them: nothing is decoded."""
+        last = self._rounds[-1]
+        held = {number: step.plain["masks"] for number, step in enumerate(last.steps)}
+        answer = last.episode(self.id, self.image, {})
+        codes = {
+            name: one["rle"]
+            for name, turn in answer.answer_turns.items()
+            for one in (last.plain_start if turn is None else held[turn])
+            if one["name"] == name
+        }
+        empty = {
+            name: encode_rle(np.zeros(self.image.size, bool)) for name in answer.answer.absent if name not in codes
+        }
+        return {**empty, **codes}
+
+    @property
+    def state(self) -> State:
+        """How far it is."""
+        last = self._rounds[-1]
+        by = [(step.by, step.turn.reply.stop is not None) for step in last.steps]
+        return state_of(by, [step.by for step in self.steps], [one.edit for one in self._rounds])
+
+    @property
+    def edits(self) -> list[tuple[int, str]]:
+        """What a user did to the masks by hand, oldest first: after how many turns, and what."""
+        counts = np.cumsum([0, *(len(one.steps) for one in self._rounds)]).tolist()
+        return [(before, one.edit) for before, one in zip(counts, self._rounds, strict=False) if one.edit]
+
+    @property
+    def png(self) -> bytes:
+        """The image as a PNG file."""
+        return png_bytes(self.image.pixels) if self.folder is None else (self.folder / IMAGE_FILE).read_bytes()
+
+    @property
     def can_undo(self) -> bool:
         """Whether `undo` has something to take back."""
         return len(self._rounds) > 1 or bool(self.prompts)
@@ -274,7 +222,7 @@ class Session:
     # The agent.
 
     def ask(self, query: str | None = None) -> Step | None:
-        """One turn of the agent; None where a person acted meanwhile. query: a new request, see `request`.
+        """One turn of the agent; None where a user acted meanwhile. query: a new request, see `request`.
 
         Raises ConfigError without a policy, while it is at work already, or where the session is full; PolicyError and
         SegmenterError when machinery fails, and then nothing has changed.
@@ -290,27 +238,27 @@ class Session:
         max_turns: int | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> RunEnd:
-        """Turns of the agent until it stops, has had `max_turns`, gets stuck, or a person takes over. As `ask`.
+        """Turns of the agent until it stops, has had `max_turns`, gets stuck, or a user takes over. As `ask`.
 
         max_turns: default the policy's own limit. on_step: called after every turn, from this thread.
         """
         turns: list[Turn] = []
         with self._at_work(query) as policy:
-            limit = turn_limit(policy) if max_turns is None else max_turns
+            limit = turn_limit(policy, self.query) if max_turns is None else max_turns
             while len(turns) < limit:
                 asked = self._ask()
                 if asked is None:
-                    return "taken_over"
-                step, fresh = asked
+                    return "interrupted"
+                step, is_new = asked
                 turns.append(step.turn)
                 if on_step is not None:
                     on_step(step)
-                reason = stop_reason(turns, fresh, policy.dialect)
+                reason = stop_reason(turns, is_new, policy.dialect)
                 if reason is not None:
                     return reason  # type: ignore[return-value]  # never "open"
         return "max_turns"
 
-    def take_over(self) -> None:
+    def interrupt(self) -> None:
         """End the agent's run; a reply that it is still writing is dropped. To hand back, `ask` or `run` again."""
         with self._lock:
             self._changes += 1
@@ -325,18 +273,18 @@ class Session:
         """Begin a new round with another request. The same one again changes nothing. ConfigError for an empty one."""
         query = check_query(query)
         with self._lock:
-            last = replace(self._rounds[-1], board=None)
+            last = replace(self._rounds[-1], prompt_state=None)
             if query == last.query:
                 return
-            earlier = (*self._rounds[:-1], last) if last.steps else self._rounds[:-1]
+            earlier = (*self._rounds[:-1], last) if last.steps or last.edit else self._rounds[:-1]
             answer = self.masks
             self._undone.clear()
             self._commit((*earlier, Round(query, {name: answer[name] for name in last.masks})))
 
-    # The person.
+    # The user.
 
     def click(self, x: int, y: int, *, positive: bool = True, target: str | None = None) -> Step:
-        """A person's click on pixel column `x`, row `y`: it belongs to `target`, or does not.
+        """A user's click on pixel column `x`, row `y`: it belongs to `target`, or does not.
 
         target: default `self.target`. Raises ConfigError for a place outside the image, a click that stands already, or
         a ninth target; SegmenterError when the segmenter fails. Nothing has changed then.
@@ -344,11 +292,78 @@ class Session:
         return self._act(Click(x, y, positive, self._named(target)))
 
     def box(self, x0: int, y0: int, x1: int, y1: int, *, target: str | None = None) -> Step:
-        """A person's box, half-open: x0 <= x < x1 and y0 <= y < y1, in pixels. Otherwise as `click`."""
+        """A user's box, half-open: x0 <= x < x1 and y0 <= y < y1, in pixels. Otherwise as `click`."""
         return self._act(Box(x0, y0, x1, y1, self._named(target)))
 
+    def preview(self, x: int, y: int, *, positive: bool = True, target: str | None = None) -> Mask:
+        """The mask that `click` would give, and nothing changes. Raises as `click`."""
+        click = Click(x, y, positive, self._named(target))
+        reply = Reply("", (click,))
+        text = write(reply, self.image.size, dialect="ibis")
+        with self._lock:
+            prompt_state = self._prompt_state()
+            self._rounds = (
+                *self._rounds[:-1],
+                replace(self._rounds[-1], prompt_state=prompt_state),
+            )  # open now: the next is fast
+        trial = prompt_state.copy()
+        trial.apply_reply(Completion(text), reply)
+        if click.target not in trial.masks:
+            raise ConfigError(f"'{click.target}' would be a ninth object: use one of those that there are")
+        return trial.masks[click.target]
+
+    def brush(
+        self, points: Sequence[tuple[float, float]], radius: float, *, add: bool = True, target: str | None = None
+    ) -> None:
+        """A stroke with a round brush, which adds what it goes over to the mask of `target`, or takes it away.
+
+        points: where it went, (x, y) in pixels, one or more; the middle of the first pixel is (0.5, 0.5). radius: in
+        pixels; 0 is a single pixel. Raises ConfigError for no point, one far outside, a ninth target, or a stroke that
+        changes nothing.
+        """
+        name = self._named(target)
+        stroke = _stroke(points, radius, self.image.size)
+        with self._lock:
+            masks = dict(self.masks)
+            before = masks.get(name, np.zeros(self.image.size, bool))
+            masks[name] = before | stroke if add else before & ~stroke
+            if np.array_equal(masks[name], before):
+                raise ConfigError("the stroke changes nothing: it is all inside already, or all outside")
+            self.edit(masks, f"{'brush' if add else 'eraser'}: {name}")
+
+    def rename(self, target: str, name: str) -> None:
+        """Call an object otherwise. ConfigError where there is none of that name, or one of the new one."""
+        name = self._named(name)
+        with self._lock:
+            if target not in self.masks or name in self.masks:
+                missing = target not in self.masks
+                raise ConfigError(
+                    f"there is {'no' if missing else 'already an'} object '{target if missing else name}'"
+                )
+            masks = {name if one == target else one: mask for one, mask in self.masks.items()}
+            self.edit(masks, f"rename {target}: {name}")
+
+    def remove(self, target: str) -> None:
+        """Drop an object with its mask. ConfigError where there is none of that name."""
+        with self._lock:
+            if target not in self.masks:
+                raise ConfigError(f"there is no object '{target}'")
+            self.edit({one: mask for one, mask in self.masks.items() if one != target}, f"remove: {target}")
+
+    def edit(self, masks: Masks, what: str) -> None:
+        """Begin a round with masks that a user made by hand, each (H, W) bool; `undo` takes it back.
+
+        what: what the user did, as text, for the record. DataError for masks that do not fit the image.
+        """
+        check_masks(masks, self.image.size, f"session {self.id}")
+        with self._lock:
+            self._check_room()
+            last = replace(self._rounds[-1], prompt_state=None)
+            self._commit((*self._rounds[:-1], last, Round(last.query, dict(masks), edit=what)))
+            self._undone.clear()
+
     def accept(self, answer: str = "", absent: Sequence[str] = ()) -> Step:
-        """A person says that the masks are right. absent: objects that were asked for and are not in the image."""
+        """A user says that the masks are right. absent: objects that were asked for and are not in the image."""
         return self._act(Stop(answer, tuple(absent)))
 
     def undo(self) -> None:
@@ -394,9 +409,9 @@ class Session:
             raise ConfigError(f"turn {turn} cannot be forked from: the session has {len(self.steps)}")
         for one in everything:
             whole = left >= len(one.steps)
-            rounds.append(one if whole else Round(one.query, one.start, one.steps[:left]))
+            rounds.append(one if whole else replace(one, steps=one.steps[:left], prompt_state=None))
             left -= len(one.steps)
-            if left <= 0:
+            if left <= 0 and turn < len(self.steps):
                 break
         case = Case(id or uuid.uuid4().hex, self.image, rounds[0].query)
         return Session(case, self.segmenter, self.policy, folder=folder, _rounds=tuple(rounds))
@@ -404,12 +419,12 @@ class Session:
     # What comes of it.
 
     def episodes(self) -> list[Episode]:
-        """One episode for each round; `made_by["people_turns"]` lists the turns (from 1) that a person took."""
-        made_by = {"dialect": "ibis", **self.segmenter.describe(), "segmenter": self.segmenter.name}
+        """One episode for each round; `provenance["people_turns"]` lists the turns (from 1) that a user took."""
+        provenance = {"dialect": "ibis", **self.segmenter.describe(), "segmenter": self.segmenter.name}
         if self.policy is not None:
-            made_by |= {"policy": self.policy.name, **provenance(self.policy, self.segmenter)}
-        made_by["ibisagent"] = package_version()
-        return [one.episode(self.id, self.image, made_by) for one in self._rounds]
+            provenance |= {"policy": self.policy.name, **provenance_of(self.policy, self.segmenter)}
+        provenance["ibisagent"] = package_version()
+        return [one.episode(self.id, self.image, {**provenance, **self._asked_facts(one)}) for one in self._rounds]
 
     def export(self, folder: str | Path, name: str) -> Outputs:
         """Masks, overlay and record of the session, as the function `export` writes them; a record for each round."""
@@ -421,16 +436,16 @@ class Session:
         return export(last, self.image, folder, name)
 
     def corrections(self) -> list[Episode]:
-        """The rounds that a person had a hand in, as episodes to learn from, all in the dialect "ibis".
+        """The rounds that a user had a hand in, as episodes to learn from, all in the dialect "ibis".
 
         They end with a stop at the masks that the session shows (`Episode.answer_masks`). What was wrong and taken back
         stays, with the Undo (training masks it, see `Episode.undone_turns`). Left out are turns that could not be read
         or changed nothing, stops that a user did not leave it at, and what the agent did to an object after its answer.
         """
         return [
-            _to_learn_from(episode, one.steps)
+            to_learn_from(episode, one.steps)
             for episode, one in zip(self.episodes(), self._rounds, strict=True)
-            if any(step.by == "person" for step in one.steps)
+            if any(step.by == "user" for step in one.steps) or (one.edit and one is self._rounds[-1])
         ]
 
     def export_training(self, folder: str | Path) -> int:
@@ -444,34 +459,28 @@ class Session:
         if not episodes:
             return 0
         folder = Path(folder)
-        for part in ("images", "masks"):
-            make_folder(folder / part)
-        stem = self.image.sha256[:16]
-        picture = f"images/{stem}.png"
-        write_whole(png_bytes(self.image.pixels), folder / picture)
-        rows = []
-        for target, mask in self.masks.items():
-            mask_file = ""
-            if mask.any():
-                mask_file = f"masks/{stem}_{safe_name(target, set())}_{_short_hash(target)}.png"
-                write_mask_png(mask, folder / mask_file)
-            rows.append((picture, mask_file, target, self.query))
-        _add_rows(folder / MANIFEST_NAME, rows)
-        people = [episode.made_by["people_turns"] for episode in episodes]
+        image = add_to_data_set(folder, self.image, self.masks, self.query)
+        users = [episode.provenance["people_turns"] for episode in episodes]
         EpisodeStore(folder / "episodes").append(
-            [replace(episode, case_id=f"{picture}#{self.target}", image_source=picture) for episode in episodes],
-            notes={"session": self.id, "people_turns": people},
+            [replace(episode, case_id=f"{image}#{self.target}", image_source=image) for episode in episodes],
+            notes={"session": self.id, "people_turns": users},
         )
         return len(episodes)
 
     def report(self) -> str:
-        """The session as one HTML page without scripts or outside parts: picture, masks, areas, every turn."""
+        """The session as one HTML page without scripts or outside parts: image, masks, areas, every turn."""
         return session_report(self)
 
     # Inside.
 
     def _at_work(self, query: str | None) -> _AtWork:
         return _AtWork(self, query)
+
+    def _asked_facts(self, one: Round) -> dict[str, str]:
+        """What the policy says of the objects of a round in which it had a turn."""
+        if self.policy is None or all(step.by == "user" for step in one.steps):
+            return {}
+        return asked_facts(self.policy, self.image, one.query)
 
     def _ask(self) -> tuple[Step, bool] | None:
         policy = self.policy
@@ -480,55 +489,57 @@ class Session:
         with self._lock:
             self._check_room()
             seen, changes = self.observation, self._changes
-        completions = policy.respond([seen])
-        if len(completions) != 1:
-            raise PolicyError(f"policy {policy.name}: gave {len(completions)} completions for 1 observation")
+        completions = policy.refine(seen) if isinstance(policy, Knowing) and not seen.turns else []
+        if not completions:
+            completions = policy.respond([seen])
+            if len(completions) != 1:
+                raise PolicyError(f"policy {policy.name}: gave {len(completions)} completions for 1 observation")
         with self._lock:
             if changes != self._changes:
                 return None
             target = target_of(seen.query)
-            completion, reply = read_reply(completions[0], self.image.size, policy.dialect, target)
-            board = self._board()
-            turn, fresh = board.take(completion, reply)
-            return self._extend(turn, "agent", board), fresh
+            read = [read_reply(one, self.image.size, policy.dialect, target) for one in completions]
+            prompt_state = self._prompt_state()
+            turn, is_new = prompt_state.take_best(read)
+            return self._extend(turn, "agent", prompt_state), is_new
 
     def _act(self, action: Action) -> Step:
-        """A person's turn."""
+        """A user's turn."""
         with self._lock:
             self._check_room()
             reply = Reply("", (action,))
             text = write(reply, self.image.size, dialect="ibis")  # checks the action as well
-            board = self._board()
-            turn, fresh = board.take(Completion(text), reply)
+            prompt_state = self._prompt_state()
+            turn, is_new = prompt_state.apply_reply(Completion(text), reply)
             if turn.reply.problem is not None:
                 raise ConfigError(f"the click {turn.reply.problem}: use one of those that there are")
-            if not fresh:
+            if not is_new:
                 raise ConfigError("this very click or box stands already: choose another place, or undo it")
-            return self._extend(turn, "person", board)
+            return self._extend(turn, "user", prompt_state)
 
-    def _extend(self, turn: Turn, by: Author, board: Board) -> Step:
-        last = self._rounds[-1].extended(turn, by, board)
+    def _extend(self, turn: Turn, by: Author, prompt_state: PromptState) -> Step:
+        last = self._rounds[-1].extended(turn, by, prompt_state)
         self._commit((*self._rounds[:-1], last))
         self._undone.clear()
         return last.steps[-1]
 
-    def _board(self) -> Board:
-        """A board of its own, as the last round stands; made again from the recorded actions where need be."""
+    def _prompt_state(self) -> PromptState:
+        """A prompt state of its own, as the last round stands; made again from the recorded actions where need be."""
         last = self._rounds[-1]
-        if last.board is not None:
-            return last.board.copy()
-        board = Board(self.image, self.segmenter, last.start)
+        if last.prompt_state is not None:
+            return last.prompt_state.copy()
+        prompt_state = PromptState(self.image, self.segmenter, last.start)
         for turn in last.turns:
-            board.apply(turn.reply.actions)
-        if not _same(board.masks, last.masks):
+            prompt_state.apply(turn.reply.actions)
+        if not _same(prompt_state.masks, last.masks):
             raise DataError(
                 f"session {self.id}: its segmenter is not what it was, the clicks give other masks now;"
                 " export it, and go on in a new session"
             )
-        return board
+        return prompt_state
 
     def _check_room(self) -> None:
-        if len(self.steps) >= MAX_STEPS:
+        if len(self.steps) + len(self.edits) >= MAX_STEPS:
             raise ConfigError(f"the session is full, it has {MAX_STEPS} turns: export it, and fork or open a new one")
 
     def _named(self, target: str | None) -> str:
@@ -552,7 +563,12 @@ class Session:
             "id": self.id,
             "source": self.image.source,
             "rounds": [
-                {"query": one.query, "start": one.plain_start, "steps": [step.plain for step in one.steps]}
+                {
+                    "query": one.query,
+                    "edit": one.edit,
+                    "start": one.plain_start,
+                    "steps": [step.plain for step in one.steps],
+                }
                 for one in rounds
             ],
         }
@@ -581,86 +597,21 @@ class _AtWork:
         self._session._running = False
 
 
-def _read_round(plain: Mapping[str, Any], size: tuple[int, int], where: str) -> Round:
-    read = Round(check_query(plain["query"]), read_plain_masks(plain["start"], size, where))
-    for one in plain["steps"]:
-        if one["by"] not in ("agent", "person"):
-            raise ValueError(f"a turn is by '{one['by']}'")
-        read = read.extended(read_turn(one, read.masks, size, where), one["by"])
-    return read
-
-
-def _to_learn_from(episode: Episode, steps: Sequence[Step]) -> Episode:
-    """The turns that led to the answer, and a stop. Its last masks are the answer: what the user saw and left it at.
-
-    Of each target, what was given after its answer was made has no part in it and goes, and so do the steps of an Undo
-    that took that back. A target's mask is made of its own prompts alone, so the masks of all others stay as they were.
-    """
-    made = {name: number for name, number in episode.answer_turns.items() if number is not None}
-    answer = {one["name"]: one for name, at in made.items() for one in steps[at].plain["masks"] if one["name"] == name}
-    stand: Standing = ()
-    turns: list[Turn] = []
-    users: list[int] = []
-    for number, step in enumerate(steps):
-        reply, before = step.turn.reply, stand
-        stand = stand_after(before, number, reply.actions)
-        actions = [] if stand is before else _that_count(reply.actions, number, before, made)
-        if reply.stop is not None and step is steps[-1]:
-            actions.append(reply.stop)
-        if actions:
-            reply = replace(reply, actions=tuple(actions))
-            masks = [
-                answer[one["name"]] if number > made.get(one["name"], number) else one for one in step.plain["masks"]
-            ]
-            completion = replace(step.turn.completion, text=write(reply, episode.size, dialect="ibis"))
-            left = turns[-1].after if turns else episode.start
-            turns.append(replace(step.turn, completion=completion, reply=reply, before=left, after=_CodedMasks(masks)))
-            if step.by == "person":
-                users.append(len(turns))
-    if not turns or turns[-1].reply.stop is None:
-        stop = Reply("", (Stop(),))
-        left = turns[-1].after if turns else episode.start
-        turns.append(Turn(Completion(write(stop, episode.size, dialect="ibis")), stop, left, left))
-        users.append(len(turns))
-    facts = {**episode.made_by, "dialect": "ibis", "people_turns": " ".join(map(str, users))}
-    return replace(episode, turns=tuple(turns), stop="stopped", made_by=facts, mask_selection="last")
-
-
-def _that_count(actions: Sequence[Action], number: int, stand: Standing, made: Mapping[str, int]) -> list[Action]:
-    """The actions of turn `number`, up to a Stop, without prompts after the turns that `made` names for their targets.
-
-    stand: what stood before. An Undo takes back as many fewer as there are such prompts among those that it took.
-    """
-    counted: list[Action] = []
-    for action in actions:
-        if isinstance(action, Stop):
-            break
-        if isinstance(action, Undo):
-            taken = stand[max(0, len(stand) - action.steps) :]
-            steps = sum(given <= made.get(prompt.target, given) for given, prompt in taken)
-            if steps:
-                counted.append(action if steps == len(taken) else Undo(steps))
-        elif number <= made.get(action.target, number):
-            counted.append(action)
-        stand = stand_after(stand, number, (action,))
-    return counted
-
-
-def _add_rows(manifest: Path, rows: Sequence[tuple[str, ...]]) -> None:
-    """Add rows to a manifest, in place of those about the same image and object."""
-    new = {(row[0], row[2]): row for row in rows}
-    kept: list[tuple[str, ...]] = []
-    if manifest.exists():
-        with manifest.open(newline="", encoding="utf-8") as file:
-            for old in csv.DictReader(file):
-                row = tuple(plain_cell(old.get(column) or "") for column in _MANIFEST_COLUMNS)
-                if (row[0], row[2]) not in new:
-                    kept.append(row)
-    write_whole(csv_text([_MANIFEST_COLUMNS, *kept, *new.values()]).encode(), manifest)
-
-
-def _short_hash(text: str) -> str:
-    return uuid.uuid5(uuid.NAMESPACE_OID, text).hex[:8]
+def _stroke(points: Sequence[tuple[float, float]], radius: float, size: tuple[int, int]) -> Mask:
+    """The pixels (H, W) that a round brush goes over."""
+    height, width = size
+    places = np.asarray(points, dtype=np.float64).reshape(-1, 2)
+    if not len(places) or not (np.isfinite(places).all() and 0 <= radius <= max(size)):
+        raise ConfigError("a stroke needs one or more points, and a radius from 0 to the image's longer side")
+    if places.min() < -radius - 1 or (places > np.array([width, height]) + radius + 1).any():
+        raise ConfigError(f"the stroke leaves the image of {width} x {height} pixels")
+    drawn = np.zeros(size, np.uint8)
+    pixels = np.floor(places).astype(np.int32)
+    cv2.polylines(drawn, [pixels.reshape(-1, 1, 2)], False, 1, max(1, round(2 * radius)))
+    for x, y in pixels.tolist():
+        cv2.circle(drawn, (x, y), int(radius), 1, -1)
+    stroke: Mask = drawn.astype(bool)
+    return stroke
 
 
 def _same(a: Masks, b: Masks) -> bool:

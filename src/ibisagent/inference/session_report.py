@@ -20,10 +20,10 @@ img{{max-width:100%;height:auto}}table{{border-collapse:collapse;width:100%}}
 td,th{{border-bottom:1px solid #ccc;padding:.3rem .5rem;text-align:left;vertical-align:top}}</style>
 <h1>{title}</h1>
 <p>{size}. Research software: not for clinical use.</p>
-<img alt="the image with its masks" src="data:image/png;base64,{picture}">
+<img alt="the image with its masks" src="data:image/png;base64,{image}">
 <h2>Objects</h2><table><tr><th>object<th>pixels<th>area</tr>{objects}</table>
 <h2>Turns</h2><table><tr><th>turn<th>by<th>thought<th>action<th>predicted quality</tr>{turns}</table>
-<p>Made by {made_by}.</p></html>
+<p>Made by {provenance}.</p></html>
 """
 
 
@@ -49,13 +49,13 @@ def session_report(session: Session) -> str:
             "" if score is None else f"{score:.2f}",
         )
         turns.append("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in cells) + "</tr>")
-    made_by = session.episodes()[-1].made_by
+    provenance = session.episodes()[-1].provenance
     shown = ("policy", "segmenter", "ibisagent", "policy_weights_sha256", "weights_sha256")
     return _REPORT.format(
         title=html.escape(session.query),
         size=f"{image.size[1]} x {image.size[0]} pixels",
-        picture=base64.b64encode(encoded).decode(),
+        image=base64.b64encode(encoded).decode(),
         objects="".join(objects),
         turns="".join(turns),
-        made_by=html.escape(", ".join(f"{key} {made_by[key]}" for key in shown if made_by.get(key))),
+        provenance=html.escape(", ".join(f"{key} {provenance[key]}" for key in shown if provenance.get(key))),
     )

@@ -8,7 +8,7 @@
 3. Every `recheck` slices, and where the segmenter is in doubt, the agent is asked again, with that mask to refine. What
    it calls absent ends there.
 
-Masks lie in arrays that spill to disk (`volumes.grid.scratch`); pictures, turns and logits are of one slice at a time.
+Masks lie in arrays that spill to disk (`volumes.grid.scratch`); images, turns and logits are of one slice at a time.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ from ibisagent.errors import ConfigError, DataError, SegmenterError
 from ibisagent.imaging.clicks import bounding_box, distance_outside, interior_depth
 from ibisagent.imaging.masks import iou
 from ibisagent.policies.base import Policy
-from ibisagent.protocol import target_of
+from ibisagent.query import target_of
 from ibisagent.segmenters import Memory, Multimask, Prediction, Segmenter, SegmenterSession
 from ibisagent.volumes import SliceView
-from ibisagent.volumes.grid import scratch
+from ibisagent.volumes.dicom import instance_numbers
+from ibisagent.volumes.grid import DicomOrigin, release, scratch_mask
 
 FIRST_ASKED = 8
 FINEST = 4
@@ -124,7 +125,7 @@ def run_volume(
     max_turns: int | None = None,
     mask_selection: MaskSelection | None = None,
     start: Mapping[str, np.ndarray] | None = None,
-    made_by: Mapping[str, str] | None = None,
+    provenance: Mapping[str, str] | None = None,
     on_episode: Callable[[int, Why, Episode, Image], None] | None = None,
     on_slice: Callable[[int], None] | None = None,
 ) -> VolumeSegmentation:
@@ -134,7 +135,7 @@ def run_volume(
     many slices the segmenter goes on alone; 0 never asks again. max_turns: of one slice, default the policy's own
     limit. mask_selection: which masks of a slice's episode are its answer (`Episode.answer_masks`). start: masks
     (I, J, K) to refine on key slices.
-    on_episode: called with each finished episode and its picture; on_slice: with each slice that was carried.
+    on_episode: called with each finished episode and its image; on_slice: with each slice that was carried.
     Raises ConfigError for an empty query or slices that are not there, PolicyError and SegmenterError when their
     machinery fails.
     """
@@ -144,9 +145,9 @@ def run_volume(
     wrong = [key for key in keys or () if not 0 <= key < view.count]
     if wrong or (keys is not None and not keys):
         raise ConfigError(f"{view.volume.name}: has slices 0 to {view.count - 1}, not {wrong[0] if wrong else 'none'}")
-    turns = turn_limit(policy) if max_turns is None else max_turns
+    turns = turn_limit(policy, query) if max_turns is None else max_turns
     agent = _VolumeAgent(
-        view, query, policy, _Counted(segmenter), turns, mask_selection, recheck, made_by or {}, on_episode, on_slice
+        view, query, policy, _Counted(segmenter), turns, mask_selection, recheck, provenance or {}, on_episode, on_slice
     )
     if keys is None and start:
         keys = _spread_keys(view, start, recheck or RECHECK)
@@ -192,24 +193,44 @@ def parse_slices(text: str, count: int) -> list[int]:
     return sorted(found)
 
 
+def choose_slices(view: SliceView, text: str) -> list[int]:
+    """The slices of a view that a user means: numbers as for `parse_slices`, or "instance 12,40:60" as viewers count.
+
+    After the word "instance" (or "im"), numbers and ranges are those of DICOM's InstanceNumber; of one file with
+    several frames, of the frames from 1. Raises ConfigError for a view that is not along the source's slices.
+    """
+    word, _, rest = text.strip().partition(" ")
+    if word.casefold() not in ("instance", "instances", "im"):
+        return parse_slices(text, view.count)
+    if not isinstance(view.volume.origin, DicomOrigin) or view.voxel_axis != 2:
+        raise ConfigError(f"slices '{text[:40]}': only slices of a DICOM series, as they were taken, have such numbers")
+    numbers = instance_numbers(view.volume)
+    chosen = set(parse_slices(rest, max(numbers, default=0) + 1))
+    found = [k for k, number in enumerate(numbers) if number in chosen]
+    if not found:
+        shown = f"{min(numbers)} to {max(numbers)}" if numbers else "none"
+        raise ConfigError(f"slices '{text[:40]}': none has such an instance number, {view.volume.name} has {shown}")
+    return found
+
+
 def slice_id(view: SliceView, index: int) -> str:
-    """The case id of a slice, by which an oracle finds its truth."""
+    """The case id of a slice, by which an oracle finds its ground truth."""
     return f"{view.volume.name}/{view.axis}/{index}"
 
 
 class SliceCases(Mapping[str, Case]):
-    """The slices of a volume as cases with truth, made when asked for: what an oracle policy needs.
+    """The slices of a volume as cases with ground truth, made when asked for: what an oracle policy needs.
 
-    truths: (I, J, K) bool by target, on the grid of the view's volume.
+    ground_truths: (I, J, K) bool by target, on the grid of the view's volume.
     """
 
-    def __init__(self, view: SliceView, query: str, truths: Mapping[str, np.ndarray]) -> None:
-        self._view, self._query, self._truths = view, query, truths
+    def __init__(self, view: SliceView, query: str, ground_truths: Mapping[str, np.ndarray]) -> None:
+        self._view, self._query, self._ground_truths = view, query, ground_truths
         self._index = {slice_id(view, index): index for index in range(view.count)}
 
     def __getitem__(self, case_id: str) -> Case:
         index = self._index[case_id]
-        masks = {name: self._view.read_mask(truth, index) for name, truth in self._truths.items()}
+        masks = {name: self._view.read_mask(ground_truth, index) for name, ground_truth in self._ground_truths.items()}
         return Case(case_id, self._view.image(index), self._query, masks)
 
     def __iter__(self) -> Iterator[str]:
@@ -231,13 +252,13 @@ class _VolumeAgent:
         max_turns: int,
         mask_selection: MaskSelection | None,
         recheck: int,
-        made_by: Mapping[str, str],
+        provenance: Mapping[str, str],
         on_episode: Callable[[int, Why, Episode, Image], None] | None,
         on_slice: Callable[[int], None] | None,
     ) -> None:
         self._view, self._query, self._policy, self._segmenter = view, query, policy, segmenter
         self._max_turns, self._mask_selection = max_turns, mask_selection
-        self._recheck, self._made_by = recheck, made_by
+        self._recheck, self._provenance = recheck, provenance
         self._on_episode, self._on_slice = on_episode, on_slice
         self._masks: dict[str, np.ndarray] = {}
         self._asked: list[Asked] = []
@@ -270,9 +291,9 @@ class _VolumeAgent:
             dialect=self._policy.dialect,
             max_turns=self._max_turns,
             mask_selection=self._mask_selection,
-            made_by=self._made_by,
+            provenance=self._provenance,
         )
-        [episode] = rollout(self._policy, [env])
+        [episode] = rollout(self._policy, [env], refine=why == "key")
         self._policy_calls += len(episode.turns)
         if self._on_episode is not None:
             self._on_episode(index, why, episode, image)
@@ -417,8 +438,9 @@ class _VolumeAgent:
 
     def _keep(self, target: str, index: int, mask: Mask) -> None:
         if target not in self._masks:
-            self._masks[target] = scratch(self._view.volume.shape, bool)
+            self._masks[target] = scratch_mask(self._view.volume.shape)
         self._view.write_mask(self._masks[target], index, mask)
+        release(self._masks[target])
 
 
 class Look:

@@ -1,7 +1,7 @@
 """What comes of a volume: masks in the formats asked for, measurements, an overview, and the record of the run.
 
 File names and records hold neither path nor patient: they begin with the volume's own name, which for DICOM is made
-from a hash. DICOM objects (`seg`, `sr`) carry the patient of their source, as DICOM demands.
+from a hash. DICOM objects (`seg`, `sr`, `rtstruct`) carry the patient of their source, as DICOM demands.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,28 @@ import PIL.Image
 
 from ibisagent.domain import Episode, Image
 from ibisagent.environment import package_version
-from ibisagent.errors import ConfigError, DataError
+from ibisagent.errors import ConfigError, DataError, IbisError
 from ibisagent.files import safe_name, write_whole
 from ibisagent.imaging.images import write_png
 from ibisagent.inference.volume import VolumeSegmentation, Why
 from ibisagent.protocol import overlay
 from ibisagent.store import write_record
-from ibisagent.volumes import SliceView
+from ibisagent.volumes import SliceView, Volume
+from ibisagent.volumes.grid import planes, release
+from ibisagent.volumes.label_maps import BESIDE, LABEL_MAP, SEGMENTATION, write_label_map, write_slicer_segmentation
 from ibisagent.volumes.measures import Measures, measure, write_measures
-from ibisagent.volumes.writing import write_nifti, write_png_stack, write_rle
+from ibisagent.volumes.writing import check_nifti, write_nifti, write_png_stack, write_rle
 
-FORMATS = ("nifti", "seg", "sr", "png", "rle")
-"""seg and sr are DICOM, and sr refers to seg."""
+DICOM_FORMATS = ("seg", "sr", "rtstruct")
+FORMATS = ("nifti", *DICOM_FORMATS, "labels", "seg.nrrd", "png", "rle")
+"""sr refers to seg. labels: one NIfTI label map with its names; seg.nrrd: 3D Slicer's segmentation."""
+
+_TOGETHER: Mapping[str, tuple[str, tuple[str, ...], Callable[..., None]]] = {
+    "rle": ("_masks.json", (), write_rle),
+    "labels": (f"_labels{LABEL_MAP}", tuple(f"_labels{suffix}" for suffix in BESIDE), write_label_map),
+    "seg.nrrd": (f"_masks{SEGMENTATION}", (), write_slicer_segmentation),
+}
+"""Formats that hold all masks: how the file's name ends, those of files beside it, and who writes them."""
 
 RECORD_FORMAT, RECORD_VERSION = "ibisagent volume", 2
 _OVERVIEW_SLICES, _OVERVIEW_COLUMNS, _TILE = 12, 4, 256
@@ -39,7 +50,10 @@ _OVERVIEW_SLICES, _OVERVIEW_COLUMNS, _TILE = 12, 4, 256
 
 @dataclass(frozen=True, slots=True)
 class VolumeOutputs:
-    """Where the files of one volume are: masks by target and format ("" where one file holds all), and the others."""
+    """Where the files of one volume are: masks by target and format ("" where one file holds all), and the others.
+
+    failed: why formats that were asked for are not there, a line each.
+    """
 
     masks: Mapping[str, Mapping[str, Path]]
     measures: Mapping[str, Measures]
@@ -47,6 +61,7 @@ class VolumeOutputs:
     overview: Path
     record: Path
     dicom: tuple[Path, ...]
+    failed: tuple[str, ...] = ()
 
 
 class VolumeWriter:
@@ -69,6 +84,36 @@ class VolumeWriter:
         self._part = Path(self._unfinished.name)
         self._files: list[str] = []
         self._episodes: dict[int, list[str]] = {}
+        self._failed: dict[str, str] = {}
+
+    def prepare(self, volume: Volume, provenance: Mapping[str, str]) -> tuple[str, ...]:
+        """Find out which formats can hold masks of `volume`, before there are any; what will be repaired, a line each.
+
+        The others are left out of `finish`, which says why. Raises the error of the first where none can.
+        """
+        notes: list[str] = []
+        errors: list[IbisError] = []
+        facts = {"ibisagent": package_version(), **provenance}
+        for kind in self._formats:
+            try:
+                if kind == "nifti":
+                    check_nifti(volume)
+                elif kind == "seg" or (kind == "sr" and "seg" not in self._formats):
+                    from ibisagent.volumes.dicom_output import check_source
+
+                    notes += check_source(volume, self._folder / f"{self._name}_{kind}.dcm", facts)
+                elif kind == "rtstruct":
+                    from ibisagent.volumes.rtstruct import check_rtstruct
+
+                    notes += check_rtstruct(volume, self._folder / f"{self._name}_{kind}.dcm")
+            except IbisError as error:
+                self._failed[kind] = str(error)
+                errors.append(error)
+        if "seg" in self._failed and "sr" in self._formats:
+            self._failed["sr"] = self._failed["seg"]
+        if len(self._failed) == len(self._formats):
+            raise errors[0]
+        return tuple(dict.fromkeys(notes))
 
     def __enter__(self) -> VolumeWriter:
         return self
@@ -88,7 +133,7 @@ class VolumeWriter:
         found: VolumeSegmentation,
         view: SliceView,
         query: str,
-        made_by: Mapping[str, str],
+        provenance: Mapping[str, str],
         *,
         channel: int | None = None,
         input_facts: Mapping[str, Any] | None = None,
@@ -96,13 +141,16 @@ class VolumeWriter:
         """Write masks, measurements, overview and record, then move all to their place.
 
         channel: which of several volumes on one grid this was read from, for the record. input_facts: what tells this
-        result from that of another input or other settings, for the record.
-        Raises DataError when the disk is full or a format cannot hold this volume, ConfigError when a format needs a
-        library that is not installed; then no file appears.
+        result from that of another input or other settings, for the record. A format that cannot hold this volume, or
+        needs a library that is not installed, is left out and told (`VolumeOutputs.failed`).
+        Raises DataError when the disk is full; then no file appears.
         """
         volume = view.volume
-        facts = {"ibisagent": package_version(), **made_by}
-        measured = {target: measure(view, mask) for target, mask in found.masks.items()}
+        facts = {"ibisagent": package_version(), **provenance}
+        measured = {}
+        for target, mask in found.masks.items():
+            measured[target] = measure(view, mask)
+            release(mask)
         masks: dict[str, dict[str, Path]] = {target: {} for target in found.masks}
         taken: set[str] = set()
         for target in found.masks:
@@ -111,15 +159,17 @@ class VolumeWriter:
                 "nifti": (f"{self._name}_mask_{plain}.nii.gz", write_nifti),
                 "png": (f"{self._name}_mask_{plain}", write_png_stack),
             }
-            for kind in files.keys() & set(self._formats):
+            for kind in [kind for kind in self._formats if kind in files]:
                 file, write = files[kind]
-                write(found.masks[target], volume, self._new(file))
-                masks[target][kind] = self._folder / file
-        if "rle" in self._formats:
-            file = f"{self._name}_masks.json"
-            write_rle(found.masks, volume, self._new(file))
-            for target in masks:
-                masks[target]["rle"] = self._folder / file
+                if self._can(kind, file, partial(write, found.masks[target], volume)):
+                    masks[target][kind] = self._folder / file
+        for kind in [kind for kind in self._formats if kind in _TOGETHER and masks]:
+            suffix, beside, write_all = _TOGETHER[kind]
+            file = f"{self._name}{suffix}"
+            if self._can(kind, file, partial(write_all, found.masks, volume)):
+                self._files += [f"{self._name}{other}" for other in beside]
+                for target in masks:
+                    masks[target][kind] = self._folder / file
         dicom = self._dicom(found, view, measured, facts)
         tables = (f"{self._name}_measures.json", f"{self._name}_measures.csv")
         for file in tables:
@@ -140,29 +190,56 @@ class VolumeWriter:
             self._folder / overview,
             self._folder / record,
             tuple(self._folder / file for file in dicom),
+            tuple(dict.fromkeys(self._failed.values())),
         )
 
+    def _can(self, kind: str, file: str, write: Callable[[Path], object]) -> bool:
+        """Write `file` of a format by `write`; False where the format has failed or fails now, which is told later."""
+        if kind in self._failed:
+            return False
+        try:
+            write(self._part / file)
+        except IbisError as error:
+            self._failed[kind] = str(error)
+            return False
+        self._files.append(file)
+        return True
+
     def _dicom(
-        self, found: VolumeSegmentation, view: SliceView, measured: Mapping[str, Measures], made_by: Mapping[str, str]
+        self,
+        found: VolumeSegmentation,
+        view: SliceView,
+        measured: Mapping[str, Measures],
+        provenance: Mapping[str, str],
     ) -> list[str]:
-        if not {"seg", "sr"} & set(self._formats) or not any(mask.any() for mask in found.masks.values()):
+        wanted = set(DICOM_FORMATS) & set(self._formats)
+        if not wanted or not any(mask.any() for mask in found.masks.values()):
             return []  # DICOM has no empty segmentation; the record says that nothing was found
         from ibisagent.volumes.dicom_output import write_report, write_segmentation
+        from ibisagent.volumes.rtstruct import write_rtstruct
 
-        file = f"{self._name}_seg.dcm"
-        segmentation = write_segmentation(found.masks, view.volume, self._new(file), made_by)
-        if "sr" not in self._formats:
-            return [file]
-        report = f"{self._name}_sr.dcm"
-        write_report(measured, segmentation, view.volume, self._new(report), made_by)
-        return [file, report]
+        written, made = list[str](), list[Any]()
+
+        def write(kind: str, name: str, how: Callable[[Path], object]) -> None:
+            file = f"{self._name}_{name}.dcm"
+            if self._can(kind, file, how):
+                written.append(file)
+
+        if wanted & {"seg", "sr"}:
+            kind = "seg" if "seg" in wanted else "sr"
+            write(kind, "seg", lambda path: made.append(write_segmentation(found.masks, view.volume, path, provenance)))
+        if "sr" in wanted and made:
+            write("sr", "sr", lambda path: write_report(measured, made[0], view.volume, path, provenance))
+        if "rtstruct" in wanted:
+            write("rtstruct", "rtstruct", lambda path: write_rtstruct(found.masks, view.volume, path, provenance))
+        return written
 
     def _record(
         self,
         found: VolumeSegmentation,
         view: SliceView,
         query: str,
-        made_by: Mapping[str, str],
+        provenance: Mapping[str, str],
         measured: Mapping[str, Measures],
     ) -> dict[str, Any]:
         volume = view.volume
@@ -183,11 +260,12 @@ class VolumeWriter:
             "query": query,
             "recheck": found.recheck,
             "max_turns": found.max_turns,
-            "made_by": dict(sorted(made_by.items())),
+            "made_by": dict(sorted(provenance.items())),
             "cost": asdict(found.cost),
             "measures": {target: asdict(values) for target, values in measured.items()},
             "masks_sha256": {target: mask_sha256(mask) for target, mask in found.masks.items()},
             "ignored": list(found.ignored),
+            "failed_formats": dict(self._failed),
             "asked": [{**asdict(asked), "records": self._episodes.get(asked.slice, [])} for asked in found.asked],
             "carried": [asdict(carried) for carried in found.carried],
         }
@@ -210,7 +288,7 @@ class VolumeWriter:
 def mask_sha256(mask: np.ndarray) -> str:
     """Hash of the voxels of an (I, J, K) mask, eight to a byte, plane by plane."""
     digest = hashlib.sha256(repr(mask.shape).encode())
-    for plane in mask:
+    for plane in planes(mask):
         digest.update(np.packbits(plane).tobytes())
     return digest.hexdigest()
 

@@ -33,7 +33,7 @@ POLICIES: Mapping[str, str] = MappingProxyType(
         "mllm:<folder or hub id>": "any Hugging Face image-text-to-text model: mllm:Qwen/Qwen2.5-VL-7B-Instruct, "
         "mllm:manglu3935/IBIS/qwen2_5vl-7b-RL; a bare folder or hub id means the same",
         "endpoint:<base url>#<model>": "any OpenAI-compatible chat server; its key is read from IBIS_API_KEY",
-        "oracle": "clicks where an expert who sees the truth would (the ceiling)",
+        "oracle": "clicks where an expert who sees the ground truth would (the ceiling)",
         "oracle-box": "the true bounding box, nothing else; with the segmenter ellipse: what a box alone is worth",
         "one-shot:<policy>": "another policy's first action, then stop (a baseline)",
         "scripted:<file.json>": "replays recorded replies (a fake, for tests)",
@@ -74,7 +74,7 @@ def load_policy(
     together (mllm), or requests under way at once (endpoint). max_pixels: the size that images are shrunk to, for
     models that take any size (mllm). candidates: first turns to try, of which the best is kept (mllm); None takes what
     the model's configuration says, else 1. prompts: a file with what a model is told instead (`policies.wording`; mllm,
-    endpoint). cases: the truth, for the oracles alone.
+    endpoint). cases: the ground truth, for the oracles alone.
     Raises ConfigError for a spec or option that does not exist and PolicyError where weights or a server are missing.
     """
     kind, _, rest = spec.partition(":")
@@ -122,7 +122,9 @@ def load_policy(
         from ibisagent.policies.oracle import OraclePolicy
 
         if cases is None:
-            raise ConfigError("the oracle needs the truth: use it where there are cases (evaluate, trajectories)")
+            raise ConfigError(
+                "the oracle needs the ground truth: use it where there are cases (evaluate, trajectories)"
+            )
         boxed: dict[str, Any] = {"box_first": 1.0, "max_clicks": 1} if spec == "oracle-box" else {}
         return OraclePolicy(cases, dialect=dialect or "ibis", seed=seed, name=spec, **boxed)
     if spec == "location-prior":

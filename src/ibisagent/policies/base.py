@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from ibisagent.domain import Completion, Observation
+from ibisagent.domain import Completion, Image, Observation
+from ibisagent.policies.vocabulary import Asked, Vocabulary
 
 MAX_NEW_TOKENS = 512
 """Longest reply, where neither the caller nor the model says otherwise."""
@@ -24,7 +25,7 @@ class Policy(Protocol):
 
     It may have an attribute `max_turns`, the most turns that an episode of it needs (see `environment.turn_limit`),
     and a method `describe`, facts such as hashes and seeds for the record of what it makes. One that is also a
-    `Proposer` has several first turns tried.
+    `Proposer` has several first turns tried, one that is `Knowing` tells what it was never taught.
     """
 
     @property
@@ -39,6 +40,27 @@ class Policy(Protocol):
 
     def respond(self, observations: Sequence[Observation]) -> list[Completion]:
         """One completion per observation, in order. Raises PolicyError when the machinery (not the text) fails."""
+        ...
+
+
+@runtime_checkable
+class Knowing(Protocol):
+    """A policy that may know which names of objects it learned, and says so before it acts."""
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """What it learned; None: it makes no claim."""
+        ...
+
+    def about(self, image: Image, query: str) -> tuple[Asked, ...]:
+        """What it can say of the objects that a query asks for; none where it makes no claim or none is named.
+
+        Raises ConfigError for a query that does not settle what is asked for.
+        """
+        ...
+
+    def refine(self, observation: Observation) -> list[Completion]:
+        """First turns to try where a mask was brought; none where `respond` is to begin."""
         ...
 
 

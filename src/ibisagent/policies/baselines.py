@@ -1,4 +1,4 @@
-"""Baselines: policies that do not look at the picture, and one that stops a policy after its first action.
+"""Baselines: policies that do not look at the image, and one that stops a policy after its first action.
 
 The oracle's clicks and boxes are in `oracle`, the ellipse in the box is a segmenter.
 """
@@ -17,6 +17,7 @@ from ibisagent import protocol
 from ibisagent.domain import Click, Completion, Mask, Observation, Reply, Stop
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.policies.base import Policy
+from ibisagent.query import target_of
 
 GRID = 64  # side of the normalised square on which places are averaged
 
@@ -41,7 +42,7 @@ class _BlindPolicy:
         return [Completion(self._write(observation)) for observation in observations]
 
     def _write(self, observation: Observation) -> str:
-        target = protocol.target_of(observation.query)
+        target = target_of(observation.query)
         if len(observation.turns) >= self.clicks:
             reply = Reply("I give no more clicks.", (Stop(f"The {target} is segmented."),))
         else:
@@ -51,7 +52,7 @@ class _BlindPolicy:
 
 
 class CentreClickPolicy(_BlindPolicy):
-    """Clicks the middle of the picture once, then stops."""
+    """Clicks the middle of the image once, then stops."""
 
     name = "centre-click"
 
@@ -65,7 +66,7 @@ class CentreClickPolicy(_BlindPolicy):
 
 
 class RandomClicksPolicy(_BlindPolicy):
-    """Clicks anywhere in the picture, every pixel equally likely, three times, then stops: the floor of every table."""
+    """Clicks anywhere in the image, every pixel equally likely, three times, then stops: the floor of every table."""
 
     name = "random-clicks"
     clicks = 3
@@ -134,18 +135,18 @@ class OneShotPolicy:
         fresh = [observation for observation in observations if not observation.turns]
         first = iter(self._policy.respond(fresh)) if fresh else iter(())
         return [
-            Completion(self._stop(observation)) if observation.turns else self._cut(next(first), observation)
+            Completion(self._stop(observation)) if observation.turns else self._truncated(next(first), observation)
             for observation in observations
         ]
 
     def _stop(self, observation: Observation) -> str:
-        target = protocol.target_of(observation.query)
+        target = target_of(observation.query)
         reply = Reply("I act once.", (Stop(f"The {target} is segmented."),))
         return protocol.write(reply, observation.image.size, dialect=self.dialect)
 
-    def _cut(self, completion: Completion, observation: Observation) -> Completion:
+    def _truncated(self, completion: Completion, observation: Observation) -> Completion:
         """As it is, unless it has several actions; a reply that cannot be read stays what it is."""
-        size, target = observation.image.size, protocol.target_of(observation.query)
+        size, target = observation.image.size, target_of(observation.query)
         reply = protocol.parse(completion.text, size, dialect=self.dialect, default_target=target)
         if len(reply.actions) < 2:
             return completion

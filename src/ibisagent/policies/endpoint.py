@@ -1,4 +1,4 @@
-"""A policy behind any OpenAI-compatible chat server: vLLM, `transformers serve`, our own `server.chat`, a cloud."""
+"""A policy behind any OpenAI-compatible chat server: vLLM, `transformers serve`, `server.policy_server`, a cloud."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import openai
 from openai.types.chat import ChatCompletionMessage
-from PIL.Image import Image as Picture
+from PIL.Image import Image as PillowImage
 
 from ibisagent.domain import Completion, Observation
 from ibisagent.errors import ConfigError, PolicyError
@@ -30,7 +30,7 @@ PLAIN_SAMPLING: Mapping[str, Any] = MappingProxyType(
 
 
 class EndpointPolicy:
-    """Asks a chat server, several observations at once; pictures travel as PNG data URLs.
+    """Asks a chat server, several observations at once; images travel as PNG data URLs.
 
     url: the server's base, usually ending in /v1. model: its name there; "" takes the only one on offer. The key is
     read from the environment variable IBIS_API_KEY. dialect, history, style: None takes what the server says of the
@@ -161,7 +161,7 @@ def _written(message: ChatCompletionMessage) -> str:
 
 
 def _as_openai(message: Message) -> Any:
-    """`message` with its pictures as data URLs."""
+    """`message` with its images as data URLs."""
     if isinstance(message["content"], str):
         return message
     return {**message, "content": [_part_as_openai(part) for part in message["content"]]}
@@ -173,6 +173,6 @@ def _part_as_openai(part: dict[str, Any]) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": png_data_url(part["image"])}}
 
 
-def png_data_url(picture: Picture) -> str:
-    """`picture` as "data:image/png;base64,...", lossless, alpha kept."""
-    return "data:image/png;base64," + base64.b64encode(png_bytes(picture)).decode("ascii")
+def png_data_url(image: PillowImage) -> str:
+    """`image` as "data:image/png;base64,...", lossless, alpha kept."""
+    return "data:image/png;base64," + base64.b64encode(png_bytes(image)).decode("ascii")

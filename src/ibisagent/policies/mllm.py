@@ -11,6 +11,7 @@ import re
 import threading
 import time
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
@@ -27,14 +29,18 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, ProcessorMixin
 from transformers.utils import logging as transformers_logging
 
-from ibisagent.domain import Completion, Observation
+from ibisagent.domain import Completion, Image, Observation
 from ibisagent.errors import ConfigError, IbisError, PolicyError
 from ibisagent.files import one_line
 from ibisagent.policies.base import MAX_NEW_TOKENS, is_public
+from ibisagent.policies.one_by_one import Answering, answering, refinements, sentence_for, understood
+from ibisagent.policies.vocabulary import Asked, Look, Vocabulary
 from ibisagent.policies.wording import read_wording, wording_facts
 from ibisagent.protocol import DIALECTS, History, Message, OverlayStyle, Wording, render
 
 PROPOSAL_TEMPERATURE = 0.5
+KEPT_LOOKS = 64
+MAX_TURNS_OF_ONE = 5  # for each of several objects, where the model states no limit
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
@@ -132,9 +138,81 @@ class MllmPolicy:
         if max_pixels is None and default.max_pixels and _takes_any_size(self._processor):
             max_pixels = min(default.max_pixels, self._processor.image_processor.size["longest_edge"])
         self._image_options = _image_options(self._processor, min_pixels, max_pixels, self.name)
+        self.vocabulary = Vocabulary.read(self._folder)
+        self._looks: OrderedDict[tuple[str, str], Look] = OrderedDict()
 
     def respond(self, observations: Sequence[Observation]) -> list[Completion]:
-        """One completion per observation, in order; `seconds` is the time of the batch divided by its size."""
+        """One completion per observation, in order; `seconds` is the time of the batch divided by its size.
+
+        With a vocabulary (`objects.json` beside the weights) the model is asked for one object after another, see
+        `one_by_one`. ConfigError for a query that does not settle what is asked for.
+        """
+        vocabulary = self.vocabulary
+        if vocabulary is None:
+            return self._write(observations)
+        limit = self.max_turns or MAX_TURNS_OF_ONE
+        return self._answer(
+            [answering(observation, vocabulary, self._look, self.dialect, limit) for observation in observations]
+        )
+
+    def refine(self, observation: Observation) -> list[Completion]:
+        """First turns to try where a mask was brought, see `one_by_one.refinements`; none where there is no choice.
+
+        Raises as `respond`.
+        """
+        if self.vocabulary is None:
+            return []
+        found = refinements(observation, self.vocabulary, self._look, self.dialect)
+        return [] if found is None else [found[0], *self._answer([found[1]])]
+
+    def about(self, image: Image, query: str) -> tuple[Asked, ...]:
+        """What is known of the objects that a query asks for, before any turn; none where no object is named, or the
+        model declares no names. ConfigError as `respond`."""
+        vocabulary = self.vocabulary
+        if vocabulary is None:
+            return ()
+        requests = understood(image, query, vocabulary, self._look)
+        return tuple(vocabulary.asked(one, self._look(image, sentence_for(one))) for one in requests)
+
+    def see(self, image: Image, query: str) -> tuple[np.ndarray, np.ndarray]:
+        """What an ibis-nano sees in an image before any turn: the map of the object that `query` asks for, as logits
+        (L, L), and the image's mean features (F,). PolicyError when the model fails."""
+        messages = render(Observation("", image, query), dialect=self.dialect, history="none", style=self.style)
+        with self._lock, _memory_remedy(self.name):
+            inputs = self._tokenize([messages])
+            seen: tuple[np.ndarray, np.ndarray] = self._model.see(**inputs.to(self._device, dtype=self._dtype))
+        return seen
+
+    def _answer(self, answers: Sequence[Answering]) -> list[Completion]:
+        """Run them to their ends, asking the model for all that wait at once."""
+        done: dict[int, Completion] = {}
+        waiting: dict[int, Observation] = {}
+        said: dict[int, Completion | None] = dict.fromkeys(range(len(answers)))
+        while said:
+            for number, completion in said.items():
+                try:
+                    answer = answers[number]
+                    waiting[number] = next(answer) if completion is None else answer.send(completion)
+                except StopIteration as end:
+                    done[number] = end.value
+            said = dict(zip(waiting, self._write(list(waiting.values())), strict=True))
+            waiting = {}
+        return [done[number] for number in range(len(answers))]
+
+    def _look(self, image: Image, query: str) -> Look:
+        """What the model sees of one object, without any mask; kept for a while."""
+        assert self.vocabulary is not None  # noqa: S101 - who looks has one
+        key = (image.sha256, query)
+        look = self._looks.get(key)
+        if look is None:
+            region, features = self.see(image, query)
+            self._looks[key] = look = Look(self.vocabulary.kinds_of(features), region)
+            if len(self._looks) > KEPT_LOOKS:
+                self._looks.popitem(last=False)
+        return look
+
+    def _write(self, observations: Sequence[Observation]) -> list[Completion]:
+        """What the model writes, for `respond`."""
         conversations = [self._ask(observation) for observation in observations]
         completions = []
         for batch in _batches(conversations, self._batch_size):
@@ -251,7 +329,7 @@ class MllmPolicy:
             ) from error
 
     def _adapt(self, message: Message) -> Message:
-        """A copy of `message` with pictures in the mode that the model reads (alpha is a mask only to our own)."""
+        """A copy of `message` with images in the mode that the model reads (alpha is a mask only to our own)."""
         if isinstance(message["content"], str):
             return {**message, "content": [{"type": "text", "text": message["content"]}]}
         mode = "RGBA" if self.style == "alpha" else "RGB"
@@ -334,7 +412,7 @@ def _resolve_folder(source: str) -> Path:
 
 @contextmanager
 def _load_remedy(what: str) -> Iterator[None]:
-    """Turn what libraries raise on missing, truncated or foreign files into one PolicyError."""
+    """Turn what libraries raise on missing, truncated or unrelated files into one PolicyError."""
     try:
         yield
     except IbisError:
@@ -377,8 +455,8 @@ def _load_processor(folder: Path, name: str) -> Any:
 def _remember_added_tokens(tokenizer: Any) -> None:
     """Keep the tables of added tokens, which are otherwise made anew for every conversation.
 
-    A vocabulary with a token for each place has thousands: most of the time of reading a prompt (docs/log.md). A policy
-    never adds any.
+    A vocabulary with a token for each place has thousands: most of the time of reading a prompt
+    (docs/experiments). A policy never adds any.
     """
     tables = {name: getattr(tokenizer, name) for name in ("added_tokens_decoder", "added_tokens_encoder")}
     kind = type(tokenizer)

@@ -6,8 +6,8 @@ mask. The query comes before the image, so the image's tokens already know what 
 `(0.508, 0.242)`, and its logit is read from the image: a pointer (Vinyals et al. 2015) over LOCATIONS x LOCATIONS
 cells, computed from the hidden states of the image's tokens. What the model says about places is a heat map.
 
-With `looks_twice` a picture that has a mask is looked at without it first. A map of the object that was made in sight
-of a mask follows the mask, mistakes included; one that was not shows them, so the second look sees both, and the reply
+With `two_pass` an image that has a mask is read without it first. A map of the object that was made in sight
+of a mask follows the mask, mistakes included; one that was not shows them, so the second pass sees both, and the reply
 begins with how they agree, on the whole and at the place that was said last.
 
 Saved weights hold all of it, the backbone in float16.
@@ -75,7 +75,7 @@ def snap_locations(text: str) -> str:
 class IbisNanoConfig(PretrainedConfig):
     """Sizes of the model, and how `MllmPolicy` is to talk to it (dialect, history, mask_style, reply_tokens).
 
-    looks_twice: look at a picture that has a mask without the mask first, and then at both and the map of that look.
+    two_pass: read an image that has a mask without the mask first, and then both with the map of that pass.
     reply_tokens: longest reply. It writes 20 to 30; a sampled one that never ends must not hold up its whole batch.
     max_turns: most turns of an episode; more do not help it. candidates: first turns to try.
     Location tokens are the last LOCATIONS ** 2 ids of the vocabulary, row by row.
@@ -90,7 +90,7 @@ class IbisNanoConfig(PretrainedConfig):
         vision_width: int = 128,
         pointer_width: int = 64,
         image_token_id: int = 4,
-        looks_twice: bool = False,
+        two_pass: bool = False,
         dialect: str = "ibis",
         history: str = "none",
         mask_style: str = "alpha",
@@ -105,14 +105,14 @@ class IbisNanoConfig(PretrainedConfig):
         self.vision_width = vision_width
         self.pointer_width = pointer_width
         self.image_token_id = image_token_id
-        self.looks_twice = looks_twice
+        self.two_pass = two_pass
         self.dialect, self.history, self.mask_style = dialect, history, mask_style
         self.reply_tokens, self.max_turns, self.candidates = reply_tokens, max_turns, candidates
         super().__init__(**kwargs)
 
 
 class IbisNanoImageProcessor(BaseImageProcessor):
-    """Pictures (RGB or RGBA, any size) -> pixel_values (N, 4, SIDE, SIDE) float32 in [0, 1]; alpha of RGB is 0."""
+    """Images (RGB or RGBA, any size) -> pixel_values (N, 4, SIDE, SIDE) float32 in [0, 1]; alpha of RGB is 0."""
 
     model_input_names = ["pixel_values"]
 
@@ -121,17 +121,17 @@ class IbisNanoImageProcessor(BaseImageProcessor):
         return self.preprocess(images, return_tensors)
 
     def preprocess(self, images: Any, return_tensors: str | None = "pt", **_: Any) -> BatchFeature:
-        """As the class says. images: one picture, or any nesting of lists of them, in reading order."""
+        """As the class says. images: one image, or any nesting of lists of them, in reading order."""
         planes = np.stack([self._planes(image) for image in _flatten(images)])
         return BatchFeature({"pixel_values": planes}, tensor_type=return_tensors)
 
     @staticmethod
     def _planes(image: Any) -> np.ndarray:
-        picture = image if isinstance(image, PillowImage.Image) else PillowImage.fromarray(np.asarray(image))
-        alpha = picture.getchannel("A") if picture.mode == "RGBA" else PillowImage.new("L", picture.size)
+        pillow = image if isinstance(image, PillowImage.Image) else PillowImage.fromarray(np.asarray(image))
+        alpha = pillow.getchannel("A") if pillow.mode == "RGBA" else PillowImage.new("L", pillow.size)
         square = (SIDE, SIDE)
         # Reduce by area first where it pays; colour and mask are resized apart, as alpha here is not transparency.
-        colour = np.asarray(picture.convert("RGB").resize(square, PillowImage.Resampling.BILINEAR, reducing_gap=2.0))
+        colour = np.asarray(pillow.convert("RGB").resize(square, PillowImage.Resampling.BILINEAR, reducing_gap=2.0))
         mask = np.asarray(alpha.resize(square, PillowImage.Resampling.BILINEAR))
         return np.concatenate([colour, mask[..., None]], axis=2).transpose(2, 0, 1).astype(np.float32) / 255
 
@@ -143,7 +143,7 @@ def _flatten(images: Any) -> list[Any]:
 
 
 class IbisNanoProcessor(ProcessorMixin):
-    """Text and pictures -> input_ids, attention_mask, pixel_values; one `<image>` in the text per picture, in order."""
+    """Text and images -> input_ids, attention_mask, pixel_values; one `<image>` in the text per image, in order."""
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
         self.image_token = "<image>"
@@ -244,7 +244,7 @@ class _Comparison(nn.Module):
 class _VisionStem(nn.Module):
     """Backbone features and the four planes -> fine features (N, W, 32, 32) and image tokens (N, 64, hidden)."""
 
-    def __init__(self, width: int, hidden: int, looks_twice: bool) -> None:
+    def __init__(self, width: int, hidden: int, two_pass: bool) -> None:
         super().__init__()
         self.known = nn.Conv2d(WIDTH, width, 1)
         self.planes = nn.Sequential(
@@ -259,7 +259,7 @@ class _VisionStem(nn.Module):
             nn.Conv2d(192, hidden, 3, stride=2, padding=1),
         )
         self.position = nn.Parameter(torch.randn(TOKENS_PER_IMAGE, hidden) * 0.02)
-        self.comparison = _Comparison(width, hidden) if looks_twice else None
+        self.comparison = _Comparison(width, hidden) if two_pass else None
 
     def forward(
         self, features: torch.Tensor, planes: torch.Tensor, compared: torch.Tensor | None
@@ -344,14 +344,14 @@ def corner_densities(region: torch.Tensor) -> torch.Tensor:
     return torch.stack(parts, dim=-1)
 
 
-def _picture_ends(is_image: torch.Tensor) -> torch.Tensor:
-    """(B, L) bool: the last tokens of the pictures."""
+def _image_ends(is_image: torch.Tensor) -> torch.Tensor:
+    """(B, L) bool: the last tokens of the images."""
     return is_image & ~F.pad(is_image, (0, 1))[:, 1:]
 
 
-def _pictures_before(is_image: torch.Tensor) -> torch.Tensor:
-    """(B, L) long: the number of the last picture that ends at or before each position, in reading order; -1: none."""
-    ends = _picture_ends(is_image)
+def _images_before(is_image: torch.Tensor) -> torch.Tensor:
+    """(B, L) long: the number of the last image that ends at or before each position, in reading order; -1: none."""
+    ends = _image_ends(is_image)
     seen, of_rows = ends.cumsum(dim=1), ends.sum(dim=1)
     return torch.where(seen > 0, seen + (of_rows.cumsum(dim=0) - of_rows)[:, None], 0) - 1
 
@@ -407,7 +407,7 @@ class LikelyPlaces(LogitsProcessor):
 
 
 class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """The model. forward takes one picture plane set per `<image>` block of the batch, in reading order."""
+    """The model. forward takes one image plane set per `<image>` block of the batch, in reading order."""
 
     config_class = IbisNanoConfig
     base_model_prefix = "model"
@@ -420,7 +420,7 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         text = config.text_config
         self.language_model = AutoModel.from_config(text)
-        self.vision = _VisionStem(config.vision_width, text.hidden_size, config.looks_twice)
+        self.vision = _VisionStem(config.vision_width, text.hidden_size, config.two_pass)
         self.pointer = _Pointer(config.vision_width, text.hidden_size, config.pointer_width)
         self.word_count = text.vocab_size - LOCATIONS**2
         self.lm_head = nn.Linear(text.hidden_size, self.word_count, bias=False)
@@ -435,7 +435,7 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         comparison = self.vision.comparison
         if comparison is None or not isinstance(module, nn.Conv2d | nn.Linear):
             return
-        if module is comparison.fine or module is comparison.reply:  # act as before until they have learnt to compare
+        if module is comparison.fine or module is comparison.reply:  # act as before until they have learned to compare
             init.zeros_(module.weight)
         elif any(module is layer for layer in comparison.planes):
             init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -463,10 +463,10 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         scored: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> IbisNanoOutput:
-        """input_ids (B, L); pixel_values (N, 4, SIDE, SIDE) in [0, 1], one per picture of the batch.
+        """input_ids (B, L); pixel_values (N, 4, SIDE, SIDE) in [0, 1], one per image of the batch.
 
         image_features: the backbone's features (N, WIDTH, GRID, GRID) of the images where the caller has them.
-        location_keys (B, LOCATIONS ** 2, K): the keys of each row's last picture, from the call that read it, while
+        location_keys (B, LOCATIONS ** 2, K): the keys of each row's last image, from the call that read it, while
         decoding. logits_to_keep: only those of the last positions; 0 for all. scored (B, L) bool: those of these
         positions alone, as (K, V).
         """
@@ -477,7 +477,7 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if pixel_values is not None:
             if int(is_image.sum()) != TOKENS_PER_IMAGE * len(pixel_values):
                 raise ValueError(
-                    f"{int(is_image.sum())} image tokens for {len(pixel_values)} pictures of {TOKENS_PER_IMAGE} tokens"
+                    f"{int(is_image.sum())} image tokens for {len(pixel_values)} images of {TOKENS_PER_IMAGE} tokens"
                 )
             pixel_values = pixel_values.to(embeds.dtype)
             if image_features is None:
@@ -485,14 +485,14 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             image_features = image_features.to(embeds.dtype)
             compared, comparison = None, self.vision.comparison
             if comparison is not None and pixel_values[:, 3].any():
-                believed = self._look_without_masks(
+                believed = self._first_pass(
                     input_ids, is_image, pixel_values, attention_mask, position_ids, cache, image_features
                 )
                 compared = comparison.of(pixel_values[:, 3], believed.to(embeds.dtype))
                 embeds = self._with_doubts(embeds, comparison, compared, input_ids, is_image)
             fine, tokens = self.vision(image_features, pixel_values, compared)
             embeds = embeds.masked_scatter(is_image[..., None], tokens.to(embeds.dtype))
-            mask = self._picture_blocks_see_themselves(embeds, attention_mask, cache, position_ids, is_image)
+            mask = self._image_blocks_see_themselves(embeds, attention_mask, cache, position_ids, is_image)
         outputs = self.language_model(
             inputs_embeds=embeds,
             attention_mask=mask,
@@ -503,13 +503,13 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         hidden = outputs.last_hidden_state
         kept = hidden[scored] if scored is not None else hidden[:, -logits_to_keep:]
         if pixel_values is not None:
-            picture_hidden = hidden[is_image].view(len(pixel_values), TOKENS_PER_IMAGE, -1)
-            keys, region = self.pointer.keys(picture_hidden, fine, cast("torch.Tensor", image_features))
-            before = _pictures_before(is_image)
+            image_hidden = hidden[is_image].view(len(pixel_values), TOKENS_PER_IMAGE, -1)
+            keys, region = self.pointer.keys(image_hidden, fine, cast("torch.Tensor", image_features))
+            before = _images_before(is_image)
             location_keys = keys[before[:, -1]] * (before[:, -1, None, None] >= 0)
             before = before[scored] if scored is not None else before[:, -logits_to_keep:]
             kept = kept + self.pointer.seen(keys)[before] * (before >= 0)[..., None]
-            places = self._places_after_pictures(kept.flatten(0, -2), keys, before.flatten())
+            places = self._places_after_images(kept.flatten(0, -2), keys, before.flatten())
             places = places.view(*kept.shape[:-1], -1)
         elif location_keys is not None:
             kept = kept + self.pointer.seen(location_keys)[:, None]
@@ -530,6 +530,14 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             region_logits=region,
         )
 
+    @torch.inference_mode()
+    def see(self, **inputs: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Of one prompt with one image: the map of the object, (LOCATIONS, LOCATIONS) logits, and the image's mean
+        features (WIDTH,), both float32."""
+        region = self(**inputs, logits_to_keep=1, use_cache=False).region_logits
+        features = self.image_features(inputs["pixel_values"])
+        return region[0].float().cpu().numpy(), features[0].float().mean(dim=(1, 2)).cpu().numpy()
+
     def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Backbone features (N, WIDTH, GRID, GRID) of pixel_values (N, 4, SIDE, SIDE), kept for the next turn."""
         return self._features.fetch(pixel_values[:, :3], self._compute_features)
@@ -543,7 +551,7 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return seen
 
     @torch.no_grad()
-    def _look_without_masks(
+    def _first_pass(
         self,
         input_ids: torch.Tensor,
         is_image: torch.Tensor,
@@ -554,14 +562,14 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         image_features: torch.Tensor,
     ) -> torch.Tensor:
         """Where the objects that are asked for are, (N, LOCATIONS, LOCATIONS) in [0, 1]."""
-        pictures_end = int(is_image.any(dim=0).nonzero().max()) + 1
-        rest = input_ids.shape[1] - pictures_end
+        images_end = int(is_image.any(dim=0).nonzero().max()) + 1
+        rest = input_ids.shape[1] - images_end
         seen = self(
-            input_ids=input_ids[:, :pictures_end],
+            input_ids=input_ids[:, :images_end],
             pixel_values=F.pad(pixel_values[:, :3], (0, 0, 0, 0, 0, 1)),
             attention_mask=None if attention_mask is None else attention_mask[:, : attention_mask.shape[1] - rest],
-            position_ids=None if position_ids is None else position_ids[..., :pictures_end],
-            cache=deepcopy(cache),  # of what came before, where it is not empty; the second look fills the real one
+            position_ids=None if position_ids is None else position_ids[..., :images_end],
+            cache=deepcopy(cache),  # of what came before, where it is not empty; the second pass fills the real one
             image_features=image_features,
             use_cache=cache is not None,
             logits_to_keep=1,
@@ -576,9 +584,9 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor,
         is_image: torch.Tensor,
     ) -> torch.Tensor:
-        """`embeds` (B, L, hidden) with what the comparison says of a picture and of the last place said before it, at
-        the token after the picture: there a reply begins."""
-        rows, ends = _picture_ends(is_image).nonzero(as_tuple=True)
+        """`embeds` (B, L, hidden) with what the comparison says of an image and of the last place said before it, at
+        the token after the image: there a reply begins."""
+        rows, ends = _image_ends(is_image).nonzero(as_tuple=True)
         numbers = torch.arange(input_ids.shape[1], device=input_ids.device)
         last = torch.where(input_ids >= self.word_count, numbers, -1).cummax(dim=1).values[rows, ends]
         cells = torch.where(last >= 0, input_ids[rows, last] - self.word_count, -1)
@@ -586,7 +594,7 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         followed = ends + 1 < input_ids.shape[1]
         return embeds.index_put((rows[followed], ends[followed] + 1), doubts[followed], accumulate=True)
 
-    def _picture_blocks_see_themselves(
+    def _image_blocks_see_themselves(
         self,
         embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
@@ -594,7 +602,7 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         position_ids: torch.Tensor | None,
         is_image: torch.Tensor,
     ) -> torch.Tensor | None:
-        """The causal mask, but with full attention among the tokens of one picture."""
+        """The causal mask, but with full attention among the tokens of one image."""
         starts = is_image & ~F.pad(is_image, (1, 0))[:, :-1]
         blocks = torch.where(is_image, starts.cumsum(dim=1) - 1, -1)
         mask: Any = create_causal_mask(
@@ -612,19 +620,19 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         query = self.pointer.query(hidden)
         return query @ keys.transpose(1, 2).to(query.dtype) * self.config.pointer_width**-0.25
 
-    def _places_after_pictures(self, hidden: torch.Tensor, keys: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-        """Location logits (K, LOCATIONS ** 2) of positions (K, hidden), each from the picture whose number is in
-        `before` (K,); -1: none to point into. Neighbours with the same picture are scored together."""
-        pictures, counts = before.unique_consecutive(return_counts=True)
+    def _places_after_images(self, hidden: torch.Tensor, keys: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """Location logits (K, LOCATIONS ** 2) of positions (K, hidden), each from the image whose number is in
+        `before` (K,); -1: none to point into. Neighbours with the same image are scored together."""
+        images, counts = before.unique_consecutive(return_counts=True)
         blank = hidden.new_full((1, LOCATIONS**2), torch.finfo(hidden.dtype).min)
         parts = [
-            blank.expand(len(part), -1) if picture < 0 else self._score(part[None], keys[picture : picture + 1])[0]
-            for picture, part in zip(pictures.tolist(), hidden.split(counts.tolist()), strict=True)
+            blank.expand(len(part), -1) if image < 0 else self._score(part[None], keys[image : image + 1])[0]
+            for image, part in zip(images.tolist(), hidden.split(counts.tolist()), strict=True)
         ]
         return torch.cat([part.to(hidden.dtype) for part in parts])
 
     def prepare_inputs_for_generation(self, input_ids: Any, **kwargs: Any) -> dict[str, Any]:
-        """Pictures go in with the first call; later ones get the location keys that it made."""
+        """Images go in with the first call; later ones get the location keys that it made."""
         pixel_values, image_features = kwargs.pop("pixel_values", None), kwargs.pop("image_features", None)
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         if inputs.get("location_keys") is None or not kwargs.get("use_cache", True):

@@ -1,4 +1,5 @@
-"""The policy that sees the truth: what an expert would do next. It makes trajectories and ceilings, never results."""
+"""The policy that sees the ground truth: what an expert would do next. It makes trajectories and ceilings, never
+results."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ from ibisagent.imaging.masks import iou
 IOU_THRESHOLD = 0.9
 MAX_CLICKS = 20
 BOX_JITTER = 0.2  # an edge of a box moves by at most this share of the box's side, times `jitter`
-_TRUTHS_KEPT = 256  # truths of the newest cases, so that a lazy mapping need not decode one at every turn
+_GROUND_TRUTHS_KEPT = 256  # ground truths of the newest cases, so that a lazy mapping need not decode one at every turn
 
 
 class OraclePolicy:
@@ -86,7 +87,7 @@ class OraclePolicy:
         self._jitter = jitter
         self._mistakes = mistakes
         self._seed = seed
-        self._truths: dict[str, tuple[Mapping[str, Mask] | None, str | None]] = {}
+        self._ground_truths: dict[str, tuple[Mapping[str, Mask] | None, str | None]] = {}
 
     @property
     def max_turns(self) -> int:
@@ -94,7 +95,7 @@ class OraclePolicy:
         return (2 if self._mistakes else 1) * self._max_clicks + 1
 
     def respond(self, observations: Sequence[Observation]) -> list[Completion]:
-        """The expert's next replies. PolicyError for a case that it does not know, or that has no truth."""
+        """The expert's next replies. PolicyError for a case that it does not know, or that has no ground truth."""
         return [Completion(self._write(observation)) for observation in observations]
 
     def _write(self, observation: Observation) -> str:
@@ -102,45 +103,47 @@ class OraclePolicy:
 
     def reply(self, observation: Observation) -> Reply:
         """The expert's next reply, before it is written in the dialect."""
-        targets, answer = self._truth(observation.case_id)
+        targets, answer = self._ground_truth(observation.case_id)
         if targets is None:
             return Reply("This question needs no pixels.", (Stop(answer or ""),))
         size, turns = observation.image.size, observation.turns
         if turns and self._erred(observation.case_id, turns, len(turns) - 1):
             steps = len(_prompts(turns[-1]))
             return Reply("My last action was wrong; I take it back.", (Undo(steps),))
-        absent = tuple(name for name, truth in targets.items() if not truth.any())
+        absent = tuple(name for name, ground_truth in targets.items() if not ground_truth.any())
         given = [prompt for turn in turns for prompt in _prompts(turn)]
         actions: list[Action] = []
         thoughts = []
-        for name, truth in targets.items():
+        for name, ground_truth in targets.items():
             current = observation.masks.get(name, np.zeros(size, dtype=bool))
             spent = sum(prompt.target == name for prompt in given)
-            if name in absent or spent >= self._max_clicks or iou(current, truth) >= self._iou_threshold:
+            if name in absent or spent >= self._max_clicks or iou(current, ground_truth) >= self._iou_threshold:
                 continue
-            prompt = self._next_prompt(observation, name, truth, current)
+            prompt = self._next_prompt(observation, name, ground_truth, current)
             if prompt is not None:
                 actions.append(prompt)
                 thoughts.append(_thought(prompt, first=not current.any()))
         if not actions:
             return Reply(self._last_thought(observation, targets, absent), (Stop(_answer(targets, absent), absent),))
-        if not protocol.DIALECTS[self.dialect].several:
+        if not protocol.DIALECTS[self.dialect].multiple:
             del actions[1:], thoughts[1:]
         return Reply(" ".join(thoughts), tuple(actions))
 
-    def _truth(self, case_id: str) -> tuple[Mapping[str, Mask] | None, str | None]:
-        if case_id not in self._truths:
+    def _ground_truth(self, case_id: str) -> tuple[Mapping[str, Mask] | None, str | None]:
+        if case_id not in self._ground_truths:
             try:
                 case = self._cases[case_id]
             except KeyError:
                 message = f"the oracle knows no case '{case_id}'; give it the cases that it is asked about"
                 raise PolicyError(message) from None
             if not case.targets and case.answer is None:
-                raise PolicyError(f"case {case_id}: has no truth that the oracle could see; give targets or an answer")
-            self._truths[case_id] = (case.targets or None, case.answer)
-            if len(self._truths) > _TRUTHS_KEPT:
-                del self._truths[next(iter(self._truths))]
-        return self._truths[case_id]
+                raise PolicyError(
+                    f"case {case_id}: has no ground truth that the oracle could see; give targets or an answer"
+                )
+            self._ground_truths[case_id] = (case.targets or None, case.answer)
+            if len(self._ground_truths) > _GROUND_TRUTHS_KEPT:
+                del self._ground_truths[next(iter(self._ground_truths))]
+        return self._ground_truths[case_id]
 
     def _random(self, case_id: str, *what: object) -> np.random.Generator:
         key = repr((self._seed, case_id, *what)).encode()
@@ -148,24 +151,24 @@ class OraclePolicy:
 
     def _erred(self, case_id: str, turns: Sequence[Turn], index: int) -> bool:
         """Whether turn `index` (0-based) was wrong on purpose: it was drawn so and gave prompts."""
-        return self._errs(case_id, index) and bool(_prompts(turns[index]))
+        return self._self_corrects(case_id, index) and bool(_prompts(turns[index]))
 
-    def _errs(self, case_id: str, index: int) -> bool:
+    def _self_corrects(self, case_id: str, index: int) -> bool:
         return bool(self._mistakes) and self._random(case_id, index, "mistake").random() < self._mistakes
 
-    def _next_prompt(self, observation: Observation, name: str, truth: Mask, current: Mask) -> Prompt | None:
+    def _next_prompt(self, observation: Observation, name: str, ground_truth: Mask, current: Mask) -> Prompt | None:
         case_id, index = observation.case_id, len(observation.turns)
         kept = [prompt for prompt in standing(observation.turns) if prompt.target == name]
         clicks = [prompt for prompt in kept if isinstance(prompt, Click)]
-        right = next_click(truth, current, name, clicks)
+        right = next_click(ground_truth, current, name, clicks)
         if right is None:
             return None
         random = self._random(case_id, index, name)
-        if self._errs(case_id, index):
-            return _wrong_click(right, truth, current, clicks, random)
+        if self._self_corrects(case_id, index):
+            return _wrong_click(right, ground_truth, current, clicks, random)
         if not kept and name not in observation.masks and self._random(case_id, "box").random() < self._box_first:
-            return self._box(truth, name, random)
-        return self._moved(right, truth, current, clicks, random)
+            return self._box(ground_truth, name, random)
+        return self._moved(right, ground_truth, current, clicks, random)
 
     def _last_thought(self, observation: Observation, targets: Mapping[str, Mask], absent: Sequence[str]) -> str:
         present = [name for name in targets if name not in absent]
@@ -178,12 +181,12 @@ class OraclePolicy:
         return "More clicks would not help."
 
     def _moved(
-        self, click: Click, truth: Mask, current: Mask, past: Sequence[Click], random: np.random.Generator
+        self, click: Click, ground_truth: Mask, current: Mask, past: Sequence[Click], random: np.random.Generator
     ) -> Click:
         """`click`, moved within its connected error region to a pixel at least (1 - jitter) as deep."""
         if not self._jitter:
             return click
-        error = truth & ~current if click.positive else current & ~truth
+        error = ground_truth & ~current if click.positive else current & ~ground_truth
         _, parts = cv2.connectedComponents(error.astype(np.uint8), connectivity=4)
         depth = interior_depth(error)
         near = (parts == parts[click.y, click.x]) & (depth >= (1 - self._jitter) * depth[click.y, click.x])
@@ -193,11 +196,11 @@ class OraclePolicy:
         chosen = int(random.integers(rows.size))
         return Click(int(columns[chosen]), int(rows[chosen]), click.positive, click.target)
 
-    def _box(self, truth: Mask, name: str, random: np.random.Generator) -> Box:
-        box = bounding_box(truth, name)
+    def _box(self, ground_truth: Mask, name: str, random: np.random.Generator) -> Box:
+        box = bounding_box(ground_truth, name)
         if box is None:
             raise PolicyError(f"the oracle was asked to box '{name}', which is not there")
-        height, width = truth.shape
+        height, width = ground_truth.shape
         shift = random.uniform(-1, 1, size=4) * self._jitter * BOX_JITTER
         side_x, side_y = box.x1 - box.x0, box.y1 - box.y0
         x0 = int(np.clip(round(box.x0 + shift[0] * side_x), 0, width - 1))
@@ -207,9 +210,11 @@ class OraclePolicy:
         return Box(x0, y0, x1, y1, name)
 
 
-def _wrong_click(right: Click, truth: Mask, current: Mask, past: Sequence[Click], random: np.random.Generator) -> Click:
+def _wrong_click(
+    right: Click, ground_truth: Mask, current: Mask, past: Sequence[Click], random: np.random.Generator
+) -> Click:
     """A click to be taken back: a positive one beside the object, or, but for the first, a wrong sign."""
-    rows, columns = np.nonzero(~truth & ~current)
+    rows, columns = np.nonzero(~ground_truth & ~current)
     if rows.size and (not past or random.random() < 0.5):
         chosen = int(random.integers(rows.size))
         wrong = Click(int(columns[chosen]), int(rows[chosen]), True, right.target)

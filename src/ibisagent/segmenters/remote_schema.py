@@ -2,7 +2,7 @@
 
 - `GET /v1/segmenter`: facts about the segmenter (`Segmenter.describe`).
 - `GET /v1/images/<sha256>`: 204 if the image is open there, else 404.
-- `PUT /v1/images/<sha256>`: opens it; the body is the picture as PNG, the name its `Image.sha256`.
+- `PUT /v1/images/<sha256>`: opens it; the body is the image as PNG, the name its `Image.sha256`.
 - `POST /v1/predict`: `PredictRequest` -> `PredictReply`; 404 if the image is not open (any more).
 
 Errors are `ErrorReply` with status 400 (ConfigError), 401, 404, 413 or 500 (SegmenterError).

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import Sam2Config, Sam2Model, Sam2Processor, Sam2VideoConfig, Sam2VideoProcessor
 
 MAX_LOGIT = 32.0  # as SAM 2 clamps the mask that it is given back
-SEEN_BY_PEOPLE = 4  # pictures whose masks were given and that are kept in mind: the latest
+SEEN_BY_PEOPLE = 4  # images whose masks were given and that are kept in mind: the latest
 _CHECKPOINT = re.compile(r"(?P<file>.+\.pth?)(@(?P<side>\d+))?")
 
 # (channels, blocks) of the image encoder -> its shape, from the YAML files of facebookresearch/sam2
@@ -100,7 +100,7 @@ class Sam2:
     """The segmenter. Opening an image embeds it.
 
     source: a hub id ("facebook/sam2.1-hiera-tiny"), a folder, or a checkpoint: "path/to/file.pt", or
-    "owner/repository/file.pt" to fetch it from the hub. A checkpoint does not say its picture size: it is 512 where
+    "owner/repository/file.pt" to fetch it from the hub. A checkpoint does not say its image size: it is 512 where
     the file's name has "medsam2" in it, else 1024, unless the source says so ("file.pt@512"). A checkpoint of no
     published shape needs its `Sam2Config` as JSON beside it ("file.json").
     """
@@ -153,7 +153,7 @@ class Sam2:
         return twin
 
     def memory(self) -> Sam2Memory | None:
-        """An empty memory; None where the weights are of a model for single pictures. Loaded when first needed."""
+        """An empty memory; None where the weights are of a model for single images. Loaded when first needed."""
         if self._video is None:
             return None
         return Sam2Memory(*self._video, self._device)
@@ -264,7 +264,7 @@ class Sam2Session:
 
 
 class Sam2Memory:
-    """See `segmenters.Memory`. Costs an embedding a picture, and holds as many pictures as the model can attend to."""
+    """See `segmenters.Memory`. Costs an embedding an image, and holds as many images as the model can attend to."""
 
     def __init__(self, model: Any, processor: Sam2VideoProcessor, device: str) -> None:
         self._model, self._processor, self._device = model, processor, device
@@ -296,7 +296,7 @@ class Sam2Memory:
         return found
 
     def _see(self, image: Image) -> tuple[np.ndarray, np.ndarray]:
-        """Mask logits (N, h, w) and chances (N,) of the targets on the next picture."""
+        """Mask logits (N, h, w) and chances (N,) of the targets on the next image."""
         import torch
 
         if not self._targets:
@@ -313,7 +313,7 @@ class Sam2Memory:
         return output.pred_masks[:, 0].float().clamp(-MAX_LOGIT, MAX_LOGIT).cpu().numpy(), there.cpu().numpy()
 
     def _forget(self) -> None:
-        """Drop what is never attended to again, or else memory would grow with the number of pictures."""
+        """Drop what is never attended to again, or else memory would grow with the number of images."""
         session, config = self._session, self._model.config
         reach = self._next - max(config.num_maskmem, config.max_object_pointers_in_encoder)
         session.processed_frames = {}

@@ -8,47 +8,64 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import json
+import logging
 import os
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from enum import Enum
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar
 from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, FastAPI, File, Form, HTTPException, Query, Request, UploadFile
+from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from ibisagent.domain import MAX_NAME_CHARS, MAX_QUERY_CHARS, Mask, Turn
+from ibisagent.domain import MAX_NAME_CHARS, MAX_QUERY_CHARS, Completion, Mask, Reply, Turn
 from ibisagent.environment import package_version
 from ibisagent.errors import IbisError, PolicyError, SegmenterError, TooLargeError
 from ibisagent.files import file_names, png_bytes
-from ibisagent.imaging.masks import encode_rle
-from ibisagent.inference.session import BusyError, RunEnd, Session, Step
+from ibisagent.imaging.masks import encode_rle, rle_area
+from ibisagent.inference.image import asked_objects
+from ibisagent.inference.rounds import Step
+from ibisagent.inference.session import BusyError, RunEnd, Session
 from ibisagent.protocol import overlay
-from ibisagent.server.auth import Gate, Keys, token_for, visitor_of
+from ibisagent.server.auth import (
+    AnswersOtherPages,
+    AuthMiddleware,
+    Keys,
+    OtherPages,
+    checked_origin,
+    token_for,
+    visitor_of,
+)
 from ibisagent.server.docs import docs_page
+from ibisagent.server.job_routes import Tags, add_jobs, file_answer
 from ibisagent.server.listening import listen
-from ibisagent.server.service import FullError, Job, MissingError, Service, export_zip, training_zip
+from ibisagent.server.metrics import MONAI_PATHS, Metrics
+from ibisagent.server.service import FullError, MissingError, Service, export_zip, training_zip
+from ibisagent.server.storage import no_room
 from ibisagent.store import plain_turn, record_json
 
 Returned = TypeVar("Returned")
-Tags: TypeAlias = list[str | Enum]  # as FastAPI wants them
+_log = logging.getLogger("ibisagent.server")
 
 MAX_COORDINATE = 2**20
+KEPT = {"cache-control": "private, max-age=3600, immutable"}  # what never changes at its address
 FORM_BYTES = 2**20  # what a request may hold beside its upload
 EXPIRY_SECONDS = 30.0  # between two looks at what is idle: sessions, jobs, memory
+ALIVE_SECONDS = 15.0  # in which a stream says something, so that no proxy takes it for dead
 
 
-class _Strict(BaseModel):
+class StrictBody(BaseModel):
     """Unknown fields are refused: a setting that would be ignored must not look as if it had worked."""
 
     model_config = ConfigDict(extra="forbid")
@@ -59,7 +76,7 @@ TargetName = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
 QueryText = Annotated[str, Field(min_length=1, max_length=MAX_QUERY_CHARS)]
 
 
-class AskRequest(_Strict):
+class AskRequest(StrictBody):
     """A turn of the agent. query: a new request, which begins a new round; left out, the last one stands."""
 
     query: QueryText | None = None
@@ -71,8 +88,8 @@ class RunRequest(AskRequest):
     max_turns: Annotated[int, Field(ge=1, le=1000)] | None = None
 
 
-class ClickRequest(_Strict):
-    """A person's click on a pixel; `target` left out means the object clicked last."""
+class ClickRequest(StrictBody):
+    """A user's click on a pixel; `target` left out means the object clicked last."""
 
     x: Coordinate
     y: Coordinate
@@ -80,8 +97,8 @@ class ClickRequest(_Strict):
     target: TargetName | None = None
 
 
-class BoxRequest(_Strict):
-    """A person's box, half-open, in pixels."""
+class BoxRequest(StrictBody):
+    """A user's box, half-open, in pixels."""
 
     x0: Coordinate
     y0: Coordinate
@@ -90,21 +107,21 @@ class BoxRequest(_Strict):
     target: TargetName | None = None
 
 
-class AcceptRequest(_Strict):
-    """A person says that the masks are right; `absent` names objects that the image does not show."""
+class AcceptRequest(StrictBody):
+    """A user says that the masks are right; `absent` names objects that the image does not show."""
 
     answer: Annotated[str, Field(max_length=MAX_QUERY_CHARS)] = ""
     absent: Annotated[list[TargetName], Field(max_length=8)] = []
 
 
-class ForkRequest(_Strict):
+class ForkRequest(StrictBody):
     """A new session from the first `turn` turns of this one."""
 
     turn: Annotated[int, Field(ge=0, le=100_000)]
 
 
 class TurnView(BaseModel):
-    """One turn. by: "agent" or "person". actions: as in records. problem: why a reply could not be read."""
+    """One turn. by: "agent" or "user". actions: as in records. problem: why a reply could not be read."""
 
     number: int
     by: str
@@ -116,23 +133,38 @@ class TurnView(BaseModel):
 
 
 class TargetView(BaseModel):
-    """One object as it stands. pixels: how many its mask has."""
+    """One object as it stands. pixels: how many its mask has. mask: COCO run lengths."""
 
     name: str
     pixels: int
+    mask: dict[str, Any]
+
+
+class EditView(BaseModel):
+    """What a user did to the masks by hand (brush, rename, ...), after `after` turns."""
+
+    after: int
+    what: str
 
 
 class SessionView(BaseModel):
-    """A session as it stands; masks and pictures have addresses of their own below it."""
+    """A session as it stands; images have addresses of their own below it.
+
+    state: "new", "agent" (nobody else has acted), "corrected" or "accepted" by a user. prompts: the clicks and boxes
+    that stand.
+    """
 
     id: str
     query: str
+    state: str
     image: str
     width: int
     height: int
     target: str
     targets: list[TargetView]
+    prompts: list[dict[str, Any]]
     turns: list[TurnView]
+    edits: list[EditView]
     running: bool
     can_undo: bool
     can_redo: bool
@@ -146,24 +178,18 @@ class StepView(BaseModel):
 
 
 class SegmentView(BaseModel):
-    """What one run made of one image. masks: COCO run lengths by target."""
+    """What one run made of one image. masks: COCO run lengths by target.
+
+    objects: of each that was asked for its name, whether the policy learned it (known), else the nearest name that it
+    learned, and how likely the image shows it (presence, 0 to 1); empty where the policy makes no claim.
+    """
 
     ended: str
     answer: str
     absent: list[str]
+    objects: list[dict[str, Any]]
     masks: dict[str, dict[str, Any]]
     turns: list[TurnView]
-
-
-class JobView(BaseModel):
-    """A batch job. failures: what went wrong, by image; the others are not stopped by it."""
-
-    id: str
-    query: str
-    state: Literal["waiting", "running", "done", "cancelled"]
-    images: int
-    done: int
-    failures: dict[str, str]
 
 
 class ErrorView(BaseModel):
@@ -182,7 +208,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         413: "too large",
         422: "cannot be used as it is",
         429: "the server is full",
-        503: "a model failed",
+        503: "a model failed, or the server stops",
+        507: "the server's disk is full",
     }.items()
 }
 
@@ -194,15 +221,16 @@ def turn_view(number: int, step: Step) -> TurnView:
         number=number,
         by=step.by,
         thought=turn.reply.thought,
-        actions=_actions(turn),
+        actions=plain_actions(turn.reply),
         problem=turn.reply.problem,
         predicted_quality=turn.segmenter_score,
         seconds=turn.completion.seconds,
     )
 
 
-def _actions(turn: Turn) -> list[dict[str, Any]]:
-    actions: list[dict[str, Any]] = plain_turn(Turn(turn.completion, turn.reply, {}, {}))["actions"]
+def plain_actions(reply: Reply) -> list[dict[str, Any]]:
+    """The actions of a reply, as in records."""
+    actions: list[dict[str, Any]] = plain_turn(Turn(Completion(""), reply, {}, {}))["actions"]
     return actions
 
 
@@ -212,22 +240,20 @@ def session_view(session: Session) -> SessionView:
     return SessionView(
         id=session.id,
         query=session.query,
+        state=session.state,
         image=session.image.source,
         width=width,
         height=height,
         target=session.target,
-        targets=[TargetView(name=name, pixels=int(mask.sum())) for name, mask in session.masks.items()],
+        targets=[
+            TargetView(name=name, pixels=rle_area(code), mask=dict(code)) for name, code in session.answer_codes.items()
+        ],
+        prompts=plain_actions(Reply("", tuple(session.prompts))),
         turns=[turn_view(number, step) for number, step in enumerate(session.steps, 1)],
+        edits=[EditView(after=after, what=what) for after, what in session.edits],
         running=session.running,
         can_undo=session.can_undo,
         can_redo=session.can_redo,
-    )
-
-
-def job_view(job: Job) -> JobView:
-    """A job, for clients."""
-    return JobView(
-        id=job.id, query=job.query, state=job.state, images=len(job.names), done=job.done, failures=dict(job.failures)
     )
 
 
@@ -246,60 +272,18 @@ Mount: TypeAlias = Callable[[FastAPI, Service, AgentThreads], Callable[[], Any] 
 """Adds something to an application; what it returns, if anything, is an async context manager that runs with it."""
 
 
-class Metrics:
-    """What Prometheus sees; a registry of its own, so that several servers fit in one process."""
-
-    def __init__(self, service: Service) -> None:
-        self.registry = CollectorRegistry()
-        self._service = service
-        self._requests = Counter(
-            "ibisagent_requests",
-            "Requests by method, area and status",
-            ["method", "area", "status"],
-            registry=self.registry,
-        )
-        self._seconds = Histogram(
-            "ibisagent_request_seconds", "Time to answer", ["method", "area"], registry=self.registry
-        )
-        self.turns = Counter("ibisagent_agent_turns", "Turns that the agent took", registry=self.registry)
-        sessions = Gauge("ibisagent_sessions", "Open sessions", registry=self.registry)
-        sessions.set_function(lambda: len(service.session_ids))
-        waiting = Gauge("ibisagent_waiting_turns", "Turns that wait for the model", registry=self.registry)
-        waiting.set_function(lambda: service.policy.waiting)
-        self.registry.register(self)
-
-    def collect(self) -> list[GaugeMetricFamily]:
-        """Batches of the shared model."""
-        batches, turns = self._service.batches
-        mean = GaugeMetricFamily("ibisagent_mean_batch", "Turns that are answered together, on average")
-        mean.add_metric([], turns / batches if batches else 0.0)
-        return [mean]
-
-    def observe(self, method: str, path: str, status: int, seconds: float) -> None:
-        """Count one request. Only known words become labels, so that strangers cannot make new ones."""
-        parts = path.strip("/").split("/")
-        area = parts[1] if parts[0] == "v1" and len(parts) > 1 else parts[0]
-        area = area if area in _AREAS else "other"
-        method = method if method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE") else "other"
-        self._requests.labels(method, area, str(status)).inc()
-        self._seconds.labels(method, area).observe(seconds)
-
-
-_STATE_AREAS = ("health", "ready", "metrics", "docs")
-_WORK_AREAS = ("segment", "sessions", "jobs", "models", "info", "infer", "session", "datastore", "mcp", "gradio_api")
-_AREAS = frozenset((*_STATE_AREAS, *_WORK_AREAS))
-
-
 def create_app(
     service: Service,
     *,
     token: str | None = None,
     mounts: tuple[Mount, ...] = (),
+    origins: Iterable[str] = (),
 ) -> FastAPI:
     """The application around `service`, which it closes when it ends.
 
-    token: what clients must send, see `access.Gate`; without one only loopback names are answered. mounts: add more to
-    the application (page, MONAI Label, MCP).
+    token: what clients must send, see `auth.AuthMiddleware`; without one only loopback names are answered. mounts: add
+    more to the application (page, MONAI Label, MCP). origins: of web pages from elsewhere that may use the addresses of
+    MONAI Label, as OHIF does; without a token pages of this machine may as well. ConfigError for what is no origin.
     """
     threads = AgentThreads(2 * service.limits.sessions)
     metrics = Metrics(service)
@@ -331,13 +315,17 @@ def create_app(
     _add_open(app, service, metrics)
     _add_sessions(app, service, threads, metrics)
     _add_segment(app, service, threads)
-    _add_jobs(app, service)
+    add_jobs(app, service)
     for mount in mounts:
         started = mount(app, service, threads)
         if started is not None:
             running.append(started)
+    others = OtherPages(frozenset(map(checked_origin, origins)), MONAI_PATHS, loopback=token is None)
+    app.add_middleware(AnswersOtherPages, others=others)
     limit = service.limits.upload_bytes + FORM_BYTES
-    app.add_middleware(Gate, keys=app.state.keys, max_body=limit, browsers=True, observe=metrics.observe)
+    app.add_middleware(
+        AuthMiddleware, keys=app.state.keys, max_body=limit, browsers=True, others=others, observe=metrics.observe
+    )
     return app
 
 
@@ -346,16 +334,22 @@ def check_host(host: str) -> None:
     token_for(host)
 
 
-def standard_mounts(*, page: bool) -> tuple[Mount, ...]:
-    """What `ibisagent serve` adds to the application."""
+def standard_mounts(
+    *, page: bool, labels: Sequence[str] = ("target",), studies: str | None = None
+) -> tuple[Mount, ...]:
+    """What `ibisagent serve` adds to the application.
+
+    labels, studies: see `monai.mount_monai`.
+    """
+    from ibisagent.server.annotate import mount_annotate
     from ibisagent.server.mcp import mount_mcp
     from ibisagent.server.monai import mount_monai
 
-    mounts: list[Mount] = [mount_monai, mount_mcp]
+    mounts: list[Mount] = [mount_annotate, partial(mount_monai, labels=tuple(labels), studies=studies), mount_mcp]
     if page:
         from ibisagent.server.page import mount_page
 
-        mounts.append(mount_page)  # last: it takes every address that nobody else has
+        mounts.append(mount_page)
     return tuple(mounts)
 
 
@@ -365,6 +359,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8002,
     mounts: tuple[Mount, ...] = (),
+    origins: Iterable[str] = (),
 ) -> None:
     """Serve until interrupted; the token comes from IBIS_TOKEN. ConfigError without one, unless `host` is loopback.
 
@@ -373,13 +368,17 @@ def serve(
     """
     os.umask(0o077)
     tempfile.tempdir = str(service.folder / "uploads")
-    listen(create_app(service, token=token_for(host), mounts=mounts), host, port)
+    app = create_app(service, token=token_for(host), mounts=mounts, origins=origins)
+    listen(app, host, port, on_stop=service.stop)
 
 
 async def _expire(service: Service) -> None:
     while True:
         await asyncio.sleep(EXPIRY_SECONDS)
-        await run_in_threadpool(service.expire)
+        try:
+            await run_in_threadpool(service.expire)
+        except (IbisError, OSError) as error:  # the next look may do better; nothing is lost by waiting
+            _log.error("what is idle could not be deleted: %s", type(error).__name__)
         await run_in_threadpool(_give_back_memory)
 
 
@@ -408,8 +407,21 @@ _STATUS: tuple[tuple[type[IbisError], int], ...] = (
 def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(IbisError)
     async def failed(_request: Request, error: IbisError) -> JSONResponse:
+        if (reason := no_room(error)) is not None:
+            _log.error("%s", reason)
+            return JSONResponse({"detail": reason}, status_code=507)
         status = next(status for kind, status in _STATUS if isinstance(error, kind))
+        _log.info("refused with %d: %s", status, type(error).__name__)
         return JSONResponse({"detail": str(error)}, status_code=status)
+
+    @app.exception_handler(OSError)
+    @app.exception_handler(StarletteHTTPException)  # what a body that could not be kept for reading becomes
+    async def broken(request: Request, error: OSError | StarletteHTTPException) -> Response:
+        if (reason := no_room(error)) is not None:
+            return JSONResponse({"detail": reason}, status_code=507)
+        if isinstance(error, OSError):
+            raise error
+        return await http_exception_handler(request, error)
 
     @app.exception_handler(RequestValidationError)
     async def refused(_request: Request, error: RequestValidationError) -> JSONResponse:
@@ -429,8 +441,8 @@ def _add_open(app: FastAPI, service: Service, metrics: Metrics) -> None:
     @app.get("/ready", tags=["state"])
     def ready() -> dict[str, str]:
         """Whether work can be taken: the models are loaded, the data folder can be written."""
-        if not service.ready():
-            raise HTTPException(503, "the data folder cannot be written")
+        if (reason := service.trouble()) is not None:
+            raise HTTPException(503, reason)
         return {"status": "ready"}
 
     @app.get("/metrics", tags=["state"], response_class=Response)
@@ -457,25 +469,26 @@ def _add_segment(app: FastAPI, service: Service, threads: AgentThreads) -> None:
         start_mask: Annotated[UploadFile | None, File(description="a mask to refine, 0 outside")] = None,
     ) -> SegmentView:
         """One run on one image; nothing is kept."""
-        picture, start = await _picture(service, image, start_mask)
-        session = await threads(lambda: service.segment(picture, query, max_turns, start))
+        decoded, start = await _read_inputs(service, image, start_mask)
+        session = await threads(lambda: service.segment(decoded, query, max_turns, start))
         [episode] = session.episodes()
         return SegmentView(
             ended=episode.stop,
             answer=episode.answer.answer,
             absent=list(episode.answer.absent),
+            objects=asked_objects(episode),
             masks={name: encode_rle(mask) for name, mask in session.masks.items()},
             turns=[turn_view(number, step) for number, step in enumerate(session.steps, 1)],
         )
 
 
-async def _picture(service: Service, image: UploadFile, start_mask: UploadFile | None) -> tuple[Any, Mask | None]:
+async def _read_inputs(service: Service, image: UploadFile, start_mask: UploadFile | None) -> tuple[Any, Mask | None]:
     content, name = await image.read(), image.filename or "image"
-    picture = await run_in_threadpool(service.read_picture, content, name)
+    decoded = await run_in_threadpool(service.read_upload, content, name)
     if start_mask is None:
-        return picture, None
+        return decoded, None
     content, name = await start_mask.read(), start_mask.filename or "mask"
-    return picture, await run_in_threadpool(service.read_mask, content, name, picture.size)
+    return decoded, await run_in_threadpool(service.read_mask, content, name, decoded.size)
 
 
 def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics: Metrics) -> None:
@@ -488,13 +501,18 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
 
     @app.post("/v1/sessions", tags=tags, status_code=201)
     async def open_session(
+        request: Request,
         image: Annotated[UploadFile, File(description="PNG, JPEG, TIFF or BMP")],
         query: Annotated[str, Form(min_length=1, max_length=MAX_QUERY_CHARS)],
         start_mask: Annotated[UploadFile | None, File(description="a mask to refine, 0 outside")] = None,
     ) -> SessionView:
-        """Open a session on an image. It expires when it is idle for too long."""
-        picture, start = await _picture(service, image, start_mask)
-        return session_view(await run_in_threadpool(service.open, picture, query, start))
+        """Open a session on an image. It is kept until it is closed, unless nobody acts in it before it is idle.
+
+        A browser's is its own alone.
+        """
+        decoded, start = await _read_inputs(service, image, start_mask)
+        owner = visitor_of(request)
+        return session_view(await run_in_threadpool(lambda: service.open(decoded, query, start, owner=owner)))
 
     @app.get("/v1/sessions", tags=tags)
     def list_sessions(request: Request) -> list[str]:
@@ -522,15 +540,15 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
 
     @router.post("/ask")
     async def ask(id: str, asked: AskRequest) -> StepView:  # noqa: A002
-        """One turn of the agent; "taken_over" where a person acted meanwhile."""
+        """One turn of the agent; "interrupted" where a user acted meanwhile."""
         session = await run_in_threadpool(service.session, id)
         step = await threads(lambda: session.ask(asked.query))
         metrics.turns.inc()
-        return StepView(ended=None if step else "taken_over", session=session_view(session))
+        return StepView(ended=None if step else "interrupted", session=session_view(session))
 
     @router.post("/run")
     async def run(id: str, asked: RunRequest) -> StepView:  # noqa: A002
-        """Turns of the agent until it ends: stopped, max_turns, repeated, malformed or taken_over."""
+        """Turns of the agent until it ends: stopped, max_turns, repeated, malformed or interrupted."""
         session = await run_in_threadpool(service.session, id)
         ended = await threads(lambda: run_steps(session, asked))
         return StepView(ended=ended, session=session_view(session))
@@ -548,7 +566,7 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
         return StreamingResponse(
             _events(session, threads, lambda on_step: run_steps(session, asked, on_step)),
             media_type="text/event-stream",
-            headers={"cache-control": "no-store"},
+            headers={"cache-control": "no-store", "x-accel-buffering": "no"},  # nginx passes turns on as they are taken
         )
 
     def after(id_: str, act: Callable[[Session], object]) -> SessionView:
@@ -558,23 +576,23 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
 
     @router.post("/click")
     def click(id: str, asked: ClickRequest) -> SessionView:  # noqa: A002
-        """A person's click."""
+        """A user's click."""
         return after(id, lambda session: session.click(asked.x, asked.y, positive=asked.positive, target=asked.target))
 
     @router.post("/box")
     def box(id: str, asked: BoxRequest) -> SessionView:  # noqa: A002
-        """A person's box."""
+        """A user's box."""
         return after(id, lambda session: session.box(asked.x0, asked.y0, asked.x1, asked.y1, target=asked.target))
 
     @router.post("/accept")
     def accept(id: str, asked: AcceptRequest) -> SessionView:  # noqa: A002
-        """A person says that the masks are right."""
+        """A user says that the masks are right."""
         return after(id, lambda session: session.accept(asked.answer, asked.absent))
 
-    @router.post("/take-over")
-    def take_over(id: str) -> SessionView:  # noqa: A002
+    @router.post("/interrupt")
+    def interrupt(id: str) -> SessionView:  # noqa: A002
         """End the agent's run; ask or run again to hand back."""
-        return after(id, Session.take_over)
+        return after(id, Session.interrupt)
 
     @router.post("/undo")
     def undo(id: str) -> SessionView:  # noqa: A002
@@ -596,7 +614,7 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
         """A new session from the first turns of this one."""
         return session_view(service.fork(id, asked.turn))
 
-    @router.get("/mask", response_class=Response, responses=_file("image/png"))
+    @router.get("/mask", response_class=Response, responses=file_answer("image/png"))
     def mask(id: str, target: Annotated[str, Query(min_length=1, max_length=MAX_NAME_CHARS)]) -> Response:  # noqa: A002
         """One mask: the image's size, 0 outside and 255 inside."""
         session = service.session(id)
@@ -605,38 +623,38 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
             raise MissingError(f"no target '{target}' in this session")
         return _download(session, png_bytes(masks[target]), f"mask_{target}.png", "image/png")
 
-    @router.get("/image", response_class=Response, responses=_file("image/png"))
+    @router.get("/image", response_class=Response, responses=file_answer("image/png"))
     def image(id: str) -> Response:  # noqa: A002
         """The image as the agent sees it."""
-        return Response(png_bytes(service.session(id).image.pixels), media_type="image/png")
+        return Response(service.session(id).png, media_type="image/png", headers=KEPT)
 
-    @router.get("/overlay", response_class=Response, responses=_file("image/png"))
-    def picture(id: str) -> Response:  # noqa: A002
+    @router.get("/overlay", response_class=Response, responses=file_answer("image/png"))
+    def overlay_image(id: str) -> Response:  # noqa: A002
         """The image with its masks."""
         session = service.session(id)
         return Response(png_bytes(overlay(session.image, session.masks)), media_type="image/png")
 
-    @router.get("/report", response_class=Response, responses=_file("text/html"))
+    @router.get("/report", response_class=Response, responses=file_answer("text/html"))
     def report(id: str) -> Response:  # noqa: A002
         """The session as one HTML page."""
         session = service.session(id)
         return _download(session, session.report().encode(), "report.html", "text/html")
 
-    @router.get("/record", response_class=Response, responses=_file("application/json"))
+    @router.get("/record", response_class=Response, responses=file_answer("application/json"))
     def record(id: str) -> Response:  # noqa: A002
         """The latest round as a record, which 'ibisagent replay' plays again."""
         session = service.session(id)
         return _download(session, record_json(session.episodes()[-1]), "record.json", "application/json")
 
-    @router.get("/export", response_class=Response, responses=_file("application/zip"))
+    @router.get("/export", response_class=Response, responses=file_answer("application/zip"))
     def export(id: str) -> Response:  # noqa: A002
         """Masks, overlay, records and report in a zip."""
         session = service.session(id)
         return _download(session, export_zip(service, session), "session.zip", "application/zip")
 
-    @router.get("/training", response_class=Response, responses=_file("application/zip"))
+    @router.get("/training", response_class=Response, responses=file_answer("application/zip"))
     def training(id: str) -> Response:  # noqa: A002
-        """What a person corrected, to train with, in a zip: episodes for SFT, image, masks and manifest for RL."""
+        """What a user corrected, to train with, in a zip: episodes for SFT, image, masks and manifest for RL."""
         session = service.session(id)
         return _download(session, training_zip(service, session), "training.zip", "application/zip")
 
@@ -646,14 +664,12 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
 def _download(session: Session, content: bytes, ending: str, media_type: str) -> Response:
     """A file that a browser keeps, named after the image."""
     name = file_names([f"{Path(session.image.source or 'image').stem}_{Path(ending).stem}.x"])[0]
-    kept = quote(name + Path(ending).suffix, safe="")
-    return Response(
-        content, media_type=media_type, headers={"content-disposition": f"attachment; filename*=UTF-8''{kept}"}
-    )
+    return Response(content, media_type=media_type, headers=kept_as(name + Path(ending).suffix))
 
 
-def _file(media_type: str) -> dict[int | str, dict[str, Any]]:
-    return {200: {"content": {media_type: {}}, "description": "the file"}}
+def kept_as(name: str) -> dict[str, str]:
+    """The header that makes a browser keep an answer as a file of this name."""
+    return {"content-disposition": f"attachment; filename*=UTF-8''{quote(name, safe='')}"}
 
 
 async def _events(
@@ -677,55 +693,23 @@ async def _events(
 
     ended: Awaitable[RunEnd] = asyncio.ensure_future(threads(work))
     try:
-        while (view := await steps.get()) is not None:
+        while True:
+            try:
+                view = await asyncio.wait_for(steps.get(), ALIVE_SECONDS)
+            except TimeoutError:
+                yield ": still at work\n\n"
+                continue
+            if view is None:
+                break
             yield _event("turn", view.model_dump())
         try:
             yield _event("end", StepView(ended=await ended, session=session_view(session)).model_dump())
         except IbisError as error:
             yield _event("error", {"detail": str(error)})
     except (asyncio.CancelledError, GeneratorExit):
-        session.take_over()
+        session.interrupt()
         raise
 
 
 def _event(kind: str, value: Any) -> str:
     return f"event: {kind}\ndata: {json.dumps(value)}\n\n"
-
-
-def _add_jobs(app: FastAPI, service: Service) -> None:
-    tags: Tags = ["jobs"]
-
-    @app.post("/v1/jobs", tags=tags, status_code=202)
-    async def submit(
-        images: Annotated[list[UploadFile], File(description="PNG, JPEG, TIFF or BMP, any number")],
-        query: Annotated[str, Form(min_length=1, max_length=MAX_QUERY_CHARS)],
-        max_turns: Annotated[int | None, Form(ge=1, le=1000)] = None,
-    ) -> JobView:
-        """Segment many images with one query, in the background."""
-        uploads = [(image.filename or f"image-{number}", await image.read()) for number, image in enumerate(images, 1)]
-        return job_view(await run_in_threadpool(service.submit, uploads, query, max_turns))
-
-    @app.get("/v1/jobs", tags=tags)
-    def list_jobs() -> list[JobView]:
-        """All jobs, oldest first."""
-        return [job_view(job) for job in service.jobs]
-
-    @app.get("/v1/jobs/{id}", tags=tags)
-    def look(id: str) -> JobView:  # noqa: A002
-        """How far a job is."""
-        return job_view(service.job(id))
-
-    @app.post("/v1/jobs/{id}/cancel", tags=tags)
-    def cancel(id: str) -> JobView:  # noqa: A002
-        """End a job after the images under way; what is done stays."""
-        return job_view(service.cancel(id))
-
-    @app.delete("/v1/jobs/{id}", tags=tags, status_code=204)
-    def remove(id: str) -> None:  # noqa: A002
-        """Forget a job that is over, and delete its files."""
-        service.remove_job(id)
-
-    @app.get("/v1/jobs/{id}/results", tags=tags, response_class=Response, responses=_file("application/zip"))
-    def results(id: str) -> Response:  # noqa: A002
-        """A zip of what is done so far: masks, overlays, records."""
-        return Response(service.results(id), media_type="application/zip")

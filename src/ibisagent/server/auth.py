@@ -1,6 +1,6 @@
 """Who may ask a server of ours, and how much: the token, the cookie, the address, and the size and pace of a request.
 
-`Gate` stands before each of our applications: the server, `serve-policy`, `serve-segmenter`.
+`AuthMiddleware` stands before each of our applications: the server, `serve policy`, `serve segmenter`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address, ip_network
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -27,6 +29,7 @@ from ibisagent.errors import ConfigError
 
 OPEN_PATHS = ("/health", "/ready")
 LOGIN = "/login"
+ASKED, GRANTED = "/auth/", "/auth/token"  # where programs ask whether a token is needed, and get it for a password
 COOKIE = "ibisagent_visitor"
 MIN_TOKEN_CHARS = 8
 LOGIN_BYTES = 8192
@@ -46,11 +49,11 @@ _SAFE_HEADERS = [
     (b"referrer-policy", b"no-referrer"),
     (
         b"content-security-policy",
-        b"default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:;"
-        b" style-src 'self' 'unsafe-inline'; object-src 'none'; base-uri 'self'; form-action 'self';"
-        b" frame-ancestors 'self'",
+        b"default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; object-src 'none';"
+        b" base-uri 'self'; form-action 'self'; frame-ancestors 'self'",
     ),
 ]
+LOOPBACK_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?"
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
 _LENGTH = re.compile(r"[0-9]{1,18}")
 
@@ -93,6 +96,32 @@ def is_loopback(name: str) -> bool:
         return ip_address(name).is_loopback
     except ValueError:
         return name.lower() == "localhost"
+
+
+@dataclass(frozen=True, slots=True)
+class OtherPages:
+    """Web pages from elsewhere that may call some of our addresses, without a cookie.
+
+    origins: as a browser sends them. paths: how those addresses begin. loopback: also pages of this machine.
+    """
+
+    origins: frozenset[str] = frozenset()
+    paths: tuple[str, ...] = ()
+    loopback: bool = False
+
+    def may(self, origin: str, path: str) -> bool:
+        """Whether a page of `origin` may call `path`."""
+        return path.startswith(self.paths) and (
+            origin in self.origins or (self.loopback and re.fullmatch(LOOPBACK_ORIGIN, origin) is not None)
+        )
+
+
+def checked_origin(text: str) -> str:
+    """An origin that a user allows, as browsers send it; ConfigError for anything else, such as one with a path."""
+    origin = text.strip().rstrip("/").lower()
+    if not re.fullmatch(rf"https?://{_HOST.pattern}", origin):
+        raise ConfigError(f"origin '{text[:80]}': give scheme, name and port of a web page, as http://localhost:3000")
+    return origin
 
 
 class Keys:
@@ -180,7 +209,7 @@ def _json_refusal(status: int, reason: str) -> Response:
     return JSONResponse({"detail": reason}, status_code=status)
 
 
-class Gate:
+class AuthMiddleware:
     """Stands before a whole application, whatever is mounted in it, and lets in what may come in.
 
     - With a token only requests that carry it, as "Authorization: Bearer <token>" or, in a browser, as the cookie that
@@ -201,13 +230,16 @@ class Gate:
         keys: Keys,
         max_body: int,
         browsers: bool = False,
+        others: OtherPages | None = None,
         observe: Callable[[str, str, int, float], None] = lambda *_: None,
         refuse: Callable[[int, str], Response] = _json_refusal,
     ) -> None:
-        """browsers: also take cookies, and offer /login. observe: called with method, path, status and seconds of every
-        answered request. refuse: makes an error of the application's own shape of a status and a reason.
+        """browsers: also take cookies, and offer /login. others: pages from elsewhere.
+
+        observe: called with method, path, status and seconds of every answered request. refuse: makes an error of the
+        application's own shape of a status and a reason.
         """
-        self._app, self._max_body, self._browsers = app, max_body, browsers
+        self._app, self._max_body, self._browsers, self._others = app, max_body, browsers, others or OtherPages()
         self._observe, self._refuse = observe, refuse
         self._keys, self._wrong = keys, WrongTokens()
 
@@ -219,26 +251,37 @@ class Gate:
         if scope["type"] != "http":  # nothing here speaks over web sockets
             await send({"type": "websocket.close", "code": 1008})
             return
-        started, status = time.perf_counter(), 500
+        started, status, answering = time.perf_counter(), 500, False
 
         async def noting(message: Message) -> None:
-            nonlocal status
+            nonlocal status, answering
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, answering = message["status"], True
                 message["headers"] = [*message["headers"], *_SAFE_HEADERS]
             await send(message)
 
         try:
             await self._let_in(scope, receive, noting)
+        except asyncio.CancelledError:  # the server stops and waits no longer: the client is told, not cut off
+            if answering:
+                await send({"type": "http.response.body"})
+            else:
+                await self._refuse(503, "the server stops: what is done so far is kept")(scope, receive, noting)
         finally:
             self._observe(scope["method"], scope["path"], status, time.perf_counter() - started)
 
     async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
-        limit = LOGIN_BYTES if scope["path"] == LOGIN else self._max_body
-        scope["visitor"] = self._keys.visitor(Request(scope).cookies.get(COOKIE, "")) if self._browsers else None
-        refusal = self._misformed(headers, limit) or self._stranger(headers)
-        if refusal is None and self._keys.needed and scope["path"] not in OPEN_PATHS:
+        path, origin = scope["path"], headers.get("origin", "")
+        limit = LOGIN_BYTES if path in (LOGIN, GRANTED) else self._max_body
+        other = self._others.may(origin, path) and _netloc(origin) != headers.get("host", "").lower()
+        knows = self._browsers and not other
+        scope["visitor"] = self._keys.visitor(Request(scope).cookies.get(COOKIE, "")) if knows else None
+        scope["other_page"] = other
+        refusal = self._misformed(headers, limit) or self._stranger(headers, other)
+        asks_first = other and scope["method"] == "OPTIONS" and "access-control-request-method" in headers
+        is_open = path in OPEN_PATHS or (self._browsers and path == ASKED)
+        if refusal is None and self._keys.needed and not (is_open or asks_first):
             refusal = await self._unknown(scope, headers, receive, limit)
         if refusal is not None:
             await refusal(scope, receive, send)
@@ -255,20 +298,20 @@ class Gate:
         if len(lengths) > 1 or not all(_LENGTH.fullmatch(length) for length in lengths):
             return self._close(400, "Content-Length must be one number")
         if lengths and int(lengths[0]) > limit:
-            return self._refuse(413, f"the request is larger than {limit} bytes")
+            return self._refuse(413, self._too_long(limit))
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not _HOST.fullmatch(hosts[0]):
             return self._close(400, "Host must be one name or address")
         return None
 
-    def _stranger(self, headers: Headers) -> Response | None:
-        """A request through a name of somebody else, or from another web page."""
+    def _stranger(self, headers: Headers, other: bool) -> Response | None:
+        """A request through a name of somebody else, or from another web page, unless it is one of the `others`."""
         host = headers["host"]
         name = host.rpartition(":")[0] if re.search(r":[0-9]+$", host) else host
         if not self._keys.needed and not is_loopback(bare_host(name)):
             return self._refuse(400, "without a token only requests to this machine by a loopback name are answered")
         origin = headers.get("origin")
-        if origin is not None and _netloc(origin) != host.lower():
+        if origin is not None and not other and _netloc(origin) != host.lower():
             return self._refuse(403, "requests from other web pages are not answered")
         return None
 
@@ -276,6 +319,8 @@ class Gate:
         """What a client without the token gets; None for one that has it."""
         if scope["path"] == LOGIN and self._browsers:
             return await self._log_in(scope, receive, limit)
+        if scope["path"] == GRANTED and self._browsers and scope["method"] == "POST":
+            return await self._grant(scope, receive, limit)
         if scope["visitor"] is not None:
             return None
         scheme, _, sent = headers.get("authorization", "").partition(" ")
@@ -302,20 +347,43 @@ class Gate:
         """The page that asks for the token, and the cookie for it."""
         if scope["method"] != "POST":
             return HTMLResponse(_LOGIN_PAGE.format(message="This server asks for its token."))
+
+        def entered(_sent: str, refusal: Response | None) -> Response:
+            if refusal is not None:
+                return HTMLResponse(_LOGIN_PAGE.format(message="That is not the token."), refusal.status_code)
+            answer = RedirectResponse("/", 303)
+            set_cookie(answer, scope, self._keys.new_cookie())
+            return answer
+
+        return await self._shown(scope, receive, limit, "token", entered)
+
+    async def _grant(self, scope: Scope, receive: Receive, limit: int) -> Response:
+        """The token for the token: programs that know passwords alone (OAuth 2's grant "password") send it as one."""
+
+        def granted(sent: str, refusal: Response | None) -> Response:
+            return refusal or JSONResponse({"access_token": sent, "token_type": "bearer"})
+
+        return await self._shown(scope, receive, limit, "password", granted)
+
+    async def _shown(
+        self,
+        scope: Scope,
+        receive: Receive,
+        limit: int,
+        field: str,
+        answered: Callable[[str, Response | None], Response],
+    ) -> Response:
+        """What `answered` makes of the token that a form shows in `field`, and of why it is refused, if it is."""
         answer: Response | None = None
 
         async def form(inner: Scope, incoming: Receive, send: Send) -> None:
             nonlocal answer
             try:
-                sent = (await Request(inner, incoming).form(max_files=0, max_fields=4)).get("token")
+                sent = (await Request(inner, incoming).form(max_files=0, max_fields=8)).get(field)
             except HTTPException:
                 sent = None
-            refusal = await self._check(scope, sent if isinstance(sent, str) else "")
-            if refusal is None:
-                answer = RedirectResponse("/", 303)
-                set_cookie(answer, scope, self._keys.new_cookie())
-            else:
-                answer = HTMLResponse(_LOGIN_PAGE.format(message="That is not the token."), refusal.status_code)
+            shown = sent if isinstance(sent, str) else ""
+            answer = answered(shown, await self._check(scope, shown))
 
         failed = await self._measure(form, scope, receive, None, limit)
         return failed or answer or self._refuse(400, "cannot be read")
@@ -353,7 +421,7 @@ class Gate:
             values += part.count(b",") if counting else 0
             whole = not message.get("more_body", False)
             if received > limit:
-                failed = self._close(413, f"the request is larger than {limit} bytes")
+                failed = self._close(413, self._too_long(limit))
                 return {"type": "http.disconnect"}
             if values > MAX_VALUES:
                 failed = self._close(413, f"the request holds more than {MAX_VALUES} values")
@@ -374,6 +442,12 @@ class Gate:
                 raise
         return None if answering else failed
 
+    @staticmethod
+    def _too_long(limit: int) -> str:
+        return (
+            f"the request is larger than {limit} bytes ({limit / 2**20:.0f} MB), more is not taken: send less at once"
+        )
+
     def _close(self, status: int, reason: str) -> Response:
         """A refusal after which nothing more is read from the connection."""
         answer = self._refuse(status, reason)
@@ -381,8 +455,26 @@ class Gate:
         return answer
 
 
+class AnswersOtherPages:
+    """Behind the middleware: lets a page from elsewhere, that the middleware let in, read the answers."""
+
+    def __init__(self, app: ASGIApp, others: OtherPages) -> None:
+        self._app = app
+        self._shared = CORSMiddleware(
+            app,
+            allow_origins=sorted(others.origins),
+            allow_origin_regex=LOOPBACK_ORIGIN if others.loopback else None,
+            allow_methods=["GET", "HEAD", "POST", "PUT", "DELETE"],
+            allow_headers=["authorization", "content-type"],
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        await (self._shared if scope.get("other_page") else self._app)(scope, receive, send)
+
+
 def visitor_of(request: Request) -> str | None:
-    """The visitor that the gate saw in a request's cookie."""
+    """The visitor that the middleware saw in a request's cookie."""
     visitor: str | None = request.scope.get("visitor")
     return visitor
 

@@ -7,10 +7,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
-from ibisagent.domain import Completion, Observation
+from ibisagent.domain import Completion, Image, Observation
 from ibisagent.environment import turn_limit
 from ibisagent.errors import PolicyError
-from ibisagent.policies.base import Policy
+from ibisagent.policies.base import Knowing, Policy
+from ibisagent.policies.vocabulary import Asked, Vocabulary
 
 MAX_BATCH = 16
 PATIENCE = 0.03
@@ -61,6 +62,19 @@ class SharedPolicy:
             self._waiting.extend(zip(observations, futures, strict=True))
             self._arrived.notify()
         return [future.result() for future in futures]
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """As the policy itself; None where it makes no claim."""
+        return self.inner.vocabulary if isinstance(self.inner, Knowing) else None
+
+    def about(self, image: Image, query: str) -> tuple[Asked, ...]:
+        """As the policy itself, apart from the batches."""
+        return self.inner.about(image, query) if isinstance(self.inner, Knowing) else ()
+
+    def refine(self, observation: Observation) -> list[Completion]:
+        """As the policy itself, apart from the batches."""
+        return self.inner.refine(observation) if isinstance(self.inner, Knowing) else []
 
     def describe(self) -> dict[str, str]:
         """As the policy itself."""

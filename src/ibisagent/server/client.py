@@ -164,20 +164,20 @@ class RemoteSession:
                 raise PolicyError(value["detail"])
 
     def click(self, x: int, y: int, *, positive: bool = True, target: str | None = None) -> SessionView:
-        """A person's click."""
+        """A user's click."""
         return self._act("click", {"x": x, "y": y, "positive": positive, "target": target})
 
     def box(self, x0: int, y0: int, x1: int, y1: int, *, target: str | None = None) -> SessionView:
-        """A person's box, half-open."""
+        """A user's box, half-open."""
         return self._act("box", {"x0": x0, "y0": y0, "x1": x1, "y1": y1, "target": target})
 
     def accept(self, answer: str = "", absent: Sequence[str] = ()) -> SessionView:
         """The masks are right; `absent` names objects that the image does not show."""
         return self._act("accept", {"answer": answer, "absent": list(absent)})
 
-    def take_over(self) -> SessionView:
+    def interrupt(self) -> SessionView:
         """End the agent's run."""
-        return self._act("take-over", {})
+        return self._act("interrupt", {})
 
     def undo(self) -> SessionView:
         """Take back the newest turn with clicks or boxes."""
@@ -210,7 +210,7 @@ class RemoteSession:
         return self._client.call("GET", f"/v1/sessions/{self.id}/export").content
 
     def export_training(self) -> bytes:
-        """A zip of what a person corrected, to train with (`Session.export_training`)."""
+        """A zip of what a user corrected, to train with (`Session.export_training`)."""
         return self._client.call("GET", f"/v1/sessions/{self.id}/training").content
 
     def close(self) -> None:

@@ -94,7 +94,7 @@ def _content(answer: dict[str, Any]) -> str:
 
 
 def _type(schema: dict[str, Any]) -> str:
-    """A type in words, with its bounds; named types are links."""
+    """A type as text, with its bounds; named types are links."""
     if name := _reference(schema):
         return f'<a href="#{_text(name)}">{_text(name)}</a>'
     if options := schema.get("anyOf") or schema.get("oneOf"):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
+import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, cast
 
@@ -18,6 +21,7 @@ IDLE_SECONDS = 8.0  # for a whole header, from the first byte or the answer befo
 STALL_SECONDS = 30.0  # in which a client has to take some of its answer
 GRACEFUL_SECONDS = 5
 OPEN_FILES = 4096
+STARTUP_FAILURE = 3  # the exit status, as uvicorn has it
 
 
 class PatientProtocol(H11Protocol):
@@ -107,10 +111,31 @@ def options() -> dict[str, Any]:
     }
 
 
-def listen(app: ASGIApp, host: str, port: int) -> None:
-    """Serve `app` until interrupted. host: an address or name, IPv6 also in brackets."""
+class _Server(uvicorn.Server):
+    """Tells the application at once that it is to stop, so that answers under way end before they are cut off."""
+
+    def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_stop = on_stop
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn has it."""
+        await asyncio.get_running_loop().run_in_executor(None, self._on_stop)
+        await super().shutdown(sockets)
+
+
+def listen(app: ASGIApp, host: str, port: int, *, on_stop: Callable[[], None] = lambda: None) -> None:
+    """Serve `app` until interrupted. host: an address or name, IPv6 also in brackets.
+
+    on_stop: called when that happens, before the answers under way are waited for.
+    """
     _raise_file_limit()
-    uvicorn.run(cast(Any, app), host=bare_host(host), port=port, log_level="warning", **options())
+    config = uvicorn.Config(cast(Any, app), host=bare_host(host), port=port, log_level="warning", **options())
+    server = _Server(config, on_stop)
+    with suppress(KeyboardInterrupt):  # uvicorn raises the signal again once it has stopped
+        server.run()
+    if not server.started:
+        sys.exit(STARTUP_FAILURE)
 
 
 def _raise_file_limit() -> None:

@@ -1,6 +1,6 @@
 """An OpenAI-compatible chat server around one of our models, so that anything that speaks that protocol can ask it.
 
-`GET /v1/models` and `POST /v1/chat/completions`, without streaming; pictures come as data URLs (PNG, JPEG, WebP).
+`GET /v1/models` and `POST /v1/chat/completions`, without streaming; images come as data URLs (PNG, JPEG, WebP).
 The server never fetches a URL and never opens a file for a client. Requests are answered one after the other: for
 many users put a large model behind vLLM instead. Errors have OpenAI's shape, {"error": {"message", "type", "code"}}.
 """
@@ -20,8 +20,8 @@ from starlette.concurrency import run_in_threadpool
 
 from ibisagent.errors import ConfigError, DataError, PolicyError
 from ibisagent.files import one_line
-from ibisagent.imaging.images import decode_picture
-from ibisagent.server.auth import Gate, Keys, token_for
+from ibisagent.imaging.images import decode_image
+from ibisagent.server.auth import AuthMiddleware, Keys, token_for
 from ibisagent.server.listening import listen
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class _Strict(BaseModel):
 
 
 class ImageUrl(_Strict):
-    """A picture as "data:image/png;base64,..."; `detail` changes nothing here."""
+    """An image as "data:image/png;base64,..."; `detail` changes nothing here."""
 
     url: str
     detail: str = "auto"
@@ -54,7 +54,7 @@ class TextPart(_Strict):
 
 
 class ImagePart(_Strict):
-    """A picture in a message."""
+    """An image in a message."""
 
     type: Literal["image_url"]
     image_url: ImageUrl
@@ -111,7 +111,7 @@ def create_app(policy: MllmPolicy, *, model: str | None = None, token: str | Non
             raise HTTPException(404, f"no model '{asked.model}' here: ask for '{card['id']}'")
         return await run_in_threadpool(_complete, policy, asked)
 
-    app.add_middleware(Gate, keys=Keys(token), max_body=MAX_BODY_BYTES, refuse=_openai_refusal)
+    app.add_middleware(AuthMiddleware, keys=Keys(token), max_body=MAX_BODY_BYTES, refuse=_openai_refusal)
     return app
 
 
@@ -178,18 +178,18 @@ def _as_message(message: ChatMessage) -> Message:
     content: list[dict[str, Any]] = [
         {"type": "text", "text": part.text}
         if isinstance(part, TextPart)
-        else {"type": "image", "image": _picture(part.image_url.url)}
+        else {"type": "image", "image": _image(part.image_url.url)}
         for part in message.content
     ]
     return {"role": message.role, "content": content}
 
 
-def _picture(url: str) -> PIL.Image.Image:
+def _image(url: str) -> PIL.Image.Image:
     head, _, payload = url.partition(",")
     if not re.fullmatch(r"data:image/(png|jpeg|webp);base64", head):
-        raise DataError("image_url: send the picture itself, as data:image/png;base64,... (also jpeg, webp)")
+        raise DataError("image_url: send the image itself, as data:image/png;base64,... (also jpeg, webp)")
     try:
         content = base64.b64decode(payload, validate=True)
     except ValueError as error:
         raise DataError(f"image_url: is not base64 ({one_line(error)}); encode it again") from error
-    return decode_picture(content, "image_url", ("PNG", "JPEG", "WEBP"))
+    return decode_image(content, "image_url", ("PNG", "JPEG", "WEBP"))

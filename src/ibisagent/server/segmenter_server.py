@@ -1,4 +1,4 @@
-"""Serves a segmenter to `remote` clients (the protocol is described in `segmenters.wire`).
+"""Serves a segmenter to `remote` clients (the protocol is described in `segmenters.remote_schema`).
 
 python -m ibisagent.server.segmenter_server sam2:facebook/sam2.1-hiera-tiny --port 8001
 ibisagent segment image.png "optic disc" --segmenter remote:http://127.0.0.1:8001
@@ -18,7 +18,7 @@ from starlette.concurrency import run_in_threadpool
 
 from ibisagent.domain import Image
 from ibisagent.errors import ConfigError, DataError, IbisError, SegmenterError
-from ibisagent.imaging.images import decode_picture
+from ibisagent.imaging.images import decode_image
 from ibisagent.segmenters import Segmenter, load_segmenter
 from ibisagent.segmenters.cache import EmbeddingCache
 from ibisagent.segmenters.remote_schema import (
@@ -28,7 +28,7 @@ from ibisagent.segmenters.remote_schema import (
     decode_request,
     encode_prediction,
 )
-from ibisagent.server.auth import Gate, Keys, token_for
+from ibisagent.server.auth import AuthMiddleware, Keys, token_for
 from ibisagent.server.listening import listen
 
 IMAGE_BYTES = 2**30  # of pixels kept open, least recently used dropped first
@@ -39,7 +39,7 @@ def create_app(segmenter: Segmenter, *, token: str | None = None, image_bytes: i
     """The application that serves `segmenter`.
 
     token: what a client must send as "Authorization: Bearer <token>"; without one only loopback names are answered.
-    image_bytes: how many bytes of opened pictures are kept.
+    image_bytes: how many bytes of opened images are kept.
     """
     app = FastAPI(title="ibisagent segmenter", docs_url=None, redoc_url=None, openapi_url=None)
     opened = EmbeddingCache(image_bytes)
@@ -78,7 +78,7 @@ def create_app(segmenter: Segmenter, *, token: str | None = None, image_bytes: i
         pixels = pixels_of(asked.image)
         return await run_in_threadpool(_predict, segmenter, pixels, asked)
 
-    app.add_middleware(Gate, keys=Keys(token), max_body=MAX_BODY_BYTES, refuse=_error)
+    app.add_middleware(AuthMiddleware, keys=Keys(token), max_body=MAX_BODY_BYTES, refuse=_error)
     return app
 
 
@@ -89,10 +89,10 @@ def serve(segmenter: Segmenter, *, host: str = "127.0.0.1", port: int = 8001) ->
 
 def _open(segmenter: Segmenter, opened: EmbeddingCache, sha256: str, png: bytes) -> None:
     """Decode, check against the name, embed (the segmenter caches that by content) and keep the pixels."""
-    where = "the client's picture"
-    image = Image(np.array(decode_picture(png, where, ("PNG",)).convert("RGB")), source=where)
+    where = "the client's image"
+    image = Image(np.array(decode_image(png, where, ("PNG",)).convert("RGB")), source=where)
     if image.sha256 != sha256:
-        raise DataError(f"the picture sent is not image {sha256[:16]}: it was altered on the way")
+        raise DataError(f"the image sent is not image {sha256[:16]}: it was altered on the way")
     segmenter.open(image)
     opened.fetch("image", sha256, lambda: (image.pixels,))
 

@@ -1,45 +1,51 @@
 """What the server does, without HTTP: sessions with limits and expiry, one shared model, batch jobs.
 
 Everything that is written lies below one data folder: `sessions/<id>/`, `jobs/<id>/`, `uploads/` (for a moment); these
-folders are for the server's user alone. Names that come from outside never become paths.
+folders are for the server's user alone. Names that come from outside never become paths. The folder has one owner at a
+time, and what is deleted by itself follows one rule, see `Service.expire`.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import re
 import shutil
 import threading
 import time
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from ibisagent.domain import Case, Image, Mask, Masks, check_query
-from ibisagent.environment import MAX_TURNS, package_version
-from ibisagent.errors import ConfigError, DataError, IbisError, TooLargeError
+from ibisagent.environment import MAX_TURNS, package_version, turn_limit
+from ibisagent.errors import ConfigError, DataError, TooLargeError
 from ibisagent.files import file_names, make_folder, write_whole
 from ibisagent.imaging import limits
 from ibisagent.imaging.images import read_image, read_masks
 from ibisagent.inference.models import Model, models
-from ibisagent.inference.session import SESSION_FILE, Session
+from ibisagent.inference.rounds import SESSION_FILE
+from ibisagent.inference.session import Session
 from ibisagent.policies.base import Policy
-from ibisagent.protocol import target_of
+from ibisagent.query import target_of
 from ibisagent.segmenters import Segmenter
 from ibisagent.server.batching import SharedPolicy
+from ibisagent.server.jobs import Job, Jobs
+from ibisagent.server.storage import Ownership, note_use, trouble, used
 
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".dcm", ".mha", ".mhd", ".nrrd")
 _ID = re.compile(r"[0-9a-f]{32}")
 OWNER_FILE = "owner"  # in the folder of a session that a visitor of the page opened: which
+PASSING_FILE = "passing"  # in that of another program, which does not come back to it: it goes when it is idle
 READERS = 2  # uploads that are decoded at once: each may take some hundred megabytes for a moment
 LARGE_RUNS = 4  # one-shot runs at once on images as large as the limit; of smaller ones, accordingly more
-JOB_LANES = 4  # images of one job under way at once: enough to fill batches, few enough not to crowd people out
+LOADED_IMAGES = 16  # as large as the limit, or accordingly more smaller ones: those of sessions that stay in memory
+IN_HAND_SECONDS = 60.0  # after its last use, in which a session is not put away to make room
 
 
 class MissingError(ConfigError):
@@ -52,7 +58,11 @@ class FullError(ConfigError):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one server takes. Sizes in bytes, pixels and voxels (see `limits`), times in seconds."""
+    """What one server takes. Sizes in bytes, pixels and voxels (see `limits`), times in seconds.
+
+    sessions: in use at a time. idle_seconds: without a use, after which something is idle, see `Service.expire`.
+    delete_seconds: without a use, after which everything goes, whoever made it; None: never.
+    """
 
     sessions: int = 100
     upload_bytes: int = 64 * 2**20
@@ -62,10 +72,12 @@ class Limits:
     turns: int = MAX_TURNS
     jobs: int = 20
     job_images: int = 200
+    delete_seconds: float | None = None
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:
-            if not getattr(self, name) > 0:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
                 raise ConfigError(f"limit {name} is {getattr(self, name)}: give more than 0")
 
 
@@ -82,6 +94,15 @@ class VolumeLike(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class VoxelClick:
+    """A user's click on voxel [i, j, k] of a volume: it belongs to `target`, or does not."""
+
+    voxel: tuple[int, int, int]
+    positive: bool
+    target: str
+
+
 class VolumeFormats(Protocol):
     """What reads, segments and writes volumes."""
 
@@ -96,27 +117,34 @@ class VolumeFormats(Protocol):
         """The masks of a volume on its own grid, by target."""
         ...
 
-    def write_masks(self, masks: Masks, volume: VolumeLike, path: Path) -> None:
-        """All masks as one label map (1, 2, ... in their order) on the grid of `volume`."""
+    def click(
+        self, volume: VolumeLike, clicks: Sequence[VoxelClick], segmenter: Segmenter, *, through: bool
+    ) -> dict[str, Mask]:
+        """The masks that a user's clicks ask for, by target. through: also beyond the slices that were clicked on."""
+        ...
+
+    def write_masks(
+        self, masks: Masks, volume: VolumeLike, path: Path, *, dtype: str = "uint8", compressed: bool = True
+    ) -> None:
+        """All masks on the grid of `volume`: one label map (1, 2, ... in their order) where `path` ends in .nii.gz or
+        .nrrd, a DICOM segmentation where it ends in .dcm. dtype, compressed: of NRRD."""
         ...
 
 
-JobState = Literal["waiting", "running", "done", "cancelled"]
+class Teaching(Protocol):
+    """What `Service.teaching` has to be able to do, so that a client can have the models taught."""
 
+    def start(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Begin, in the background; what there is to say of it. ConfigError where it cannot be."""
+        ...
 
-@dataclass(eq=False)
-class Job:
-    """Many images, one request."""
+    def status(self) -> dict[str, Any] | None:
+        """How far it is, with "status": "RUNNING" while it is under way; None where nothing was begun."""
+        ...
 
-    id: str
-    query: str
-    names: list[str]
-    max_turns: int
-    state: JobState = "waiting"
-    done: int = 0
-    failures: dict[str, str] = field(default_factory=dict)
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    touched: float = field(default_factory=time.time)
+    def stop(self) -> dict[str, Any]:
+        """End it; what there is to say of it."""
+        ...
 
 
 class _Room:
@@ -152,63 +180,77 @@ class Service:
         *,
         limits: Limits | None = None,
         volumes: VolumeFormats | None = None,
+        address: str = "",
     ) -> None:
-        """folder: where everything is kept; sessions of an earlier run that are in it come back.
+        """folder: where everything is kept; sessions and jobs of an earlier run that are in it come back.
 
-        volumes: None where this server reads pictures alone. Raises DataError where the folder cannot be written.
+        volumes: None where this server reads images alone. address: where it will be found, for whoever wants the
+        folder as well. Raises DataError where the folder cannot be written, ConfigError where another server has it.
         """
         self.limits = limits or Limits()
         self.segmenter, self.volumes = segmenter, volumes
         self.batches: list[int] = [0, 0]  # how many, and turns in them
-        self.policy = SharedPolicy(policy, max_turns=self.limits.turns, on_batch=self._note_batch)
         self.folder = Path(folder)
         if not self.folder.exists():
             make_folder(self.folder)
             self.folder.chmod(0o700)
+        self._ownership = Ownership(self.folder, address)  # before anything in it is touched
+        self.policy = SharedPolicy(policy, max_turns=self.limits.turns, on_batch=self._note_batch)
         for part in ("sessions", "jobs", "uploads"):
             self.private_folder(part)
         for leftover in (self.folder / "uploads").iterdir():
-            _remove(leftover)
-        for folder_of_job in (self.folder / "jobs").iterdir():  # a job does not outlive its server
-            _remove(folder_of_job)
+            remove(leftover)
         self._sessions: dict[str, Session | None] = {}
         self._touched: dict[str, float] = {}
         self._owners: dict[str, str] = {}  # of sessions that visitors of the page opened
+        self._worked: set[str] = set()  # sessions that are known to hold somebody's work
         for kept in (self.folder / "sessions").iterdir():
-            file = kept / SESSION_FILE
-            if _ID.fullmatch(kept.name) and file.is_file():
+            if not _ID.fullmatch(kept.name):
+                continue  # not ours
+            if (kept / SESSION_FILE).is_file():
                 self._sessions[kept.name] = None  # read when it is asked for
-                self._touched[kept.name] = file.stat().st_mtime
+                self._touched[kept.name] = used(kept)
                 if (owner := kept / OWNER_FILE).is_file():
                     self._owners[kept.name] = owner.read_text(errors="replace")
             else:
-                _remove(kept)  # killed while it was opened
-        self._jobs: dict[str, Job] = {}
+                remove(kept)  # killed while it was opened
         self._lock = threading.Lock()
         self._readers = threading.BoundedSemaphore(READERS)
         self._room = _Room(LARGE_RUNS * self.limits.pixels)
-        self._job_threads = ThreadPoolExecutor(1, thread_name_prefix="job")
+        self._jobs = Jobs(self.folder / "jobs", self._segment_for_job)
+        self.teaching: Teaching | None = None
+        """What teaches the models, where they can be taught here."""
+        self.also_expire: list[Callable[[float, float], int]] = []
+        """Called by `expire` with two times, what was not used since goes: by the rule, and as was asked for."""
+
+    def stop(self) -> None:
+        """Take over wherever the agent is at work, and begin no image of a job any more: what is done so far stays."""
+        self._jobs.stop()
+        with self._lock:
+            loaded = [session for session in self._sessions.values() if session is not None]
+        for session in loaded:
+            session.interrupt()
 
     def close(self) -> None:
-        """Stop the jobs and the model's thread."""
-        for job in self._jobs.values():
-            job.cancelled.set()
+        """Stop the runs, the jobs and the model's thread, and let another server have the folder."""
+        self.stop()
         self.policy.close()
-        self._job_threads.shutdown(cancel_futures=True)
+        self._jobs.close()
+        self._ownership.release()
 
-    # Pictures from outside.
+    # Images from outside.
 
-    def read_picture(self, content: bytes, name: str) -> Image:
-        """The picture in an upload. `name` is for people: its last part becomes the image's source.
+    def read_upload(self, content: bytes, name: str) -> Image:
+        """The image in an upload. `name` is for people: its last part becomes the image's source.
 
-        TooLargeError beyond the limits, DataError for what is no picture.
+        TooLargeError beyond the limits, DataError for what is no image.
         """
         image: Image = self._read(content, name, read_image)
         self._check_size(image.size, name)
         return replace(image, source=plain_name(name))
 
     def read_mask(self, content: bytes, name: str, size: tuple[int, int]) -> Mask:
-        """The binary mask in an upload, of `size` (H, W). Errors as `read_picture`."""
+        """The binary mask in an upload, of `size` (H, W). Errors as `read_upload`."""
         mask: Mask = self._read(content, name, lambda path: read_masks(path)["mask"])
         if mask.shape != size:
             raise DataError(f"{plain_name(name)}: is {mask.shape[::-1]}, the image is {size[::-1]} pixels (W, H)")
@@ -217,9 +259,9 @@ class Service:
         return mask
 
     def read_volume(self, content: bytes, name: str) -> VolumeLike:
-        """The volume in an upload, by the ending of its name. Errors as `read_picture`."""
+        """The volume in an upload, by the ending of its name. Errors as `read_upload`."""
         if self.volumes is None:
-            raise DataError(f"{plain_name(name)}: this server reads pictures, not volumes; send a slice as PNG")
+            raise DataError(f"{plain_name(name)}: this server reads images, not volumes; send a slice as PNG")
         volume: VolumeLike = self._read(content, name, self.volumes.read)
         return volume
 
@@ -240,19 +282,36 @@ class Service:
     def _read(self, content: bytes, name: str, read: Callable[[Path], Any]) -> Any:
         """What `read` makes of an upload, which lies in the data folder meanwhile; errors speak of its own name."""
         shown = plain_name(name)
-        if not content:
-            raise DataError(f"{shown}: is empty (0 bytes); send the file itself")
-        if len(content) > self.limits.upload_bytes:
-            raise TooLargeError(f"{shown}: {len(content)} bytes, at most {self.limits.upload_bytes} are taken")
+        self.check_bytes(content, shown)
         path = self.scratch(next((ending for ending in VOLUME_SUFFIXES if shown.lower().endswith(ending)), ""))
         write_whole(content, path)
         try:
-            with self._readers, limits.at_most(pixels=self.limits.pixels, voxels=self.limits.voxels):
+            with self.reading():
                 return read(path)
         except DataError as error:
             raise type(error)(str(error).replace(str(path), shown)) from error
         finally:
-            _remove(path)
+            remove(path)
+
+    def within_limits(self) -> AbstractContextManager[None]:
+        """What is read in the block may have as many pixels and voxels as this server takes."""
+        return limits.at_most(pixels=self.limits.pixels, voxels=self.limits.voxels)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Room to decode one upload, and the limits for it."""
+        with self._readers, self.within_limits():
+            yield
+
+    def check_bytes(self, content: bytes, shown: str) -> None:
+        """DataError for an empty upload, TooLargeError for one beyond the limit. shown: what it is called."""
+        if not content:
+            raise DataError(f"{shown}: is empty (0 bytes); send the file itself")
+        most = self.limits.upload_bytes
+        if len(content) > most:
+            raise TooLargeError(
+                f"{shown}: {len(content)} bytes, at most {most} are taken (--max-upload); make it smaller"
+            )
 
     def _check_size(self, size: tuple[int, int], name: str) -> None:
         if size[0] * size[1] > self.limits.pixels:
@@ -262,20 +321,31 @@ class Service:
 
     # Sessions.
 
-    def open(self, image: Image, query: str, start: Mask | None = None, *, owner: str | None = None) -> Session:
-        """A new session. owner: the visitor of the page whose it is; None: of all who have the token.
+    def open(
+        self,
+        image: Image,
+        query: str,
+        start: Mask | Masks | None = None,
+        *,
+        owner: str | None = None,
+        passing: bool = False,
+    ) -> Session:
+        """A new session. start: the mask to refine of what the query names, or such masks by target. owner: the
+        visitor of the page whose it is; None: of all who have the token.
 
-        FullError where there are as many as there may be.
+        passing: of a program that does not come back to it once it is idle. FullError where as many are in use as may.
         """
         query = check_query(query)
-        masks = {} if start is None else {target_of(query): start}
-        return self._add(lambda id_, folder: self._new(id_, image, query, masks, folder), owner)
+        if start is None:
+            start = {}
+        masks: Masks = start if isinstance(start, Mapping) else {target_of(query): start}
+        return self._add(lambda id_, folder: self._new(id_, image, query, masks, folder), owner, passing)
 
     def fork(self, id_: str, turn: int) -> Session:
         """A new session from the first `turn` turns of another, of the same owner."""
         session = self.session(id_)
-        owner = self._owners.get(id_)
-        return self._add(lambda fresh, folder: session.fork(turn, id=fresh, folder=folder), owner)
+        owner, passing = self._owners.get(id_), (self._folder_of(id_) / PASSING_FILE).exists()
+        return self._add(lambda fresh, folder: session.fork(turn, id=fresh, folder=folder), owner, passing)
 
     def check_visitor(self, id_: str, visitor: str | None) -> None:
         """MissingError where a session belongs to a visitor of the page who is not `visitor`, as if it were not there.
@@ -295,7 +365,18 @@ class Service:
             if session is None:
                 session = Session.load(self._folder_of(id_), self.segmenter, self.policy)
                 self._sessions[id_] = session
+                self._make_room()
+            note_use(self._folder_of(id_))
             return session
+
+    def loaded(self, id_: str) -> Session | None:
+        """A session if it is in memory; this does not count as a use of it."""
+        with self._lock:
+            return self._sessions.get(id_)
+
+    def session_folder(self, id_: str) -> Path:
+        """Where a session keeps itself; there as long as it is open."""
+        return self._folder_of(id_)
 
     def close_session(self, id_: str) -> None:
         """Take over where it runs, forget it, and delete its files. MissingError where there is none."""
@@ -305,9 +386,10 @@ class Service:
             session = self._sessions.pop(id_)
             del self._touched[id_]
             self._owners.pop(id_, None)
+            self._worked.discard(id_)
         if session is not None:
             session.discard()
-        _remove(self._folder_of(id_))
+        remove(self._folder_of(id_))
 
     @property
     def session_ids(self) -> list[str]:
@@ -320,31 +402,77 @@ class Service:
         return [id_ for id_ in self.session_ids if self._owners.get(id_, visitor) == visitor]
 
     def expire(self, now: float | None = None) -> int:
-        """Close whatever has been idle for too long; how many sessions and jobs that were."""
-        limit = (time.time() if now is None else now) - self.limits.idle_seconds
+        """Put away or delete what has been idle for too long; how much was deleted.
+
+        One rule: what somebody made, or has not fetched, is never deleted unless `Limits.delete_seconds` asks for it.
+        So an idle session leaves the memory and stays on the disk. What goes is what is idle and can be had again:
+        sessions of programs that nobody has acted in, or that are `passing`; jobs whose results were fetched; uploads
+        that were never opened.
+        """
+        now = time.time() if now is None else now
+        idle = now - self.limits.idle_seconds
+        asked = float("-inf") if self.limits.delete_seconds is None else now - self.limits.delete_seconds
+        deleted = 0
         with self._lock:
-            idle = [
+            left = [
                 id_
                 for id_, session in self._sessions.items()
-                if self._touched[id_] < limit and not (session is not None and session.running)
+                if self._touched[id_] < max(idle, asked) and not (session is not None and session.running)
             ]
-            old = [job.id for job in self._jobs.values() if job.touched < limit and job.state in ("done", "cancelled")]
-        for id_ in idle:
-            self.close_session(id_)
-        for id_ in old:
-            self.remove_job(id_)
+        for id_ in left:
+            if self._touched.get(id_, now) < asked or self._goes_when_idle(id_):
+                with suppress(MissingError):  # somebody closed it meanwhile
+                    self.close_session(id_)
+                    deleted += 1
+            else:
+                self._put_away(id_, idle)
+        for job in self._jobs.all:
+            last = self._jobs.last_use(job)
+            if job.over and (last < asked or (job.fetched and last < idle)):
+                self._jobs.remove(job)
+                deleted += 1
+        deleted += sum(expire(idle, asked) for expire in self.also_expire)
         for path in (self.folder / "uploads").rglob("*"):  # what was sent to the page and never opened
             with suppress(OSError):
-                if path.stat().st_mtime < limit:
+                if path.stat().st_mtime < idle:
                     path.rmdir() if path.is_dir() else path.unlink()
-        return len(idle) + len(old)
+        return deleted
+
+    def _goes_when_idle(self, id_: str) -> bool:
+        folder = self._folder_of(id_)
+        if (folder / PASSING_FILE).exists():
+            return True
+        if id_ in self._owners or id_ in self._worked:
+            return False
+        if _holds_work(folder / SESSION_FILE):
+            self._worked.add(id_)
+            return False
+        return True
+
+    def _put_away(self, id_: str, unused_since: float) -> None:
+        """Forget what is in memory of a session that was not used since; it is read again when it is asked for."""
+        with self._lock:
+            session = self._sessions.get(id_)
+            if session is not None and not session.running and self._touched[id_] < unused_since:
+                self._sessions[id_] = None
+
+    def _make_room(self) -> None:
+        """Put away the sessions used longest ago where their images take too much memory. Under the lock."""
+        room = LOADED_IMAGES * self.limits.pixels
+        in_hand = time.time() - IN_HAND_SECONDS
+        for id_ in sorted(self._sessions, key=self._touched.__getitem__, reverse=True):
+            session = self._sessions[id_]
+            if session is not None:
+                room -= session.image.size[0] * session.image.size[1]
+                if room < 0 and self._touched[id_] < in_hand and not session.running:
+                    self._sessions[id_] = None
 
     def segment(self, image: Image, query: str, max_turns: int | None = None, start: Mask | None = None) -> Session:
         """One run on one image, kept by nobody; it may have to wait until others leave room for it.
 
         max_turns: default the policy's own limit.
         """
-        max_turns = self._turns(max_turns)
+        max_turns = self._turns(max_turns, query)
         with self._room.of(image.size[0] * image.size[1]):
             session = self.open_unkept(image, query, start)
             session.run(max_turns=max_turns)
@@ -355,9 +483,9 @@ class Service:
         query = check_query(query)
         return self._new(uuid.uuid4().hex, image, query, {} if start is None else {target_of(query): start}, None)
 
-    def _turns(self, asked: int | None) -> int:
+    def _turns(self, asked: int | None, query: str) -> int:
         if asked is None:
-            return self.policy.max_turns
+            return turn_limit(self.policy, query)
         if not 1 <= asked <= self.limits.turns:
             raise ConfigError(f"max_turns is {asked}: give 1 to {self.limits.turns}")
         return asked
@@ -365,29 +493,34 @@ class Service:
     def _new(self, id_: str, image: Image, query: str, start: Masks, folder: Path | None) -> Session:
         return Session(Case(id_, image, query, start=start), self.segmenter, self.policy, folder=folder)
 
-    def _add(self, make: Callable[[str, Path], Session], owner: str | None) -> Session:
+    def _add(self, make: Callable[[str, Path], Session], owner: str | None, passing: bool) -> Session:
         id_ = uuid.uuid4().hex
+        marks = {OWNER_FILE: owner, PASSING_FILE: "" if passing else None}
         with self._lock:
-            if len(self._sessions) >= self.limits.sessions:
-                raise FullError(f"there are {len(self._sessions)} sessions, more are not taken: close one, or wait")
+            idle = time.time() - self.limits.idle_seconds
+            in_use = sum(last >= idle for last in self._touched.values())
+            if in_use >= self.limits.sessions:
+                raise FullError(f"there are {in_use} sessions in use, more are not taken: close one, or wait")
             self._sessions[id_] = None  # its place
             self._touched[id_] = time.time()
             if owner is not None:
                 self._owners[id_] = owner
         try:
-            if owner is not None:  # before the session, so that it is never there without
-                make_folder(self._folder_of(id_))
-                write_whole(owner.encode(), self._folder_of(id_) / OWNER_FILE)
+            for name, mark in marks.items():  # before the session, so that it is never there without
+                if mark is not None:
+                    make_folder(self._folder_of(id_))
+                    write_whole(mark.encode(), self._folder_of(id_) / name)
             session = make(id_, self._folder_of(id_))
         except BaseException:
             with self._lock:
                 self._sessions.pop(id_, None)
                 self._touched.pop(id_, None)
                 self._owners.pop(id_, None)
-            _remove(self._folder_of(id_))
+            remove(self._folder_of(id_))
             raise
         with self._lock:
             self._sessions[id_] = session
+            self._make_room()
         return session
 
     def _folder_of(self, id_: str) -> Path:
@@ -397,79 +530,44 @@ class Service:
 
     def submit(self, images: Sequence[tuple[str, bytes]], query: str, max_turns: int | None = None) -> Job:
         """Segment many uploads (name, content) with one query, in the background. FullError, TooLargeError as above."""
-        query, max_turns = check_query(query), self._turns(max_turns)
+        query, max_turns = check_query(query), self._turns(max_turns, query)
         if not 1 <= len(images) <= self.limits.job_images:
             raise TooLargeError(f"a job of {len(images)} images: give 1 to {self.limits.job_images}")
-        names = file_names([plain_name(name) for name, _ in images])
-        job = Job(uuid.uuid4().hex, query, names, max_turns)
-        with self._lock:
-            if len(self._jobs) >= self.limits.jobs:
-                raise FullError(f"there are {len(self._jobs)} jobs, more are not taken: delete one that is done")
-            self._jobs[job.id] = job
-        folder = self._job_folder(job)
-        make_folder(folder / "in")
-        for number, (_, content) in enumerate(images):
-            write_whole(content, folder / "in" / str(number))
-        self._job_threads.submit(self._run_job, job, [name for name, _ in images])
-        return job
+        kept = len(self._jobs.kept)
+        if kept >= self.limits.jobs:
+            raise FullError(f"there are {kept} jobs under way or not fetched, more are not taken: fetch or delete one")
+        shown = [plain_name(name) for name, _ in images]
+        return self._jobs.submit([content for _, content in images], file_names(shown), shown, query, max_turns)
 
     def job(self, id_: str) -> Job:
         """A job that was submitted. MissingError where there is none."""
-        with self._lock:
-            if id_ not in self._jobs:
-                raise MissingError(f"no job '{id_[:40]}' here")
-            job = self._jobs[id_]
-            job.touched = time.time()
-            return job
+        job = self._jobs.get(id_)
+        if job is None:
+            raise MissingError(f"no job '{id_[:40]}' here")
+        return job
 
     @property
     def jobs(self) -> list[Job]:
         """All jobs, oldest first."""
-        return list(self._jobs.values())
+        return self._jobs.all
 
     def cancel(self, id_: str) -> Job:
         """End a job after the images under way; what is done stays."""
         job = self.job(id_)
-        job.cancelled.set()
-        if job.state == "waiting":
-            job.state = "cancelled"
+        self._jobs.cancel(job)
         return job
 
     def remove_job(self, id_: str) -> None:
         """Forget a job that is over, and delete its files. ConfigError while it runs."""
-        job = self.job(id_)
-        if job.state in ("waiting", "running"):
-            raise ConfigError(f"job {id_} is {job.state}: cancel it first")
-        with self._lock:
-            self._jobs.pop(id_, None)
-        _remove(self._job_folder(job))
+        self._jobs.remove(self.job(id_))
 
     def results(self, id_: str) -> bytes:
         """A zip of what a job has made so far: masks, overlays, records."""
-        return zipped(self._job_folder(self.job(id_)) / "out")
+        return zipped(self._jobs.results(self.job(id_)))
 
-    def _job_folder(self, job: Job) -> Path:
-        return self.folder / "jobs" / job.id
-
-    def _run_job(self, job: Job, names: Sequence[str]) -> None:
-        if not job.cancelled.is_set():
-            job.state = "running"
-            with ThreadPoolExecutor(JOB_LANES, thread_name_prefix="job-image") as lanes:
-                list(lanes.map(lambda number: self._run_image(job, number, names[number]), range(len(names))))
-        _remove(self._job_folder(job) / "in")
-        job.touched = time.time()
-        job.state = "cancelled" if job.cancelled.is_set() else "done"
-
-    def _run_image(self, job: Job, number: int, name: str) -> None:
-        if job.cancelled.is_set():
-            return
-        folder = self._job_folder(job)
-        try:
-            image = self.read_picture((folder / "in" / str(number)).read_bytes(), name)
-            self.segment(image, job.query, job.max_turns).export(folder / "out", job.names[number])
-        except (IbisError, OSError) as error:
-            job.failures[plain_name(name)] = str(error)
-        job.done += 1
+    def _segment_for_job(self, content: bytes, shown: str, job: Job, folder: Path, name: str) -> None:
+        image = self.read_upload(content, shown)
+        self.segment(image, job.query, job.max_turns).export(folder, name)
 
     # What there is to know.
 
@@ -490,15 +588,9 @@ class Service:
             "notice": "Research software: not a medical device, not for clinical use.",
         }
 
-    def ready(self) -> bool:
-        """Whether the data folder can be written."""
-        probe = self.scratch()
-        try:
-            write_whole(b"", probe)
-        except DataError:
-            return False
-        _remove(probe)
-        return True
+    def trouble(self) -> str | None:
+        """Why no work can be taken; None where it can."""
+        return trouble(self.folder, self.scratch())
 
     def _note_batch(self, size: int) -> None:
         self.batches[0] += 1
@@ -512,6 +604,15 @@ def _missing(id_: str) -> MissingError:
 @cache
 def _models() -> list[Model]:
     return models()
+
+
+def _holds_work(file: Path) -> bool:
+    """Whether anybody acted in the session that a file keeps, or gave it a mask; also where it cannot be read."""
+    try:
+        rounds = json.loads(file.read_bytes())["rounds"]
+        return not all(set(filter(one.get, one)) <= {"query"} for one in rounds)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return True
 
 
 def plain_name(name: str) -> str:
@@ -540,21 +641,21 @@ def export_zip(service: Service, session: Session) -> bytes:
         write_whole(session.report().encode(), folder / f"{name}_report.html")
         return zipped(folder)
     finally:
-        _remove(folder)
+        remove(folder)
 
 
 def training_zip(service: Service, session: Session) -> bytes:
-    """What `Session.export_training` writes. ConfigError where no person has corrected anything."""
+    """What `Session.export_training` writes. ConfigError where no user has corrected anything."""
     folder = service.scratch()
     try:
         if not session.export_training(folder):
-            raise ConfigError("there is nothing to learn from: no turn of this session is a person's")
+            raise ConfigError("there is nothing to learn from: no turn of this session is a user's")
         return zipped(folder)
     finally:
-        _remove(folder)
+        remove(folder)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Delete a file or a folder with all in it, if it is there."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)

@@ -8,13 +8,18 @@ from pathlib import Path
 
 import numpy as np
 
-from ibisagent.domain import Image, Mask, Masks
+from ibisagent.domain import Action, Case, Click, Image, Mask, Masks, Reply, Stop
+from ibisagent.environment import package_version
 from ibisagent.errors import ConfigError
-from ibisagent.inference.volume import run_volume
+from ibisagent.inference.image import run_case
+from ibisagent.inference.volume import run_volume, slice_id
 from ibisagent.policies.base import Policy
+from ibisagent.policies.scripted import ScriptedPolicy
+from ibisagent.protocol import MAX_ACTIONS, write
 from ibisagent.segmenters import Segmenter
-from ibisagent.server.service import VolumeLike
+from ibisagent.server.service import VolumeLike, VoxelClick
 from ibisagent.volumes import SliceView, Volume, read_volume
+from ibisagent.volumes.itk import write_nrrd
 from ibisagent.volumes.windows import HOUNSFIELD
 from ibisagent.volumes.writing import write_nifti
 
@@ -48,16 +53,61 @@ class PackageVolumes:
         return ShownVolume(read_volume(path))
 
     def segment(self, volume: VolumeLike, query: str, policy: Policy, segmenter: Segmenter) -> dict[str, Mask]:
-        """As `volume_agent.run_volume`, searching for the object."""
+        """As `inference.volume.run_volume`, searching for the object."""
         return dict(run_volume(SliceView(_package(volume)), query, policy, segmenter).masks)
 
-    def write_masks(self, masks: Masks, volume: VolumeLike, path: Path) -> None:
-        """All masks as one label map in NIfTI, on the volume's grid."""
+    def click(
+        self, volume: VolumeLike, clicks: Sequence[VoxelClick], segmenter: Segmenter, *, through: bool
+    ) -> dict[str, Mask]:
+        """The clicks of a slice make its masks; through the others `volume_agent` carries them, where `through`."""
+        view = SliceView(_package(volume))
+        given: dict[int, list[Action]] = {}
+        for click in clicks:
+            index, x, y = view.pixel(click.voxel)
+            given.setdefault(index, []).append(Click(x, y, click.positive, click.target))
+        if through:
+            script = {slice_id(view, index): _replies(actions, view) for index, actions in given.items()}
+            longest = max(map(len, script.values()))
+            policy = ScriptedPolicy(script, name="user")
+            found = run_volume(
+                view, clicks[0].target, policy, segmenter,
+                keys=sorted(given), recheck=0, max_turns=longest, mask_selection="last",
+            )  # fmt: skip
+            return dict(found.masks)
+        masks: dict[str, Mask] = {}
+        for index, actions in given.items():
+            case = Case(slice_id(view, index), view.image(index), clicks[0].target)
+            replies = _replies(actions, view)
+            episode = run_case(
+                case, ScriptedPolicy(replies, name="user"), segmenter, max_turns=len(replies), mask_selection="last"
+            )
+            for target, mask in episode.answer_masks.items():
+                view.write_mask(masks.setdefault(target, np.zeros(view.volume.shape, bool)), index, mask)
+        return masks
+
+    def write_masks(
+        self, masks: Masks, volume: VolumeLike, path: Path, *, dtype: str = "uint8", compressed: bool = True
+    ) -> None:
+        """All masks as one label map in NIfTI or NRRD, or as a DICOM segmentation, by the ending of `path`."""
         source = _package(volume)
+        if path.suffix == ".dcm":
+            from ibisagent.volumes.dicom_output import write_segmentation
+
+            write_segmentation(masks, source, path, {"ibisagent": package_version()})
+            return
         labels = np.zeros(source.shape, dtype=np.uint8)
         for number, mask in enumerate(masks.values(), 1):
             labels[mask] = number
-        write_nifti(labels, source, path)
+        if path.suffix == ".nrrd":
+            write_nrrd(labels.astype(dtype), source, path, compressed=compressed)
+        else:
+            write_nifti(labels, source, path)
+
+
+def _replies(actions: Sequence[Action], view: SliceView) -> list[str]:
+    """The clicks of one slice as turns, and a stop."""
+    turns = [tuple(actions[start : start + MAX_ACTIONS]) for start in range(0, len(actions), MAX_ACTIONS)]
+    return [write(Reply("", turn), view.size, dialect="ibis") for turn in [*turns, (Stop(),)]]
 
 
 def _package(volume: VolumeLike) -> Volume:

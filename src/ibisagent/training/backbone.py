@@ -1,7 +1,8 @@
 """Fine-tunes the backbone of the small networks (`segmenters.backbone`): all named objects of an image at once.
 
 A head of one map per object name is trained with it and thrown away. Which names an image is known to show, and which
-it is known not to show, comes from the rows (`teacher.phrasings.Absences`); maps of all other names carry no loss.
+it is known not to show, comes from the rows (`generation.teacher.phrasings.Absences`); maps of all other names carry
+no loss.
 """
 
 from __future__ import annotations
@@ -32,7 +33,14 @@ from ibisagent.training.images import (
     random_turn,
     recolored,
 )
-from ibisagent.training.loop import Report, load_checkpoint, rate_factor, save_checkpoint, unheard, update_average
+from ibisagent.training.loop import (
+    Report,
+    ignore_progress,
+    load_checkpoint,
+    rate_factor,
+    save_checkpoint,
+    update_average,
+)
 
 IMAGENET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 AVERAGE_DECAY = 0.998
@@ -115,7 +123,7 @@ def _start_from_imagenet(backbone: Backbone) -> None:
         raise DataError(f"ImageNet weights do not fit ({[*left, *unknown][0]}): timm has changed its names")
 
 
-def train(recipe: BackboneRecipe, images: TrainingImages, report: Report = unheard) -> Path:
+def train(recipe: BackboneRecipe, images: TrainingImages, report: Report = ignore_progress) -> Path:
     """Fine-tune on `images` as `recipe` says, resuming from its checkpoint if there is one; returns the weights' path,
     which is written at the end.
 
@@ -252,13 +260,15 @@ class _Run:
         for pair in self.held_out:
             row = self.images.rows[pair]
             logits = maps[int(self.images.image[pair])][self.place[row.object]]
-            truth = cv2.resize(self.images.mask(pair).astype(np.float32), (MAP, MAP), interpolation=cv2.INTER_AREA)
-            hits[row.modality].append(float(truth.flat[logits.argmax()] > 0))
-            guess, mask = logits > 0, truth >= 0.5
+            ground_truth = cv2.resize(
+                self.images.mask(pair).astype(np.float32), (MAP, MAP), interpolation=cv2.INTER_AREA
+            )
+            hits[row.modality].append(float(ground_truth.flat[logits.argmax()] > 0))
+            guess, mask = logits > 0, ground_truth >= 0.5
             overlaps.append((guess & mask).sum() / max((guess | mask).sum(), 1))
-        figures = {f"hit {name}": round(float(np.mean(values)), 3) for name, values in sorted(hits.items())}
+        metrics = {f"hit {name}": round(float(np.mean(values)), 3) for name, values in sorted(hits.items())}
         flat = [value for values in hits.values() for value in values]
-        return {"hit": round(float(np.mean(flat)), 3), "iou": round(float(np.mean(overlaps)), 3), **figures}
+        return {"hit": round(float(np.mean(flat)), 3), "iou": round(float(np.mean(overlaps)), 3), **metrics}
 
     @property
     def _checkpoint(self) -> Path:

@@ -17,7 +17,7 @@ from ibisagent.datasets import CaseRow, CaseSource, read_cases
 from ibisagent.domain import Mask
 from ibisagent.errors import DataError
 from ibisagent.segmenters.backbone import SIDE
-from ibisagent.segmenters.context_features import FEATURES, GlanceEncoder, glance_input
+from ibisagent.segmenters.context_features import FEATURES, ContextEncoder, context_input
 from ibisagent.segmenters.context_features import GRID as CONTEXT_GRID
 
 # Images of these have no up or down, left or right; of those, no left or right.
@@ -149,7 +149,7 @@ def recolored(view: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 
 def context_features(images: TrainingImages, folder: Path) -> np.memmap:
-    """What `segmenters.glance` sees in each image, (N, FEATURES, GRID, GRID) float16, mapped from a file in `folder`.
+    """What `segmenters.context_features` sees in each image: (N, FEATURES, GRID, GRID) float16, mapped from `folder`.
 
     Missing ones are computed first, 0.1 s each and core; 0.4 MB each.
     """
@@ -159,9 +159,9 @@ def context_features(images: TrainingImages, folder: Path) -> np.memmap:
     folder.mkdir(parents=True, exist_ok=True)
     features = np.memmap(path, dtype=np.float16, mode="r+" if path.exists() else "w+", shape=shape)
     done = np.memmap(done_path, dtype=np.uint8, mode="r+" if done_path.exists() else "w+", shape=shape[:1])
-    encoder = None if done.all() else GlanceEncoder()
+    encoder = None if done.all() else ContextEncoder()
     for number in np.flatnonzero(done == 0):
         assert encoder is not None
-        features[number] = encoder.embed(glance_input(images.pixels[number])[None])[0]
+        features[number] = encoder.embed(context_input(images.pixels[number])[None])[0]
         done[number] = 1
     return features

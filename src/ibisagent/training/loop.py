@@ -17,14 +17,15 @@ from ibisagent.files import same_run
 log = logging.getLogger(__name__)
 
 Report = Callable[[int, Mapping[str, float], Mapping[str, float] | None], None]
-"""Called after each step with the examples so far, the running losses, and the figures of a look if there was one."""
+"""Called after each step with the examples so far, the running losses, and the metrics of a validation if there was
+one."""
 
 
-def unheard(done: int, losses: Mapping[str, float], figures: Mapping[str, float] | None) -> None:
+def ignore_progress(done: int, losses: Mapping[str, float], metrics: Mapping[str, float] | None) -> None:
     """The report of a run that nobody follows."""
 
 
-def warn_without_figure(out: Path, held_out: Sized) -> None:
+def warn_without_metrics(out: Path, held_out: Sized) -> None:
     """Say so where no patient is held out: then nothing tells how good the run's weights in `out` are."""
     if not len(held_out):
         log.warning(
@@ -34,10 +35,10 @@ def warn_without_figure(out: Path, held_out: Sized) -> None:
         )
 
 
-def rate_factor(step: int, warm_up: int, progress: float) -> float:
+def rate_factor(step: int, warmup_steps: int, progress: float) -> float:
     """Learning rate as a share of its peak: linear warm-up, then a cosine down to 2%. progress: 0 to 1."""
     cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return min(1.0, (step + 1) / warm_up) * (0.02 + 0.98 * cosine)
+    return min(1.0, (step + 1) / warmup_steps) * (0.02 + 0.98 * cosine)
 
 
 @torch.no_grad()

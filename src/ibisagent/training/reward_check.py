@@ -93,7 +93,7 @@ def read_episodes(path: Path) -> Iterator[Episode]:
         yield from EpisodeStore(path).read()
 
 
-def read_truth(data: Path) -> Mapping[str, Case]:
+def read_ground_truth(data: Path) -> Mapping[str, Case]:
     """Cases by id, decoded when they are looked up: of labelled data, or of the prompts that 'data build' exported."""
     exported = data / "grpo" if (data / "grpo").is_dir() else data / "export" / "grpo"
     return _Prompts(exported.parent) if exported.is_dir() else read_cases(data).by_id
@@ -125,7 +125,7 @@ def check_rewards(
 ) -> RewardReport:
     """Score `episodes` again and report on each term that has a weight.
 
-    Episodes that cannot be scored, as their case is not among `cases` or has no truth, are listed and left out.
+    Episodes that cannot be scored, as their case is not among `cases` or has no ground truth, are listed and left out.
     DataError if fewer than two are left: then nothing could vary.
     """
     scores: list[tuple[str, Score]] = []

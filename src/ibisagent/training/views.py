@@ -1,6 +1,6 @@
-"""A bank of augmented views of the training pictures with their glances (`segmenters.glance`).
+"""A bank of augmented views of the training images with their context features (`segmenters.context_features`).
 
-The glance's encoder is never trained, so every view of every picture is embedded once, before training, into
+The encoder is never trained, so every view of every image is embedded once, before training, into
 memory-mapped arrays: what makes training `ibis-click` and `ibis-nano` possible on a CPU. Building is resumable.
 """
 
@@ -17,23 +17,23 @@ import cv2
 import numpy as np
 
 from ibisagent.domain import Case
-from ibisagent.segmenters.context_features import FEATURES, GRID, GlanceEncoder, glance_input
+from ibisagent.segmenters.context_features import FEATURES, GRID, ContextEncoder, context_input
 
 SIDE = 256  # pixels of the squashed views
-FULL_GROUP = 40  # pictures of a data set that get every augmented view
+FULL_GROUP = 40  # images of a data set that get every augmented view
 
-# Pictures of these have no up or down, left or right.
+# Images of these have no up or down, left or right.
 TURNABLE = {"microscopy", "pathology", "dermoscopy", "endoscope"}
 MIRRORED = {"fundus", "OCT"}  # right and left eye
 
 
 @dataclass(frozen=True, eq=False)
-class Bank:
-    """Memory-mapped arrays over V rounds of N pictures; round 0 is the plain picture.
+class FeatureCache:
+    """Memory-mapped arrays over V augmentations of N images; number 0 is the plain image.
 
     features (V, N, FEATURES, GRID, GRID) float16; pixels (V, N, SIDE, SIDE, 3) uint8; turns (V, N, 2, 3) float32, the
     affine maps from squashed pixels to view pixels; done (V, N) uint8, 1 where a view is complete. place: the number of
-    a picture by its content hash.
+    an image by its content hash.
     """
 
     features: np.memmap
@@ -43,25 +43,25 @@ class Bank:
     place: Mapping[str, int]
 
     @classmethod
-    def of(cls, cases: Iterable[Case], folder: Path, rounds: int, seed: int) -> Bank:
-        """The bank of the pictures of `cases` under `folder`; missing views are embedded first (0.1 s a view and core).
+    def of(cls, cases: Iterable[Case], folder: Path, augmentations_per_image: int, seed: int) -> FeatureCache:
+        """The cache of the images of `cases` under `folder`; missing views are embedded first (0.1 s a view and core).
 
-        Round 0 is untouched, later ones are augmented; they leave out part of a data set of more than FULL_GROUP
-        pictures, which has variety of its own.
+        Number 0 is untouched, later ones are augmented; they leave out part of a data set of more than FULL_GROUP
+        images, which has variety of its own.
         """
-        pictures = list({case.image.sha256: case for case in cases}.values())
-        hashes = [case.image.sha256 for case in pictures]
-        content = sha256(" ".join([str(rounds), str(seed), *hashes]).encode()).hexdigest()[:16]
-        bank = cls._open(folder / f"views-{content}", rounds, hashes)
-        bank._build(pictures, seed)
-        return bank
+        images = list({case.image.sha256: case for case in cases}.values())
+        hashes = [case.image.sha256 for case in images]
+        content = sha256(" ".join([str(augmentations_per_image), str(seed), *hashes]).encode()).hexdigest()[:16]
+        feature_cache = cls._open(folder / f"views-{content}", augmentations_per_image, hashes)
+        feature_cache._build(images, seed)
+        return feature_cache
 
     @classmethod
-    def _open(cls, folder: Path, rounds: int, hashes: Sequence[str]) -> Bank:
+    def _open(cls, folder: Path, augmentations_per_image: int, hashes: Sequence[str]) -> FeatureCache:
         folder.mkdir(parents=True, exist_ok=True)
 
         def array(name: str, dtype: type, *shape: int) -> np.memmap:
-            path, full = folder / name, (rounds, len(hashes), *shape)
+            path, full = folder / name, (augmentations_per_image, len(hashes), *shape)
             return np.memmap(path, dtype=dtype, mode="r+" if path.exists() else "w+", shape=full)
 
         return cls(
@@ -72,33 +72,33 @@ class Bank:
             place={hash_: number for number, hash_ in enumerate(hashes)},
         )
 
-    def _build(self, pictures: Sequence[Case], seed: int) -> None:
-        encoder = GlanceEncoder()
-        sizes = Counter(case.meta.get("dataset") for case in pictures)
-        for round_, number in np.ndindex(self.done.shape):
-            random, case = np.random.default_rng([seed, round_, number]), pictures[number]
-            wanted = round_ == 0 or random.random() < FULL_GROUP / sizes[case.meta.get("dataset")]
-            if self.done[round_, number] or not wanted:
+    def _build(self, images: Sequence[Case], seed: int) -> None:
+        encoder = ContextEncoder()
+        sizes = Counter(case.meta.get("dataset") for case in images)
+        for augmentation, number in np.ndindex(self.done.shape):
+            random, case = np.random.default_rng([seed, augmentation, number]), images[number]
+            wanted = augmentation == 0 or random.random() < FULL_GROUP / sizes[case.meta.get("dataset")]
+            if self.done[augmentation, number] or not wanted:
                 continue
             view = cv2.resize(case.image.pixels, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
             turn = np.eye(2, 3, dtype=np.float32)
-            if round_:
+            if augmentation:
                 turn = random_turn(case.meta.get("modality", ""), random)
                 view = _recoloured(cv2.warpAffine(view, turn, (SIDE, SIDE), flags=cv2.INTER_LINEAR), random)
-            self.features[round_, number] = encoder.embed(glance_input(view)[None])[0]
-            self.pixels[round_, number] = view
-            self.turns[round_, number] = turn
-            self.done[round_, number] = 1
+            self.features[augmentation, number] = encoder.embed(context_input(view)[None])[0]
+            self.pixels[augmentation, number] = view
+            self.turns[augmentation, number] = turn
+            self.done[augmentation, number] = 1
             if number % 200 == 199:
-                print(f"view {round_} of picture {number + 1} of {len(pictures)} embedded", flush=True)
+                print(f"view {augmentation} of image {number + 1} of {len(images)} embedded", flush=True)
 
-    def draw(self, picture: int, random: np.random.Generator) -> int:
-        """The round of a random view of a picture, given by its number."""
-        return int(random.choice(np.flatnonzero(self.done[:, picture])))
+    def draw(self, image: int, random: np.random.Generator) -> int:
+        """The augmentation of a random view of an image, given by its number."""
+        return int(random.choice(np.flatnonzero(self.done[:, image])))
 
 
 def random_turn(modality: str, random: np.random.Generator) -> np.ndarray:
-    """A (2, 3) float32 affine map of a squashed picture onto itself: mild, and free where the modality has no side."""
+    """A (2, 3) float32 affine map of a squashed image onto itself: mild, and free where the modality has no side."""
     angle = random.uniform(-12, 12) + (90 * random.integers(0, 4) if modality in TURNABLE else 0)
     scale = math.exp(random.uniform(-0.18, 0.3))
     turn = cv2.getRotationMatrix2D((SIDE / 2, SIDE / 2), angle, scale)

@@ -6,54 +6,87 @@ They carry patient and study as the source does, as DICOM demands: a de-identifi
 from __future__ import annotations
 
 import io
+import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+from pydicom.config import disable_value_validation
+from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.valuerep import DSfloat
 
-from ibisagent.errors import ConfigError, DataError
-from ibisagent.files import one_line, write_whole
-from ibisagent.volumes.dicom import quiet, read_header
-from ibisagent.volumes.grid import DicomOrigin, Volume
+from ibisagent.errors import ConfigError, DataError, IbisError
+from ibisagent.files import appearing_whole
+from ibisagent.volumes.grid import Volume, release
+from ibisagent.volumes.headers import quiet, told
 from ibisagent.volumes.measures import Measures
+from ibisagent.volumes.sources import Source, dataset_of, describe_source
+from ibisagent.volumes.terms import Code, Rgb, colours, term
 
 MANUFACTURER = "ibisagent"
 SERIES_NUMBER = 900
 """Of the first series that is written; reports have the next one."""
 
-_DISEASED = {"tumor": "Neoplasm", "tumour": "Neoplasm", "cancer": "Neoplasm", "polyp": "Lesion", "stroke": "Infarct"}
-_SIDES = ("left ", "right ")
 
+def write_segmentation(
+    masks: Mapping[str, np.ndarray], volume: Volume, path: Path, provenance: Mapping[str, str]
+) -> Any:
+    """Write (I, J, K) bool masks as one binary SEG file with a segment per target, and return its header.
 
-def write_segmentation(masks: Mapping[str, np.ndarray], volume: Volume, path: Path, made_by: Mapping[str, str]) -> Any:
-    """Write (I, J, K) bool masks as one binary SEG file with a segment per target, and return its dataset.
-
-    Only slices that show a target are stored. Every frame refers to the source's instance; the segments name policy and
-    segmenter (`made_by`) as their algorithm. Targets that DICOM's segmentation property types know carry that code.
-    Raises ConfigError without highdicom or where the source is not DICOM, DataError where no mask has a voxel or the
-    source lacks what DICOM demands.
+    Only slices that show a target are stored, each where the source's slice lies, even or not. Every frame refers to
+    the source's instance; the segments name policy and segmenter (`provenance`) as their algorithm, and carry the codes
+    and colours of `terms`. One slice is in memory at a time. Raises ConfigError without highdicom or where the source
+    is not DICOM, DataError where no mask has a voxel or the source lacks what DICOM demands.
     """
-    hd = _highdicom(path)
-    headers, frames = _sources(volume, path)
     shown = {name: mask for name, mask in masks.items() if mask.any()}
     if not shown:
         raise DataError(f"{path}: no mask has a voxel, and DICOM has no empty segmentation; nothing was written")
-    count = int(headers[0].get("NumberOfFrames", 1) or 1)
-    several = len(headers) > 1 or count == 1
-    planes = len(frames) if several else count
-    stacked = np.zeros((planes, volume.shape[1], volume.shape[0], len(shown)), np.uint8)
-    for k, (_, index) in enumerate(frames):
-        for number, mask in enumerate(shown.values()):
-            stacked[k if several else index, :, :, number] = mask[:, :, k].T
-    with quiet(), _refusals(path, "SEG"):
-        dataset = hd.seg.Segmentation(
-            source_images=headers,
-            pixel_array=stacked,
+    source = describe_source(volume, path.name)
+    with _refusals(path, "SEG"), tempfile.TemporaryFile(prefix="ibisagent-") as pixels:
+        dataset = _empty_segmentation(source, volume, shown, provenance, path)
+        _put_frames(dataset, shown, volume, source, pixels)
+        _save(dataset, path)
+    del dataset.PixelData
+    return dataset
+
+
+def check_source(volume: Volume, path: Path, provenance: Mapping[str, str]) -> tuple[str, ...]:
+    """Rehearse SEG and SR of `volume` before there is a mask; what will be left out or repaired, a line each.
+
+    Raises as `write_segmentation` does, so that nobody waits for what cannot be written.
+    """
+    source = describe_source(volume, path.name)
+    voxel = np.zeros((*volume.shape[:2], 1), bool)
+    voxel[0, 0, 0] = True
+    with _refusals(path, "SEG"), io.BytesIO() as pixels:
+        dataset = _empty_segmentation(source, volume, {"rehearsal": voxel}, provenance, path)
+        _put_frames(dataset, {"rehearsal": voxel}, volume, source, pixels)
+        with quiet(), disable_value_validation():
+            dataset.save_as(io.BytesIO())
+    nothing = Measures(1, None, None, None, None, None, (0, 0))
+    with _refusals(path, "SR"), quiet(), disable_value_validation():
+        _report({"rehearsal": nothing}, dataset, source, provenance, path).save_as(io.BytesIO())
+    return source.notes
+
+
+def _empty_segmentation(
+    source: Source, volume: Volume, shown: Mapping[str, np.ndarray], provenance: Mapping[str, str], path: Path
+) -> Any:
+    """A SEG dataset with everything but its frames; highdicom makes it of the first slice alone."""
+    hd = _highdicom(path)
+    columns, rows, _ = volume.shape
+    one = np.zeros((1, rows, columns), np.uint8)
+    one[0, 0, 0] = 1
+    with quiet(), disable_value_validation():
+        made = hd.seg.Segmentation(
+            source_images=[source.stand_in],
+            pixel_array=one,
             segmentation_type="BINARY",
             segment_descriptions=[
-                _description(hd, number, name, made_by) for number, name in enumerate(shown, start=1)
+                _description(hd, number, name, colour, provenance)
+                for number, (name, colour) in enumerate(colours(shown).items(), start=1)
             ],
             series_instance_uid=hd.UID(),
             series_number=SERIES_NUMBER,
@@ -61,27 +94,89 @@ def write_segmentation(masks: Mapping[str, np.ndarray], volume: Volume, path: Pa
             instance_number=1,
             manufacturer=MANUFACTURER,
             manufacturer_model_name="ibisagent",
-            software_versions=_short(made_by.get("ibisagent", "unknown")),
+            software_versions=_short(provenance.get("ibisagent", "unknown")),
             device_serial_number="1",
             content_label="IBISAGENT",
             series_description="Masks by ibisagent, not for clinical use",
+            transfer_syntax_uid=ExplicitVRLittleEndian,
         )
-        _complete(dataset, headers[0])
-        _save(dataset, path)
-    return dataset
+    if "PositionReferenceIndicator" not in made and "FrameOfReferenceUID" in made:
+        made.PositionReferenceIndicator = ""
+    if not source.placed:
+        made.PatientOrientation = ""
+    return made
+
+
+def _put_frames(
+    dataset: Any, shown: Mapping[str, np.ndarray], volume: Volume, source: Source, pixels: IO[bytes]
+) -> None:
+    """The frames of all masks, (I, J, K) or less in K, into `dataset`, with their places and sources, a bit a voxel.
+
+    pixels: a file that they are packed into, which must be there when the dataset is saved. Done here since highdicom
+    wants all masks in one array of bytes, which for many slices and targets fills the memory.
+    """
+    dataset.SourceImageSequence = source.references
+    dataset.ReferencedSeriesSequence = [
+        dataset_of(SeriesInstanceUID=source.series_uid, ReferencedInstanceSequence=source.references)
+    ]
+    shared = dataset.SharedFunctionalGroupsSequence[0]
+    if "SegmentIdentificationSequence" in shared:
+        del shared.SegmentIdentificationSequence
+    if "DimensionOrganizationType" in dataset:
+        del dataset.DimensionOrganizationType
+    if source.placed and volume.heights is None and volume.shape[2] > 1:
+        apart = float(np.diff(source.heights).mean())
+        shared.PixelMeasuresSequence[0].SpacingBetweenSlices = DSfloat(apart, auto_format=True)
+    count = next(iter(shown.values())).shape[2]
+    stored = [k for k in range(count) if any(mask[:, :, k].any() for mask in shown.values())]
+    dataset.SegmentsOverlap = "YES" if any(_overlap(shown, k) for k in stored) else "NO"
+    groups, waiting = [], np.empty(0, bool)
+    for number, mask in enumerate(shown.values(), start=1):
+        for place, k in enumerate(stored, start=1):
+            plane = mask[:, :, k].T != 0
+            if not plane.any():
+                continue
+            groups.append(source.frame(k, number, place))
+            bits = np.concatenate([waiting, plane.ravel()])
+            whole = len(bits) // 8 * 8
+            pixels.write(np.packbits(bits[:whole], bitorder="little").tobytes())
+            waiting = bits[whole:]
+        release(mask)
+    pixels.write(np.packbits(waiting, bitorder="little").tobytes())
+    pixels.write(b"\0" * (pixels.tell() % 2))
+    pixels.seek(0)
+    dataset.PerFrameFunctionalGroupsSequence = groups
+    dataset.NumberOfFrames = len(groups)
+    dataset.PixelData = pixels
+
+
+def _overlap(shown: Mapping[str, np.ndarray], k: int) -> bool:
+    covered = np.zeros(next(iter(shown.values())).shape[:2], np.uint8)
+    for mask in shown.values():
+        covered += mask[:, :, k] != 0
+    return bool((covered > 1).any())
 
 
 def write_report(
-    measured: Mapping[str, Measures], segmentation: Any, volume: Volume, path: Path, made_by: Mapping[str, str]
+    measured: Mapping[str, Measures], segmentation: Any, volume: Volume, path: Path, provenance: Mapping[str, str]
 ) -> None:
     """Write measurements as a Comprehensive 3D SR after TID 1500, one group per segment of the given SEG dataset.
 
     Raises ConfigError without highdicom, DataError where the source lacks what DICOM demands.
     """
+    source = describe_source(volume, path.name)
+    with _refusals(path, "SR"):
+        with quiet(), disable_value_validation():
+            report = _report(measured, segmentation, source, provenance, path)
+        _save(report, path)
+
+
+def _report(
+    measured: Mapping[str, Measures], segmentation: Any, source: Source, provenance: Mapping[str, str], path: Path
+) -> Any:
     hd = _highdicom(path)
     from pydicom.sr.codedict import codes
 
-    headers, _ = _sources(volume, path)
     groups = []
     for number, item in enumerate(segmentation.SegmentSequence, start=1):
         values = measured[str(item.SegmentDescription)]
@@ -98,13 +193,15 @@ def write_report(
                     sop_class_uid=segmentation.SOPClassUID,
                     sop_instance_uid=segmentation.SOPInstanceUID,
                     segment_number=number,
-                    source_series=hd.sr.SourceSeriesForSegmentation(headers[0].SeriesInstanceUID),
+                    source_series=hd.sr.SourceSeriesForSegmentation(source.series_uid),
                 ),
                 finding_category=hd.sr.CodedConcept(
                     category.CodeValue, category.CodingSchemeDesignator, category.CodeMeaning
                 ),
                 finding_type=hd.sr.CodedConcept(kind.CodeValue, kind.CodingSchemeDesignator, kind.CodeMeaning),
-                algorithm_id=hd.sr.AlgorithmIdentification(_algorithm(made_by), _short(made_by.get("ibisagent", "?"))),
+                algorithm_id=hd.sr.AlgorithmIdentification(
+                    _algorithm(provenance), _short(provenance.get("ibisagent", "?"))
+                ),
                 measurements=[
                     hd.sr.Measurement(name=name, value=round(float(value), 4), unit=unit)
                     for name, value, unit in found
@@ -112,82 +209,65 @@ def write_report(
                 ],
             )
         )
-    with quiet(), _refusals(path, "SR"):
-        observer = hd.sr.ObserverContext(
-            observer_type=codes.DCM.Device,
-            observer_identifying_attributes=hd.sr.DeviceObserverIdentifyingAttributes(
-                uid=hd.UID(), name="ibisagent", manufacturer_name=MANUFACTURER
-            ),
-        )
-        content = hd.sr.MeasurementReport(
-            observation_context=hd.sr.ObservationContext(observer_device_context=observer),
-            procedure_reported=hd.sr.CodedConcept("363679005", "SCT", "Imaging procedure"),
-            imaging_measurements=groups,
-            title=codes.DCM.ImagingMeasurementReport,
-        )
-        report = hd.sr.Comprehensive3DSR(
-            evidence=[*headers, segmentation],
-            content=content,
-            series_instance_uid=hd.UID(),
-            series_number=SERIES_NUMBER + 1,
-            sop_instance_uid=hd.UID(),
-            instance_number=1,
-            manufacturer=MANUFACTURER,
-            series_description="Measurements by ibisagent, not for clinical use",
-        )
-        _complete(report, headers[0])
-        _save(report, path)
+    observer = hd.sr.ObserverContext(
+        observer_type=codes.DCM.Device,
+        observer_identifying_attributes=hd.sr.DeviceObserverIdentifyingAttributes(
+            uid=hd.UID(), name="ibisagent", manufacturer_name=MANUFACTURER
+        ),
+    )
+    content = hd.sr.MeasurementReport(
+        observation_context=hd.sr.ObservationContext(observer_device_context=observer),
+        procedure_reported=hd.sr.CodedConcept("363679005", "SCT", "Imaging procedure"),
+        imaging_measurements=groups,
+        title=codes.DCM.ImagingMeasurementReport,
+    )
+    return hd.sr.Comprehensive3DSR(
+        evidence=[segmentation, *source.evidence],  # the first one is whom patient and study are taken from
+        content=content,
+        series_instance_uid=hd.UID(),
+        series_number=SERIES_NUMBER + 1,
+        sop_instance_uid=hd.UID(),
+        instance_number=1,
+        manufacturer=MANUFACTURER,
+        series_description="Measurements by ibisagent, not for clinical use",
+        transfer_syntax_uid=ExplicitVRLittleEndian,
+    )
 
 
-def coded(name: str) -> tuple[Any, Any, bool]:
-    """(category, type, whether the type is known) of a target for DICOM, looked up in its context group 7151.
-
-    Sides are dropped, an unknown name is "Tissue"; the segment's label keeps the name in full.
-    """
+def _description(hd: Any, number: int, name: str, colour: Rgb, provenance: Mapping[str, str]) -> Any:
     from pydicom.sr.codedict import codes
 
-    plain = " ".join(name.casefold().replace("_", " ").split())
-    for side in _SIDES:
-        plain = plain.removeprefix(side)
-    last = plain.split()[-1] if plain else ""
-    spelled = "".join(word.capitalize() for word in plain.split())
-    names = [spelled, spelled.removesuffix("s"), _DISEASED.get(last, ""), last.capitalize() if last == "lesion" else ""]
-    for known in filter(str.isidentifier, names):
-        for group, category in (
-            (codes.cid7159, codes.cid7150.MorphologicallyAbnormalStructure),
-            (codes.cid7166, codes.cid7150.Tissue),
-            (codes.cid7151, codes.cid7150.AnatomicalStructure),
-        ):
-            if known in group.dir():
-                return category, getattr(group, known), True
-    return codes.cid7150.Tissue, codes.cid7165.Tissue, False
-
-
-def _description(hd: Any, number: int, name: str, made_by: Mapping[str, str]) -> Any:
-    from pydicom.sr.codedict import codes
-
-    category, kind, _ = coded(name)
+    known = term(name)
     description = hd.seg.SegmentDescription(
         segment_number=number,
         segment_label=name[:64],
-        segmented_property_category=category,
-        segmented_property_type=kind,
+        segmented_property_category=_concept(hd, known.category),
+        segmented_property_type=_concept(hd, known.kind),
+        anatomic_regions=[_concept(hd, known.region)] if known.region else None,
+        display_color=hd.color.CIELabColor.from_rgb(*colour),
         algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
         algorithm_identification=hd.AlgorithmIdentificationSequence(
-            name=_algorithm(made_by),
+            name=_algorithm(provenance),
             family=codes.cid7162.ArtificialIntelligence,
-            version=_short(made_by.get("ibisagent", "unknown")),
+            version=_short(provenance.get("ibisagent", "unknown")),
         ),
         tracking_uid=hd.UID(),
         tracking_id=name[:64],
     )
     description.SegmentDescription = name[:1024]
+    if known.modifier:
+        kind = description.SegmentedPropertyTypeCodeSequence[0]
+        kind.SegmentedPropertyTypeModifierCodeSequence = [_concept(hd, known.modifier)]
     return description
 
 
-def _algorithm(made_by: Mapping[str, str]) -> str:
+def _concept(hd: Any, code: Code) -> Any:
+    return hd.sr.CodedConcept(code.value, code.scheme, code.meaning)
+
+
+def _algorithm(provenance: Mapping[str, str]) -> str:
     """Policy and segmenter, without the folders that a path may hold."""
-    parts = [made_by.get(part, "").rsplit("/", 1)[-1] for part in ("policy", "segmenter")]
+    parts = [provenance.get(part, "").rsplit("/", 1)[-1] for part in ("policy", "segmenter")]
     return _short(" with ".join(part for part in parts if part) or "ibisagent")
 
 
@@ -206,42 +286,9 @@ def _highdicom(path: Path) -> Any:
     return highdicom
 
 
-def _sources(volume: Volume, path: Path) -> tuple[list[Any], tuple[tuple[Path, int], ...]]:
-    """The headers of the source's files in the order of the slices, and file and frame of every slice."""
-    if not isinstance(volume.origin, DicomOrigin):
-        raise ConfigError(f"{path.name}: needs a DICOM source, {volume.name} is none; write nifti, png or rle")
-    frames = volume.origin.frames
-    files = list(dict.fromkeys(file for file, _ in frames))
-    headers = [read_header(file) for file in files]
-    if len(files) > 1 and len(files) != len(frames):
-        raise DataError(f"{path.name}: {volume.name} is spread over several multi-frame files; give one of them")
-    for header in headers:
-        for name in (
-            "PatientID",
-            "PatientName",
-            "PatientBirthDate",
-            "PatientSex",
-            "StudyID",
-            "StudyDate",
-            "StudyTime",
-            "AccessionNumber",
-            "ReferringPhysicianName",
-        ):  # must be there, may be empty
-            if name not in header:
-                setattr(header, name, "")
-    return headers, frames
-
-
-def _complete(dataset: Any, source: Any) -> None:
-    """What the modules of patient and study demand and highdicom leaves out where the source has it not."""
-    if "PositionReferenceIndicator" not in dataset and "FrameOfReferenceUID" in dataset:
-        dataset.PositionReferenceIndicator = source.get("PositionReferenceIndicator", "") or ""
-
-
 def _save(dataset: Any, path: Path) -> None:
-    encoded = io.BytesIO()
-    dataset.save_as(encoded)
-    write_whole(encoded.getvalue(), path)
+    with quiet(), disable_value_validation(), appearing_whole(path) as part:
+        dataset.save_as(part)
 
 
 class _refusals:  # noqa: N801 - reads as what it is where it is used
@@ -253,8 +300,7 @@ class _refusals:  # noqa: N801 - reads as what it is where it is used
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, AttributeError | ValueError | TypeError | KeyError) and not isinstance(error, DataError):
-            reason = one_line(error, 160)
-            raise DataError(
-                f"{self._path.name}: DICOM {self._kind} cannot be made of this source ({reason})"
-            ) from error
+        ours = isinstance(error, IbisError)
+        if isinstance(error, AttributeError | ValueError | TypeError | LookupError) and not ours:
+            said = f"DICOM {self._kind} cannot be made of this source{told(error)}"
+            raise DataError(f"{self._path.name}: {said}; ask for --format nifti") from error

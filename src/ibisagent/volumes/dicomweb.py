@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ibisagent.errors import ConfigError, DataError
+from ibisagent.volumes.headers import is_no_image
 
 TOKEN_VARIABLE = "IBIS_DICOMWEB_TOKEN"
 _NO_IMAGES = ("SEG", "SR", "RTSTRUCT", "RTPLAN", "PR", "KO", "DOC", "REG")
@@ -29,17 +31,9 @@ def fetch_series(url: str, folder: Path) -> None:
     Raises ConfigError for a URL that names no study or series, or without dicomweb-client, DataError when the server
     refuses, has no such series, or the study has several.
     """
-    from dicomweb_client.uri import URI
-
-    if "/studies/" not in url:
-        raise ConfigError(f"{_safe(url)}: names no study; give SERVER/studies/UID, or SERVER/studies/UID/series/UID")
-    try:
-        parsed = URI.from_string(url.rstrip("/"))
-    except ValueError as error:
-        raise ConfigError(f"{_safe(url)}: is no DICOMweb address ({error})") from error
-    study, series = str(parsed.study_instance_uid), parsed.series_instance_uid
-    client = _client(str(parsed.base_url))
-    with _one_line(str(parsed.base_url)):
+    server, study, series = _parsed(url)
+    client = _client(server)
+    with _one_line(server):
         if series is None:
             series = _only_series(client, study)
         count = 0
@@ -49,6 +43,31 @@ def fetch_series(url: str, folder: Path) -> None:
             count += 1
     if not count:
         raise DataError(f"{_safe(url)}: the server has no such series")
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """A series of images on a server: its UID and its study's, and its modality."""
+
+    uid: str
+    study: str
+    modality: str
+
+
+def find_series(url: str, series: str | None = None) -> list[Series]:
+    """The series of images on the DICOMweb server `url`: all of them, or that with the UID `series`.
+
+    Raises ConfigError without dicomweb-client, DataError where the server refuses.
+    """
+    client = _client(url.rstrip("/"))
+    asked = {} if series is None else {"SeriesInstanceUID": series}
+    with _one_line(url):
+        found = client.search_for_series(search_filters=asked, fields=["Modality", "StudyInstanceUID"])
+    listed = [
+        Series(str(_value(item, "0020000E")), str(_value(item, "0020000D")), str(_value(item, "00080060") or ""))
+        for item in found
+    ]
+    return [one for one in listed if one.modality not in _NO_IMAGES and series in (None, one.uid)]
 
 
 def store(url: str, files: Sequence[Path]) -> None:
@@ -63,6 +82,43 @@ def store(url: str, files: Sequence[Path]) -> None:
             raise DataError(f"{_safe(url)}: refused {len(refused)} of {len(files)} files; see the server's log")
 
 
+def series_metadata(url: str) -> Iterator[tuple[str, dict[Path, Any]]]:
+    """The series of a study, or the one series that `url` names: its address, and the headers of its images.
+
+    Headers are keyed by instance, as if that were a file; nothing is stored. Raises as `fetch_series` does.
+    """
+    import pydicom
+
+    server, study, wanted = _parsed(url)
+    client = _client(server)
+    with _one_line(server):
+        found = [str(_value(item, "0020000E")) for item in client.search_for_series(study)]
+        for series in found if wanted is None else [wanted]:
+            instances = client.retrieve_series_metadata(study, series)
+            headers: dict[Path, Any] = {}
+            for item in instances:
+                header = pydicom.Dataset.from_json(item, lambda *_: b"")
+                headers[Path(str(header.SOPInstanceUID))] = header
+            images = {path: header for path, header in headers.items() if "Rows" in header and not is_no_image(header)}
+            yield f"{server}/studies/{study}/series/{series}", images
+    if not found:
+        raise DataError(f"{_safe(url)}: the server has no such study")
+
+
+def _parsed(url: str) -> tuple[str, str, str | None]:
+    """(server, study, series or None) of an address."""
+    from dicomweb_client.uri import URI
+
+    if "/studies/" not in url:
+        raise ConfigError(f"{_safe(url)}: names no study; give SERVER/studies/UID, or SERVER/studies/UID/series/UID")
+    try:
+        parsed = URI.from_string(url.rstrip("/"))
+    except ValueError as error:
+        raise ConfigError(f"{_safe(url)}: is no DICOMweb address ({error})") from error
+    series = parsed.series_instance_uid
+    return str(parsed.base_url), str(parsed.study_instance_uid), None if series is None else str(series)
+
+
 def _only_series(client: Any, study: str) -> str:
     """The one series of a study that may hold images."""
     found = [
@@ -72,7 +128,10 @@ def _only_series(client: Any, study: str) -> str:
     images = [row for row in found if row[1] not in _NO_IMAGES]
     if len(images) != 1:
         listed = ", ".join(f"{uid} ({modality}, {count or '?'} files)" for uid, modality, count in images[:8])
-        raise DataError(f"the study has {len(images)} series of images: {listed}; give the address of one of them")
+        raise DataError(
+            f"the study has {len(images)} series of images: {listed}; give the address of one of them;"
+            " 'ibisagent data series' tells more of them"
+        )
     return images[0][0]
 
 

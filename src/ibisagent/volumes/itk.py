@@ -1,4 +1,4 @@
-"""NRRD and MetaImage in, by SimpleITK."""
+"""NRRD and MetaImage in, NRRD out, by SimpleITK."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from ibisagent.errors import ConfigError, DataError
+from ibisagent.files import appearing_whole, one_line
 from ibisagent.imaging import limits
 from ibisagent.volumes.grid import LPS, Volume, choose_channel
 
 _MOST_SIDES = 5
 _MOST_FILES = 2**14
+_MOST_SEGMENTS = 2**12
 _HEADER_BYTES = 2**20
 # A line as MetaIO and teem read it, too: no second separator, no bare "\r" and no length at which one of them stops.
 _META_LINE = re.compile(rb"(\w[\w|.-]*)[ \t]*=[ \t]*([^\s\0][^\r\n\0]{0,400})(?:\r?\n|\Z)", re.ASCII)
@@ -64,6 +66,58 @@ def read_itk(path: Path, channel: int | None) -> Volume:
     affine[:3, :3], affine[:3, 3] = direction * spacing, corner
     voxels = volumes.swapaxes(0, 2)
     return Volume(voxels, LPS @ affine, path.stem, oriented=sides > 2)
+
+
+def read_slicer_segmentation(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The segments of 3D Slicer's `.seg.nrrd` by name, (I, J, K) bool, and their affine.
+
+    Raises DataError for a file that names no segment, and as `read_itk` does.
+    """
+    _check_header(path)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        fields, _ = _nrrd_fields(content, path)
+    layers: dict[int, Volume] = {}
+    masks: dict[str, np.ndarray] = {}
+    for number in range(_MOST_SEGMENTS):
+        said = {
+            part: fields.get(f"segment{number}_{part}".encode(), [default])[0].decode("utf-8", "replace").strip()
+            for part, default in (("id", b""), ("name", b""), ("layer", b"0"), ("labelvalue", b"1"))
+        }
+        if not said["id"]:
+            break
+        if not (said["layer"].isdigit() and said["labelvalue"].isdigit()):
+            raise _misformed(path, f"segment {number} has no label value")
+        layer = int(said["layer"])
+        if layer not in layers:
+            layers[layer] = read_itk(path, layer)
+        name = said["name"] or said["id"]
+        mask = np.asarray(layers[layer].voxels == int(said["labelvalue"]))
+        masks[name if name not in masks else f"{name} ({number + 1})"] = mask
+    if not masks:
+        raise DataError(f"{path}: names no segment; save it from 3D Slicer as a segmentation")
+    return masks, next(iter(layers.values())).affine
+
+
+def write_nrrd(labels: np.ndarray, volume: Volume, path: Path, *, compressed: bool = True) -> None:
+    """Write an (I, J, K) label map of whole numbers as .nrrd on the grid of `volume`, as ITK places it in space.
+
+    Raises ConfigError without SimpleITK, DataError where the disk is full.
+    """
+    try:
+        import SimpleITK as sitk  # noqa: N813
+    except ImportError as error:
+        raise ConfigError(f"{path.name}: NRRD needs SimpleITK: pip install 'ibisagent[medical]'") from error
+    image = sitk.GetImageFromArray(np.ascontiguousarray(labels.swapaxes(0, 2)))
+    affine = LPS @ volume.affine
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    image.SetSpacing(spacing.tolist())
+    image.SetOrigin(affine[:3, 3].tolist())
+    image.SetDirection((affine[:3, :3] / spacing).ravel().tolist())
+    with appearing_whole(path, ".nrrd") as part:
+        try:
+            sitk.WriteImage(image, str(part), useCompression=compressed)
+        except RuntimeError as error:
+            raise DataError(f"{path}: cannot be written ({one_line(error)}); free space") from error
 
 
 def _check_header(path: Path) -> str:

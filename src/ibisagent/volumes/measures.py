@@ -20,7 +20,8 @@ class Measures:
     """Of one target. What needs millimetres is None where the source does not tell them, or the mask is empty.
 
     area_mm2, longest_diameter_mm: the largest in one slice of the view, which is named; a diameter joins the middles of
-    outer pixel edges. volume_ml counts voxels. slices: first and last that show the target, counted from 0.
+    outer pixel edges. volume_ml counts voxels; unevenly spaced ones reach half way to the next slices. slices: first
+    and last that show the target, counted from 0.
     """
 
     voxels: int
@@ -35,7 +36,7 @@ class Measures:
 def measure(view: SliceView, mask: np.ndarray) -> Measures:
     """Measures of an (I, J, K) bool mask on the grid of `view.volume`, slice by slice."""
     volume = view.volume
-    voxels, found = 0, list[int]()
+    voxels, extent, found = 0, 0.0, list[int]()
     area, diameter = (0.0, -1), (0.0, -1)
     row_mm, column_mm = view.plane_mm
     for index in range(view.count):
@@ -44,12 +45,13 @@ def measure(view: SliceView, mask: np.ndarray) -> Measures:
         if not count:
             continue
         voxels += count
+        extent += count * volume.slice_share(index)
         found.append(index)
         area = max(area, (count * row_mm * column_mm, index), key=lambda pair: pair[0])
         diameter = max(diameter, (longest_diameter(plane, (row_mm, column_mm)), index), key=lambda pair: pair[0])
     if not found or not volume.spacing_known:
         return Measures(voxels, 0.0 if not found else None, None, None, None, None, _ends(found))
-    millilitres = voxels * volume.voxel_ml if volume.oriented else None
+    millilitres = extent * volume.voxel_ml if volume.oriented else None
     return Measures(voxels, millilitres, *area, *diameter, _ends(found))
 
 

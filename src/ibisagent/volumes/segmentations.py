@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ibisagent.errors import DataError
 from ibisagent.imaging import limits
-from ibisagent.volumes.dicom import (
+from ibisagent.volumes.dicom import check_compressed_frames
+from ibisagent.volumes.grid import LPS, Volume, scratch_mask
+from ibisagent.volumes.headers import (
     SEGMENTATIONS,
     attribute,
-    check_compressed_frames,
     first_item,
     frame_count,
     numbers,
@@ -19,10 +21,6 @@ from ibisagent.volumes.dicom import (
     read_header,
     turning_damage_into_one_line,
 )
-from ibisagent.volumes.grid import LPS, Volume, scratch
-
-_OFF_GRID = 0.05
-"""Share of a voxel by which a frame may lie beside the grid."""
 
 
 def is_segmentation(path: Path) -> bool:
@@ -47,48 +45,57 @@ def read_segmentation(path: Path, volume: Volume) -> dict[str, np.ndarray]:
         limits.check_voxels((int(header.Columns), int(header.Rows), count), path)
         dataset = pydicom.dcmread(path)
         labels = {int(item.SegmentNumber): str(item.SegmentLabel) for item in dataset.SegmentSequence}
-        by_number = {number: scratch(volume.shape, bool) for number in labels}
-        if (int(dataset.Columns), int(dataset.Rows)) != volume.shape[:2]:
-            raise DataError(
-                f"{path}: has {dataset.Columns} x {dataset.Rows} pixels, {volume.name} has"
-                f" {volume.shape[0]} x {volume.shape[1]}; give the segmentation of this volume"
-            )
+        by_number = {number: scratch_mask(volume.shape) for number in labels}
         shared = first_item(dataset, "SharedFunctionalGroupsSequence")
         labelmap = str(dataset.get("SegmentationType", "")) == "LABELMAP"
         check_compressed_frames(dataset, path)
         frames = dataset.pixel_array  # not frame by frame: pydicom 3.0 cannot, where a frame ends within a byte
         frames = frames if frames.ndim == 3 else frames[None]
         for group, pixels in zip(dataset.PerFrameFunctionalGroupsSequence, frames, strict=True):
-            k = _slice_of(path, dataset, [item for item in (group, shared) if item is not None], volume)
+            voxels = _voxels_of(path, dataset, [item for item in (group, shared) if item is not None], volume)
             if labelmap:
                 for number, mask in by_number.items():
-                    mask[:, :, k] = (pixels == number).T
+                    mask[voxels] = pixels == number
             else:
                 identified = first_item(group, "SegmentIdentificationSequence") or first_item(
                     shared, "SegmentIdentificationSequence"
                 )
-                by_number[int(identified.ReferencedSegmentNumber)][:, :, k] = (pixels != 0).T
+                by_number[int(identified.ReferencedSegmentNumber)][voxels] = pixels != 0
     named: dict[str, np.ndarray] = {}
     for number, label in labels.items():
         named[label if label not in named else f"{label} ({number})"] = by_number[number]
     return named
 
 
-def _slice_of(path: Path, dataset: object, groups: list[object], volume: Volume) -> int:
-    """The slice k of the volume that a frame covers."""
+def _voxels_of(path: Path, dataset: Any, groups: list[Any], volume: Volume) -> tuple[np.ndarray, ...]:
+    """The voxels (i, j, k) of the volume that the pixels of a frame are, each of its indices (rows, columns).
+
+    Frames may lie across any axis of the volume, run either way along it, and show a part of it.
+    """
     orientation = numbers(attribute(dataset, groups, "PlaneOrientationSequence", "ImageOrientationPatient"), 6)
     position = numbers(attribute(dataset, groups, "PlanePositionSequence", "ImagePositionPatient"), 3)
     spacing = numbers(attribute(dataset, groups, "PixelMeasuresSequence", "PixelSpacing"), 2)
     if orientation is None or position is None or spacing is None:
         raise DataError(f"{path}: does not say where its frames lie; write it again")
-    frame = np.eye(4)
-    frame[:3, 0], frame[:3, 1], frame[:3, 3] = orientation[:3] * spacing[1], orientation[3:] * spacing[0], position
-    on_grid = np.linalg.inv(volume.affine) @ LPS @ frame
-    k = round(float(on_grid[2, 3]))
-    expected = np.zeros((4, 3))
-    expected[0, 0] = expected[1, 1] = 1
-    expected[2:, 2] = k, 1
-    far = np.array([[volume.shape[0] - 1, 0, 0], [0, volume.shape[1] - 1, 0], [0, 0, 1]])
-    if not 0 <= k < volume.shape[2] or np.abs((on_grid[:, [0, 1, 3]] - expected) @ far).max() > _OFF_GRID:
+    size = int(dataset.Rows), int(dataset.Columns)
+    steps = orientation[3:] * spacing[0], orientation[:3] * spacing[1]
+    far = [position, *(position + step * (count - 1) for step, count in zip(steps, size, strict=True))]
+    near, down, right = volume.voxel_places(np.array(far) @ LPS[:3, :3])
+    first = np.rint(near)
+    along = [np.rint((end - near) / max(count - 1, 1)) for end, count in ((down, size[0]), (right, size[1]))]
+    if size[0] == 1 or size[1] == 1:  # a lone row or column says nothing of where the next would be
+        turned = np.linalg.solve(volume.affine[:3, :3], (np.array(steps) @ LPS[:3, :3]).T).T
+        along = [np.rint(step) for step in turned]
+    last = [first + step * (count - 1) for step, count in zip(along, size, strict=True)]
+    places = np.array([first, *last, last[0] + last[1] - first])
+    off = np.array([near, down, right]) - places[:3]
+    inside = (places >= 0).all() and (places < volume.shape).all()
+    if (
+        not inside
+        or np.abs(off * volume.spacing_mm).max() > volume.tolerance_mm
+        or any(abs(a).sum() != 1 for a in along)
+    ):
         raise DataError(f"{path}: a frame lies beside the grid of {volume.name}; give the segmentation of this volume")
-    return k
+    rows, columns = np.arange(size[0])[:, None], np.arange(size[1])[None]
+    axes = zip(first.astype(int), along[0].astype(int), along[1].astype(int), strict=True)
+    return tuple(start + down * rows + right * columns for start, down, right in axes)

@@ -1,6 +1,8 @@
-"""Slices of a volume as pictures in radiological convention and at true aspect, and masks back onto the voxels."""
+"""Slices of a volume as images in radiological convention and at true aspect, and masks back onto the voxels."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -9,11 +11,24 @@ from ibisagent.domain import Image, Mask
 from ibisagent.errors import ConfigError, DataError, TooLargeError
 from ibisagent.imaging import limits
 from ibisagent.volumes.grid import Volume
-from ibisagent.volumes.windows import HOUNSFIELD, PERCENTILES, Percentiles, Window, level_width, parse_window
+from ibisagent.volumes.windows import (
+    HOUNSFIELD,
+    PERCENTILES,
+    Percentiles,
+    Window,
+    level_width,
+    looks_like_hounsfield,
+    parse_window,
+    percentiles,
+    shows,
+)
 
 AXES = ("auto", "axial", "coronal", "sagittal")
 COARSE = 1.5
 """A voxel axis that many times coarser than the others is the one that the slices were acquired along."""
+
+SLAB = 8
+"""So is one that has that many times fewer voxels than both others, where all are equally fine."""
 
 _ACROSS = {"sagittal": 0, "coronal": 1, "axial": 2}  # world axis that each plane is crossed by
 
@@ -26,15 +41,17 @@ class SliceView:
     do not say how the patient lies are shown as stored. Slices are numbered as the volume's voxels are, from 0.
     Pixels are square: the coarser side is stretched to the spacing of the finer one.
 
-    axis: "axial", "coronal", "sagittal", or "auto": across the coarsest voxel axis if it is COARSE, else axial.
-    window: text for `windows.parse_window`. "auto" takes the file's own window, else soft tissue for CT (also where the
-    values look like Hounsfield units), else PERCENTILES.
+    axis: "axial", "coronal", "sagittal", or "auto": across the coarsest voxel axis if it is COARSE, or the thin side of
+    a SLAB, else axial. Slices at uneven distances are shown as they were acquired only.
+    window: text for `windows.parse_window`. "auto" takes the file's own window where it shows something, else soft
+    tissue for CT (also where the values look like Hounsfield units), else PERCENTILES.
     """
 
     def __init__(self, volume: Volume, axis: str = "auto", window: str = "auto") -> None:
         self.volume = volume
-        self.axis, self._voxel_axis = _choose_axis(volume, axis)
-        self._rows, self._columns, self._flips = _layout(volume, self._voxel_axis)
+        self.axis, self.voxel_axis = _choose_axis(volume, axis)
+        """Name of the plane, and the axis of the voxels (0 to 2) that the slices are taken across."""
+        self._rows, self._columns, self._flips = _layout(volume, self.voxel_axis)
         self.window, self.window_source = _choose_window(volume, window)
         self.window_asked = window
         height, width = volume.shape[self._rows], volume.shape[self._columns]
@@ -47,21 +64,21 @@ class SliceView:
             )
         self._stretched = self.size != (height, width)
         self.pixel_mm = spacing[0] * height / self.size[0], spacing[1] * width / self.size[1]
-        """(row, column) spacing of the pictures; of voxels in this plane in `plane_mm`."""
+        """(row, column) spacing of the images; of voxels in this plane in `plane_mm`."""
         self.plane_mm = spacing
 
     @property
     def count(self) -> int:
         """Number of slices."""
-        return self.volume.shape[self._voxel_axis]
+        return self.volume.shape[self.voxel_axis]
 
     @property
     def spacing_mm(self) -> float:
         """Distance of neighbouring slices."""
-        return self.volume.spacing_mm[self._voxel_axis]
+        return self.volume.spacing_mm[self.voxel_axis]
 
     def image(self, index: int) -> Image:
-        """Slice `index` as a picture."""
+        """Slice `index` as an image."""
         plane = self._shown(self._take(self.volume.voxels, index))
         if self.volume.coloured:
             pixels = np.ascontiguousarray(plane)
@@ -74,7 +91,7 @@ class SliceView:
         return Image(pixels, spacing, source=f"{self.volume.name}, {self.axis} slice {index}")
 
     def read_mask(self, masks: np.ndarray, index: int) -> Mask:
-        """Slice `index` of an (I, J, K) mask, as a (H, W) mask of the picture."""
+        """Slice `index` of an (I, J, K) mask, as a (H, W) mask of the image."""
         plane = self.voxels_of(masks, index)
         if not self._stretched:
             return np.ascontiguousarray(plane)
@@ -86,9 +103,9 @@ class SliceView:
         return self._shown(self._take(masks, index)).astype(bool)
 
     def plane(self, mask: Mask) -> Mask:
-        """A picture's mask on the voxels of its plane, as shown: one pixel per voxel, of spacing `plane_mm`."""
+        """An image's mask on the voxels of its plane, as shown: one pixel per voxel, of spacing `plane_mm`."""
         if mask.shape != self.size:
-            raise DataError(f"{self.volume.name}: a mask of {mask.shape}, its pictures are {self.size}")
+            raise DataError(f"{self.volume.name}: a mask of {mask.shape}, its images are {self.size}")
         if not self._stretched:
             return mask
         shape = self.volume.shape[self._rows], self.volume.shape[self._columns]
@@ -97,15 +114,29 @@ class SliceView:
         return on_voxels
 
     def write_mask(self, masks: np.ndarray, index: int, mask: Mask) -> None:
-        """Put a picture's (H, W) mask into slice `index` of an (I, J, K) array."""
+        """Put an image's (H, W) mask into slice `index` of an (I, J, K) array."""
         shown = self._shown(self._take(masks, index))  # a view: what is written there is written to `masks`
         shown[...] = self.plane(mask)
+
+    def pixel(self, voxel: Sequence[int]) -> tuple[int, int, int]:
+        """The slice that shows a voxel [i, j, k], and the column and row of its image where the voxel's centre is.
+
+        Raises ConfigError for a voxel outside the volume.
+        """
+        shape = self.volume.shape
+        if not all(0 <= at < side for at, side in zip(voxel, shape, strict=True)):
+            raise ConfigError(f"voxel {list(voxel)} lies outside the volume of {' x '.join(map(str, shape))} voxels")
+        places = []
+        for axis, flip, side in zip((self._rows, self._columns), self._flips, self.size, strict=True):
+            at = voxel[axis] if flip > 0 else shape[axis] - 1 - voxel[axis]
+            places.append(int((at + 0.5) * side / shape[axis]))
+        return voxel[self.voxel_axis], places[1], places[0]
 
     def _take(self, voxels: np.ndarray, index: int) -> np.ndarray:
         if not 0 <= index < self.count:
             raise ConfigError(f"{self.volume.name}: has slices 0 to {self.count - 1}, not {index}")
         where: list[slice | int] = [slice(None)] * 3
-        where[self._voxel_axis] = index
+        where[self.voxel_axis] = index
         return voxels[tuple(where)]
 
     def _shown(self, plane: np.ndarray) -> np.ndarray:
@@ -130,6 +161,13 @@ def _choose_axis(volume: Volume, axis: str) -> tuple[str, int]:
             raise ConfigError(f"{volume.name}: does not say how the patient lies, so there is no {axis} axis; leave it")
         return "stored", 2
     found = [world for world, _ in world_axes(volume)]
+    if volume.heights is not None:
+        acquired = next(name for name, world in _ACROSS.items() if world == found[2])
+        if axis not in ("auto", acquired):
+            raise ConfigError(
+                f"{volume.name}: its slices are unevenly spaced, so only {acquired} ones are shown; leave --axis"
+            )
+        return acquired, 2
     if axis == "auto":
         spacing = volume.spacing_mm
         if min(volume.shape) == 1:
@@ -138,9 +176,11 @@ def _choose_axis(volume: Volume, axis: str) -> tuple[str, int]:
             )
         coarsest = int(np.argmax(spacing))
         others = max(spacing[other] for other in range(3) if other != coarsest)
-        if spacing[coarsest] < COARSE * others:
-            return "axial", found.index(2)
-        return next(name for name, world in _ACROSS.items() if world == found[coarsest]), coarsest
+        thin = int(np.argmin(volume.shape))
+        is_slab = SLAB * volume.shape[thin] <= min(volume.shape[other] for other in range(3) if other != thin)
+        fine = thin if is_slab else found.index(2)
+        chosen = coarsest if spacing[coarsest] >= COARSE * others else fine
+        return next(name for name, world in _ACROSS.items() if world == found[chosen]), chosen
     return axis, found.index(_ACROSS[axis])
 
 
@@ -159,7 +199,7 @@ def _layout(volume: Volume, across: int) -> tuple[int, int, tuple[int, int]]:
 
 
 def _choose_window(volume: Volume, text: str) -> tuple[Window, str]:
-    """The window, and in words where it comes from."""
+    """The window, and as text where it comes from."""
     wanted = parse_window(text)
     if volume.coloured:
         return Window(0, 255), "colours as stored"
@@ -172,22 +212,16 @@ def _choose_window(volume: Volume, text: str) -> tuple[Window, str]:
                 " give LEVEL/WIDTH or 1-99%"
             )
         return level_width(*HOUNSFIELD[wanted]), wanted
-    if wanted is None and volume.window is not None:
-        return volume.window, "the file's own"
     values = volume.sample()
-    if wanted is None and (volume.modality == "CT" or (not volume.modality and _looks_like_hounsfield(values))):
+    hounsfield = volume.modality == "CT" or (not volume.modality and looks_like_hounsfield(values))
+    if wanted is None and volume.window is not None and shows(volume.window, values, hounsfield=hounsfield):
+        return volume.window, "the file's own"
+    if wanted is None and hounsfield:
         return level_width(*HOUNSFIELD["soft tissue"]), "soft tissue"
     share = wanted or Percentiles(*PERCENTILES)
-    low, high = (float(value) for value in np.percentile(values, (share.low, share.high)))
-    if low >= high:
-        low, high = float(values.min()), float(values.max())
-    return Window(low, high if high > low else low + 1), f"{share.low:g} to {share.high:g} % of the values"
-
-
-def _looks_like_hounsfield(values: np.ndarray) -> bool:
-    """Air below, bone above, whole numbers: no other modality has all of these."""
-    low, high = np.percentile(values, (1, 99.9))
-    return bool(-1100 <= low <= -900 and 150 <= high <= 4000 and (values == np.rint(values)).mean() > 0.9)
+    low, high = percentiles(values, share)
+    spurned = "" if wanted is not None or volume.window is None else ", as the file's own window shows nothing of them"
+    return Window(low, high), f"{share.low:g} to {share.high:g} % of the values{spurned}"
 
 
 def _nearest(count: int, of: int) -> np.ndarray:

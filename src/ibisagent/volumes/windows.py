@@ -26,6 +26,9 @@ HOUNSFIELD: Mapping[str, tuple[float, float]] = MappingProxyType(
 """Named windows of computed tomography: (level, width) in Hounsfield units."""
 
 PERCENTILES = (0.5, 99.5)
+_BELOW_AIR, _LUNG_END, _DENSEST = -1100.0, -300.0, 20_000.0  # Hounsfield units
+_WIDEST = 4000.0  # Hounsfield units: the inner ear is read at so many
+_FEWEST_LEVELS = 64
 _NUMBER = r"([+-]?\d+(?:\.\d+)?)"
 _LEVEL_WIDTH = re.compile(rf"{_NUMBER}\s*/\s*{_NUMBER}")
 _PERCENTILES = re.compile(rf"{_NUMBER}\s*%?\s*-\s*{_NUMBER}\s*%")
@@ -98,3 +101,53 @@ def parse_window(text: str) -> Window | Percentiles | str | None:
             return Percentiles(low, high)
     names = ", ".join(HOUNSFIELD)
     raise ConfigError(f"unknown window '{text[:40]}': give {names}, LEVEL/WIDTH such as 40/400, or 1-99%")
+
+
+def looks_like_hounsfield(values: np.ndarray) -> bool:
+    """Whether real values (N,) are most likely those of computed tomography, whole numbers or resampled ones.
+
+    What lies below air is padding and does not count. Told by air beside soft tissue, or in a tight crop by fat beside
+    soft tissue and something denser; no other modality has its background, or so much of its values, below 0.
+    """
+    scanned = values[values >= _BELOW_AIR]
+    if scanned.size < values.size * 0.02 or not scanned.size:
+        return False
+
+    def share(low: float, high: float, of: np.ndarray = scanned) -> float:
+        return float(((of >= low) & (of <= high)).mean()) if of.size else 0.0
+
+    dense = scanned[scanned > _LUNG_END]
+    if share(_BELOW_AIR, -800) >= 0.01:
+        return share(-200, 300, dense) >= 0.4 and share(_DENSEST, np.inf) < 0.001
+    zeros = share(-0.5, 0.5)
+    return (
+        share(-150, -30) >= 0.03 and share(0, 120) >= 0.2 and zeros < 0.2 and 60 <= np.percentile(scanned, 99.5) < 3000
+    )
+
+
+def shows(window: Window, values: np.ndarray, *, hounsfield: bool) -> bool:
+    """Whether a window that a file proposes is fit to see its real values (N,) by.
+
+    It is not where all but one in a hundred of them fall within a quarter of its grey levels, or, for Hounsfield units,
+    where it is wider than any that is read by.
+    """
+    if hounsfield:
+        return window.high - window.low <= _WIDEST
+    low, high = np.percentile(window.apply(values), PERCENTILES)
+    return bool(high - low >= _FEWEST_LEVELS)
+
+
+def percentiles(values: np.ndarray, share: Percentiles) -> tuple[float, float]:
+    """The values at two percentiles, (low, high) with low < high; the smallest does not count where it is padding.
+
+    It is where it lies further below all others than those are apart.
+    """
+    scanned = values[values > values.min()]
+    if scanned.size:
+        next_low, top = (float(value) for value in np.percentile(scanned, (0, 99.5)))
+        if next_low - float(values.min()) > top - next_low > 0:
+            values = scanned
+    low, high = (float(value) for value in np.percentile(values, (share.low, share.high)))
+    if low >= high:
+        low, high = float(values.min()), float(values.max())
+    return low, high if high > low else low + 1

@@ -1,4 +1,4 @@
-"""What a teacher is: someone who says in words what a student could have thought."""
+"""What a teacher is: someone who says as text what a student could have thought."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-from ibisagent.generation.teacher.visual_facts import Scene
+from ibisagent.generation.teacher.visual_facts import TeacherContext
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +21,13 @@ Thought: TypeAlias = "str | Refusal"
 
 
 class Teacher(Protocol):
-    """Writes thoughts. Same scene, same thought."""
+    """Writes thoughts. Same context, same thought."""
 
     @property
     def name(self) -> str:
         """For records."""
         ...
 
-    def think(self, scenes: Sequence[Scene]) -> list[Thought]:
-        """One thought, or why there is none, for each scene, in order. PolicyError if no more can be had at all."""
+    def think(self, contexts: Sequence[TeacherContext]) -> list[Thought]:
+        """One thought, or why there is none, for each context, in order. PolicyError if no more can be had at all."""
         ...

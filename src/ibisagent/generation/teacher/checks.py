@@ -1,4 +1,5 @@
-"""What refuses a thought: words that only someone who knows the truth could have, and words against the action."""
+"""What refuses a thought: words that only someone who knows the ground truth could have, and words against the
+action."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from ibisagent.imaging.clicks import bounding_box
 MAX_THOUGHT_CHARS = 1200
 
 _LEAKS = {
-    "truth": r"ground[- ]?truth|\bgt\b|gold standard|reference (?:mask|segmentation)|true mask|annotat|\blabels?\b|"
-    r"\boracle\b|expert mask|according to the mask of",
+    "ground truth": r"ground[- ]?truth|\bgt\b|gold standard|reference (?:mask|segmentation)|true mask|annotat"
+    r"|\blabels?\b|\boracle\b|expert mask|according to the mask of",
     "measure": r"\biou\b|\bdice\b|\bdsc\b|intersection over union|\b(?:fp|fn|tp)s?\b|false (?:positive|negative)|"
     r"true positive",
     "number": r"\d*\.\d+|\d+ ?%|\bper ?cent\b|\d+ ?(?:px\b|pixels?)|[(\[]\s*\d+\s*,\s*\d+\s*[)\]]",
@@ -22,7 +23,8 @@ _LEAK = {reason: re.compile(pattern, re.IGNORECASE) for reason, pattern in _LEAK
 
 
 def leak(thought: str) -> str | None:
-    """Which kind of truth the thought gives away: "truth", "measure", "number", "instruction"; None if none."""
+    """Which kind of ground truth the thought gives away: "ground truth", "measure", "number", "instruction"; None if
+    none."""
     return next((reason for reason, pattern in _LEAK.items() if pattern.search(thought)), None)
 
 
@@ -57,17 +59,19 @@ _TOLERANCE = 0.1  # of half the extent: so far past the middle a word may still 
 
 
 def disagreement(
-    thought: str, reply: Reply, masks: Masks, size: tuple[int, int], truth: Masks | None = None
+    thought: str, reply: Reply, masks: Masks, size: tuple[int, int], ground_truth: Masks | None = None
 ) -> str | None:
     """How a thought contradicts the action it goes with, in a word; None if it does not.
 
-    masks: before the action. truth: widens what "left" and "right" are measured against; without it only what is
-    marked and the picture count. "sign": it speaks of missed parts only and all clicks are negative, or the reverse.
-    "place": it names a side, and every click lies on the opposite one, in the picture and in the object. "stop": it
+    masks: before the action. ground_truth: widens what "left" and "right" are measured against; without it only what is
+    marked and the image count. "sign": it speaks of missed parts only and all clicks are negative, or the reverse.
+    "place": it names a side, and every click lies on the opposite one, in the image and in the object. "stop": it
     says that all is done and goes on, or it stops while it speaks of errors only. "undo": it undoes without saying so,
     or says so without doing it.
     """
-    names = sorted({*masks, *(truth or {}), *(a.target for a in reply.actions if isinstance(a, Click | Box))}, key=len)
+    names = sorted(
+        {*masks, *(ground_truth or {}), *(a.target for a in reply.actions if isinstance(a, Click | Box))}, key=len
+    )
     for name in reversed(names):
         thought = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "it", thought, flags=re.IGNORECASE)
     clicks = [action for action in reply.actions if isinstance(action, Click)]
@@ -84,7 +88,7 @@ def disagreement(
         return "sign"
     named = [way for way, pattern in _WAYS.items() if pattern.search(thought)]
     if len(prompts) == 1 and clicks:
-        object_ = union(masks, [clicks[0].target], size) | union(truth or {}, [clicks[0].target], size)
+        object_ = union(masks, [clicks[0].target], size) | union(ground_truth or {}, [clicks[0].target], size)
         for way in named:
             if _OPPOSITE[way] not in named and not _lies(clicks[0], way, object_, size):
                 return "place"
@@ -92,7 +96,7 @@ def disagreement(
 
 
 def _lies(click: Click, way: str, around: Mask, size: tuple[int, int]) -> bool:
-    """Whether the click is on that side, of the picture or of the extent of `around`, give or take."""
+    """Whether the click is on that side, of the image or of the extent of `around`, give or take."""
     box = bounding_box(around, "") or Box(0, 0, size[1], size[0], "")
     for frame in (box, Box(0, 0, size[1], size[0], "")):
         across = (click.x + 0.5 - (frame.x0 + frame.x1) / 2) / ((frame.x1 - frame.x0) / 2)

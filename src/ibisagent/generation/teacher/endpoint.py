@@ -1,8 +1,8 @@
-"""A teacher behind any OpenAI-compatible chat server: pictures in, one JSON field out, every reply kept and paid once.
+"""A teacher behind any OpenAI-compatible chat server: images in, one JSON field out, every reply kept and paid once.
 
 Replies are kept in a folder under the hash of what was asked (model, settings, text, pixels), so a stopped run asks
-nothing twice. The server sees what a student sees, the right action and the error in words; it never sees a mask of
-the truth.
+nothing twice. The server sees what a student sees, the right action and the error as text; it never sees a mask of
+the ground truth.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ibisagent.domain import Box, Click, Undo
 from ibisagent.errors import ConfigError, DataError, PolicyError
 from ibisagent.files import make_folder, one_line, write_whole
 from ibisagent.generation.teacher.base import Refusal, Thought
-from ibisagent.generation.teacher.visual_facts import Scene, Sight
+from ibisagent.generation.teacher.visual_facts import TeacherContext, VisualFacts
 from ibisagent.policies.endpoint import png_data_url
 from ibisagent.protocol import overlay
 
@@ -56,7 +56,7 @@ _SCHEMA = {
 
 
 class EndpointSettings(Protocol):
-    """What the teacher is told; see `factory.config.EndpointConfig`."""
+    """What the teacher is told; see `generation.config.EndpointConfig`."""
 
     @property
     def url(self) -> str: ...  # noqa: D102
@@ -87,7 +87,7 @@ class EndpointSettings(Protocol):
     @property
     def budget(self) -> float | None: ...  # noqa: D102
     @property
-    def tokens_per_picture(self) -> int: ...  # noqa: D102
+    def tokens_per_image(self) -> int: ...  # noqa: D102
 
 
 class EndpointTeacher:
@@ -117,22 +117,22 @@ class EndpointTeacher:
         """What all kept replies have cost, those of earlier runs included."""
         return self._spent
 
-    def think(self, scenes: Sequence[Scene]) -> list[Thought]:
-        """One thought or refusal for each scene, in order.
+    def think(self, contexts: Sequence[TeacherContext]) -> list[Thought]:
+        """One thought or refusal for each context, in order.
 
         PolicyError when the budget does not allow another request or the server cannot be used at all; what was paid
-        for is kept then, and the next start goes on from there.
+        for is kept then, and the next start resumes from there.
         """
         with ThreadPoolExecutor(self._settings.concurrency) as pool:
-            asked = [pool.submit(self._thought, scene) for scene in scenes]
+            asked = [pool.submit(self._thought, context) for context in contexts]
             try:
                 return [answer.result() for answer in asked]
             except PolicyError:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
 
-    def _thought(self, scene: Scene) -> Thought:
-        messages = self._messages(scene)
+    def _thought(self, context: TeacherContext) -> Thought:
+        messages = self._messages(context)
         settings = self._settings
         request: dict[str, Any] = {
             "model": settings.model,
@@ -143,7 +143,7 @@ class EndpointTeacher:
         }
         if settings.structured:
             request["response_format"] = _SCHEMA
-        content = json.dumps([settings.url, scene.key, request], sort_keys=True, ensure_ascii=False)
+        content = json.dumps([settings.url, context.key, request], sort_keys=True, ensure_ascii=False)
         path = self._cache / f"{hashlib.sha256(content.encode('utf-8', 'surrogateescape')).hexdigest()}.json"
         if path.exists():
             self._count("cached")
@@ -175,7 +175,7 @@ class EndpointTeacher:
                 raise PolicyError(
                     f"{settings.url}: cannot be used ({one_line(error, 200)}); check key, model and URL"
                 ) from error
-            except openai.APIStatusError as error:  # refused pictures, content filters: asking again does not help
+            except openai.APIStatusError as error:  # refused images, content filters: asking again does not help
                 refusal = Refusal("refused", one_line(error, 200))
                 break
             except (openai.OpenAIError, ValueError) as error:
@@ -204,22 +204,22 @@ class EndpointTeacher:
         self._count(refusal.reason)
         return refusal
 
-    def _messages(self, scene: Scene) -> list[dict[str, Any]]:
+    def _messages(self, context: TeacherContext) -> list[dict[str, Any]]:
         lines = [
-            f"Question: {scene.query}",
-            f"Modality: {scene.modality or 'unknown'}",
-            f"Action: {'; '.join(_action_words(scene)) or 'stop'}",
-            f"Hint: {'; '.join(map(_hint, scene.sights)) or 'the question can be answered in words'}",
+            f"Question: {context.query}",
+            f"Modality: {context.modality or 'unknown'}",
+            f"Action: {'; '.join(_action_words(context)) or 'stop'}",
+            f"Hint: {'; '.join(map(_hint, context.visuals)) or 'the question can be answered in words'}",
         ]
         parts: list[dict[str, Any]] = [{"type": "text", "text": "\n".join(lines)}]
         if self._settings.images:
-            url = png_data_url(overlay(scene.image, scene.masks, "colour"))
+            url = png_data_url(overlay(context.image, context.masks, "colour"))
             parts.append({"type": "image_url", "image_url": {"url": url}})
         return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": parts}]
 
     def _estimate(self) -> float:
         settings = self._settings
-        tokens = PROMPT_TOKENS + (settings.tokens_per_picture if settings.images else 0)
+        tokens = PROMPT_TOKENS + (settings.tokens_per_image if settings.images else 0)
         return (tokens * settings.price_in + settings.max_tokens * settings.price_out) / 1e6
 
     def _reserve(self) -> float:
@@ -291,10 +291,10 @@ def _reason(error: openai.APIError) -> str:
     return "no connection" if isinstance(error, openai.APIConnectionError) else "server error"
 
 
-def _action_words(scene: Scene) -> list[str]:
+def _action_words(context: TeacherContext) -> list[str]:
     """The actions without their coordinates."""
     words = []
-    for action in scene.reply.actions:
+    for action in context.reply.actions:
         if isinstance(action, Click):
             words.append(f"a {'positive' if action.positive else 'negative'} click for the {action.target}")
         elif isinstance(action, Box):
@@ -306,22 +306,22 @@ def _action_words(scene: Scene) -> list[str]:
     return words
 
 
-def _hint(sight: Sight) -> str:
+def _hint(visual: VisualFacts) -> str:
     """What was measured, in plain words."""
     what = {
-        "first": f"nothing is marked yet; the {sight.name} is to be found",
-        "missed": f"the mask misses {sight.extent or 'a part'} of the {sight.name}",
-        "leaked": f"the mask covers {sight.extent or 'a part'} that is not the {sight.name}",
-        "wrong": f"a plausible mistake about the {sight.name}",
-        "undo": f"the last action did harm to the mask of the {sight.name}",
-        "done": f"the mask of the {sight.name} fits",
-        "absent": f"there is no {sight.name} here",
-        "foreign": f"the mask that the user gave is not of the {sight.name}; discard it and begin again",
-        "claim": f"the user named the wrong side of the {sight.name}",
-    }[sight.moment]
-    more = [word for word in (sight.side, sight.place, sight.shape) if word]
-    more += [f"{sight.tone} than its surroundings"] if sight.tone else []
-    more += [{"alike": "as bright as the rest"}.get(sight.contrast, f"{sight.contrast} than the rest")] * bool(
-        sight.contrast
+        "first": f"nothing is marked yet; the {visual.name} is to be found",
+        "missed": f"the mask misses {visual.extent or 'a part'} of the {visual.name}",
+        "leaked": f"the mask covers {visual.extent or 'a part'} that is not the {visual.name}",
+        "wrong": f"a plausible mistake about the {visual.name}",
+        "undo": f"the last action did harm to the mask of the {visual.name}",
+        "done": f"the mask of the {visual.name} fits",
+        "absent": f"there is no {visual.name} here",
+        "unrelated": f"the mask that the user gave is not of the {visual.name}; discard it and begin again",
+        "claim": f"the user named the wrong side of the {visual.name}",
+    }[visual.turn_kind]
+    more = [word for word in (visual.side, visual.place, visual.shape) if word]
+    more += [f"{visual.tone} than its surroundings"] if visual.tone else []
+    more += [{"alike": "as bright as the rest"}.get(visual.contrast, f"{visual.contrast} than the rest")] * bool(
+        visual.contrast
     )
     return ", ".join([what, *more])

@@ -106,7 +106,7 @@ PHRASINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
                 "If it is visible, delineate it.",
             ),
         ),
-        "several": _each(
+        "multiple": _each(
             ("Segment {names}", "Outline {names}", "Find and mark {names}", "I need masks of {names}", "Show {names}"),
             (".", ", each with its own mask.", " in this image.", ", please.", ", one mask for each of them."),
         ),
@@ -198,7 +198,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "referring": ("referring",),
         "reasoning": ("reasoning", "abnormality", "comparison"),
         "existence": ("existence",),
-        "several": ("several",),
+        "multiple": ("multiple",),
         "refinement": ("refinement",),
         "vqa": ("modality", "organ", "side", "count", "size", "which"),
         "inconsistency": ("refinement", "wrong side"),
@@ -216,7 +216,7 @@ def phrasings(kind: str, *, held_out: bool) -> list[tuple[int, str]]:
 
 
 SHARES: Mapping[str, float] = MappingProxyType({"a tenth": 0.1, "a quarter": 0.25, "half": 0.5, "a twentieth": 0.05})
-"""Shares of the picture that questions about size name."""
+"""Shares of the image that questions about size name."""
 
 DESCRIPTIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -362,7 +362,7 @@ def body_parts(modality: str, site: str) -> frozenset[str]:
 
 
 class Absences:
-    """Names that a picture certainly does not show, learnt from the rows of the whole data.
+    """Names that an image certainly does not show, learned from the rows of the whole data.
 
     Near misses: other objects of the same data set, where the annotators looked for all of them; never a wider or
     narrower name of one that is there ("lung" for "left lung"). Far ones: objects of other parts of the body.

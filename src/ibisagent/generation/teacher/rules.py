@@ -1,4 +1,4 @@
-"""The offline teacher: sentences put together from what was measured, never from what only the truth tells."""
+"""The offline teacher: sentences put together from what was measured, never from what only the ground truth tells."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from collections.abc import Sequence
 from ibisagent.domain import Undo
 from ibisagent.generation.teacher.base import Thought
 from ibisagent.generation.teacher.phrasings import with_article
-from ibisagent.generation.teacher.visual_facts import Scene, Sight
+from ibisagent.generation.teacher.visual_facts import TeacherContext, VisualFacts
 
 
 class RulesTeacher:
-    """Needs no model and no network. The draws depend on `seed` and the scene's key only."""
+    """Needs no model and no network. The draws depend on `seed` and the context's key only."""
 
     name = "rules"
 
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed
 
-    def think(self, scenes: Sequence[Scene]) -> list[Thought]:
-        """One thought for each scene; there is always one."""
-        return [self._thought(scene) for scene in scenes]
+    def think(self, contexts: Sequence[TeacherContext]) -> list[Thought]:
+        """One thought for each context; there is always one."""
+        return [self._thought(context) for context in contexts]
 
-    def _thought(self, scene: Scene) -> str:
-        digest = hashlib.sha256(f"{self._seed}:{scene.key}".encode()).digest()
+    def _thought(self, context: TeacherContext) -> str:
+        digest = hashlib.sha256(f"{self._seed}:{context.key}".encode()).digest()
         draw = random.Random(int.from_bytes(digest[:8], "little"))
-        sights = scene.sights
-        if not sights:
-            return _words(scene, draw)
-        done = [sight for sight in sights if sight.moment == "done"]
+        visuals = context.visuals
+        if not visuals:
+            return _words(context, draw)
+        done = [visual for visual in visuals if visual.turn_kind == "done"]
         sentences = [_done(done, draw)] if done else []
-        sentences += [_SAY[sight.moment](sight, scene, draw) for sight in sights if sight.moment != "done"]
+        sentences += [_SAY[visual.turn_kind](visual, context, draw) for visual in visuals if visual.turn_kind != "done"]
         return " ".join(sentence for sentence in sentences if sentence)
 
 
@@ -40,20 +40,20 @@ def _pick(draw: random.Random, *texts: str) -> str:
     return draw.choice(texts)
 
 
-def _look(sight: Sight) -> str:
+def _look(visual: VisualFacts) -> str:
     """What an object looks like: "a small, roundish area that is brighter than its surroundings"; "" if unknown."""
-    words = ", ".join(word for word in (sight.extent, sight.shape) if word)
-    tone = f" that is {sight.tone} than its surroundings" if sight.tone else ""
+    words = ", ".join(word for word in (visual.extent, visual.shape) if word)
+    tone = f" that is {visual.tone} than its surroundings" if visual.tone else ""
     if not words and not tone:
         return ""
     article = "an" if words[:1] in "aeiou" and words else "a"
     return f"{article} {words} area{tone}" if words else f"an area{tone}"
 
 
-def _first(sight: Sight, scene: Scene, draw: random.Random) -> str:
-    name, look, place = sight.name, _look(sight), sight.place
+def _first(visual: VisualFacts, context: TeacherContext, draw: random.Random) -> str:
+    name, look, place = visual.name, _look(visual), visual.place
     appearance = f", {look}" if look else ""
-    if scene.kind == "reasoning":
+    if context.kind == "reasoning":
         opening = _pick(
             draw,
             f"That must be the {name}",
@@ -62,7 +62,7 @@ def _first(sight: Sight, scene: Scene, draw: random.Random) -> str:
             f"I take this to mean the {name}",
             f"The question points to the {name}",
         )
-    elif scene.kind == "existence":
+    elif context.kind == "existence":
         opening = _pick(
             draw,
             f"Yes, I can see the {name}",
@@ -70,7 +70,7 @@ def _first(sight: Sight, scene: Scene, draw: random.Random) -> str:
             f"I do find {with_article(name)} here",
             f"There is indeed a {name}",
         )
-    elif scene.kind == "abnormality":
+    elif context.kind == "abnormality":
         opening = _pick(
             draw,
             f"I notice something abnormal, which looks like {with_article(name)}",
@@ -97,7 +97,7 @@ def _first(sight: Sight, scene: Scene, draw: random.Random) -> str:
         where = _pick(draw, f"I see it as {look}", f"It shows as {look}", f"It appears as {look}")
     else:
         where = _pick(draw, "I see where it runs", "Its outline can be followed", "I can make it out")
-    if sight.boxed:
+    if visual.boxed:
         plan = _pick(
             draw,
             "A box around all of it is a good start.",
@@ -107,7 +107,7 @@ def _first(sight: Sight, scene: Scene, draw: random.Random) -> str:
             "A box should be enough to begin with.",
         )
     else:
-        middle = sight.side == "in its middle"
+        middle = visual.side == "in its middle"
         plan = _pick(
             draw,
             f"I click {'into its middle' if middle else 'well inside it'}.",
@@ -124,11 +124,11 @@ _PART = ("A part", "Some", "A piece", "A portion")
 _MUCH = ("Much", "A good deal", "A large part", "A large piece")
 
 
-def _missed(sight: Sight, scene: Scene, draw: random.Random) -> str:
-    name, side = sight.name, _at(sight)
-    if sight.boxed:
+def _missed(visual: VisualFacts, context: TeacherContext, draw: random.Random) -> str:
+    name, side = visual.name, _at(visual)
+    if visual.boxed:
         return f"I draw a box around the {name}."
-    amount = draw.choice({"a little": _A_LITTLE, "a part": _PART, "much": _MUCH}.get(sight.extent, _PART))
+    amount = draw.choice({"a little": _A_LITTLE, "a part": _PART, "much": _MUCH}.get(visual.extent, _PART))
     inside = f"{amount[0].lower()}{amount[1:]}"
     facts = (
         f"{amount} of the {name}{side} is still missing from the mask.",
@@ -138,17 +138,17 @@ def _missed(sight: Sight, scene: Scene, draw: random.Random) -> str:
         f"{amount} of the {name}{side} has not been included.",
     )
     reasons: tuple[str, ...] = ()
-    if sight.contrast == "alike":
+    if visual.contrast == "alike":
         reasons = (
             " It is as bright as the marked part.",
             " Its brightness is that of the rest.",
             " It looks just like what is marked already.",
             "",
         )
-    elif sight.contrast:
+    elif visual.contrast:
         reasons = (
-            f" It is {sight.contrast} than the rest, yet belongs to it.",
-            f" There the {name} is {sight.contrast}.",
+            f" It is {visual.contrast} than the rest, yet belongs to it.",
+            f" There the {name} is {visual.contrast}.",
             "",
         )
     plans = (
@@ -162,9 +162,9 @@ def _missed(sight: Sight, scene: Scene, draw: random.Random) -> str:
     return _one_of_each(draw, facts, reasons, plans)
 
 
-def _leaked(sight: Sight, scene: Scene, draw: random.Random) -> str:
-    name, side = sight.name, _at(sight)
-    amount = {"a little": "slightly ", "much": "far "}.get(sight.extent, "")
+def _leaked(visual: VisualFacts, context: TeacherContext, draw: random.Random) -> str:
+    name, side = visual.name, _at(visual)
+    amount = {"a little": "slightly ", "much": "far "}.get(visual.extent, "")
     facts: tuple[str, ...] = (
         f"The mask goes {amount}beyond the {name}{side}.",
         f"The mask leaks out of the {name}{side}.",
@@ -172,17 +172,17 @@ def _leaked(sight: Sight, scene: Scene, draw: random.Random) -> str:
         f"What is marked{side} is no longer the {name}.",
         f"The mask is too large{side}; that is not the {name}.",
     )
-    if sight.shape == "detached":
+    if visual.shape == "detached":
         facts = (
             f"A separate area{side} is marked that is not the {name}.",
             f"The mask also covers a separate spot{side} that is not part of the {name}.",
             f"Something{side} apart from the {name} is marked as well.",
         )
     reasons: tuple[str, ...] = ()
-    if sight.contrast in ("brighter", "darker"):
-        reasons = (f" The tissue there is {sight.contrast}.", f" It is {sight.contrast} than the {name}.", "")
-        if scene.modality in ("endoscope", "dermoscopy"):
-            reasons = (f" It is {sight.contrast} there.",)
+    if visual.contrast in ("brighter", "darker"):
+        reasons = (f" The tissue there is {visual.contrast}.", f" It is {visual.contrast} than the {name}.", "")
+        if context.modality in ("endoscope", "dermoscopy"):
+            reasons = (f" It is {visual.contrast} there.",)
     plans = (
         " I put a negative click there.",
         " A negative click should take it away.",
@@ -193,8 +193,8 @@ def _leaked(sight: Sight, scene: Scene, draw: random.Random) -> str:
     return _one_of_each(draw, facts, reasons, plans)
 
 
-def _at(sight: Sight) -> str:
-    return f" {sight.side}" if sight.side else ""
+def _at(visual: VisualFacts) -> str:
+    return f" {visual.side}" if visual.side else ""
 
 
 def _one_of_each(draw: random.Random, *choices: Sequence[str]) -> str:
@@ -202,14 +202,14 @@ def _one_of_each(draw: random.Random, *choices: Sequence[str]) -> str:
     return "".join(draw.choice(texts) if len(texts) > 1 else "".join(texts) for texts in choices)
 
 
-def _wrong(sight: Sight, scene: Scene, draw: random.Random) -> str:
+def _wrong(visual: VisualFacts, context: TeacherContext, draw: random.Random) -> str:
     """Before a deliberately wrong action: what one may believe. Never trained on."""
-    name = sight.name
-    if sight.boxed:
+    name = visual.name
+    if visual.boxed:
         return _pick(
             draw, f"The {name} should be about here; I draw a box.", f"I think that the {name} lies in this box."
         )
-    if sight.extent == "cut":
+    if visual.extent == "cut":
         return _pick(draw, f"I think that this spot is not the {name}.", "The mask seems to reach too far here.")
     return _pick(
         draw,
@@ -220,16 +220,16 @@ def _wrong(sight: Sight, scene: Scene, draw: random.Random) -> str:
     )
 
 
-def _undo(sight: Sight, scene: Scene, draw: random.Random) -> str:
-    name, side = sight.name, _at(sight)
-    if sight.extent == "lost":
+def _undo(visual: VisualFacts, context: TeacherContext, draw: random.Random) -> str:
+    name, side = visual.name, _at(visual)
+    if visual.extent == "lost":
         effect = _pick(
             draw,
             f"That click was wrong: the mask has lost a part of the {name}{side}.",
             f"Now a part of the {name}{side} is gone that was right before.",
             f"My last action cut away some of the {name}{side}.",
         )
-    elif sight.extent == "beside":
+    elif visual.extent == "beside":
         effect = _pick(
             draw,
             f"That was a mistake: what is marked now is not the {name}.",
@@ -244,7 +244,7 @@ def _undo(sight: Sight, scene: Scene, draw: random.Random) -> str:
             f"My last action was wrong: the mask now runs out of the {name}{side}.",
             f"Now the mask covers more than the {name}{side}.",
         )
-    steps = max([action.steps for action in scene.reply.actions if isinstance(action, Undo)], default=1)
+    steps = max([action.steps for action in context.reply.actions if isinstance(action, Undo)], default=1)
     plan = _pick(
         draw,
         " I take it back.",
@@ -256,12 +256,12 @@ def _undo(sight: Sight, scene: Scene, draw: random.Random) -> str:
     return effect + plan
 
 
-def _done(sights: Sequence[Sight], draw: random.Random) -> str:
-    names = [sight.name for sight in sights]
+def _done(visuals: Sequence[VisualFacts], draw: random.Random) -> str:
+    names = [visual.name for visual in visuals]
     listed, are = " and the ".join(names), "is" if len(names) == 1 else "are"
     fits = "fits" if len(names) == 1 else "fit"
     masks = "mask" if len(names) == 1 else "masks"
-    if any(sight.extent for sight in sights):
+    if any(visual.extent for visual in visuals):
         return _pick(
             draw,
             f"The {listed} {are} covered for the most part; more clicks would change little.",
@@ -282,8 +282,8 @@ def _done(sights: Sequence[Sight], draw: random.Random) -> str:
     )
 
 
-def _absent(sight: Sight, scene: Scene, draw: random.Random) -> str:
-    name = sight.name
+def _absent(visual: VisualFacts, context: TeacherContext, draw: random.Random) -> str:
+    name = visual.name
     return _pick(
         draw,
         f"I see no {name} here.",
@@ -295,9 +295,9 @@ def _absent(sight: Sight, scene: Scene, draw: random.Random) -> str:
     )
 
 
-def _foreign(sight: Sight, scene: Scene, draw: random.Random) -> str:
-    name = sight.name
-    place = f" {sight.place}" if sight.place else ""
+def _unrelated(visual: VisualFacts, context: TeacherContext, draw: random.Random) -> str:
+    name = visual.name
+    place = f" {visual.place}" if visual.place else ""
     return _pick(
         draw,
         f"The mask that I was given does not show the {name}; it marks something else. I discard it with a negative "
@@ -309,17 +309,17 @@ def _foreign(sight: Sight, scene: Scene, draw: random.Random) -> str:
     )
 
 
-def _claim(sight: Sight, scene: Scene, draw: random.Random) -> str:
-    name, boxed = sight.name, "I draw a box around it" if sight.boxed else "I click on it there"
+def _claim(visual: VisualFacts, context: TeacherContext, draw: random.Random) -> str:
+    name, boxed = visual.name, "I draw a box around it" if visual.boxed else "I click on it there"
     return _pick(
         draw,
-        f"I was told that the {name} is {scene.claim}, but I see it {sight.place}. {boxed}.",
-        f"The {name} is not {scene.claim}; it lies {sight.place}. {boxed}.",
-        f"The request says {scene.claim}, which does not match what I see: the {name} is {sight.place}. {boxed}.",
+        f"I was told that the {name} is {context.claim}, but I see it {visual.place}. {boxed}.",
+        f"The {name} is not {context.claim}; it lies {visual.place}. {boxed}.",
+        f"The request says {context.claim}, which does not match what I see: the {name} is {visual.place}. {boxed}.",
     )
 
 
-def _words(scene: Scene, draw: random.Random) -> str:
+def _words(context: TeacherContext, draw: random.Random) -> str:
     return _pick(
         draw,
         "This can be answered in words; no pixels are needed.",
@@ -338,6 +338,6 @@ _SAY = {
     "wrong": _wrong,
     "undo": _undo,
     "absent": _absent,
-    "foreign": _foreign,
+    "unrelated": _unrelated,
     "claim": _claim,
 }

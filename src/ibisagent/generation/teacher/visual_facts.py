@@ -1,4 +1,4 @@
-"""What can be seen at one turn, in words: sizes, places, brightness. The numbers behind them stay here."""
+"""What can be seen at one turn, as text: sizes, places, brightness. The numbers behind them stay here."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from ibisagent.domain import Box, Click, Image, Mask, Masks, Prompt, Reply, Stop
 from ibisagent.imaging.clicks import bounding_box
 from ibisagent.imaging.masks import iou
 
-Moment = Literal["first", "missed", "leaked", "wrong", "undo", "done", "absent", "words", "foreign", "claim"]
+TurnKind = Literal["first", "missed", "leaked", "wrong", "undo", "done", "absent", "words", "unrelated", "claim"]
 WELL_COVERED = 0.91
-MOMENTS: tuple[Moment, ...] = (
-    "first", "missed", "leaked", "wrong", "undo", "done", "absent", "words", "foreign", "claim",
+TURN_KINDS: tuple[TurnKind, ...] = (
+    "first", "missed", "leaked", "wrong", "undo", "done", "absent", "words", "unrelated", "claim",
 )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
+class VisualFacts:
     """One object at one turn. Texts are "" where nothing certain can be said.
 
-    place: of the click or object in the picture; side: of the click within the object; extent: how large the error or
+    place: of the click or object in the image; side: of the click within the object; extent: how large the error or
     object is; tone: brightness against the surroundings; contrast: brightness of an error against the object's rest.
     """
 
     name: str
-    moment: Moment
+    turn_kind: TurnKind
     place: str = ""
     side: str = ""
     extent: str = ""
@@ -39,7 +39,7 @@ class Sight:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Scene:
+class TeacherContext:
     """All that a teacher gets for one thought: the question, the right reply without its thought, what is to be seen.
 
     image, masks: what the student sees. claim: what the user said that is not so. key: makes draws repeatable.
@@ -49,7 +49,7 @@ class Scene:
     query: str
     kind: str
     reply: Reply
-    sights: tuple[Sight, ...]
+    visuals: tuple[VisualFacts, ...]
     image: Image
     masks: Masks
     claim: str = ""
@@ -57,7 +57,7 @@ class Scene:
 
 
 def place_of(x: float, y: float, size: tuple[int, int]) -> str:
-    """Where a point lies in a picture of `size` (H, W), in words of three columns and three rows."""
+    """Where a point lies in an image of `size` (H, W), as text of three columns and three rows."""
     column = min(int(3 * x / size[1]), 2)
     row = min(int(3 * y / size[0]), 2)
     if (row, column) == (1, 1):
@@ -98,25 +98,25 @@ def _ring(region: Mask) -> Mask:
     return ring
 
 
-def look(name: str, image: Image, truth: Mask) -> dict[str, str]:
+def object_facts(name: str, image: Image, ground_truth: Mask) -> dict[str, str]:
     """place, extent, tone and shape of a whole object; only what is clear."""
-    box = bounding_box(truth, "")
+    box = bounding_box(ground_truth, "")
     if box is None:
         return {}
-    moments = cv2.moments(truth.astype(np.uint8), binaryImage=True)
+    moments = cv2.moments(ground_truth.astype(np.uint8), binaryImage=True)
     centre_x, centre_y = moments["m10"] / moments["m00"], moments["m01"] / moments["m00"]
-    share = float(np.count_nonzero(truth)) / truth.size
+    share = float(np.count_nonzero(ground_truth)) / ground_truth.size
     extent = "tiny" if share < 0.005 else "small" if share < 0.03 else "large" if share > 0.15 else ""
-    pieces = int(cv2.connectedComponents(truth.astype(np.uint8))[0]) - 1
+    pieces = int(cv2.connectedComponents(ground_truth.astype(np.uint8))[0]) - 1
     wide, high = box.x1 - box.x0, box.y1 - box.y0
-    filled = np.count_nonzero(truth) / (wide * high)
+    filled = np.count_nonzero(ground_truth) / (wide * high)
     shape = ""
     if pieces == 1 and filled > 0.68:
         ratio = wide / high
         shape = "wide" if ratio > 1.7 else "tall" if ratio < 0.6 else "roundish" if 0.8 < ratio < 1.25 else "oval"
-    compact = pieces == 1 and wide * high < 0.5 * truth.size
+    compact = pieces == 1 and wide * high < 0.5 * ground_truth.size
     place = place_of(centre_x, centre_y, image.size) if compact else ""
-    return {"place": place, "extent": extent, "tone": _tone(image, truth), "shape": shape}
+    return {"place": place, "extent": extent, "tone": _tone(image, ground_truth), "shape": shape}
 
 
 def _tone(image: Image, region: Mask) -> str:
@@ -127,30 +127,30 @@ def _tone(image: Image, region: Mask) -> str:
     return "brighter" if gap > 20 else "darker" if gap < -20 else ""
 
 
-def first_sight(name: str, image: Image, truth: Mask, prompt: Prompt) -> Sight:
+def first_facts(name: str, image: Image, ground_truth: Mask, prompt: Prompt) -> VisualFacts:
     """What is seen before the first prompt on an object."""
-    facts = look(name, image, truth)
+    facts = object_facts(name, image, ground_truth)
     if isinstance(prompt, Click) and not facts.get("place"):
-        facts = {**facts, "side": "in its middle" if _central(prompt, truth) else ""}
-    return Sight(name, "first", boxed=isinstance(prompt, Box), **facts)
+        facts = {**facts, "side": "in its middle" if _central(prompt, ground_truth) else ""}
+    return VisualFacts(name, "first", boxed=isinstance(prompt, Box), **facts)
 
 
-def _central(click: Click, truth: Mask) -> bool:
-    return side_of(click.x, click.y, truth) == "in the middle"
+def _central(click: Click, ground_truth: Mask) -> bool:
+    return side_of(click.x, click.y, ground_truth) == "in the middle"
 
 
-def error_sight(name: str, image: Image, truth: Mask, current: Mask, prompt: Prompt) -> Sight:
+def error_facts(name: str, image: Image, ground_truth: Mask, current: Mask, prompt: Prompt) -> VisualFacts:
     """What is seen of the error that `prompt` corrects: a missed part, or a leak."""
     if isinstance(prompt, Box):
-        return Sight(name, "missed", boxed=True)
-    error = truth & ~current if prompt.positive else current & ~truth
+        return VisualFacts(name, "missed", boxed=True)
+    error = ground_truth & ~current if prompt.positive else current & ~ground_truth
     _, parts = cv2.connectedComponents(error.astype(np.uint8), connectivity=4)
     part = parts == parts[prompt.y, prompt.x] if error[prompt.y, prompt.x] else error
-    whole = int(np.count_nonzero(truth if prompt.positive else current))
+    whole = int(np.count_nonzero(ground_truth if prompt.positive else current))
     share = float(np.count_nonzero(part)) / max(whole, 1)
     extent = "a little" if share < 0.04 else "a part" if share < 0.3 else "much"
-    side = side_of(prompt.x, prompt.y, truth | current)
-    grey, right = _grey(image), truth & current
+    side = side_of(prompt.x, prompt.y, ground_truth | current)
+    grey, right = _grey(image), ground_truth & current
     contrast = ""
     if part.any() and np.count_nonzero(right) > 20:
         gap = float(grey[part].mean()) - float(grey[right].mean())
@@ -159,7 +159,7 @@ def error_sight(name: str, image: Image, truth: Mask, current: Mask, prompt: Pro
         elif abs(gap) > 20:
             contrast = "brighter" if gap > 0 else "darker"
     detached = not prompt.positive and not (cv2.dilate(part.astype(np.uint8), np.ones((3, 3))) > 0)[right].any()
-    return Sight(
+    return VisualFacts(
         name,
         "missed" if prompt.positive else "leaked",
         place_of(prompt.x, prompt.y, image.size),
@@ -170,12 +170,14 @@ def error_sight(name: str, image: Image, truth: Mask, current: Mask, prompt: Pro
     )
 
 
-def stop_sights(stop: Stop, masks: Masks, truths: Masks) -> tuple[Sight, ...]:
+def stop_facts(stop: Stop, masks: Masks, ground_truths: Masks) -> tuple[VisualFacts, ...]:
     """What is seen at the end; extent "nearly" for a mask that leaves something to be wished for."""
-    nearly = {name for name, mask in masks.items() if name in truths and iou(mask, truths[name]) < WELL_COVERED}
+    nearly = {
+        name for name, mask in masks.items() if name in ground_truths and iou(mask, ground_truths[name]) < WELL_COVERED
+    }
     done = [
-        Sight(name, "done", extent="nearly" if name in nearly else "")
+        VisualFacts(name, "done", extent="nearly" if name in nearly else "")
         for name, mask in masks.items()
         if mask.any() and name not in stop.absent
     ]
-    return (*done, *(Sight(name, "absent") for name in stop.absent))
+    return (*done, *(VisualFacts(name, "absent") for name in stop.absent))

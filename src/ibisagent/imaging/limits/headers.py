@@ -1,6 +1,6 @@
 """What the headers of an image file would make a decoder do, found without one: pages, directories, tiles, scans.
 
-Decoders trust these figures. A TIFF of 4 MB can hold 30,000 pages, name one stretch of bytes as the value of 60,000
+Decoders trust these numbers. A TIFF of 4 MB can hold 30,000 pages, name one stretch of bytes as the value of 60,000
 tags, or cut its image into tiles of one pixel; a JPEG of 100 KB can go over its image a thousand times.
 """
 

@@ -5,8 +5,8 @@
         --tasks ibis_segmentation --include_path FOLDER --batch_size 16
 
 The first line writes the task: `ibis_segmentation.yaml` and `cases.jsonl`. An answer is JSON with one COCO run-length
-mask, {"size": [H, W], "counts": "..."}, on the picture's grid; our agent writes that, and so can any other model or
-wrapper. An answer that is none counts as an empty mask, and in `readable`. No model is shown the truth.
+mask, {"size": [H, W], "counts": "..."}, on the image's grid; our agent writes that, and so can any other model or
+wrapper. An answer that is none counts as an empty mask, and in `readable`. No model is shown the ground truth.
 
 lmms-eval (0.7) finds our model by the entry point "lmms_eval.models" of this package.
 """
@@ -63,24 +63,24 @@ METRICS = ("iou", "dice", "readable")
 def write_task(cases: CaseSource, folder: Path) -> Path:
     """Write the task of all `cases` with a mask into `folder`, which exists; the YAML's path.
 
-    Pictures inside containers are written beside it as PNG. DataError for a case that cannot be read.
+    Images inside containers are written beside it as PNG. DataError for a case that cannot be read.
     """
     lines = []
     for number, (row, case) in enumerate(zip(cases.rows, cases, strict=True)):
         if not case.targets:
             continue
-        picture = row.image
-        if not picture.is_file():
-            picture = folder / f"picture-{number}.png"
-            write_png(case.image.pixels, picture)
-        truth = union(case.targets, list(case.targets), case.image.size)
+        image = row.image
+        if not image.is_file():
+            image = folder / f"image-{number}.png"
+            write_png(case.image.pixels, image)
+        ground_truth = union(case.targets, list(case.targets), case.image.size)
         doc = {
             "id": row.id,
-            "image": str(picture.resolve()),
+            "image": str(image.resolve()),
             "query": row.query,
             "object": row.object,
             "modality": row.modality,
-            "target": json.dumps(encode_rle(truth)),
+            "target": json.dumps(encode_rle(ground_truth)),
         }
         lines.append(json.dumps(doc))
     if not lines:
@@ -94,7 +94,7 @@ def write_task(cases: CaseSource, folder: Path) -> Path:
 
 
 def doc_to_visual(doc: Mapping[str, Any]) -> list[PIL.Image.Image]:
-    """The picture, as the agent reads it."""
+    """The image, as the agent reads it."""
     from ibisagent.imaging.images import read_image
 
     return [PIL.Image.fromarray(read_image(doc["image"]).pixels)]
@@ -107,11 +107,11 @@ def doc_to_text(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, 
 
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """IoU and Dice of the answer with the truth, and whether it could be read (1 or 0)."""
-    truth = decode_rle(json.loads(doc["target"]))
-    mask = read_answer(results[0], (int(truth.shape[0]), int(truth.shape[1])))
-    found = np.zeros_like(truth) if mask is None else mask
-    return {"iou": iou(found, truth), "dice": dice(found, truth), "readable": float(mask is not None)}
+    """IoU and Dice of the answer with the ground truth, and whether it could be read (1 or 0)."""
+    ground_truth = decode_rle(json.loads(doc["target"]))
+    mask = read_answer(results[0], (int(ground_truth.shape[0]), int(ground_truth.shape[1])))
+    found = np.zeros_like(ground_truth) if mask is None else mask
+    return {"iou": iou(found, ground_truth), "dice": dice(found, ground_truth), "readable": float(mask is not None)}
 
 
 def read_answer(text: str, size: tuple[int, int]) -> Mask | None:

@@ -61,10 +61,10 @@ class IbisAgent(lmms):  # type: ignore[misc]
         return answers
 
     def _case(self, request: Any) -> Case:
-        """What the agent is asked: the picture and the first line of the text, never the truth."""
+        """What the agent is asked: the image and the first line of the text, never the ground truth."""
         text, _, doc_to_visual, doc_id, task, split = request.args
-        picture = doc_to_visual(self.task_dict[task][split][doc_id])[0].convert("RGB")
-        return Case(f"{task}/{doc_id}", Image(np.asarray(picture)), text.partition("\n")[0])
+        image = doc_to_visual(self.task_dict[task][split][doc_id])[0].convert("RGB")
+        return Case(f"{task}/{doc_id}", Image(np.asarray(image)), text.partition("\n")[0])
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Not for an agent. Raises ConfigError."""

@@ -1,7 +1,7 @@
-"""verl's agent loop around our environment: several turns, each with a new picture, in one stream of tokens (verl 0.9).
+"""verl's agent loop around our environment: several turns, each with a new image, in one stream of tokens (verl 0.9).
 
-verl makes one `SegmentationLoop` for each path, in a process of many that share the policy's servers. The reward is
-computed here, from the turns. A segmenter that fails raises: verl logs that and leaves the path out of its group.
+verl makes one `SegmentationLoop` for each rollout, in a process of many that share the policy's servers. The reward is
+computed here, from the turns. A segmenter that fails raises: verl logs that and leaves the rollout out of its group.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Result = TypeVar("Result")
 
 
 class SegmentationLoop(AgentLoopBase):  # type: ignore[misc]  # verl is not typed
-    """One path: `prompt_case` -> `SegmentationEnv`, until it ends or the next picture would not fit any more."""
+    """One rollout: `prompt_case` -> `SegmentationEnv`, until it ends or the next image would not fit any more."""
 
     def __init__(
         self,
@@ -55,8 +55,8 @@ class SegmentationLoop(AgentLoopBase):  # type: ignore[misc]  # verl is not type
         **kwargs: Any,
     ) -> None:
         """segmenter, device: as for `load_segmenter`; "remote:URL" shares one machine's. dialect, max_turns: of the
-        environment. max_turn_tokens: of one reply. max_pixels: larger pictures are shown to the policy shrunk to this
-        area. folder: where relative paths of pictures begin. rewards: the fields of `RewardWeights`.
+        environment. max_turn_tokens: of one reply. max_pixels: larger images are shown to the policy shrunk to this
+        area. folder: where relative paths of images begin. rewards: the fields of `RewardWeights`.
         """
         super().__init__(*args, **kwargs)
         if self.processor is None:
@@ -64,7 +64,7 @@ class SegmentationLoop(AgentLoopBase):  # type: ignore[misc]  # verl is not type
         if not 0 < max_turn_tokens <= self.rollout_config.response_length:
             raise ConfigError(
                 f"max_turn_tokens is {max_turn_tokens}: give 1 to {self.rollout_config.response_length}, the response "
-                "length, which has to hold all replies and pictures of a path"
+                "length, which has to hold all replies and images of a rollout"
             )
         self._segmenter: Segmenter = _load_segmenter(segmenter, device=device)
         self._dialect, self._max_turns, self._max_turn_tokens = dialect, max_turns, max_turn_tokens
@@ -73,41 +73,41 @@ class SegmentationLoop(AgentLoopBase):  # type: ignore[misc]  # verl is not type
         self._weights = weights_of(plain, "agent loop ibisagent")
 
     async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> AgentLoopOutput:
-        """Play one path. kwargs: a record of `factory.exports.read_verl` as verl's dataset passes it on.
+        """Play one rollout. kwargs: a record of `generation.exports.read_verl` as verl's dataset passes it on.
 
         DataError for a record that is none of ours, SegmenterError and PolicyError when machinery fails.
         """
-        told, truth = kwargs["extra_info"], json.loads(kwargs["reward_model"]["ground_truth"])
-        case = await self._aside(prompt_case, told["id"], told["query"], truth, self._folder)
+        told, ground_truth = kwargs["extra_info"], json.loads(kwargs["reward_model"]["ground_truth"])
+        case = await self._aside(prompt_case, told["id"], told["query"], ground_truth, self._folder)
         env = SegmentationEnv(case, self._segmenter, dialect=self._dialect, max_turns=self._max_turns)
-        path = _Path(self, env, sampling_params)
+        path = _Rollout(self, env, sampling_params)
         await path.play()
         reward, facts = episode_reward(env.episode(), case, self._weights)
         return path.output(reward, facts)
 
     async def _aside(self, work: Callable[..., Result], *args: Any, on: ThreadPoolExecutor | None = None) -> Result:
-        """Run `work` in a thread, so that other paths go on."""
+        """Run `work` in a thread, so that other rollouts go on."""
         return await asyncio.get_running_loop().run_in_executor(on, partial(work, *args))
 
     def _paint(self, image: Image, masks: Masks, style: OverlayStyle) -> PIL.Image.Image:
-        picture = overlay(image, masks, style)
-        scale = (self._max_pixels / (picture.width * picture.height)) ** 0.5
+        rendered = overlay(image, masks, style)
+        scale = (self._max_pixels / (rendered.width * rendered.height)) ** 0.5
         if scale >= 1:
-            return picture
-        return picture.resize((max(1, int(picture.width * scale)), max(1, int(picture.height * scale))))
+            return rendered
+        return rendered.resize((max(1, int(rendered.width * scale)), max(1, int(rendered.height * scale))))
 
     def _ask(self, env: SegmentationEnv) -> list[Message]:
         return render(env.observation, dialect=self._dialect, history="full", style="colour", paint=self._paint)
 
     @property
     def _vision_tokens(self) -> frozenset[int]:
-        """Tokens that stand for pictures. If the policy wrote one, pictures and places would no longer match."""
+        """Tokens that stand for images. If the policy wrote one, images and places would no longer match."""
         found = {get_processor_token_id(self.processor, kind) for kind in ("image", "video")}
         found |= {self.tokenizer.convert_tokens_to_ids(token) for token in _VISION_TOKENS}
         return frozenset(found - {None, self.tokenizer.unk_token_id})
 
 
-class _Path:
+class _Rollout:
     """What has been said so far, and the same as tokens: `ids`, of which the last `len(mask)` are the response."""
 
     def __init__(self, loop: SegmentationLoop, env: SegmentationEnv, sampling: Mapping[str, Any]) -> None:
@@ -118,7 +118,7 @@ class _Path:
         self._room = loop.rollout_config.response_length
         self._request = uuid4().hex
         self._messages: list[Message] = []
-        self._pictures: list[PIL.Image.Image] = []
+        self._images: list[PIL.Image.Image] = []
         self._ids: list[int] = []
         self._mask: list[int] = []
         self._logprobs: list[float] | None = None
@@ -130,15 +130,15 @@ class _Path:
         loop, env = self._loop, self._env
         loop._assert_mm_supported(True)
         self._messages = await loop._aside(loop._ask, env)
-        self._pictures = _pictures(self._messages)
-        self._ids = await loop.ct_build_initial_tokens(self._messages, images=self._pictures)
+        self._images = _images(self._messages)
+        self._ids = await loop.ct_build_initial_tokens(self._messages, images=self._images)
         while not env.done:
             text, tokens = await self._write()
             started = time.perf_counter()
             await loop._aside(env.step, Completion(text, tokens), on=_SEGMENTING)
             self._seconds["tool_calls"] += time.perf_counter() - started
             if not env.done and not await self._show(text):
-                env.cut()
+                env.truncate()
 
     async def _write(self) -> tuple[str, int]:
         """The policy's next reply, and its number of tokens."""
@@ -147,12 +147,12 @@ class _Path:
             request_id=self._request,
             prompt_ids=self._ids,
             sampling_params=dict(self._sampling),
-            image_data=self._pictures,
+            image_data=self._images,
             mm_processor_kwargs=loop._get_mm_processor_kwargs(),
         )
         self._seconds["generate_sequences"] += time.perf_counter() - started
         if self._forbidden.intersection(written.token_ids):
-            raise PolicyError("the policy's server wrote a token that stands for a picture: it must obey logit_bias")
+            raise PolicyError("the policy's server wrote a token that stands for an image: it must obey logit_bias")
         self._note(written)
         known = self._logprobs if self._logprobs is not None or not written.log_probs else []
         merged, self._mask, self._logprobs = await loop.ct_merge_assistant_token(
@@ -162,7 +162,7 @@ class _Path:
         return loop.tokenizer.decode(written.token_ids, skip_special_tokens=True), len(written.token_ids)
 
     async def _show(self, text: str) -> bool:
-        """Add the reply `text` and the picture it led to; False, and nothing added, without room for another reply."""
+        """Add the reply `text` and the image it led to; False, and nothing added, without room for another reply."""
         loop = self._loop
         said = [*self._messages, {"role": "assistant", "content": text}]
         asked = [*said, (await loop._aside(loop._ask, self._env))[-1]]
@@ -170,7 +170,7 @@ class _Path:
         if len(mask) + loop._max_turn_tokens > self._room:
             return False
         self._messages, self._ids, self._mask, self._logprobs = asked, merged.token_ids, mask, logprobs
-        self._pictures += _pictures(asked[-1:])
+        self._images += _images(asked[-1:])
         return True
 
     def _note(self, written: Any) -> None:
@@ -183,21 +183,21 @@ class _Path:
             self._preempted = max(0, self._preempted) + written.num_preempted
 
     def output(self, reward: float, facts: dict[str, float]) -> AgentLoopOutput:
-        """The path as verl trains on it."""
+        """The rollout as verl trains on it."""
         start = len(self._ids) - len(self._mask)
         return AgentLoopOutput(
             prompt_ids=self._ids[:start],
             response_ids=self._ids[start:],
             response_mask=self._mask,
             response_logprobs=self._logprobs,
-            multi_modal_data={"images": self._pictures},
+            multi_modal_data={"images": self._images},
             mm_processor_kwargs=self._loop._get_mm_processor_kwargs(),
             reward_score=reward,
-            num_turns=len(self._pictures) + len(self._env.observation.turns),
+            num_turns=len(self._images) + len(self._env.observation.turns),
             metrics=AgentLoopMetrics(**self._seconds, num_preempted=self._preempted),
             extra_fields={**self._extra, "reward_extra_info": facts, "turn_scores": [], "tool_rewards": []},
         )
 
 
-def _pictures(messages: list[Message]) -> list[PIL.Image.Image]:
+def _images(messages: list[Message]) -> list[PIL.Image.Image]:
     return [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]

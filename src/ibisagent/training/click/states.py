@@ -21,22 +21,22 @@ from ibisagent.imaging.clicks import bounding_box, interior_depth, next_click
 from ibisagent.segmenters.context_features import places_seen
 from ibisagent.segmenters.letterbox import prompt_maps
 from ibisagent.training.views import SIDE as VIEW_SIDE
-from ibisagent.training.views import Bank
+from ibisagent.training.views import FeatureCache
 
-STORED_SIDE = 512  # pictures are kept in memory at this longer side
+STORED_SIDE = 512  # images are kept in memory at this longer side
 TARGET = "object"
 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """One picture and one of its masks, as kept in memory. group: what sampling is balanced over. picture: the number
-    of its picture in the bank."""
+    """One image and one of its masks, as kept in memory. group: what sampling is balanced over. image: the number
+    of its image in the cache."""
 
     pixels: np.ndarray
     mask: Mask
     group: str
     regions: np.ndarray = field(repr=False)
-    picture: int = 0
+    image: int = 0
 
 
 def is_development(patient: str) -> bool:
@@ -45,23 +45,23 @@ def is_development(patient: str) -> bool:
 
 
 def pairs_from(cases: Iterable[Case], place: Mapping[str, int]) -> list[Pair]:
-    """The pairs of `cases`, shrunk to STORED_SIDE, with superpixels of each picture for made-up targets.
+    """The pairs of `cases`, shrunk to STORED_SIDE, with superpixels of each image for made-up targets.
 
-    place: the number of a picture by its content hash.
+    place: the number of an image by its content hash.
     """
     pairs: list[Pair] = []
-    pictures: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    images: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for case in cases:
         if not case.targets:
             continue
-        if case.image.sha256 not in pictures:
+        if case.image.sha256 not in images:
             scale = min(1.0, STORED_SIDE / max(case.image.size))
             pixels = cv2.resize(case.image.pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
             coarse = cv2.resize(pixels, None, fx=0.4, fy=0.4, interpolation=cv2.INTER_AREA)
             coarse_regions = felzenszwalb(coarse, scale=100, sigma=0.6, min_size=20).astype(np.int16)
             regions = cv2.resize(coarse_regions, pixels.shape[1::-1], interpolation=cv2.INTER_NEAREST)
-            pictures[case.image.sha256] = (pixels, regions)
-        pixels, regions = pictures[case.image.sha256]
+            images[case.image.sha256] = (pixels, regions)
+        pixels, regions = images[case.image.sha256]
         for name, mask in case.targets.items():
             small = cv2.resize(mask.astype(np.uint8), pixels.shape[1::-1], interpolation=cv2.INTER_NEAREST) > 0
             if not small.any():  # absent, or nothing is left of it
@@ -76,21 +76,21 @@ def pairs_from(cases: Iterable[Case], place: Mapping[str, int]) -> list[Pair]:
 class State:
     """An episode in the pool, on the network's grid.
 
-    planes (3, S, S) float32; truth and probability (S, S). glance: round and number of a view in the bank; places:
-    where in that view the cells of the episode's view lie (`places_seen`).
+    planes (3, S, S) float32; ground truth and probability (S, S). context: augmentation and number of a view in the
+    cache; places: where in that view the cells of the episode's view lie (`places_seen`).
     """
 
     planes: np.ndarray
-    truth: Mask
+    ground_truth: Mask
     prompts: list[Prompt]
     probability: np.ndarray
     clicks_left: int
-    glance: tuple[int, int]
+    context: tuple[int, int]
     places: np.ndarray
 
     def network_input(self) -> np.ndarray:
         """(CHANNELS, S, S) float32, as `ClickNetwork` wants it."""
-        side = self.truth.shape[0]
+        side = self.ground_truth.shape[0]
         maps = prompt_maps(self.prompts, side, scale=1.0)
         return np.concatenate([self.planes, self.probability[None], maps])
 
@@ -128,7 +128,7 @@ def _view(
     pair: Pair, side: int, random: np.random.Generator, made_up: float, window_share: float
 ) -> tuple[np.ndarray, Mask, np.ndarray] | None:
     """A random view of a pair on the network's grid, its mask in it, and the affine map that leads there: the whole
-    picture, or a window on the object as the second look of `ibis-click` takes it; flipped and turned. None if the
+    image, or a window on the object as the second pass of `ibis-click` takes it; flipped and turned. None if the
     object is not to be seen in it."""
     mask = _made_up_target(pair, random) if random.random() < made_up else pair.mask
     box = bounding_box(mask, TARGET)
@@ -147,18 +147,18 @@ def _view(
     angle = 0.0 if random.random() < 0.4 else random.uniform(-30, 30) + 90 * random.integers(0, 4)
     turn: np.ndarray = cv2.getRotationMatrix2D(tuple(middle), angle, scale)
     turn[:, 2] = turn[:, 2] + side / 2 - middle
-    if angle == 0:  # as at inference: the window lies inside the picture, or the picture in the upper left corner
+    if angle == 0:  # as at inference: the window lies inside the image, or the image in the upper left corner
         turn[:, 2] = np.clip(turn[:, 2], np.minimum(side - scale * size, 0), 0)
     if random.random() < 0.5:
         turn[0] = [-turn[0, 0], -turn[0, 1], side - 1 - turn[0, 2]]
     shrink = scale < 0.8
     pixels = cv2.GaussianBlur(pair.pixels, (0, 0), 0.35 / scale) if shrink else pair.pixels
     view = cv2.warpAffine(pixels, turn, (side, side), flags=cv2.INTER_LINEAR).astype(np.float32) / 255
-    truth = cv2.warpAffine(mask.astype(np.uint8), turn, (side, side), flags=cv2.INTER_NEAREST) > 0
-    inside = np.count_nonzero(truth)
+    ground_truth = cv2.warpAffine(mask.astype(np.uint8), turn, (side, side), flags=cv2.INTER_NEAREST) > 0
+    inside = np.count_nonzero(ground_truth)
     if inside < max(6, 0.25 * mask.sum() * scale * scale) or inside > 0.95 * side * side:
         return None
-    return _augment_colours(view, random), truth, turn
+    return _augment_colours(view, random), ground_truth, turn
 
 
 def _random_pixel(region: Mask, random: np.random.Generator) -> tuple[int, int]:
@@ -169,36 +169,36 @@ def _random_pixel(region: Mask, random: np.random.Generator) -> tuple[int, int]:
     return x, y
 
 
-def jittered_box(truth: Mask, random: np.random.Generator, spread: float) -> Box:
+def jittered_box(ground_truth: Mask, random: np.random.Generator, spread: float) -> Box:
     """The box of a mask that is not empty, its sides moved by `spread` of its size (one standard deviation)."""
-    box = bounding_box(truth, TARGET)
+    box = bounding_box(ground_truth, TARGET)
     assert box is not None
-    width, height, side = box.x1 - box.x0, box.y1 - box.y0, truth.shape[0]
+    width, height, side = box.x1 - box.x0, box.y1 - box.y0, ground_truth.shape[0]
     moves = random.normal(0, spread, 4) * [width, height, width, height]
     x0, y0 = int(np.clip(box.x0 + moves[0], 0, side - 2)), int(np.clip(box.y0 + moves[1], 0, side - 2))
     x1, y1 = int(np.clip(box.x1 + moves[2], x0 + 1, side)), int(np.clip(box.y1 + moves[3], y0 + 1, side))
     return Box(x0, y0, x1, y1, TARGET)
 
 
-def spoilt(truth: Mask, random: np.random.Generator) -> Mask:
-    """An imperfect start mask: eroded, dilated, shifted or with a bite taken out."""
-    kind, side = random.integers(4), truth.shape[0]
+def corrupted(ground_truth: Mask, random: np.random.Generator) -> Mask:
+    """A corrupted start mask: eroded, dilated, shifted or with a bite taken out."""
+    kind, side = random.integers(4), ground_truth.shape[0]
     radius = int(random.integers(1, max(2, side // 20)))
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
     if kind == 0:
-        return cv2.erode(truth.astype(np.uint8), kernel) > 0
+        return cv2.erode(ground_truth.astype(np.uint8), kernel) > 0
     if kind == 1:
-        return cv2.dilate(truth.astype(np.uint8), kernel) > 0
+        return cv2.dilate(ground_truth.astype(np.uint8), kernel) > 0
     if kind == 2:
-        return np.roll(truth, random.integers(-2 * radius, 2 * radius + 1, size=2), axis=(0, 1))
-    x, y = _random_pixel(truth, random)
-    bite = np.zeros_like(truth, dtype=np.uint8)
+        return np.roll(ground_truth, random.integers(-2 * radius, 2 * radius + 1, size=2), axis=(0, 1))
+    x, y = _random_pixel(ground_truth, random)
+    bite = np.zeros_like(ground_truth, dtype=np.uint8)
     cv2.circle(bite, (x, y), 2 * radius, 1, cv2.FILLED)
-    return truth & (bite == 0) if random.random() < 0.5 else truth | (bite > 0)
+    return ground_truth & (bite == 0) if random.random() < 0.5 else ground_truth | (bite > 0)
 
 
 def coarsened(probability: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """A mask probability as a look from farther away leaves it: half of the time blurred by a smaller grid."""
+    """A mask probability as a pass on a larger window leaves it: half of the time blurred by a smaller grid."""
     if random.random() < 0.5:
         return probability
     side = probability.shape[0]
@@ -211,40 +211,40 @@ def correct(state: State, random: np.random.Generator) -> bool:
     """Append the next corrective click to `state`; False when nothing is left to correct."""
     current = state.probability > 0.5
     past = [prompt for prompt in state.prompts if isinstance(prompt, Click)]
-    click = next_click(state.truth, current, TARGET, past)
+    click = next_click(state.ground_truth, current, TARGET, past)
     if click is None:
         return False
     if random.random() < 0.3:
-        wrong = state.truth & ~current if click.positive else current & ~state.truth
+        wrong = state.ground_truth & ~current if click.positive else current & ~state.ground_truth
         x, y = _random_pixel(wrong, random)
         click = Click(x, y, click.positive, TARGET)
     state.prompts.append(click)
     return True
 
 
-def _glance_at(
-    pair: Pair, turn: np.ndarray, side: int, bank: Bank, random: np.random.Generator
+def _context_at(
+    pair: Pair, turn: np.ndarray, side: int, feature_cache: FeatureCache, random: np.random.Generator
 ) -> tuple[int, np.ndarray]:
-    """Round of a bank view of the pair's picture, and the places in it of a (side, side) view, given by its affine map
-    from the picture's pixels. A view that lacks much of what is to be seen is left for the plain one."""
-    to_picture = cv2.invertAffineTransform(turn)
-    plain = places_seen(to_picture, pair.mask.shape, side)
+    """Augmentation of a cached view of the pair's image, and the places in it of a (side, side) view, given by its
+    affine map from the image's pixels. A view that lacks much of what is to be seen is left for the plain one."""
+    to_image = cv2.invertAffineTransform(turn)
+    plain = places_seen(to_image, pair.mask.shape, side)
     shown = (np.abs(plain) < 1).all(axis=-1)
-    round_ = bank.draw(pair.picture, random)
-    further = bank.turns[round_, pair.picture].astype(np.float64)
+    augmentation = feature_cache.draw(pair.image, random)
+    further = feature_cache.turns[augmentation, pair.image].astype(np.float64)
     unit = (plain + 1) / 2 * VIEW_SIDE - 0.5
     places = (np.concatenate([unit, np.ones_like(unit[..., :1])], axis=-1) @ further.T + 0.5) / VIEW_SIDE * 2 - 1
     places[~shown] = plain[~shown]
     lost = shown & ~(np.abs(places) < 1).all(axis=-1)
     if lost.sum() > 0.1 * shown.sum():
         return 0, plain
-    return round_, places.astype(np.float32)
+    return augmentation, places.astype(np.float32)
 
 
 def new_state(
     pairs: Sequence[Pair],
     weights: np.ndarray,
-    bank: Bank,
+    feature_cache: FeatureCache,
     side: int,
     random: np.random.Generator,
     made_up: float = 0.15,
@@ -260,24 +260,24 @@ def new_state(
         if view is not None:
             break
     else:
-        raise DataError(
-            "1000 views of the training pictures show no object: are the masks empty, or all of the picture?"
-        )
-    pixels, truth, turn = view
-    round_, places = _glance_at(pair, turn, side, bank, random)
+        raise DataError("1000 views of the training images show no object: are the masks empty, or all of the image?")
+    pixels, ground_truth, turn = view
+    augmentation, places = _context_at(pair, turn, side, feature_cache, random)
     planes = np.ascontiguousarray(pixels.transpose(2, 0, 1))
     clicks = int(random.choice([0, 1, 2, 3, 4, 6, 9, 14], p=[0.16, 0.16, 0.16, 0.15, 0.13, 0.12, 0.08, 0.04]))
-    state = State(planes, truth, [], np.zeros(truth.shape, np.float32), clicks, (round_, pair.picture), places)
+    state = State(
+        planes, ground_truth, [], np.zeros(ground_truth.shape, np.float32), clicks, (augmentation, pair.image), places
+    )
     start = random.random()
     if start < 0.1:
-        state.probability = spoilt(truth, random).astype(np.float32)
+        state.probability = corrupted(ground_truth, random).astype(np.float32)
         if correct(state, random):
             return state
     if start < 0.5:
-        state.prompts.append(jittered_box(truth, random, random.choice([0.0, 0.0, 0.04, 0.1, 0.2])))
+        state.prompts.append(jittered_box(ground_truth, random, random.choice([0.0, 0.0, 0.04, 0.1, 0.2])))
     if start < 0.28 or start >= 0.5:
         centred = random.random() < 0.5
-        point = next_click(truth, np.zeros_like(truth), TARGET) if centred else None
-        x, y = (point.x, point.y) if point else _random_pixel(truth, random)
+        point = next_click(ground_truth, np.zeros_like(ground_truth), TARGET) if centred else None
+        x, y = (point.x, point.y) if point else _random_pixel(ground_truth, random)
         state.prompts.append(Click(x, y, True, TARGET))
     return state

@@ -1,6 +1,6 @@
 """Trains `ibis-click`: `ibisagent train click recipes/ibis-click.toml`.
 
-The training pass is also the step of the simulated episode (see `click_states`), so simulation costs nothing extra.
+The training pass is also the step of the simulated episode (see `states`), so simulation costs nothing extra.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from ibisagent.files import try_folder
 from ibisagent.imaging.clicks import bounding_box, next_click
 from ibisagent.imaging.masks import iou
 from ibisagent.segmenters.click_network import ClickNetwork, ClickNetworkConfig
-from ibisagent.segmenters.context_features import GlanceEncoder, Glances
-from ibisagent.segmenters.ibis_click import IbisClickSession, Sight, read_click_network
+from ibisagent.segmenters.context_features import ContextEncoder, ContextFeatures
+from ibisagent.segmenters.ibis_click import ClickModel, IbisClickSession, read_click_network
 from ibisagent.segmenters.runtime import TorchNetwork, choose_device
 from ibisagent.training.click.states import (
     TARGET,
@@ -40,26 +40,26 @@ from ibisagent.training.click.states import (
 )
 from ibisagent.training.loop import (
     Report,
+    ignore_progress,
     load_checkpoint,
     rate_factor,
     save_checkpoint,
-    unheard,
     update_average,
-    warn_without_figure,
+    warn_without_metrics,
 )
-from ibisagent.training.views import Bank
+from ibisagent.training.views import FeatureCache
 
-FORGOTTEN = 0.1  # of the glance's channels in each example, against learning pictures by heart
-SECOND_LOOKS = 0.15  # of the steps of an episode bring no click, only the mask of the look before
+FEATURE_DROPOUT = 0.1  # of the context features' channels in each example, against learning images by heart
+REPEATED_PASSES = 0.15  # of the steps of an episode bring no click, only the mask of the pass before
 
 
 class ClickRecipe(Recipe):
     """How to train a click network."""
 
     data: Path
-    """Folder in BiomedParse's layout, or a manifest; pictures are kept in memory."""
+    """Folder in BiomedParse's layout, or a manifest; images are kept in memory."""
     out: Path
-    """Folder for checkpoint, weights and logs; a run that was stopped goes on from there."""
+    """Folder for checkpoint, weights and logs; a run that was stopped resumes from there."""
     licence_class: str = ""
     """Use only rows of this licence class; empty for all."""
     leave_out: tuple[str, ...] = ()
@@ -72,28 +72,29 @@ class ClickRecipe(Recipe):
     depth: tuple[int, ...] = ClickNetworkConfig.depth
     states: int = Field(200_000, ge=1)
     """Simulated clicks to learn from: the length of the run."""
-    batch: int = Field(16, ge=1)
-    rate: float = Field(1e-3, gt=0)
+    batch_size: int = Field(16, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.02, ge=0)
-    warm_up: int = Field(200, ge=1)
+    warmup_steps: int = Field(200, ge=1)
     average_decay: float = Field(0.999, ge=0, lt=1)
     made_up: float = Field(0.15, ge=0, le=1)
     """Share of targets that are superpixels instead of labelled objects."""
     window: float = Field(0.7, ge=0, le=1)
-    """Share of views that are windows on the object instead of whole pictures."""
-    bank: Path | None = None
-    """Folder for the glances at the training pictures (0.4 MB a view), to share it between runs; none means `out`."""
-    rounds: int = Field(5, ge=1)
-    """Views of each picture that are glanced at: the plain one and augmented ones."""
-    look_every: int = Field(8_000, ge=1)
-    """States between two looks at the patients held out for choosing settings (one in sixteen)."""
+    """Share of views that are windows on the object instead of whole images."""
+    feature_cache: Path | None = None
+    """Folder for the context features of the training images (0.4 MB a view), to share it between runs; none means
+    `out`."""
+    augmentations_per_image: int = Field(5, ge=1)
+    """Views of each image whose context features are computed: the plain one and augmented ones."""
+    eval_every: int = Field(8_000, ge=1)
+    """States between two validations on the patients held out for choosing settings (one in sixteen)."""
     seed: int = 0
     device: str = "auto"
     tensorboard: bool = True
 
 
-def train(recipe: ClickRecipe, report: Report = unheard) -> Path:
-    """Train as `recipe` says, going on from its checkpoint if there is one; returns the weights file.
+def train(recipe: ClickRecipe, report: Report = ignore_progress) -> Path:
+    """Train as `recipe` says, resuming from its checkpoint if there is one; returns the weights file.
 
     A run that was interrupted sees other random views than one that was not: its weights differ slightly.
     Raises ConfigError for a checkpoint of another recipe, DataError where there is nothing to train on.
@@ -106,20 +107,24 @@ def train(recipe: ClickRecipe, report: Report = unheard) -> Path:
     cases = [case for _, case in source.readable() if case.meta.get("dataset") not in recipe.leave_out]
     if all(is_development(case.patient) for case in cases):
         raise DataError(f"{recipe.data}: no training pair is left after licence_class, leave_out and held-out patients")
-    bank = Bank.of(cases, recipe.bank or recipe.out, recipe.rounds, recipe.seed)
-    pairs = pairs_from((case for case in cases if not is_development(case.patient)), bank.place)
-    held_out = pairs_from((case for case in cases if is_development(case.patient)), bank.place)
+    feature_cache = FeatureCache.of(
+        cases, recipe.feature_cache or recipe.out, recipe.augmentations_per_image, recipe.seed
+    )
+    pairs = pairs_from((case for case in cases if not is_development(case.patient)), feature_cache.place)
+    held_out = pairs_from((case for case in cases if is_development(case.patient)), feature_cache.place)
     if not pairs:
         raise DataError(f"{recipe.data}: no mask is left to learn from; give rows for training that show their object")
-    warn_without_figure(recipe.out, held_out)
-    return _Run(recipe, pairs, held_out, bank).go(report)
+    warn_without_metrics(recipe.out, held_out)
+    return _Run(recipe, pairs, held_out, feature_cache).go(report)
 
 
 class _Run:
     """One training run: network, average, optimizer, and a pool of episodes three batches deep."""
 
-    def __init__(self, recipe: ClickRecipe, pairs: Sequence[Pair], held_out: Sequence[Pair], bank: Bank) -> None:
-        self.recipe, self.pairs, self.held_out, self.bank = recipe, pairs, held_out, bank
+    def __init__(
+        self, recipe: ClickRecipe, pairs: Sequence[Pair], held_out: Sequence[Pair], feature_cache: FeatureCache
+    ) -> None:
+        self.recipe, self.pairs, self.held_out, self.feature_cache = recipe, pairs, held_out, feature_cache
         self.device = torch.device(choose_device(recipe.device))
         torch.manual_seed(recipe.seed)
         shape = ClickNetworkConfig(side=recipe.side, widths=recipe.widths, depth=recipe.depth)
@@ -134,32 +139,34 @@ class _Run:
         self.average = ClickNetwork(shape)
         self.average.load_state_dict(first.state_dict())
         self.average.to(self.device).eval()
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=recipe.rate, weight_decay=recipe.weight_decay)
-        self.glances = Glances(GlanceEncoder(device=str(self.device)))
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+        )
+        self.contexts = ContextFeatures(ContextEncoder(device=str(self.device)))
         counts = Counter(pair.group for pair in pairs)
         weights = np.array([counts[pair.group] ** -0.6 for pair in pairs])
         self.weights = weights / weights.sum()
         self.step = 0
         self._resume()
         self.random = np.random.default_rng([recipe.seed, self.step])
-        self.pool = [self._new_state() for _ in range(3 * recipe.batch)]
+        self.pool = [self._new_state() for _ in range(3 * recipe.batch_size)]
 
     def go(self, report: Report) -> Path:
         """Train to the end and write the weights."""
         recipe, running = self.recipe, 0.0
         writer = self._writer()
-        while self.step * recipe.batch < recipe.states:
+        while self.step * recipe.batch_size < recipe.states:
             loss = self._learn()
             running = 0.98 * running + 0.02 * loss if running else loss
-            states = self.step * recipe.batch
-            looks = states // recipe.look_every > (states - recipe.batch) // recipe.look_every
-            figures = self._look(min(60, len(self.held_out))) if looks else None
-            if figures is not None:
+            states = self.step * recipe.batch_size
+            due = states // recipe.eval_every > (states - recipe.batch_size) // recipe.eval_every
+            metrics = self._validate(min(60, len(self.held_out))) if due else None
+            if metrics is not None:
                 save_checkpoint(self._checkpoint, self._state())
-            if writer is not None and (looks or self.step % 20 == 0):
-                for name, figure in {"loss": running, **(figures or {})}.items():
-                    writer.add_scalar(name, figure, states)
-            report(states, {"loss": running}, figures)
+            if writer is not None and (due or self.step % 20 == 0):
+                for name, metric in {"loss": running, **(metrics or {})}.items():
+                    writer.add_scalar(name, metric, states)
+            report(states, {"loss": running}, metrics)
         save_checkpoint(self._checkpoint, self._state())
         return save_weights(self.average, recipe.out, self._described(), self._quality_fit())
 
@@ -169,7 +176,7 @@ class _Run:
 
     def _described(self) -> dict[str, Any]:
         """The recipe without what names this machine."""
-        return json.loads(self.recipe.model_dump_json(exclude={"data", "out", "bank", "start", "device"}))
+        return json.loads(self.recipe.model_dump_json(exclude={"data", "out", "feature_cache", "start", "device"}))
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -202,27 +209,31 @@ class _Run:
 
     def _new_state(self) -> State:
         recipe = self.recipe
-        return new_state(self.pairs, self.weights, self.bank, recipe.side, self.random, recipe.made_up, recipe.window)
+        return new_state(
+            self.pairs, self.weights, self.feature_cache, recipe.side, self.random, recipe.made_up, recipe.window
+        )
 
     def _learn(self) -> float:
         """One step of the optimizer on a batch of the pool, whose episodes go on with the masks it gave."""
         recipe, random = self.recipe, self.random
-        chosen = random.choice(len(self.pool), recipe.batch, replace=False)
+        chosen = random.choice(len(self.pool), recipe.batch_size, replace=False)
         states = [self.pool[i] for i in chosen]
         inputs = self._tensor([state.network_input() for state in states])
-        features = self._tensor([self.bank.features[state.glance] for state in states])
-        features = F.dropout2d(features, FORGOTTEN)
+        features = self._tensor([self.feature_cache.features[state.context] for state in states])
+        features = F.dropout2d(features, FEATURE_DROPOUT)
         places = self._tensor([state.places for state in states])
-        truth = self._tensor([state.truth[None] for state in states])
+        ground_truth = self._tensor([state.ground_truth[None] for state in states])
         for group in self.optimizer.param_groups:
-            progress = self.step * recipe.batch / recipe.states
-            group["lr"] = recipe.rate * rate_factor(self.step, recipe.warm_up, progress)
+            progress = self.step * recipe.batch_size / recipe.states
+            group["lr"] = recipe.learning_rate * rate_factor(self.step, recipe.warmup_steps, progress)
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
             logits, quality = self.network(inputs.contiguous(memory_format=torch.channels_last), features, places)
         logits, quality = logits.float(), quality.float()
         inside = logits.detach() > 0
-        reached = (inside & (truth > 0)).sum((1, 2, 3)) / (inside | (truth > 0)).sum((1, 2, 3)).clamp(min=1)
-        loss = mask_loss(logits, truth) + 0.2 * F.binary_cross_entropy_with_logits(quality, reached)
+        reached = (inside & (ground_truth > 0)).sum((1, 2, 3)) / (inside | (ground_truth > 0)).sum((1, 2, 3)).clamp(
+            min=1
+        )
+        loss = mask_loss(logits, ground_truth) + 0.2 * F.binary_cross_entropy_with_logits(quality, reached)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
@@ -244,40 +255,40 @@ class _Run:
         if state.clicks_left < 0:
             return False
         state.probability = probability
-        if self.random.random() < SECOND_LOOKS:
+        if self.random.random() < REPEATED_PASSES:
             state.probability = coarsened(probability, self.random)
             return True
         return correct(state, self.random)
 
-    def _sight(self) -> Sight:
-        return Sight(TorchNetwork(deepcopy(self.average), str(self.device)), self.recipe.side, self.glances)
+    def _model(self) -> ClickModel:
+        return ClickModel(TorchNetwork(deepcopy(self.average), str(self.device)), self.recipe.side, self.contexts)
 
-    def _look(self, count: int) -> dict[str, float] | None:
+    def _validate(self, count: int) -> dict[str, float] | None:
         """Mean IoU of held-out pairs after an expert's clicks, and in their true box."""
         if not count:
             return None
-        sight, clicks, boxes = self._sight(), np.zeros(5), 0.0
+        model, clicks, boxes = self._model(), np.zeros(5), 0.0
         for pair in self.held_out[:count]:
-            clicks += [reached for _, reached in expert_episode(sight, pair, len(clicks))]
+            clicks += [reached for _, reached in expert_episode(model, pair, len(clicks))]
             box = bounding_box(pair.mask, TARGET)
             assert box is not None
-            boxes += iou(IbisClickSession(Image(pair.pixels), sight).predict([box]).mask, pair.mask)
-        figures = {f"IoU@{index + 1}": round(float(total) / count, 4) for index, total in enumerate(clicks)}
-        return figures | {"IoU box": round(boxes / count, 4)}
+            boxes += iou(IbisClickSession(Image(pair.pixels), model).predict([box]).mask, pair.mask)
+        metrics = {f"IoU@{index + 1}": round(float(total) / count, 4) for index, total in enumerate(clicks)}
+        return metrics | {"IoU box": round(boxes / count, 4)}
 
     def _quality_fit(self) -> tuple[float, float]:
         """Slope and shift that turn the quality logit into the IoU of held-out masks (Platt scaling)."""
         if not self.held_out:
             return 1.0, 0.0
-        sight = self._sight()
-        rows = [row for pair in self.held_out for row in expert_episode(sight, pair, 10)]
+        model = self._model()
+        rows = [row for pair in self.held_out for row in expert_episode(model, pair, 10)]
         scores, reached = np.array(rows).clip(1e-4, 1 - 1e-4).T
         return fit_quality(np.log(scores / (1 - scores)), reached)
 
 
-def expert_episode(sight: Sight, pair: Pair, clicks: int) -> list[tuple[float, float]]:
+def expert_episode(model: ClickModel, pair: Pair, clicks: int) -> list[tuple[float, float]]:
     """(predicted IoU, IoU) after each of `clicks` expert clicks on a pair; repeats the last where nothing is wrong."""
-    session, past, prior = IbisClickSession(Image(pair.pixels), sight), list[Click](), None
+    session, past, prior = IbisClickSession(Image(pair.pixels), model), list[Click](), None
     mask, rows = np.zeros_like(pair.mask), list[tuple[float, float]]()
     for _ in range(clicks):
         click = next_click(pair.mask, mask, TARGET, past)
@@ -303,14 +314,14 @@ def fit_quality(logits: np.ndarray, reached: np.ndarray) -> tuple[float, float]:
     return round(float(slope), 4), round(float(shift), 4)
 
 
-def mask_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+def mask_loss(logits: torch.Tensor, ground_truth: torch.Tensor) -> torch.Tensor:
     """Focal-weighted cross-entropy plus soft Dice; both (B, 1, S, S)."""
     probability = logits.sigmoid()
-    entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-    focus = (probability - truth).abs().detach() + 0.1
+    entropy = F.binary_cross_entropy_with_logits(logits, ground_truth, reduction="none")
+    focus = (probability - ground_truth).abs().detach() + 0.1
     focal = (entropy * focus).sum(dim=(1, 2, 3)) / focus.sum(dim=(1, 2, 3))
-    overlap = (probability * truth).sum(dim=(1, 2, 3))
-    total = probability.sum(dim=(1, 2, 3)) + truth.sum(dim=(1, 2, 3))
+    overlap = (probability * ground_truth).sum(dim=(1, 2, 3))
+    total = probability.sum(dim=(1, 2, 3)) + ground_truth.sum(dim=(1, 2, 3))
     soft_dice = 1 - (2 * overlap + 1) / (total + 1)
     return (focal + soft_dice).mean()
 

@@ -1,8 +1,8 @@
 """What both fine-tuning stages (`sft`, `rl`) share: the common part of the recipe, the model and how it is spoken to,
-TRL's settings, going on after a stop, and the folder that comes out.
+TRL's settings, resuming after a stop, and the folder that comes out.
 
     OUT/recipe.json   every setting, defaults included, and the versions that it was run with
-    OUT/trainer/      checkpoints and TensorBoard logs; a run that was stopped goes on from the last checkpoint
+    OUT/trainer/      checkpoints and TensorBoard logs; a run that was stopped resumes from the last checkpoint
     OUT/adapter/      the adapter alone, of a run with train = "lora"
     OUT/policy/       the result: `load_policy("mllm:OUT/policy")`
 """
@@ -16,19 +16,19 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
 from torch.nn import functional as F
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.generic import ModelOutput
 
@@ -45,7 +45,16 @@ from ibisagent.protocol import History, Message, OverlayStyle, Wording, render
 from ibisagent.training.finetune.recipes import StageRecipe
 
 RECIPE_NAME = "recipe.json"
-FREE_TO_CHANGE = {"out", "device", "workers", "log_every", "save_every", "keep_checkpoints", "report_to", "run_name"}
+FREE_TO_CHANGE = {
+    "out",
+    "device",
+    "dataloader_num_workers",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "report_to",
+    "run_name",
+}
 """Settings that a run may go on with although they differ."""
 
 Report = Callable[[int, int, Mapping[str, float]], None]
@@ -71,7 +80,7 @@ NANO_TEMPLATE = (
     "{%- for part in parts -%}{{- '<image>' if part['type'] == 'image' else part['text'] -}}{%- endfor -%}"
     "{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
-"""ibis-nano's own chat template, which also masks what is not to be learnt and shows role "tool" like "user"."""
+"""ibis-nano's own chat template, which also masks what is not to be learned and shows role "tool" like "user"."""
 
 _TEMPLATES = {
     "ibis_nano": NANO_TEMPLATE,
@@ -123,7 +132,7 @@ class Student:
 def load_student(recipe: StageRecipe, history: History | None) -> Student:
     """The model that `recipe` starts from, on the CPU; history None: as the policy prefers.
 
-    What the result must be asked with (dialect, history, style of masks, chat template, size of pictures) is written
+    What the result must be asked with (dialect, history, style of masks, chat template, size of images) is written
     into its configuration. ConfigError for a policy that cannot be trained, PolicyError for missing weights.
     """
     dtype = recipe.dtype
@@ -169,7 +178,7 @@ def _template(recipe: StageRecipe, model_type: str, own: str) -> str:
     if "generation -%}" not in template and "generation %}" not in template:
         raise ConfigError(
             f"the chat template of {recipe.policy} ({model_type}) does not mark replies with {{% generation %}}:"
-            " give one as chat_template, see docs/training.md"
+            " give one as chat_template, see docs/guide/training.md"
         )
     return template
 
@@ -203,7 +212,7 @@ def lora_config(student: Student, recipe: StageRecipe) -> LoraConfig | None:
 
 
 def find_image(source: str, folder: Path, sha256: str = "") -> Image:
-    """The picture that a record in `folder` names, where it says or relative to the folder or the one above.
+    """The image that a record in `folder` names, where it says or relative to the folder or the one above.
 
     DataError if it is not there, or is not the one with the hash `sha256`.
     """
@@ -213,7 +222,7 @@ def find_image(source: str, folder: Path, sha256: str = "") -> Image:
         raise DataError(f"{source}: is not there, and {folder} needs it; put it back or build the data again")
     image = read_image(found)
     if sha256 and image.sha256 != sha256:
-        raise DataError(f"{found}: is not the picture that {folder} was made with; build the data again")
+        raise DataError(f"{found}: is not the image that {folder} was made with; build the data again")
     return image
 
 
@@ -240,7 +249,7 @@ def score_by_own_logits(student: Student, temperature: float = 1.0) -> None:
     """Let TRL score the student's replies by its own logits; call it when the trainer has been made.
 
     TRL multiplies hidden states with the output layer instead, to save memory. The places that ibis-nano writes have
-    no row in that layer, their logits are read from the picture. Models without such logits are left as they are.
+    no row in that layer, their logits are read from the image. Models without such logits are left as they are.
     """
     model = student.model
     if model.config.model_type not in _OWN_LOGITS:
@@ -252,7 +261,7 @@ def score_by_own_logits(student: Student, temperature: float = 1.0) -> None:
         input_ids: torch.Tensor,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,  # TRL's marks of picture tokens; the model finds them itself
+        token_type_ids: torch.Tensor | None = None,  # TRL's marks of image tokens; the model finds them itself
         labels: torch.Tensor | None = None,
         fused_lm_head: bool = False,
         **kwargs: Any,
@@ -280,7 +289,28 @@ def score_by_own_logits(student: Student, temperature: float = 1.0) -> None:
 # ------------------------------------------------------------------------------------------------ TRL's trainers
 
 
-def trainer_settings(recipe: StageRecipe) -> dict[str, Any]:
+Config = TypeVar("Config", bound=TrainingArguments)
+
+
+def trainer_config(kind: type[Config], recipe: StageRecipe, **own: Any) -> Config:
+    """TRL's configuration: what all stages set, what a stage sets of its `own`, and the recipe's table [trainer].
+
+    ConfigError for a setting of the table that TRL does not know or that is set here, and for values that TRL refuses.
+    """
+    settings = _shared_settings(recipe) | own
+    known = {field.name for field in fields(kind)}
+    for name in recipe.trainer:
+        if name in settings:
+            raise ConfigError(f"trainer.{name}: is set by this package; use the recipe's own settings for it")
+        if name not in known:
+            raise ConfigError(f"trainer.{name}: there is no such setting of {kind.__name__}")
+    try:
+        return kind(**settings, **recipe.trainer)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{kind.__name__} refuses the recipe: {files.one_line(error, 300)}") from error
+
+
+def _shared_settings(recipe: StageRecipe) -> dict[str, Any]:
     """Arguments that SFTConfig and GRPOConfig share. ConfigError where a logger is not installed."""
     for logger in recipe.report_to:
         if find_spec(logger) is None:
@@ -288,33 +318,33 @@ def trainer_settings(recipe: StageRecipe) -> dict[str, Any]:
     return {
         "output_dir": str(recipe.out / "trainer"),
         "run_name": recipe.run_name or recipe.out.name,
-        "num_train_epochs": recipe.epochs,
-        "max_steps": recipe.steps or -1,
-        "per_device_train_batch_size": recipe.batch,
-        "per_device_eval_batch_size": recipe.batch,
-        "gradient_accumulation_steps": recipe.accumulate,
-        "learning_rate": recipe.rate,
-        "lr_scheduler_type": recipe.schedule,
-        "warmup_steps": recipe.warm_up,
+        "num_train_epochs": recipe.num_train_epochs,
+        "max_steps": recipe.max_steps or -1,
+        "per_device_train_batch_size": recipe.batch_size,
+        "per_device_eval_batch_size": recipe.batch_size,
+        "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
+        "learning_rate": recipe.learning_rate,
+        "lr_scheduler_type": recipe.lr_scheduler_type,
+        "warmup_steps": recipe.warmup_steps,
         "weight_decay": recipe.weight_decay,
-        "max_grad_norm": recipe.clip_norm,
+        "max_grad_norm": recipe.max_grad_norm,
         "bf16": recipe.autocast == "bfloat16",
-        "activation_checkpointing": recipe.checkpointing,
-        "dataloader_num_workers": recipe.workers,
+        "activation_checkpointing": recipe.activation_checkpointing,
+        "dataloader_num_workers": recipe.dataloader_num_workers,
         "dataloader_pin_memory": torch.cuda.is_available(),
         # transformers allows bfloat16 on a CPU only where it is told to use it
         "use_cpu": recipe.device == "cpu" or not torch.accelerator.is_available(),
         "seed": recipe.seed,
-        "logging_steps": recipe.log_every,
-        "save_steps": recipe.save_every,
-        "save_total_limit": recipe.keep_checkpoints,
+        "logging_steps": recipe.logging_steps,
+        "save_steps": recipe.save_steps,
+        "save_total_limit": recipe.save_total_limit,
         "report_to": list(recipe.report_to),
         "remove_unused_columns": False,
         "disable_tqdm": True,
     }
 
 
-class Told(TrainerCallback):
+class LogCallback(TrainerCallback):
     """Hands what the trainer logs to a `Report`, and keeps it off the screen otherwise."""
 
     def __init__(self, report: Report) -> None:
@@ -338,12 +368,12 @@ def without_library_warnings() -> Iterator[None]:
 
 @without_library_warnings()
 def run(trainer: Trainer, student: Student, recipe: StageRecipe, stage: str) -> Path:
-    """Train, going on from the last checkpoint if there is one, and write the result; returns OUT/policy.
+    """Train, resuming from the last checkpoint if there is one, and write the result; returns OUT/policy.
 
     ConfigError if OUT holds a run of another recipe.
     """
     claim(student, recipe, stage, write=trainer.is_world_process_zero())
-    trainer.remove_callback(PrinterCallback)  # `Told` is told
+    trainer.remove_callback(PrinterCallback)  # `LogCallback` gets what it prints
     checkpoints = recipe.out / "trainer"
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
     return save_result(trainer, student, recipe)

@@ -48,15 +48,15 @@ def training_memory(recipe: StageRecipe, size: ModelSize, *, shards: int = 1) ->
     """What `recipe` needs on each GPU, `shards` of which share the weights, with a model of this size."""
     number = _BYTES[recipe.dtype]
     trained, trained_number = trained_parameters(recipe, size), 4 if recipe.train == "lora" else number
-    tokens = path_tokens(recipe, size) if isinstance(recipe, RlRecipe) else int(getattr(recipe, "max_tokens", 0))
+    tokens = rollout_tokens(recipe, size) if isinstance(recipe, RlRecipe) else int(getattr(recipe, "max_length", 0))
     layer = 8 * size.hidden + 4 * size.intermediate
-    kept = size.layers * size.hidden + layer if recipe.checkpointing else size.layers * layer
+    kept = size.layers * size.hidden + layer if recipe.activation_checkpointing else size.layers * layer
     computed = 2 if recipe.autocast else number
     return TrainingMemory(
         weights=size.parameters * number,
         gradients=trained * trained_number,
         moments=2 * trained * trained_number,
-        activations=recipe.batch * tokens * kept * computed,
+        activations=recipe.batch_size * tokens * kept * computed,
         cache=rollouts_at_once(recipe) * size.cache_bytes(tokens, bytes_each=computed)
         if isinstance(recipe, RlRecipe)
         else 0,
@@ -71,15 +71,15 @@ def trained_parameters(recipe: StageRecipe, size: ModelSize) -> int:
     return size.parameters - (size.vision if recipe.freeze_vision else 0)
 
 
-def path_tokens(recipe: RlRecipe, size: ModelSize) -> int:
-    """Longest path, its first turn included."""
+def rollout_tokens(recipe: RlRecipe, size: ModelSize) -> int:
+    """Longest rollout, its first turn included."""
     shown = size.image_tokens(recipe.max_pixels or DEFAULT_PIXELS) + TURN_TOKENS
-    return recipe.path_tokens or (recipe.max_turns or 20) * (recipe.reply_tokens + shown)
+    return recipe.max_completion_length or (recipe.max_turns or 20) * (recipe.reply_tokens + shown)
 
 
 def rollouts_at_once(recipe: RlRecipe) -> int:
     """Rollouts in a process's key-value cache; none where a vLLM server writes."""
     if recipe.vllm:
         return 0
-    every = recipe.batch * (recipe.steps_per_generation or recipe.accumulate)
+    every = recipe.batch_size * (recipe.steps_per_generation or recipe.gradient_accumulation_steps)
     return min(recipe.rollouts_at_once or every, every)

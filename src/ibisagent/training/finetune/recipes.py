@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -35,7 +35,7 @@ class StageRecipe(Recipe):
     dialect: str | None = None
     """Language of the turns; none takes what the policy speaks."""
     max_pixels: int | None = Field(None, ge=1)
-    """Area that pictures are shrunk to, for models that take any size."""
+    """Area that images are shrunk to, for models that take any size."""
     prompts: Path | None = None
     """TOML file with what the policy is told in place of its dialect's own words (`ibisagent data prompts`)."""
     chat_template: Path | None = None
@@ -44,74 +44,77 @@ class StageRecipe(Recipe):
     train: Literal["full", "lora"] = "full"
     lora: LoraSettings = LoraSettings()
     freeze_vision: bool = True
-    epochs: float = Field(1.0, gt=0)
-    steps: int = Field(0, ge=0)
-    """Updates; 0 makes as many as `epochs` gives."""
-    batch: int = Field(8, ge=1)
-    accumulate: int = Field(1, ge=1)
+    num_train_epochs: float = Field(1.0, gt=0)
+    max_steps: int = Field(0, ge=0)
+    """Updates; 0 makes as many as `num_train_epochs` gives."""
+    batch_size: int = Field(8, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
     """Batches an update."""
-    rate: float = Field(1e-5, gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warm_up: int = Field(0, ge=0)
-    """Updates until the rate is reached."""
+    learning_rate: float = Field(1e-5, gt=0)
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    """Updates until the learning rate is reached."""
     weight_decay: float = Field(0.0, ge=0)
-    clip_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the weights; auto is bfloat16 on a GPU, else float32."""
     autocast: Literal["", "bfloat16"] = ""
     """Numbers that are computed with; empty: as the weights."""
-    checkpointing: bool = False
+    activation_checkpointing: bool = False
     """Compute activations twice instead of keeping them."""
-    workers: int = Field(0, ge=0)
+    dataloader_num_workers: int = Field(0, ge=0)
     """Processes that prepare batches."""
     device: Literal["auto", "cpu"] = "auto"
     seed: int = 0
 
-    log_every: int = Field(1, ge=1)
-    save_every: int = Field(100, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
+    logging_steps: int = Field(1, ge=1)
+    save_steps: int = Field(100, ge=1)
+    save_total_limit: int = Field(2, ge=1)
     report_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ("tensorboard",)
     run_name: str = ""
+    trainer: dict[str, Any] = Field(default_factory=dict)
+    """Further settings of TRL's `SFTConfig` or `GRPOConfig`, by their own names; handed over as they stand."""
 
 
 class RlRecipe(StageRecipe):
     """How to train a policy by playing.
 
     data: a folder of `ibisagent data build` (its questions), or image-mask pairs as `ibisagent eval run` reads them.
-    batch: paths a process learns from at once; batch * accumulate * processes paths make an update.
+    batch_size: rollouts a process learns from at once; batch_size * gradient_accumulation_steps * processes rollouts
+    make an update.
     """
 
     split: str = "train"
     licence_class: str = ""
     """Use only rows of this licence class; empty for all."""
     segmenter: str = "ibis-click"
-    paths: int = Field(4, ge=2)
-    """Of each case: what a path earns is compared with the other paths of its case."""
+    num_generations: int = Field(4, ge=2)
+    """Of each case: what a rollout earns is compared with the other rollouts of its case."""
     max_turns: int | None = Field(None, ge=1)
-    """Of a path; left out, the policy's own limit."""
+    """Of a rollout; left out, the policy's own limit."""
     reply_tokens: int = Field(128, ge=8)
     """Longest reply; a longer one is cut, and most likely unreadable."""
-    path_tokens: int = Field(0, ge=0)
-    """Longest path, without the first picture; 0 leaves room for `max_turns`. A longer one ends as max_turns does."""
+    max_completion_length: int = Field(0, ge=0)
+    """Longest rollout, without the first image; 0 leaves room for `max_turns`. A longer one ends as max_turns does."""
     rollouts_at_once: int = Field(0, ge=0)
     """Most rollouts that a process writes at once, the others after them, for a smaller key-value cache; 0: all."""
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
-    clip: float = Field(0.2, gt=0)
-    """How far the ratio of new to old probabilities counts: 1 - clip to 1 + clip."""
-    clip_high: float | None = Field(None, gt=0)
+    epsilon: float = Field(0.2, gt=0)
+    """How far the ratio of new to old probabilities counts: 1 - epsilon to 1 + epsilon."""
+    epsilon_high: float | None = Field(None, gt=0)
     """The upper side, where it differs."""
-    loss: Literal["grpo", "bnpo", "dapo", "dr_grpo"] = "grpo"
-    """How tokens are averaged; grpo, as in the paper: within each path, then over paths."""
-    iterations: int = Field(1, ge=1)
-    """Updates from the same paths."""
+    loss_type: Literal["grpo", "bnpo", "dapo", "dr_grpo"] = "grpo"
+    """How tokens are averaged; grpo, as in the paper: within each rollout, then over rollouts."""
+    num_iterations: int = Field(1, ge=1)
+    """Updates from the same rollouts."""
     steps_per_generation: int | None = Field(None, ge=1)
-    """Batches from the same rollouts: `accumulate` times the updates that they are learnt from in; none: one update."""
-    resample: int = Field(0, ge=0)
-    """Dynamic sampling: so often, cases whose paths all earned the same are replaced by other cases."""
+    """Batches from the same rollouts: `gradient_accumulation_steps` times the updates; none: one update."""
+    dynamic_sampling: int = Field(0, ge=0)
+    """Dynamic sampling: so often, cases whose rollouts all earned the same are replaced by other cases."""
     rewards: RewardWeights = PAPER
     vllm: str = ""
-    """Address of a vLLM server that then writes the replies (docs/training.md); empty: the trainer does."""
+    """Address of a vLLM server that then writes the replies (docs/guide/training.md); empty: the trainer does."""
     episodes_every: int = Field(0, ge=0)
     """Write the episodes of every so manieth update to OUT/episodes, as `ibisagent train check-rewards` reads them."""
 
@@ -122,9 +125,9 @@ class RlRecipe(StageRecipe):
         return self
 
     def check_turns(self, max_turns: int) -> None:
-        """ConfigError where S_len would be 1 for every path: it must be possible to be longer than T_opt."""
+        """ConfigError where S_len would be 1 for every rollout: it must be possible to be longer than T_opt."""
         if self.rewards.length and max_turns <= self.rewards.optimal_turns:
             raise ConfigError(
-                f"max_turns {max_turns} leaves the reward of length the same for every path, as optimal_turns is"
+                f"max_turns {max_turns} leaves the reward of length the same for every rollout, as optimal_turns is"
                 f" {self.rewards.optimal_turns}: lower rewards.optimal_turns, or set rewards.length = 0"
             )

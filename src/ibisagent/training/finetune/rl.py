@@ -1,9 +1,10 @@
 """Agentic reinforcement learning: `ibisagent train rl recipes/rl-nano.toml` (paper, section 3.3).
 
-The policy plays whole episodes with a segmenter, several paths for each case, and its replies are weighted by what
-their path earned above the others of the case (GRPO, without a KL term). TRL plays: an episode is one conversation, and
-what TRL calls a tool is the one environment of this package. Each reply, whatever it says, goes to `SegmentationEnv`,
-which alone decides what it means, what is shown next and when the episode is over; `rewards.score` judges the episode.
+The policy plays whole episodes with a segmenter, several rollouts for each case, and its replies are weighted by what
+their rollout earned above the others of the case (GRPO, without a KL term). TRL plays: an episode is one conversation,
+and what TRL calls a tool is the one environment of this package. Each reply, whatever it says, goes to
+`SegmentationEnv`, which alone decides what it means, what is shown next and when the episode is over; `rewards.score`
+judges the episode.
 """
 
 from __future__ import annotations
@@ -28,23 +29,23 @@ from ibisagent.datasets import read_cases
 from ibisagent.domain import Case, Completion, Episode, Observation
 from ibisagent.environment import SegmentationEnv, turn_limit
 from ibisagent.errors import ConfigError, PolicyError, SegmenterError
-from ibisagent.files import one_line, try_folder
+from ibisagent.files import try_folder
 from ibisagent.generation.exports import read_grpo
 from ibisagent.imaging.masks import decode_rle, iou
-from ibisagent.protocol import target_of
+from ibisagent.query import target_of
 from ibisagent.rewards import RewardWeights, Score, match_names, score
 from ibisagent.segmenters import Segmenter, load_segmenter
 from ibisagent.store import EpisodeStore
 from ibisagent.training.finetune.common import (
+    LogCallback,
     Report,
     Student,
-    Told,
     find_image,
     load_student,
     lora_config,
     run,
     score_by_own_logits,
-    trainer_settings,
+    trainer_config,
     without_library_warnings,
 )
 from ibisagent.training.finetune.recipes import RlRecipe
@@ -52,7 +53,7 @@ from ibisagent.training.finetune.recipes import RlRecipe
 MAX_FAILED_BATCHES = 3
 INFORMATIVE = 0.01
 """Least deviation of a group's advantages for it to teach: that of rewards which deviate by 1e-6."""
-_CASES_KEPT = 16  # decoded, for the paths of one case
+_CASES_KEPT = 16  # decoded, for the rollouts of one case
 _PROBED_CASES = 8  # to see how many tokens a turn shows
 _SPARE_TOKENS = 64  # a turn may show more than on the probed cases: longer queries, a line about an unreadable reply
 _OVER = [{"type": "text", "text": "(the episode is over)"}]  # shown to nobody
@@ -62,7 +63,7 @@ _OVER = [{"type": "text", "text": "(the episode is over)"}]  # shown to nobody
 
 
 class _Questions(Sequence[Case]):
-    """The questions that `build-data` exported for RL, as cases; pictures are read when asked for."""
+    """The questions that `ibisagent data build` exported for RL, as cases; images are read when asked for."""
 
     def __init__(self, folder: Path, split: str, licence_class: str) -> None:
         self._folder = folder
@@ -110,12 +111,12 @@ def read_training_cases(recipe: RlRecipe) -> Sequence[Case]:
 
 
 class SegmentationTool:
-    """One path at a time, as TRL wants its environments. Its public methods are what TRL shows the model as tools.
+    """One rollout at a time, as TRL wants its environments. Its public methods are what TRL shows the model as tools.
 
-    path: the episode under way; case: what it is about; failure: of the segmenter, which ends the path unjudged.
+    rollout: the episode under way; case: what it is about; failure: of the segmenter, which ends the rollout unjudged.
     """
 
-    path: SegmentationEnv
+    rollout: SegmentationEnv
     case: Case
 
     def __init__(self, cases: Callable[[int], Case], segmenter: Segmenter, student: Student, max_turns: int) -> None:
@@ -125,43 +126,43 @@ class SegmentationTool:
         self.failure: SegmenterError | None = None
 
     def reset(self, case: int, **_: Any) -> list[dict[str, Any]]:
-        """Begin a path of case number `case`; what the policy sees first."""
+        """Begin a rollout of case number `case`; what the policy sees first."""
         self.case, self.failure = self._cases(case), None
-        made_by = {"policy": self._student.name, "stage": "rl"}
-        self.path = SegmentationEnv(
-            self.case, self._segmenter, dialect=self._student.dialect, max_turns=self._max_turns, made_by=made_by
+        provenance = {"policy": self._student.name, "stage": "rl"}
+        self.rollout = SegmentationEnv(
+            self.case, self._segmenter, dialect=self._student.dialect, max_turns=self._max_turns, provenance=provenance
         )
         return self._shown()
 
     def act(self, reply: str) -> list[dict[str, Any]]:
-        """Do what a reply says and look at the picture again.
+        """Do what a reply says and look at the image again.
 
         Args:
             reply: Everything that was written, thought and action.
 
         Returns:
-            The picture with the masks as they stand.
+            The image with the masks as they stand.
         """
         try:
-            self.path.step(Completion(self._specials.sub("", reply)))
+            self.rollout.step(Completion(self._specials.sub("", reply)))
         except SegmenterError as error:
             self.failure = error
             return _OVER
-        return _OVER if self.path.done else self._shown()
+        return _OVER if self.rollout.done else self._shown()
 
     def _shown(self) -> list[dict[str, Any]]:
-        return list(self._student.told(self.path.observation)[-1]["content"])
+        return list(self._student.told(self.rollout.observation)[-1]["content"])
 
 
 def judge(weights: RewardWeights, keep: Callable[[Sequence[Episode]], None]) -> Callable[..., list[float | None]]:
-    """A reward function for TRL: the score of each path's episode, None where the segmenter failed.
+    """A reward function for TRL: the score of each rollout's episode, None where the segmenter failed.
 
-    Logs the mean of every term. keep: given the episodes. SegmenterError if every path of so many batches in a row
-    failed that it cannot be the pictures: MAX_FAILED_BATCHES.
+    Logs the mean of every term. keep: given the episodes. SegmenterError if every rollout of so many batches in a row
+    failed that it cannot be the images: MAX_FAILED_BATCHES.
     """
     failed_batches = 0
 
-    def path_reward(
+    def rollout_reward(
         completions: Sequence[Sequence[Mapping[str, Any]]],
         environments: Sequence[SegmentationTool],
         log_metric: Callable[[str, float], None],
@@ -173,50 +174,50 @@ def judge(weights: RewardWeights, keep: Callable[[Sequence[Episode]], None]) -> 
                 raise PolicyError(f"the environment failed: {message['content']}")
         judged: list[tuple[SegmentationTool, Episode, Score] | None] = []
         for tool in environments:
-            cut = not tool.path.done
-            tool.path.cut()
-            episode = tool.path.episode()
-            log_metric("path/cut", float(cut and tool.failure is None))
-            log_metric("path/failed", float(tool.failure is not None))
+            truncated = not tool.rollout.done
+            tool.rollout.truncate()
+            episode = tool.rollout.episode()
+            log_metric("rollout/truncated", float(truncated and tool.failure is None))
+            log_metric("rollout/failed", float(tool.failure is not None))
             judged.append(None if tool.failure else (tool, episode, score(episode, tool.case, weights)))
         scored = [one for one in judged if one is not None]
         failed_batches = 0 if scored else failed_batches + 1
         if failed_batches == MAX_FAILED_BATCHES:
-            raise SegmenterError(f"every path fails, the last one: {environments[-1].failure}")
+            raise SegmenterError(f"every rollout fails, the last one: {environments[-1].failure}")
         for tool, episode, result in scored:
-            for name, value in _figures(tool.case, episode, result):
+            for name, value in _named_metrics(tool.case, episode, result):
                 log_metric(name, value)
         keep([episode for _, episode, _ in scored])
         return [one and one[2].total for one in judged]
 
-    return path_reward
+    return rollout_reward
 
 
-def _figures(case: Case, episode: Episode, result: Score) -> Iterator[tuple[str, float]]:
-    """What is logged of a path: every term of its score, and how it went."""
+def _named_metrics(case: Case, episode: Episode, result: Score) -> Iterator[tuple[str, float]]:
+    """What is logged of a rollout: every term of its score, and how it went."""
     for term in fields(result):
         if isinstance(value := getattr(result, term.name), float):
             yield f"score/{term.name}", value
-    yield "path/turns", float(len(episode.turns))
-    yield "path/clicks", float(episode.clicks)
-    yield "path/stopped", float(episode.stop == "stopped")
-    truths = {name: truth for name, truth in (case.targets or {}).items() if truth.any()}
+    yield "rollout/turns", float(len(episode.turns))
+    yield "rollout/clicks", float(episode.clicks)
+    yield "rollout/stopped", float(episode.stop == "stopped")
+    ground_truths = {name: ground_truth for name, ground_truth in (case.targets or {}).items() if ground_truth.any()}
     masks = episode.answer_masks
     shown = [name for name, mask in masks.items() if mask.any()]
-    meant = {truth: said for said, truth in match_names(shown, case.targets or {}).items()}
-    for name, truth in truths.items():
-        yield "path/iou", iou(masks[meant[name]], truth) if name in meant else 0.0
+    meant = {ground_truth: said for said, ground_truth in match_names(shown, case.targets or {}).items()}
+    for name, ground_truth in ground_truths.items():
+        yield "rollout/iou", iou(masks[meant[name]], ground_truth) if name in meant else 0.0
 
 
 # ------------------------------------------------------------------------------------------------------ training
 
 
 class _Shown(list[Any]):
-    """The images that a path was shown after its first.
+    """The images that a rollout was shown after its first.
 
-    Also true where there are none: TRL marks the image tokens of the batch by their ids where a path was shown images,
-    else by its prompt, which lacks what the environment showed first; where every path of a batch ends with its first
-    turn, those marks would not fit.
+    Also true where there are none: TRL marks the image tokens of the batch by their ids where a rollout was shown
+    images, else by its prompt, which lacks what the environment showed first; where every rollout of a batch ends with
+    its first turn, those marks would not fit.
     """
 
     def __bool__(self) -> bool:
@@ -224,10 +225,10 @@ class _Shown(list[Any]):
 
 
 class _Trainer(GRPOTrainer):
-    """TRL's, which ends a path when its episode is over, and can replace cases that teach nothing."""
+    """TRL's, which ends a rollout when its episode is over, and can replace cases that teach nothing."""
 
-    def __init__(self, resample: int, at_once: int, **options: Any) -> None:
-        self._resample = resample
+    def __init__(self, dynamic_sampling: int, at_once: int, **options: Any) -> None:
+        self._dynamic_sampling = dynamic_sampling
         self._at_once = at_once  # rollouts that are written together; 0: all
         self._turn: tuple[Any, ...] = ()  # the latest that this process wrote
         self._in_step = False  # whether its turns wait for those of the other processes
@@ -237,11 +238,11 @@ class _Trainer(GRPOTrainer):
         """Nobody is told that somebody trains."""
 
     def _tool_call_loop(self, *paths: Any) -> Any:
-        """TRL's turns after the first. On several processes all of them write as many turns as the longest path has.
+        """TRL's turns after the first. On several processes all of them write as many turns as the longest rollout has.
 
-        TRL generates once a turn on each process, and paths end after different numbers of turns; but generating is
+        TRL generates once a turn on each process, and rollouts end after different numbers of turns; but generating is
         collective wherever weights are gathered for it (ZeRO-3, FSDP) or one vLLM server writes for all. So a process
-        whose paths are over repeats its last turn, to no effect, until all are done.
+        whose rollouts are over repeats its last turn, to no effect, until all are done.
         """
         self._in_step = self.accelerator.num_processes > 1
         *played, shown = super()._tool_call_loop(*paths)
@@ -263,10 +264,10 @@ class _Trainer(GRPOTrainer):
         return self._write_turn(*self._turn, most=len(prompt_ids))
 
     def _write_turn(self, prompt_ids: Any, images: Any, fields: Any, has_tool_images: bool, most: int) -> Any:
-        """One turn of each of these paths, while every other process writes one of its own.
+        """One turn of each of these rollouts, while every other process writes one of its own.
 
-        most: paths of any process. A vLLM server hands out its replies by equal shares, so there each asks for as many.
-        Elsewhere so many are written at a time as the recipe says, as often as on the process with most.
+        most: rollouts of any process. A vLLM server hands out its replies by equal shares, so there each asks for as
+        many. Elsewhere so many are written at a time as the recipe says, as often as on the process with most.
         """
         count, most = len(prompt_ids), max(most, len(prompt_ids))
         if self.use_vllm:
@@ -290,25 +291,25 @@ class _Trainer(GRPOTrainer):
         return replies[:count], None
 
     def _most_unfinished(self, own: int) -> int:
-        """The largest number of paths that a process is about to go on with; waits until all have said theirs."""
+        """The largest number of rollouts that a process is about to go on with; waits until all have said theirs."""
         told = torch.tensor([own], device=self.accelerator.device)
         return int(self.accelerator.gather(told).max())
 
     def _get_tool_suffix_ids(self, tool_messages: Any) -> list[int]:
-        """Tokens of what is shown next. After the end: more than a path may hold, whereupon TRL leaves the path as it
-        is, without what would be shown."""
+        """Tokens of what is shown next. After the end: more than a rollout may hold, whereupon TRL leaves the rollout
+        as it is, without what would be shown."""
         if tool_messages[-1]["content"] == _OVER:
             return [0] * (self.max_completion_length + 1)
         return list(super()._get_tool_suffix_ids(tool_messages))
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        """TRL's batch of paths; groups without variance are replaced by those of other cases, as far as these go."""
+        """TRL's batch of rollouts; groups without variance are replaced by those of other cases, as far as these go."""
         batch = super()._generate_and_score_completions(inputs)
-        if not self._resample or not self.model.training:
+        if not self._dynamic_sampling or not self.model.training:
             return batch
         batches, kept = [split_pixel_values_by_grid(batch)], [self._groups_that_teach(batch)]
         wanted = len(inputs) // self.num_generations
-        for attempt in range(self._resample):
+        for attempt in range(self._dynamic_sampling):
             missing = wanted - sum(map(len, kept))
             if not self.accelerator.gather(torch.tensor([max(missing, 0)], device=self.accelerator.device)).any():
                 break
@@ -382,16 +383,16 @@ def join_groups(
                 )
             rows.append(part)
         joined[key] = torch.cat(rows) if isinstance(rows[0], torch.Tensor) else [one for part in rows for one in part]
-    learnt = joined["completion_mask"] * joined.get("tool_mask", 1)
-    joined["num_items_in_batch"] = learnt.sum()
+    learned = joined["completion_mask"] * joined.get("tool_mask", 1)
+    joined["num_items_in_batch"] = learned.sum()
     return unsplit_pixel_values_by_grid(joined)
 
 
 def train(recipe: RlRecipe, report: Report = lambda step, steps, logs: None) -> Path:
-    """Train as `recipe` says, going on from its last checkpoint if there is one; returns the policy's folder.
+    """Train as `recipe` says, resuming from its last checkpoint if there is one; returns the policy's folder.
 
     Raises ConfigError for settings that do not fit, DataError for missing data, PolicyError for missing weights,
-    SegmenterError where the segmenter fails on every path of a batch.
+    SegmenterError where the segmenter fails on every rollout of a batch.
     """
     try_folder(recipe.out)
     trainer, student = make_trainer(recipe, report)
@@ -411,7 +412,7 @@ def make_trainer(recipe: RlRecipe, report: Report = lambda step, steps, logs: No
     tokenizer = student.processor.tokenizer
     tokenizer.padding_side = "left"
     tokenizer.response_template = _everything_is_an_action(student.reply_start)
-    arguments.max_completion_length = recipe.path_tokens or max_turns * (
+    arguments.max_completion_length = recipe.max_completion_length or max_turns * (
         recipe.reply_tokens + _shown_tokens(student, cases)
     )
     arguments.generation_kwargs = _writing(recipe, student)
@@ -422,7 +423,7 @@ def make_trainer(recipe: RlRecipe, report: Report = lambda step, steps, logs: No
             store.append(episodes, notes={"step": trainer.state.global_step})
 
     trainer = _Trainer(
-        recipe.resample,
+        recipe.dynamic_sampling,
         recipe.rollouts_at_once,
         model=student.model,
         reward_funcs=judge(recipe.rewards, keep),
@@ -430,7 +431,7 @@ def make_trainer(recipe: RlRecipe, report: Report = lambda step, steps, logs: No
         train_dataset=_rows(student, cases),
         processing_class=student.processor,
         peft_config=lora_config(student, recipe),
-        callbacks=[Told(report)],
+        callbacks=[LogCallback(report)],
         environment_factory=lambda: SegmentationTool(read, segmenter, student, max_turns),
     )
     score_by_own_logits(student, recipe.temperature)
@@ -445,33 +446,27 @@ def _everything_is_an_action(reply_start: str) -> dict[str, Any]:
 
 
 def _grpo_config(recipe: RlRecipe) -> GRPOConfig:
-    settings = trainer_settings(recipe)
-    if recipe.vllm:
-        settings |= {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": recipe.vllm}
-    try:
-        return GRPOConfig(
-            **settings,
-            num_generations=recipe.paths,
-            temperature=recipe.temperature,
-            top_p=recipe.top_p,
-            beta=0.0,
-            epsilon=recipe.clip,
-            epsilon_high=recipe.clip_high,
-            loss_type=recipe.loss,
-            num_iterations=recipe.iterations,
-            steps_per_generation=recipe.steps_per_generation,
-            scale_rewards="group",
-            log_completions=False,
-        )
-    except ValueError as error:
-        raise ConfigError(
-            f"batch {recipe.batch} * accumulate {recipe.accumulate} * processes does not hold whole groups of"
-            f" {recipe.paths} paths: {one_line(error, 200)}"
-        ) from error
+    vllm = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": recipe.vllm} if recipe.vllm else {}
+    return trainer_config(
+        GRPOConfig,
+        recipe,
+        num_generations=recipe.num_generations,
+        temperature=recipe.temperature,
+        top_p=recipe.top_p,
+        beta=0.0,
+        epsilon=recipe.epsilon,
+        epsilon_high=recipe.epsilon_high,
+        loss_type=recipe.loss_type,
+        num_iterations=recipe.num_iterations,
+        steps_per_generation=recipe.steps_per_generation,
+        scale_rewards="group",
+        log_completions=False,
+        **vllm,
+    )
 
 
 def _writing(recipe: RlRecipe, student: Student) -> dict[str, Any]:
-    """How replies are written: none too long, none with a vision token, which would stand for a picture."""
+    """How replies are written: none too long, none with a vision token, which would stand for an image."""
     vision = student.model.generation_config.suppress_tokens or []
     if not recipe.vllm:
         return {"max_new_tokens": recipe.reply_tokens, "suppress_tokens": vision or None}
@@ -498,7 +493,7 @@ def _shown_tokens(student: Student, cases: Sequence[Case]) -> int:
 
 
 def _rows(student: Student, cases: Sequence[Case]) -> Dataset:
-    """What TRL draws from: for each case its number and what comes before the first picture."""
+    """What TRL draws from: for each case its number and what comes before the first image."""
     case = cases[0]
     told = student.told(Observation("", case.image, "?"), history="full")
     before = [{"role": m["role"], "content": "".join(part["text"] for part in m["content"])} for m in told[:-1]]

@@ -1,7 +1,8 @@
-"""What `ibis-nano` is taught: turns about a view of a picture, each with a question, a state and the right reply.
+"""What `ibis-nano` is taught: turns about a view of an image, each with a question, a state and the right reply.
 
 Masks of later turns come from the segmenter that the policy will work with, after right and wrong clicks, and from
-spoilt truths. Questions are those of the data factory (`teacher.phrasings`), without the ones kept for evaluation.
+corrupted ground truths. Questions are those of the data factory (`generation.teacher.phrasings`), without those kept
+for evaluation.
 """
 
 from __future__ import annotations
@@ -22,18 +23,29 @@ from ibisagent.generation.teacher.phrasings import DESCRIPTIONS, SHARES, Absence
 from ibisagent.imaging.clicks import bounding_box, interior_depth, next_click
 from ibisagent.imaging.masks import iou
 from ibisagent.policies.nano import LOCATIONS
+from ibisagent.policies.one_by_one import (
+    ABSENT_HERE,
+    DONE,
+    FIRST_THOUGHT,
+    LEAKED,
+    MISSED,
+    NOT_THERE,
+    SEGMENTED,
+    TAKEN_BACK,
+    TEXT_ONLY,
+)
 from ibisagent.protocol import START_LINE, escape, write
 from ibisagent.segmenters.backbone import SIDE, WIDTH
 from ibisagent.segmenters.click_network import ClickNetwork
 from ibisagent.segmenters.context_features import places_seen
 from ibisagent.segmenters.letterbox import prompt_maps
-from ibisagent.training.click.states import jittered_box, spoilt
+from ibisagent.training.click.states import corrupted, jittered_box
 from ibisagent.training.images import TrainingImages, balanced_weights, closer, random_turn, recolored
 
 VIEW = (SIDE, SIDE)
 CELL = SIDE // LOCATIONS
 GOOD_ENOUGH = 0.8  # IoU at which the right reply is to stop
-LOOK_SIDE = 192  # pixels a side of the segmenter's looks
+SEGMENTER_SIDE = 192  # pixels a side of the segmenter's input
 
 WORDS, ABSENT, FIRST = 0.05, 0.17, 0.53
 """Shares of the examples that ask for words, for an absent object, for a first turn; the rest are later turns."""
@@ -45,15 +57,6 @@ SYLLABLES = (
     *("ba", "co", "de", "fi", "gu", "hy", "ka", "lo", "mi"),
     *("nu", "pe", "ra", "si", "to", "ve", "xo", "cyte", "oma"),
 )
-LOOK = "I look for the {}."
-MISSED = "A part of the {} is missing."
-LEAKED = "The mask goes beyond the {}."
-DONE = "The mask fits the {}."
-NOT_THERE = "I see no {} here."
-IN_WORDS = "No pixels are needed."
-TAKEN_BACK = "That was wrong."
-SEGMENTED = "The {} is segmented."
-ABSENT_HERE = "There is no {} here."
 KINDS = (
     "referring",
     "existence",
@@ -99,14 +102,14 @@ def pairs_of(images: TrainingImages) -> list[Pair]:
 class Example:
     """One turn to learn. places: for each location token of the reply, its (LOCATIONS, LOCATIONS) distribution.
 
-    image: the number of the training image. turn: the (2, 3) affine map of SIDE x SIDE pixels that pixels and truth
-    have had. truth is None where the question is not about a region. kept (WIDTH,) float32: factors of the backbone's
-    features. recap: the replies so far, as `protocol.recap` tells them; "" for none.
+    image: the number of the training image. turn: the (2, 3) affine map of SIDE x SIDE pixels that pixels and ground
+    truth have had. ground truth is None where the question is not about a region. kept (WIDTH,) float32: factors of the
+    backbone's features. recap: the replies so far, as `protocol.recap` tells them; "" for none.
     """
 
     image: int
     pixels: np.ndarray
-    truth: Mask | None
+    ground_truth: Mask | None
     turn: np.ndarray = field(default_factory=lambda: np.eye(2, 3, dtype=np.float32))
     query: str = ""
     recap: str = ""
@@ -126,11 +129,11 @@ class Example:
 
 
 def plainly(episode: Episode) -> Episode:
-    """The same actions with the thoughts and answers of these lessons, and without the name of an only target.
+    """The same actions with the thoughts and answers of this curriculum, and without the name of an only target.
 
     Replies that could not be read stay as they are.
     """
-    dialect = episode.made_by.get("dialect", "ibis")
+    dialect = episode.provenance.get("dialect", "ibis")
     turns = []
     for turn in episode.turns:
         if turn.reply.problem is None:
@@ -147,13 +150,13 @@ def _plain_reply(reply: Reply, before: Masks, names: str) -> Reply:
         absent = " and no ".join(stop.absent)
         return Reply(NOT_THERE.format(absent), (*reply.actions[:-1], Stop(ABSENT_HERE.format(absent), stop.absent)))
     if stop is not None:
-        said = (DONE.format(names), Stop(SEGMENTED.format(names))) if names else (IN_WORDS, stop)
+        said = (DONE.format(names), Stop(SEGMENTED.format(names))) if names else (TEXT_ONLY, stop)
         return Reply(said[0], (*reply.actions[:-1], said[1]))
     if not prompts:
         return Reply(TAKEN_BACK, reply.actions)
     first, targets = prompts[0], {prompt.target for prompt in prompts}
     started = first.target in before and before[first.target].any()
-    thought = LOOK if not started else LEAKED if isinstance(first, Click) and not first.positive else MISSED
+    thought = FIRST_THOUGHT if not started else LEAKED if isinstance(first, Click) and not first.positive else MISSED
     actions = [replace(action, target="") if isinstance(action, Click | Box) else action for action in reply.actions]
     return Reply(thought.format(first.target), tuple(actions) if len(targets) == 1 else reply.actions)
 
@@ -177,7 +180,7 @@ def _square(turn: np.ndarray) -> np.ndarray:
     return np.vstack([turn, [0, 0, 1]])
 
 
-class Lessons:
+class Curriculum:
     """Draws examples: a view of a pair, a question, a state, and the right reply to it."""
 
     def __init__(
@@ -212,11 +215,11 @@ class Lessons:
             for number in range(min(QUESTIONS, count - len(examples))):
                 pair = self._pairs[self._pick(others) if number and others else index]
                 mask = self._images.mask(pair.number).astype(np.uint8)
-                truth = cv2.warpAffine(mask, turn, VIEW, flags=cv2.INTER_NEAREST) > 0
-                example = Example(pair.image, pixels, truth, turn)
+                ground_truth = cv2.warpAffine(mask, turn, VIEW, flags=cv2.INTER_NEAREST) > 0
+                example = Example(pair.image, pixels, ground_truth, turn)
                 examples.append(example)
                 kind = self._random.random()
-                if not truth.any() or kind < WORDS:
+                if not ground_truth.any() or kind < WORDS:
                     self._ask_for_words(example, pair)
                 elif kind < WORDS + ABSENT and (absent := self._absent(pair)):
                     self._ask_for_absent(example, absent)
@@ -258,25 +261,25 @@ class Lessons:
         return "referring", self._phrase("referring", name, modality=pair.row.modality or "medical"), name
 
     def _ask_for_words(self, example: Example, pair: Pair) -> None:
-        row, truth = pair.row, example.truth
+        row, ground_truth = pair.row, example.ground_truth
         ways: list[tuple[str, str, dict[str, str]]] = [("modality", row.modality, {}), ("organ", row.site, {})]
-        if truth is not None and truth.any():
-            columns = np.flatnonzero(truth.any(axis=0))
+        if ground_truth is not None and ground_truth.any():
+            columns = np.flatnonzero(ground_truth.any(axis=0))
             if columns[-1] < 0.48 * SIDE or columns[0] > 0.52 * SIDE:
                 ways.append(("side", "left" if columns[0] < SIDE / 2 else "right", {}))
             share = self._pick(list(SHARES))
-            if not 0.75 * SHARES[share] < truth.mean() < 1.3 * SHARES[share]:
-                ways.append(("size", "yes" if truth.mean() > SHARES[share] else "no", {"share": share}))
+            if not 0.75 * SHARES[share] < ground_truth.mean() < 1.3 * SHARES[share]:
+                ways.append(("size", "yes" if ground_truth.mean() > SHARES[share] else "no", {"share": share}))
             if (near := self._absences.near(row, pair.present)) and not is_abnormal(pair.name):
                 both = list(self._random.permutation([pair.name, self._pick(near)]))
                 ways.append(("which", pair.name, {"first": both[0], "second": both[1]}))
         ways = [way for way in ways if way[1]] or [("modality", "unknown", {})]
         kind, answer, words = ways[int(self._random.integers(len(ways)))]
-        example.query, example.truth = self._phrase(kind, pair.name, **words), None
-        example.answer(IN_WORDS, Stop(answer))
+        example.query, example.ground_truth = self._phrase(kind, pair.name, **words), None
+        example.answer(TEXT_ONLY, Stop(answer))
 
     def _absent(self, pair: Pair) -> str:
-        """The name of an object that the pair's picture does not show; "" where none is known."""
+        """The name of an object that the pair's image does not show; "" where none is known."""
         near, far = self._absences.near(pair.row, pair.present), self._absences.far(pair.row, pair.present)
         choice = near if near and self._random.random() < 0.5 else far or near
         if not choice:
@@ -287,7 +290,7 @@ class Lessons:
 
     def _ask_for_absent(self, example: Example, name: str) -> None:
         kind = self._pick(("existence", "referring"))
-        example.query, example.truth = self._phrase(kind, name, modality="medical"), np.zeros(VIEW, bool)
+        example.query, example.ground_truth = self._phrase(kind, name, modality="medical"), np.zeros(VIEW, bool)
         example.answer(NOT_THERE.format(name), Stop(ABSENT_HERE.format(name), (name,)))
 
     def _first_turn(self, example: Example, pair: Pair) -> None:
@@ -295,24 +298,24 @@ class Lessons:
         self._begin(example, name)
 
     def _begin(self, example: Example, name: str) -> None:
-        assert example.truth is not None
-        box = bounding_box(example.truth, "")
-        click = next_click(example.truth, np.zeros(VIEW, bool), "")
-        assert box is not None  # `draw` skips empty truths
+        assert example.ground_truth is not None
+        box = bounding_box(example.ground_truth, "")
+        click = next_click(example.ground_truth, np.zeros(VIEW, bool), "")
+        assert box is not None  # `draw` skips empty ground truths
         assert click is not None
-        example.answer(LOOK.format(name), click, box)
+        example.answer(FIRST_THOUGHT.format(name), click, box)
         corners = [corner_distribution(box.x0, box.y0), corner_distribution(box.x1, box.y1)]
-        example.places = [depth_distribution(example.truth), *corners]
+        example.places = [depth_distribution(example.ground_truth), *corners]
 
     def _later_turns(self, unseen: Sequence[tuple[Example, Pair]]) -> None:
-        prompts = [self._earlier_prompts(example.truth) for example, _ in unseen]
+        prompts = [self._earlier_prompts(example.ground_truth) for example, _ in unseen]
         for (example, pair), mask in zip(unseen, self._masks(unseen, prompts), strict=True):
-            assert example.truth is not None
+            assert example.ground_truth is not None
             example.current = mask
             kind, example.query, name = self._question(pair)
             if self._random.random() < 0.2:
                 self._show_as_brought(example, kind, name, pair)
-            self._go_on(example, example.truth, kind, name)
+            self._go_on(example, example.ground_truth, kind, name)
 
     def _show_as_brought(self, example: Example, kind: str, name: str, pair: Pair) -> None:
         """Say what `render` says of a mask that the user brought."""
@@ -322,10 +325,10 @@ class Lessons:
 
     def _go_on(self, example: Example, goal: Mask, kind: str, name: str) -> None:
         """Answer with the correction that brings the mask nearer to `goal`, or with a stop where it is good enough."""
-        mask, truth = example.current, example.truth
-        assert truth is not None
+        mask, ground_truth = example.current, example.ground_truth
+        assert ground_truth is not None
         click = next_click(goal, mask, "")
-        if click is None or iou(mask, truth) >= GOOD_ENOUGH:
+        if click is None or iou(mask, ground_truth) >= GOOD_ENOUGH:
             seen = f"Yes, the {name} is visible and segmented."
             example.answer(DONE.format(name), Stop(seen if kind == "existence" else SEGMENTED.format(name)))
         elif not mask.any():
@@ -335,16 +338,16 @@ class Lessons:
             wrong = goal & ~mask if click.positive else mask & ~goal
             example.places = [depth_distribution(wrong, power=1.5)]
 
-    def _earlier_prompts(self, truth: Mask | None) -> list[Click | Box]:
-        """What an imperfect first turn may have asked for; empty for "a spoilt truth instead"."""
-        assert truth is not None
+    def _earlier_prompts(self, ground_truth: Mask | None) -> list[Click | Box]:
+        """What a corrupted first turn may have asked for; empty for "a corrupted ground truth instead"."""
+        assert ground_truth is not None
         kind, prompts = self._random.random(), list[Click | Box]()
         if kind < 0.2:
             return prompts
-        region = truth if kind < 0.85 else np.ones(VIEW, bool)
+        region = ground_truth if kind < 0.85 else np.ones(VIEW, bool)
         prompts.append(Click(*self._spot(region), True, ""))
         if kind < 0.7:
-            prompts.append(self._loose_box(truth))
+            prompts.append(self._loose_box(ground_truth))
         return prompts
 
     def _spot(self, region: Mask) -> tuple[int, int]:
@@ -353,18 +356,19 @@ class Lessons:
         index = self._random.integers(rows.size)
         return int(columns[index]), int(rows[index])
 
-    def _loose_box(self, truth: Mask) -> Box:
-        return jittered_box(truth, self._random, self._random.choice([0.05, 0.15, 0.3]))
+    def _loose_box(self, ground_truth: Mask) -> Box:
+        return jittered_box(ground_truth, self._random, self._random.choice([0.05, 0.15, 0.3]))
 
     def _masks(self, unseen: Sequence[tuple[Example, Pair]], prompts: Sequence[list[Click | Box]]) -> list[Mask]:
-        """Masks that the segmenter gives for `prompts`, some after one more click, right or wrong; or spoilt truths."""
+        """Masks that the segmenter gives for `prompts`, some after one more click, right or wrong; or corrupted ground
+        truths."""
         examples = [example for example, _ in unseen]
-        planes, features = self._looks(examples), self._contexts(examples)
+        planes, features = self._blank_inputs(examples), self._contexts(examples)
         masks = self._predict(planes, features, prompts)
         further = []
         for number, (example, given, mask) in enumerate(zip(examples, prompts, masks, strict=True)):
-            assert example.truth is not None
-            click = next_click(example.truth, mask, "") if given and self._random.random() < 0.5 else None
+            assert example.ground_truth is not None
+            click = next_click(example.ground_truth, mask, "") if given and self._random.random() < 0.5 else None
             if click is not None and self._random.random() < 0.3:
                 x, y = (int(number) for number in self._random.integers(SIDE, size=2))
                 click = Click(x, y, not mask[y, x], "")
@@ -372,7 +376,7 @@ class Lessons:
                 given.append(click)
                 further.append(number)
             elif not given:
-                masks[number] = spoilt(example.truth, self._random)
+                masks[number] = corrupted(example.ground_truth, self._random)
         if further:
             corrected = self._predict(planes[further], features[further], [prompts[number] for number in further])
             for number, mask in zip(further, corrected, strict=True):
@@ -389,11 +393,11 @@ class Lessons:
         return F.grid_sample(features, grid, align_corners=False)
 
     @staticmethod
-    def _looks(examples: Sequence[Example]) -> np.ndarray:
-        """The segmenter's input (N, 7, LOOK_SIDE, LOOK_SIDE) for pictures without prompts and masks."""
-        planes = np.zeros((len(examples), 7, LOOK_SIDE, LOOK_SIDE), np.float32)
+    def _blank_inputs(examples: Sequence[Example]) -> np.ndarray:
+        """The segmenter's input (N, 7, SEGMENTER_SIDE, SEGMENTER_SIDE) for images without prompts and masks."""
+        planes = np.zeros((len(examples), 7, SEGMENTER_SIDE, SEGMENTER_SIDE), np.float32)
         for plane, example in zip(planes, examples, strict=True):
-            small = cv2.resize(example.pixels, (LOOK_SIDE, LOOK_SIDE), interpolation=cv2.INTER_AREA)
+            small = cv2.resize(example.pixels, (SEGMENTER_SIDE, SEGMENTER_SIDE), interpolation=cv2.INTER_AREA)
             plane[:3] = small.transpose(2, 0, 1).astype(np.float32) / 255
         return planes
 
@@ -402,11 +406,11 @@ class Lessons:
     ) -> list[Mask]:
         """One pass of the segmenter; `planes` keeps the mask probabilities for the next one."""
         assert self._segmenter is not None
-        step = SIDE / LOOK_SIDE
+        step = SIDE / SEGMENTER_SIDE
         to_view = np.array([[step, 0, step / 2 - 0.5], [0, step, step / 2 - 0.5]])
-        places = torch.from_numpy(places_seen(to_view, VIEW, LOOK_SIDE)).expand(len(planes), -1, -1, -1)
+        places = torch.from_numpy(places_seen(to_view, VIEW, SEGMENTER_SIDE)).expand(len(planes), -1, -1, -1)
         for plane, given in zip(planes, prompts, strict=True):
-            plane[4:] = prompt_maps(given, LOOK_SIDE, 1 / step)
+            plane[4:] = prompt_maps(given, SEGMENTER_SIDE, 1 / step)
         with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
             logits = self._segmenter(torch.from_numpy(planes), features, places)[0][:, 0].float()
         planes[:, 3] = logits.sigmoid().numpy()

@@ -1,11 +1,11 @@
-"""Lessons in going on from what the policy itself would have done, for a second, shorter training of `ibis-nano`.
+"""A curriculum of on-policy states, for a second, shorter training of `ibis-nano`.
 
-Its first turns are its own, seen through a part of the backbone's channels, as it knows its training pictures by heart
+Its first turns are its own, seen through a part of the backbone's channels, as it knows its training images by heart
 but not those that it will be asked about. It sees its replies so far. What is right to do next is judged by its own map
-of the object, of a look without the mask, as a map made in sight of a mask follows it: a correction is taught where
+of the object, of a pass without the mask, as a map made in sight of a mask follows it: a correction is taught where
 that map speaks for it and it gains something, an undo after a click that was wrong and looks so. Everywhere else it is
-taught to stop: what it cannot see it should not guess. First turns are seen through the veil too, but what is absent
-is seen clearly: what looks unfamiliar is looked for, not denied.
+taught to stop: what it cannot see it should not guess. First turns are seen with feature dropout too, but what is
+absent is seen clearly: what looks unfamiliar is looked for, not denied.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ import torch
 from ibisagent.domain import Action, Box, Click, Mask, Reply, Undo
 from ibisagent.imaging.clicks import next_click
 from ibisagent.imaging.masks import iou
-from ibisagent.protocol import Size, recap, target_of
+from ibisagent.policies.one_by_one import TAKEN_BACK
+from ibisagent.protocol import Size, recap
+from ibisagent.query import target_of
 from ibisagent.segmenters.click_network import ClickNetwork
-from ibisagent.training.click.states import spoilt
+from ibisagent.training.click.states import corrupted
 from ibisagent.training.images import TrainingImages
-from ibisagent.training.nano.curriculum import CELL, LOOK_SIDE, TAKEN_BACK, VIEW, Example, Lessons, Pair
+from ibisagent.training.nano.curriculum import CELL, SEGMENTER_SIDE, VIEW, Curriculum, Example, Pair
 
 BLIND = 0.8  # most of the backbone's channels that are hidden
 SURE = 0.85  # share that a map must give a pixel, or leave it, to speak for a correction there
@@ -35,7 +37,7 @@ FURTHER, WRONG, UNDONE = 0.8, 0.7, 0.2
 """Shares of the first turns that a click followed, of these clicks that were wrong, and of the last prompts that were
 taken back."""
 UNSEEN = 0.25
-"""Share of the later turns whose mask is hidden: what a policy that looks twice sees first."""
+"""Share of the later turns whose mask is hidden: what a policy of two passes sees first."""
 
 Believe = Callable[[Sequence[Example]], np.ndarray]
 
@@ -43,8 +45,8 @@ Believe = Callable[[Sequence[Example]], np.ndarray]
 @dataclass(frozen=True, eq=False)
 class _State:
     """Where an episode stands. said: the actions of its replies. prompts: those of them that stand. mask: what they
-    give, prior (LOOK_SIDE, LOOK_SIDE) as the segmenter takes it. before: the mask without the last prompt; None where
-    nothing is to be taken back."""
+    give, prior (SEGMENTER_SIDE, SEGMENTER_SIDE) as the segmenter takes it. before: the mask without the last prompt;
+    None where nothing is to be taken back."""
 
     said: Sequence[Sequence[Action]]
     prompts: Sequence[Click | Box]
@@ -52,20 +54,20 @@ class _State:
     prior: np.ndarray
     before: Mask | None
 
-    def last_was_wrong(self, truth: Mask | None, belief: np.ndarray) -> bool:
+    def last_was_wrong(self, ground_truth: Mask | None, belief: np.ndarray) -> bool:
         """Whether the last prompt was a click on the wrong side of the object's border, and of the border that a policy
-        with this map of the object sees, and gained nothing. A box is never called wrong (docs/log.md)."""
+        with this map of the object sees, and gained nothing. A box is never called wrong (docs/experiments)."""
         last = self.prompts[-1] if self.prompts else None
         if self.before is None or not isinstance(last, Click):
             return False
-        assert truth is not None
+        assert ground_truth is not None
         inside = belief[last.y // CELL, last.x // CELL]
-        looks_wrong = inside < 0.5 if last.positive else inside > 0.5
-        is_wrong = truth[last.y, last.x] != last.positive
-        return bool(is_wrong and looks_wrong and iou(self.mask, truth) <= iou(self.before, truth))
+        seems_wrong = inside < 0.5 if last.positive else inside > 0.5
+        is_wrong = ground_truth[last.y, last.x] != last.positive
+        return bool(is_wrong and seems_wrong and iou(self.mask, ground_truth) <= iou(self.before, ground_truth))
 
 
-class OwnTurns(Lessons):
+class OnPolicyStates(Curriculum):
     """Draws examples whose later turns go on from the policy's own."""
 
     def __init__(
@@ -82,30 +84,30 @@ class OwnTurns(Lessons):
         super().__init__(images, pairs, segmenter, context, seed)
         self._believe = believe
 
-    def _veil(self, example: Example) -> None:
+    def _drop_features(self, example: Example) -> None:
         """Hide a part of the backbone's channels."""
         hidden = self._random.random(len(example.kept)) < self._random.uniform(0, BLIND)
         example.kept = np.where(hidden, 0, example.kept).astype(np.float32)
 
     def _first_turn(self, example: Example, pair: Pair) -> None:
-        self._veil(example)
+        self._drop_features(example)
         super()._first_turn(example, pair)
 
     def _later_turns(self, unseen: Sequence[tuple[Example, Pair]]) -> None:
         examples = [example for example, _ in unseen]
-        planes, features = self._looks(examples), self._contexts(examples)
+        planes, features = self._blank_inputs(examples), self._contexts(examples)
         asked = []
         for example, pair in unseen:
-            self._veil(example)
+            self._drop_features(example)
             kind, example.query, name = self._question(pair)
             asked.append((kind, name))
         states = self._reached(examples, planes, features)
         for (example, pair), state, (kind, name) in zip(unseen, states, asked, strict=True):
             if state.said:
-                example.recap = told(example.query, state.said, VIEW)
+                example.recap = recap_of(example.query, state.said, VIEW)
             else:
                 self._show_as_brought(example, kind, name, pair)
-        beliefs = self._believe(examples)  # without the masks, as in its own first look
+        beliefs = self._believe(examples)  # without the masks, as in its own first pass
         for example, state, plane in zip(examples, states, planes, strict=True):
             example.current, plane[3] = state.mask, state.prior
         goals = self._goals(examples, beliefs, planes, features, [list(state.prompts) for state in states])
@@ -114,7 +116,7 @@ class OwnTurns(Lessons):
             if hidden[number]:
                 example.current = np.zeros(VIEW, bool)
                 self._begin(example, name)
-            elif state.last_was_wrong(example.truth, beliefs[number]):
+            elif state.last_was_wrong(example.ground_truth, beliefs[number]):
                 example.answer(TAKEN_BACK, Undo())
             else:
                 self._go_on(example, goals[number], kind, name)
@@ -137,7 +139,7 @@ class OwnTurns(Lessons):
         corrected = played(prompts)
         states = []
         for number, (example, opening, clicks) in enumerate(zip(examples, openings, further, strict=True)):
-            assert example.truth is not None
+            assert example.ground_truth is not None
             if opening:
                 said: list[Sequence[Action]] = [opening, clicks]
                 reached = [clicked[number], boxed[number], *([corrected[number]] if clicks else [])]
@@ -147,8 +149,10 @@ class OwnTurns(Lessons):
                     reached.pop()
                 states.append(_State(said, prompts[number], *reached[-1], reached[-2][0] if reached[1:] else None))
             else:
-                mask = spoilt(example.truth, self._random)
-                states.append(_State([], [], mask, cv2.resize(mask.astype(np.float32), (LOOK_SIDE, LOOK_SIDE)), None))
+                mask = corrupted(example.ground_truth, self._random)
+                states.append(
+                    _State([], [], mask, cv2.resize(mask.astype(np.float32), (SEGMENTER_SIDE, SEGMENTER_SIDE)), None)
+                )
         return states
 
     def _goals(
@@ -159,12 +163,12 @@ class OwnTurns(Lessons):
         features: torch.Tensor,
         prompts: list[list[Click | Box]],
     ) -> list[Mask]:
-        """What the masks are to become: what of the truths the policy is sure of, if a click towards it gains anything;
-        else what they are. `planes` and `prompts` are those of the masks as they stand."""
+        """What the masks are to become: what of the ground truths the policy is sure of, if a click towards it gains
+        anything; else what they are. `planes` and `prompts` are those of the masks as they stand."""
         goals = []
         for example, belief, given in zip(examples, beliefs, prompts, strict=True):
-            assert example.truth is not None
-            goals.append(sure_part(example.truth, example.current, belief))
+            assert example.ground_truth is not None
+            goals.append(sure_part(example.ground_truth, example.current, belief))
             if click := next_click(goals[-1], example.current, ""):
                 given.append(click)
         corrected = self._predict(planes, features, prompts)
@@ -174,32 +178,32 @@ class OwnTurns(Lessons):
         ]
 
     def _opening(self, example: Example, belief: np.ndarray) -> list[Click | Box]:
-        """The prompts of a first turn, the policy's own or an expert's imperfect ones; none for a mask that the user
+        """The prompts of a first turn, the policy's own or an expert's corrupted ones; none for a mask that the user
         brought."""
-        assert example.truth is not None
+        assert example.ground_truth is not None
         dice = self._random.random()
         if dice < BROUGHT:
             return []
         if dice < BROUGHT + OWN and (belief > 0.5).any():
-            return own_first_turn(belief)
-        return [Click(*self._spot(example.truth), True, ""), self._loose_box(example.truth)]
+            return first_turn_of(belief)
+        return [Click(*self._spot(example.ground_truth), True, ""), self._loose_box(example.ground_truth)]
 
     def _further(self, example: Example, belief: np.ndarray, mask: Mask, prompts: Sequence[Click | Box]) -> list[Click]:
         """One more click, a right one, or one against a part of the mask that is right and looks so; often none."""
-        assert example.truth is not None
+        assert example.ground_truth is not None
         if not prompts or self._random.random() >= FURTHER:
             return []
         if self._random.random() < WRONG:
             inside = cv2.resize(belief, VIEW, interpolation=cv2.INTER_LINEAR) > 0.5
-            right = (mask == example.truth) & (mask == inside)
+            right = (mask == example.ground_truth) & (mask == inside)
             if right.any():
                 x, y = self._spot(right)
                 return [Click(x, y, not mask[y, x], "")]
-        click = next_click(example.truth, mask, "")
+        click = next_click(example.ground_truth, mask, "")
         return [click] if click else []
 
 
-def told(query: str, said: Sequence[Sequence[Action]], size: Size) -> str:
+def recap_of(query: str, said: Sequence[Sequence[Action]], size: Size) -> str:
     """What `render` says, after `query`, of the replies so far; `said`: their actions, without the target's name."""
     name = target_of(query)
     replies = [
@@ -210,7 +214,7 @@ def told(query: str, said: Sequence[Sequence[Action]], size: Size) -> str:
     return recap(replies, size, dialect="ibis")
 
 
-def own_first_turn(belief: np.ndarray) -> list[Click | Box]:
+def first_turn_of(belief: np.ndarray) -> list[Click | Box]:
     """Click and box of a map (LOCATIONS, LOCATIONS): its peak, and around all that is above one half of it.
 
     ValueError where nothing is.
@@ -222,14 +226,14 @@ def own_first_turn(belief: np.ndarray) -> list[Click | Box]:
     return [Click(int(column) * CELL + half, int(row) * CELL + half, True, ""), Box(x0, y0, x1, y1, "")]
 
 
-def sure_part(truth: Mask, mask: Mask, belief: np.ndarray) -> Mask:
-    """`truth` where `belief`, (LOCATIONS, LOCATIONS) in [0, 1], is SURE of it, or where there is no mask yet; elsewhere
-    `mask`."""
+def sure_part(ground_truth: Mask, mask: Mask, belief: np.ndarray) -> Mask:
+    """`ground_truth` where `belief`, (LOCATIONS, LOCATIONS) in [0, 1], is SURE of it, or where there is no mask yet;
+    elsewhere `mask`."""
     inside = cv2.resize(belief, VIEW, interpolation=cv2.INTER_LINEAR)
-    sure = np.where(truth, inside, 1 - inside) >= SURE
-    return np.where(sure | ~mask.any(), truth, mask)
+    sure = np.where(ground_truth, inside, 1 - inside) >= SURE
+    return np.where(sure | ~mask.any(), ground_truth, mask)
 
 
 def _gains(mask: Mask, example: Example) -> bool:
-    assert example.truth is not None
-    return iou(mask, example.truth) >= iou(example.current, example.truth) + GAIN
+    assert example.ground_truth is not None
+    return iou(mask, example.ground_truth) >= iou(example.current, example.ground_truth) + GAIN

@@ -2,7 +2,7 @@
 
 Losses: cross-entropy on the reply's words; for each place in the reply, cross-entropy against a distribution over all
 right places (deep inside the missed or leaked region, near the box corner) instead of one of them; and a map of the
-object that is asked for. What it is taught: `lessons`.
+object that is asked for. What it is taught: `curriculum`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from ibisagent.policies.nano import (
     location_text,
     snap_locations,
 )
+from ibisagent.policies.one_by_one import DONE, FIRST_THOUGHT, LEAKED, MISSED, NOT_THERE
 from ibisagent.protocol import START_LINE
 from ibisagent.segmenters.ibis_click import PACKAGED_WEIGHTS, read_click_network
 from ibisagent.training.backbone import BackboneRecipe
@@ -46,24 +47,25 @@ from ibisagent.training.click.states import is_development
 from ibisagent.training.images import TrainingImages, context_features, read_training_cases
 from ibisagent.training.loop import (
     Report,
+    ignore_progress,
     load_checkpoint,
     rate_factor,
     save_checkpoint,
-    unheard,
     update_average,
-    warn_without_figure,
+    warn_without_metrics,
 )
-from ibisagent.training.nano import curriculum as lessons
-from ibisagent.training.nano.curriculum import CELL, VIEW, Example, Lessons, Pair, pairs_of
-from ibisagent.training.nano.on_policy import OwnTurns
+from ibisagent.training.nano import curriculum as curriculum
+from ibisagent.training.nano.curriculum import CELL, VIEW, Curriculum, Example, Pair, pairs_of
+from ibisagent.training.nano.on_policy import OnPolicyStates
+from ibisagent.training.nano.vocabulary import write_vocabulary
 
 FEATURE_DROPOUT = 0.2  # of the backbone's channels in each example, against learning images by heart
 AVERAGE_DECAY = 0.998
 DECISION = 5  # first tokens of a reply: they decide whether it clicks, corrects, stops or refuses
 DECISION_WEIGHT = 4.0  # of their loss, of which there are few among the many that follow from them
 
-OWN_TURNS: dict[str, Any] = {"history": "actions", "looks_twice": True}
-"""The configuration that a policy needs to go on from its own turns: what it said, and what it would say without the
+ON_POLICY: dict[str, Any] = {"history": "actions", "two_pass": True}
+"""The configuration that a policy needs for on-policy states: what it said, and what it would say without the
 mask."""
 ADDED_RATE = 20.0  # times the rate of what is trained already
 
@@ -83,9 +85,9 @@ CHAT_TEMPLATE = (
 
 def build_processor(names: Sequence[str], words: int = 1280) -> IbisNanoProcessor:
     """A processor whose tokenizer knows `words` byte-level BPE tokens from our own texts, then the location tokens."""
-    corpus = [START_LINE, *lessons.ANYTHING, *lessons.SYLLABLES, *SHARES, *sum(DESCRIPTIONS.values(), ())]
-    corpus += [text for kind in lessons.KINDS for _, text in phrasings(kind, held_out=False)]
-    thoughts = (lessons.LOOK, lessons.MISSED, lessons.LEAKED, lessons.DONE, lessons.NOT_THERE)
+    corpus = [START_LINE, *curriculum.ANYTHING, *curriculum.SYLLABLES, *SHARES, *sum(DESCRIPTIONS.values(), ())]
+    corpus += [text for kind in curriculum.KINDS for _, text in phrasings(kind, held_out=False)]
+    thoughts = (FIRST_THOUGHT, MISSED, LEAKED, DONE, NOT_THERE)
     corpus += [text.format(name) for name in names for text in ("Segment the {}.", "Is there a {}?", *thoughts)]
     corpus += ["click + (", "click - (", "; box (", ") (", "undo", "stop; absent ", "is segmented.", "yes", "no"] * 200
     tokenizer = Tokenizer(models.BPE())
@@ -186,8 +188,9 @@ def losses(
     place_logprobs = logprobs[is_place][:, words:]
     wanted = np.array([place.ravel() for example in examples for place in example.places], np.float32)
     cross = -(torch.from_numpy(wanted).view_as(place_logprobs) * place_logprobs).sum() / max(len(wanted), 1)
-    regions = [cv2.resize(e.truth.astype(np.float32), (LOCATIONS,) * 2, interpolation=cv2.INTER_AREA)
-               if e.truth is not None else np.full((LOCATIONS,) * 2, -1, np.float32) for e in examples]  # fmt: skip
+    regions = [cv2.resize(e.ground_truth.astype(np.float32), (LOCATIONS,) * 2, interpolation=cv2.INTER_AREA)
+               if e.ground_truth is not None else np.full((LOCATIONS,) * 2, -1, np.float32)
+               for e in examples]  # fmt: skip
     target = torch.from_numpy(np.stack(regions))
     known = target[:, 0, 0] >= 0
     region_logits, target = output.region_logits.float()[known], target[known]
@@ -205,13 +208,13 @@ def losses(
 
 
 @torch.no_grad()
-def look(
+def validate(
     model: IbisNanoForConditionalGeneration,
     processor: IbisNanoProcessor,
     pairs: Sequence[Pair],
     images: TrainingImages,
 ) -> dict[str, float]:
-    """First-click hit rate and first-box IoU on untouched pictures, places decoded greedily after the right words."""
+    """First-click hit rate and first-box IoU on untouched images, places decoded greedily after the right words."""
     hits, overlaps = [], []
     cells = LOCATIONS**2
     for start in range(0, len(pairs), 32):
@@ -221,7 +224,7 @@ def look(
         for pair, mask in zip(chunk, masks, strict=True):
             example = Example(pair.image, images.pixels[pair.image], mask)
             example.query = f"Segment the {pair.name}."
-            example.answer(lessons.LOOK.format(pair.name), Click(0, 0, True, ""), Box(0, 0, 1, 1, ""))
+            example.answer(FIRST_THOUGHT.format(pair.name), Click(0, 0, True, ""), Box(0, 0, 1, 1, ""))
             examples.append(example)
         batch, _ = collate(examples, processor)
         labels = batch.pop("labels")
@@ -239,12 +242,12 @@ def look(
             row, column = divmod(int(click), LOCATIONS)
             hits.append(bool(mask[row * CELL + CELL // 2, column * CELL + CELL // 2]))
             (y0, x0), (y1, x1) = divmod(int(first), LOCATIONS), divmod(int(last), LOCATIONS)
-            guess, truth = np.zeros(VIEW, bool), np.zeros(VIEW, bool)
+            guess, ground_truth = np.zeros(VIEW, bool), np.zeros(VIEW, bool)
             guess[y0 * CELL + 2 : y1 * CELL + 2, x0 * CELL + 2 : x1 * CELL + 2] = True
             box = bounding_box(mask, "")
             assert box is not None
-            truth[box.y0 : box.y1, box.x0 : box.x1] = True
-            overlaps.append(iou(guess, truth))
+            ground_truth[box.y0 : box.y1, box.x0 : box.x1] = True
+            overlaps.append(iou(guess, ground_truth))
     good = float(np.mean(np.array(overlaps) >= 0.5))
     return {
         "hit": round(float(np.mean(hits)), 3),
@@ -259,7 +262,7 @@ class NanoRecipe(Recipe):
     data: Annotated[tuple[Path, ...], BeforeValidator(lambda data: [data] if isinstance(data, str | Path) else data)]
     """Folder or folders in BiomedParse's layout, or manifests; images are kept in memory (0.2 MB each)."""
     out: Path
-    """Folder for the checkpoint and the model, `ibis-nano`; a run that was stopped goes on from there."""
+    """Folder for the checkpoint and the model, `ibis-nano`; a run that was stopped resumes from there."""
     licence_class: str = ""
     """Use only rows of this licence class; empty for all."""
     start: Path | None = None
@@ -275,20 +278,20 @@ class NanoRecipe(Recipe):
     """Weights of the `ibis-click` that makes the masks of later turns."""
     examples: int = Field(60_000, ge=1)
     """Turns to learn from: the length of the run."""
-    batch: int = Field(16, ge=1)
-    rate: float = Field(7e-4, gt=0)
+    batch_size: int = Field(16, ge=1)
+    learning_rate: float = Field(7e-4, gt=0)
     weight_decay: float = Field(0.05, ge=0)
-    warm_up: int = Field(60, ge=1)
-    look_every: int = Field(4_000, ge=1)
-    """Examples between two looks at the patients held out for choosing settings (one in sixteen)."""
-    own_turns: bool = False
-    """Go on from what `start` itself would have done (`training.own_turns`): for a second, shorter run."""
+    warmup_steps: int = Field(60, ge=1)
+    eval_every: int = Field(4_000, ge=1)
+    """Examples between two validations on the patients held out for choosing settings (one in sixteen)."""
+    on_policy: bool = False
+    """Go on from what `start` itself would have done (`training.nano.on_policy`): for a second, shorter run."""
     seed: int = 0
 
     @model_validator(mode="after")
-    def _own_turns_need_a_start(self) -> Self:
-        if self.own_turns and self.start is None:
-            raise ValueError("own_turns: set start to the trained ibis-nano whose turns they are")
+    def _on_policy_needs_a_start(self) -> Self:
+        if self.on_policy and self.start is None:
+            raise ValueError("on_policy: set start to the trained ibis-nano whose states they are")
         if self.start is not None and self.backbone is not None:
             raise ValueError("set either start, which has a backbone, or backbone")
         return self
@@ -299,24 +302,27 @@ class NanoRecipe(Recipe):
         return self.examples + (self.backbone_examples if self.start is None and self.backbone is None else 0)
 
 
-def train(recipe: NanoRecipe, report: Report = unheard) -> Path:
-    """Train as `recipe` says, going on from its checkpoint if there is one; returns the model's folder.
+def train(recipe: NanoRecipe, report: Report = ignore_progress) -> Path:
+    """Train as `recipe` says, resuming from its checkpoint if there is one; returns the model's folder.
 
     A run that was interrupted sees other random examples than one that was not: its weights differ slightly.
     Raises ConfigError for a checkpoint of another recipe, DataError where there is nothing to train on.
     """
     try_folder(recipe.out)
-    images = TrainingImages.of(read_training_cases(recipe.data, recipe.licence_class))
+    cases = read_training_cases(recipe.data, recipe.licence_class)
+    images = TrainingImages.of(cases)
     pairs = pairs_of(images)
     learned = [pair for pair in pairs if not is_development(pair.row.patient)]
     held_out = [pair for pair in pairs if is_development(pair.row.patient)]
     if not learned:
         raise DataError(f"{recipe.data[0]}: no training pair is left after licence_class and held-out patients")
-    warn_without_figure(recipe.out, held_out)
+    warn_without_metrics(recipe.out, held_out)
     before = recipe.total_examples - recipe.examples
     if before:
         recipe = recipe.model_copy(update={"backbone": _train_backbone(recipe, images, report)})
-    return _Run(recipe, images, learned, held_out).go(lambda done, *rest: report(before + done, *rest))
+    folder = _Run(recipe, images, learned, held_out).go(lambda done, *rest: report(before + done, *rest))
+    write_vocabulary(folder, cases)
+    return folder
 
 
 def _train_backbone(recipe: NanoRecipe, images: TrainingImages, report: Report) -> Path:
@@ -328,7 +334,7 @@ def _train_backbone(recipe: NanoRecipe, images: TrainingImages, report: Report) 
                 "out": folder,
                 "licence_class": recipe.licence_class,
                 "examples": recipe.backbone_examples,
-                "eval_every": 2 * recipe.look_every,
+                "eval_every": 2 * recipe.eval_every,
                 "seed": recipe.seed,
             }
         )
@@ -350,21 +356,21 @@ class _Run:
             assert recipe.backbone is not None
             self.model.backbone.load_state_dict(load_file(recipe.backbone))
         else:
-            self.processor, self.model = load(recipe.start, **OWN_TURNS if recipe.own_turns else {})
+            self.processor, self.model = load(recipe.start, **ON_POLICY if recipe.on_policy else {})
         self.average = deepcopy(self.model).eval()
         self.model.train()
         self.optimizer = torch.optim.AdamW(
-            self._grouped_by_rate(), lr=recipe.rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98)
+            self._grouped_by_rate(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98)
         )
         self.step = 0
         self._resume()
         segmenter = read_click_network(recipe.segmenter).eval()
         context = context_features(images, recipe.cache or recipe.out)
         seed = recipe.seed + self.step
-        if recipe.own_turns:
-            self.lessons: Lessons = OwnTurns(images, pairs, segmenter, context, seed, believe=self._believe)
+        if recipe.on_policy:
+            self.curriculum: Curriculum = OnPolicyStates(images, pairs, segmenter, context, seed, believe=self._believe)
         else:
-            self.lessons = Lessons(images, pairs, segmenter, context, seed)
+            self.curriculum = Curriculum(images, pairs, segmenter, context, seed)
 
     def _grouped_by_rate(self) -> list[dict[str, Any]]:
         """The parameters: those that are trained already, and those that a second stage adds."""
@@ -377,17 +383,17 @@ class _Run:
     def go(self, report: Report) -> Path:
         """Train to the end and write the model."""
         recipe, shown = self.recipe, Counter[str]()
-        while self.step * recipe.batch < recipe.examples:
+        while self.step * recipe.batch_size < recipe.examples:
             shown.update(self._learn())
             shown["steps"] += 1
-            examples = self.step * recipe.batch
-            looks = examples // recipe.look_every > (examples - recipe.batch) // recipe.look_every
+            examples = self.step * recipe.batch_size
+            due = examples // recipe.eval_every > (examples - recipe.batch_size) // recipe.eval_every
             means = {name: round(total / shown["steps"], 3) for name, total in shown.items() if name != "steps"}
-            figures = (
-                look(self.average, self.processor, self.held_out, self.images) if looks and self.held_out else None
+            metrics = (
+                validate(self.average, self.processor, self.held_out, self.images) if due and self.held_out else None
             )
-            report(examples, means, figures)
-            if looks:
+            report(examples, means, metrics)
+            if due:
                 shown.clear()
                 self._save()
         return self._save()
@@ -404,9 +410,9 @@ class _Run:
     def _learn(self) -> dict[str, float]:
         recipe = self.recipe
         for group in self.optimizer.param_groups:
-            progress = self.step * recipe.batch / recipe.examples
-            group["lr"] = group["factor"] * recipe.rate * rate_factor(self.step, recipe.warm_up, progress)
-        loss, parts = losses(self.model, self.lessons.draw(recipe.batch), self.processor)
+            progress = self.step * recipe.batch_size / recipe.examples
+            group["lr"] = group["factor"] * recipe.learning_rate * rate_factor(self.step, recipe.warmup_steps, progress)
+        loss, parts = losses(self.model, self.curriculum.draw(recipe.batch_size), self.processor)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -1,0 +1,118 @@
+"""What a policy learned, as `objects.json` beside its weights says: names of objects, and images that can show them.
+
+A kind of image is a modality with a body site, and is told from the policy's own image features by a linear map. How
+likely it is that an image shows an object: the share of the kinds that can show it, times a logistic function of the
+highest logit of the policy's map of that object. `training.nano.vocabulary` writes the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ibisagent.domain import MAX_TARGETS
+from ibisagent.errors import PolicyError
+from ibisagent.query import Request, requests
+
+FILE = "objects.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a policy can say of one object of a request before it acts.
+
+    known, nearest: as in `query.Request`. presence: how likely the image shows it, in [0, 1]; below the vocabulary's
+    `absent_below` the policy calls it absent.
+    """
+
+    name: str
+    known: bool
+    nearest: str | None
+    presence: float
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """What a policy sees of one object in one image.
+
+    kinds: probabilities of the vocabulary's kinds of images. region: (L, L) logits of where the object is.
+    """
+
+    kinds: np.ndarray
+    region: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """The names that a policy learned, and what it takes for presence.
+
+    kinds: (modality, site) of each kind of image. learned, possible: by name, the kinds whose images taught it, and
+    those that can show it. weights (K, F), biases (K,): kinds from image features. slope, shift: of presence.
+    """
+
+    kinds: tuple[tuple[str, str], ...]
+    learned: Mapping[str, tuple[int, ...]]
+    possible: Mapping[str, tuple[int, ...]]
+    weights: np.ndarray
+    biases: np.ndarray
+    slope: float
+    shift: float
+    absent_below: float
+
+    @classmethod
+    def read(cls, folder: Path) -> Vocabulary | None:
+        """The vocabulary in a folder of weights; None where there is none. PolicyError for a damaged one."""
+        path = folder / FILE
+        if not path.is_file():
+            return None
+        try:
+            said = json.loads(path.read_bytes())
+            objects, presence = said["objects"], said["presence"]
+            return cls(
+                tuple((str(modality), str(site)) for modality, site in said["kinds"]),
+                {name: tuple(one["learned"]) for name, one in objects.items()},
+                {name: tuple(one["possible"]) for name, one in objects.items()},
+                np.array(said["weights"], dtype=np.float32),
+                np.array(said["biases"], dtype=np.float32),
+                float(presence["slope"]),
+                float(presence["shift"]),
+                float(presence["absent_below"]),
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PolicyError(f"{path}: is damaged ({error}): download or copy the folder again") from error
+
+    def requests(self, query: str, kinds: Callable[[], np.ndarray]) -> tuple[Request, ...]:
+        """As `query.requests`. kinds: of the image, for "everything": all objects that its likeliest kind taught."""
+        return requests(query, self.learned, lambda: self._shown_by(kinds()))
+
+    def count(self, query: str) -> int:
+        """How many objects a query asks for at most; at least 1."""
+        return max(1, len(requests(query, self.learned, lambda: [f"object {n}" for n in range(MAX_TARGETS)])))
+
+    def kinds_of(self, features: np.ndarray) -> np.ndarray:
+        """Probabilities of the kinds (K,) of an image, from its mean features (F,)."""
+        logits = self.weights @ features + self.biases
+        shares = np.exp(logits - logits.max())
+        probabilities: np.ndarray = shares / shares.sum()
+        return probabilities
+
+    def presence(self, request: Request, look: Look) -> float:
+        """How likely the image shows what is asked for, in [0, 1]."""
+        name, nearest = request.asked if request.known else None, request.nearest
+        if nearest is not None and (request.asked == nearest or request.name.lower().endswith(f" {nearest.lower()}")):
+            name = nearest  # misspelt, or a kind of it: a left kidney is where kidneys are
+        possible = 1.0 if name is None else float(look.kinds[list(self.possible[name])].sum())
+        peak = float(look.region.max())
+        return min(possible, 1.0) / (1.0 + float(np.exp(-(self.slope * peak + self.shift))))
+
+    def asked(self, request: Request, look: Look) -> Asked:
+        """What can be said of a request."""
+        return Asked(request.name, request.known, request.nearest, round(self.presence(request, look), 4))
+
+    def _shown_by(self, kinds: np.ndarray) -> Sequence[str]:
+        likeliest = int(kinds.argmax())
+        return [name for name, taught in self.learned.items() if likeliest in taught]

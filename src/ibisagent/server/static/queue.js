@@ -1,0 +1,220 @@
+// The images to label: opened, in a row, worked on ahead by the agent.
+
+import { call, get, post } from "/static/api.js";
+import { $, app, keep, make, report, request, say } from "/static/app.js";
+
+const AT_ONCE = 2; // images that the agent works on ahead
+const IMAGES = /\.(png|jpe?g|tiff?|bmp)$/i;
+const SCANS = /\.(nii|nii\.gz|mha|mhd|nrrd)$/i;
+const DICOM = /\.(dcm|dicom|ima)$/i;
+const STATES = { new: "new", agent: "agent done", corrected: "corrected", accepted: "accepted" };
+
+let open, changed; // show an item; show what the agent made of the one that is open
+let ahead = 0;
+
+export function begin(show, shown) {
+  [open, changed] = [show, shown];
+  $("file").querySelector("input").onchange = (event) => chosen(event.target, false);
+  $("folder").querySelector("input").onchange = (event) => chosen(event.target, true);
+  $("order").value = app.order = localStorage.getItem("order") || "added";
+  $("order").onchange = () => { localStorage.setItem("order", $("order").value); render(); };
+  $("filter").onchange = render;
+  $("ahead").checked = localStorage.getItem("ahead") !== "no";
+  $("ahead").onchange = () => { localStorage.setItem("ahead", $("ahead").checked ? "yes" : "no"); workAhead(); };
+  for (const kind of ["dragover", "dragleave", "drop"]) addEventListener(kind, (event) => dropped(event, kind));
+}
+
+export async function load() { app.items = await get("/v1/worklist"); render(); }
+
+// What is opened.
+
+function chosen(input, folder) {
+  const files = [...input.files];
+  input.value = "";
+  take(files.map((file) => [file, file.webkitRelativePath || file.name]), folder);
+}
+
+async function dropped(event, kind) {
+  if (!event.dataTransfer?.types.includes("Files")) return;
+  event.preventDefault();
+  document.body.classList.toggle("dropping", kind === "dragover");
+  if (kind !== "drop") return;
+  const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean);
+  const folder = entries.some((entry) => entry.isDirectory);
+  const found = [];
+  for (const entry of entries) await walk(entry, found);
+  take(found, folder);
+}
+
+async function walk(entry, found) {
+  if (entry.isFile) {
+    found.push([await new Promise((done, failed) => entry.file(done, failed)), entry.fullPath.slice(1)]);
+    return;
+  }
+  const reader = entry.createReader();
+  for (;;) { // some at a time
+    const some = await new Promise((done, failed) => reader.readEntries(done, failed));
+    if (!some.length) return;
+    for (const one of some) await walk(one, found);
+  }
+}
+
+// Files with their paths; of a folder only those that look like images or scans. DICOM files of a folder are one scan.
+async function take(files, folder) {
+  const loads = [], series = new Map();
+  for (const [file, path] of files.sort((a, b) => a[1].localeCompare(b[1], undefined, { numeric: true }))) {
+    const name = file.name;
+    if (DICOM.test(name) || (!name.includes(".") && (await isDicom(file)))) {
+      const parent = path.slice(0, -name.length);
+      if (!series.has(parent)) loads.push(series.set(parent, ["scan", []]).get(parent));
+      series.get(parent)[1].push(file);
+    } else if (SCANS.test(name)) loads.push(["scan", [file]]);
+    else if (IMAGES.test(name) || !folder) loads.push(["image", [file]]);
+  }
+  if (!loads.length && files.length) say("There is no image or scan in that folder.", "bad");
+  const failed = [];
+  let first = null;
+  for (const [index, [kind, parts]] of loads.entries()) {
+    if (loads.length > 1) say(`Opening ${index + 1} of ${loads.length}: ${parts[0].name}`, "busy");
+    try {
+      const item = await send(kind, parts);
+      app.items.push(item);
+      render();
+      if (!first) await open((first = item));
+    } catch (error) { failed.push(error.message); }
+  }
+  if (failed.length) report(new Error(failed.slice(0, 3).join(" | ") + (failed.length > 3 ? ` and ${failed.length - 3} more` : "")));
+  else if (loads.length > 1) say(`${loads.length} opened. Say what is to be segmented, and run.`);
+  workAhead();
+}
+
+async function isDicom(file) { return (await file.slice(128, 132).text()) === "DICM"; }
+
+async function send(kind, files) {
+  const most = app.limits?.upload_bytes, size = files.reduce((sum, file) => sum + file.size, 0);
+  if (most && size > most) {
+    const megabytes = (bytes) => `${(bytes / 2 ** 20).toFixed(1)} MB`;
+    throw new Error(`${files[0].name}: too large, ${megabytes(size)}; the limit of this server is ${megabytes(most)} (--max-upload)`);
+  }
+  const form = new FormData();
+  form.set("query", request());
+  for (const file of files) form.append(kind === "scan" ? "files" : "image", file, file.name);
+  const view = await call("POST", kind === "scan" ? "/v1/scans" : "/v1/sessions", form);
+  const name = kind === "scan" ? view.name : view.image;
+  const created = Date.now() / 1000;
+  return { id: view.id, kind, name, query: view.query, state: "new", turns: 0, reliability: null, running: false, created };
+}
+
+export async function openSample() {
+  if (!$("query").value.trim()) $("query").value = "Segment the optic disc.";
+  const image = await fetch("/static/sample/eye.jpg").then((answer) => answer.blob());
+  await take([[new File([image], "eye.jpg", { type: "image/jpeg" }), "eye.jpg"]], false);
+}
+
+export async function remove(item) {
+  if (!confirm(`Delete ${item.name} and all that was made of it?`)) return;
+  await call("DELETE", `/v1/${item.kind === "scan" ? "scans" : "sessions"}/${item.id}`);
+  const after = beside(1) || beside(-1);
+  app.items = app.items.filter((one) => one !== item);
+  await open(after === item ? null : after);
+}
+
+// The row.
+
+// As the strip shows them. Doubtful first: what the agent did, least reliable first, then what is new, then the rest.
+export function row() {
+  const filter = $("filter").value;
+  const shown = app.items.filter((item) => filter === "all" || (item.state === "accepted") === (filter === "accepted"));
+  if ($("order").value !== "doubt") return shown;
+  const rank = (item) => (item.state === "agent" ? item.reliability ?? 1 : { new: 2, corrected: 3, accepted: 4 }[item.state]);
+  return [...shown].sort((a, b) => rank(a) - rank(b));
+}
+
+export function beside(step) {
+  const shown = row(), at = shown.indexOf(app.item);
+  return shown[at < 0 ? 0 : at + step] || null;
+}
+
+// What is still to do after the open one, in the order of the row.
+export function nextToDo() {
+  const shown = row(), at = shown.indexOf(app.item);
+  return [...shown.slice(at + 1), ...shown.slice(0, Math.max(0, at))].find((item) => item.state !== "accepted") || null;
+}
+
+export function update(item, view) {
+  Object.assign(item, { state: view.state, query: view.query });
+  if (view.turns) item.turns = view.turns.length;
+  if (item.state !== "agent") item.reliability = null;
+  render();
+}
+
+export const base = (item) => `/v1/${item.kind === "scan" ? "scans" : "sessions"}/${item.id}`;
+
+export function render() {
+  const accepted = app.items.filter((item) => item.state === "accepted").length;
+  $("progress").value = app.items.length ? accepted / app.items.length : 0;
+  $("count").textContent = app.items.length ? `${accepted} of ${app.items.length} accepted` : "";
+  const old = new Map([...$("strip").children].map((child) => [child.dataset.id, child]));
+  const thumbs = row().map((item) => thumb(item, old.get(item.id)));
+  if (thumbs.length !== $("strip").children.length || thumbs.some((one, at) => one !== $("strip").children[at])) {
+    $("strip").replaceChildren(...thumbs);
+  }
+}
+
+function thumb(item, element) {
+  if (!element) {
+    const image = make("img", { src: `${base(item)}/thumbnail`, alt: "", loading: "lazy" });
+    const button = make("button", { onclick: () => open(item) }, image, make("span", { className: "state" }));
+    if (item.kind === "scan") button.append(make("span", { className: "kind", textContent: "3D" }));
+    button.append(make("span", { className: "name", textContent: item.name }), make("span", { className: "score" }));
+    element = make("li", {}, button);
+    element.dataset.id = item.id;
+  }
+  const button = element.firstElementChild, busy = item.running ? " busy" : "";
+  const sure = item.reliability === null ? "" : Math.round(item.reliability * 100);
+  const label = `${item.name}: ${item.running ? "the agent is at work" : STATES[item.state]}${sure === "" ? "" : `, reliability ${sure} %`}`;
+  Object.assign(button, { className: item.state + busy, title: label, ariaLabel: label });
+  button.setAttribute("aria-current", item === app.item);
+  Object.assign(button.lastElementChild, { textContent: sure, hidden: sure === "" });
+  if (item === app.item && app.seen !== item) button.scrollIntoView({ block: "nearest", inline: "nearest" });
+  if (item === app.item) app.seen = item;
+  return element;
+}
+
+// Ahead.
+
+export function askedFor(query) { app.request = query; keep("request", query); }
+
+// The agent takes new images one after another, as long as they are there, with the last request.
+export function workAhead() {
+  while (ahead < AT_ONCE && $("ahead").checked && app.request) {
+    const next = row().concat(app.items).find((item) => isWaiting(item));
+    if (!next) return;
+    ahead += 1;
+    runAhead(next).catch((error) => { next.failed = true; report(new Error(`${next.name}: ${error.message}`)); }).finally(() => {
+      ahead -= 1;
+      workAhead();
+    });
+  }
+}
+
+const isWaiting = (item) => item.kind === "image" && item.state === "new" && item !== app.item && !item.running && !item.failed;
+
+async function runAhead(item) {
+  const { session } = await work(item, item.id, { query: app.request });
+  if (app.item === item) changed(session);
+  else update(item, session);
+  if (item.state === "agent") await judge(item);
+}
+
+// Let the agent work in a session of an item until it ends.
+export async function work(item, id, body) {
+  item.running = item.mine = true;
+  render();
+  try {
+    return await post(`/v1/sessions/${id}/run`, body);
+  } finally { item.running = item.mine = false; render(); }
+}
+
+// How far the agent's masks can be trusted.
+export async function judge(item) { item.reliability = await get(`${base(item)}/reliability`); render(); }

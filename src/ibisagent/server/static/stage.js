@@ -1,0 +1,219 @@
+// The image, its masks over it, and marks over both. The image and the masks are laid out at the size that they are
+// seen at and only moved by a transform, so that moving about is the compositor's work alone.
+
+import { bars, fill, outline } from "/static/masks.js";
+
+const LARGEST = 64; // screen pixels of an image pixel
+const SHARP = 3; // from here on pixels are seen as squares
+const HANDLE = 7;
+
+export class Stage {
+  constructor(root) {
+    this.root = root;
+    this.stage = root.appendChild(Object.assign(document.createElement("div"), { className: "stage" }));
+    this.overlay = document.createElement("canvas");
+    this.marks = root.appendChild(document.createElement("canvas"));
+    this.shapes = new Map(); // by run lengths: bars and outline
+    this.targets = [];
+    this.prompts = [];
+    this.scale = 1;
+    this.x = this.y = this.width = this.height = 0;
+    this.opacity = 0.4;
+    new ResizeObserver(() => this.resized()).observe(root);
+  }
+
+  // Show an image; `stay` keeps place and zoom, for one of the same size.
+  show(image, width, height, stay = false) {
+    const same = stay && this.width === width && this.height === height;
+    this.image?.remove();
+    this.image = image;
+    image.alt = "";
+    image.draggable = false;
+    this.stage.prepend(image);
+    if (!this.overlay.isConnected) this.stage.append(this.overlay);
+    [this.width, this.height] = [width, height];
+    if (this.overlay.width !== width || this.overlay.height !== height) Object.assign(this.overlay, { width, height });
+    if (same) this.laidOut();
+    else this.fit();
+  }
+
+  clear() {
+    this.stage.replaceChildren();
+    Object.assign(this, { image: null, width: 0, height: 0, targets: [], prompts: [] });
+    this.draw();
+  }
+
+  // targets: [{ name, mask, colour, hidden }]
+  setMasks(targets) {
+    this.targets = targets;
+    const context = this.overlay.getContext("2d");
+    context.clearRect(0, 0, this.overlay.width, this.overlay.height);
+    const used = new Map();
+    for (const { mask, colour, hidden } of targets) {
+      const shape = this.shape(mask);
+      used.set(`${mask.size} ${mask.counts}`, shape);
+      if (!hidden) fill(context, shape.bars, colour);
+    }
+    this.shapes = used;
+    this.overlay.hidden = targets.every((one) => one.hidden); // nothing to move about
+    this.draw();
+  }
+
+  shape(mask) {
+    let shape = this.shapes.get(`${mask.size} ${mask.counts}`);
+    if (!shape) { const found = bars(mask); shape = { bars: found, outline: outline(found) }; }
+    return shape;
+  }
+
+  setOpacity(share) { this.opacity = share; this.overlay.style.opacity = share; this.draw(); }
+
+  // What lies over the masks: prompts, draft (a box), stroke ({ points, radius, colour }), cursor ({ x, y, radius }),
+  // cross ({ x, y }), preview ({ mask, colour }); those not named stay.
+  setMarks(marks) { Object.assign(this, marks); this.draw(); }
+
+  // Grey levels from `low` to `high` (0 to 255) over the whole range; null shows the image as it is.
+  setLevels(low, high) {
+    const plain = low === null || (low === 0 && high === 255);
+    const slope = plain ? 1 : 255 / Math.max(high - low, 1e-3);
+    for (const channel of document.querySelectorAll("#levels feComponentTransfer > *")) {
+      channel.setAttribute("slope", slope);
+      channel.setAttribute("intercept", plain ? 0 : (-low / 255) * slope);
+    }
+    if (this.image) this.image.style.filter = plain ? "" : "url(#levels)";
+  }
+
+  // Where a pointer is, in pixels of the image.
+  at(event) {
+    const box = this.root.getBoundingClientRect();
+    return { x: (event.clientX - box.left - this.x) / this.scale, y: (event.clientY - box.top - this.y) / this.scale };
+  }
+
+  inside({ x, y }) { return x >= 0 && y >= 0 && x < this.width && y < this.height; }
+
+  fit() {
+    const { clientWidth, clientHeight } = this.root;
+    this.fitted = true;
+    if (!this.width || !clientWidth) return; // it is done as soon as there is room
+    this.scale = Math.min(LARGEST, clientWidth / this.width, clientHeight / this.height);
+    this.x = (clientWidth - this.width * this.scale) / 2;
+    this.y = (clientHeight - this.height * this.scale) / 2;
+    this.laidOut();
+  }
+
+  zoom(factor, clientX, clientY) {
+    const box = this.root.getBoundingClientRect();
+    const [x, y] = [(clientX ?? box.left + box.width / 2) - box.left, (clientY ?? box.top + box.height / 2) - box.top];
+    const smallest = Math.min(1, 60 / Math.max(this.width, this.height));
+    const scale = Math.max(smallest, Math.min(LARGEST, this.scale * factor));
+    this.x = x - ((x - this.x) * scale) / this.scale;
+    this.y = y - ((y - this.y) * scale) / this.scale;
+    this.scale = scale;
+    this.fitted = false;
+    this.laidOut();
+  }
+
+  pan(dx, dy) {
+    this.x += dx;
+    this.y += dy;
+    this.fitted = false;
+    this.moved();
+  }
+
+  // Bring a place into view, for the keyboard.
+  reveal({ x, y }) {
+    const margin = 30, [left, top] = [this.x + x * this.scale, this.y + y * this.scale];
+    const { clientWidth, clientHeight } = this.root;
+    const move = (at, size) => (at < margin ? margin - at : at > size - margin ? size - margin - at : 0);
+    this.pan(move(left, clientWidth), move(top, clientHeight));
+  }
+
+  resized() {
+    const { clientWidth, clientHeight } = this.root, ratio = window.devicePixelRatio || 1;
+    Object.assign(this.marks, { width: clientWidth * ratio, height: clientHeight * ratio });
+    if (this.fitted || !this.width) this.fit();
+    this.draw();
+  }
+
+  laidOut() {
+    for (const part of [this.image, this.overlay]) {
+      part.style.width = `${this.width * this.scale}px`;
+      part.style.height = `${this.height * this.scale}px`;
+      part.classList.toggle("sharp", this.scale >= SHARP);
+    }
+    this.moved();
+  }
+
+  moved() { this.stage.style.transform = `translate(${Math.round(this.x)}px, ${Math.round(this.y)}px)`; this.draw(); }
+  draw() { this.frame ??= requestAnimationFrame(() => { this.frame = null; this.drawMarks(); }); }
+
+  drawMarks() {
+    const context = this.marks.getContext("2d"), ratio = window.devicePixelRatio || 1, { scale } = this;
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    context.clearRect(0, 0, this.marks.width, this.marks.height);
+    if (!this.width) return;
+    const [left, top] = [ratio * Math.round(this.x), ratio * Math.round(this.y)];
+    context.setTransform(ratio * scale, 0, 0, ratio * scale, left, top); // in pixels of the image
+    context.lineCap = context.lineJoin = "round";
+    for (const { mask, colour, hidden } of this.opacity ? this.targets : []) {
+      if (!hidden) stroke(context, this.shape(mask).outline, colour, 1.5 / scale);
+    }
+    if (this.preview) stroke(context, this.preview.path, this.preview.colour, 2 / scale, [5 / scale, 4 / scale]);
+    if (this.stroke) stroke(context, way(this.stroke.points), this.stroke.colour, Math.max(1, 2 * this.stroke.radius));
+    context.setTransform(ratio, 0, 0, ratio, left, top); // in those of the screen
+    for (const prompt of this.prompts) {
+      if (prompt.kind === "box") this.drawBox(context, prompt, prompt === this.editable);
+      else this.drawClick(context, prompt);
+    }
+    if (this.draft) this.drawBox(context, this.draft, false);
+    if (this.cursor) clear(context, disc(this.cursor.x * scale, this.cursor.y * scale, Math.max(1, this.cursor.radius * scale)), "#fff");
+    if (this.cross) {
+      const [x, y] = [(this.cross.x + 0.5) * scale, (this.cross.y + 0.5) * scale];
+      const arms = [[1, 0], [-1, 0], [0, 1], [0, -1]].map(([dx, dy]) => [[x + dx * 4, y + dy * 4], [x + dx * 14, y + dy * 14]]);
+      for (const arm of arms) clear(context, way(arm), "#fde047");
+    }
+  }
+
+  drawBox(context, box, handles) {
+    const [x0, y0, x1, y1] = [box.x0, box.y0, box.x1, box.y1].map((side) => side * this.scale);
+    clear(context, way([[x0, y0], [x1, y0], [x1, y1], [x0, y1], [x0, y0]]), "#fff");
+    for (const [x, y] of handles ? [[x0, y0], [x1, y0], [x0, y1], [x1, y1]] : []) {
+      context.fillStyle = "#fff";
+      context.fill(disc(x, y, HANDLE / 2));
+    }
+  }
+
+  // Which corner of the editable box a place is at, as its opposite corner.
+  grabbed({ x, y }) {
+    const box = this.editable, near = (HANDLE + 2) / this.scale;
+    const corners = box ? [[box.x0, box.y0, box.x1, box.y1], [box.x1, box.y0, box.x0, box.y1], [box.x0, box.y1, box.x1, box.y0], [box.x1, box.y1, box.x0, box.y0]] : [];
+    const found = corners.find(([cx, cy]) => Math.abs(x - cx) <= near && Math.abs(y - cy) <= near);
+    return found ? { x: found[2], y: found[3] } : null;
+  }
+
+  drawClick(context, { x, y, positive }) {
+    const [cx, cy] = [(x + 0.5) * this.scale, (y + 0.5) * this.scale];
+    context.fillStyle = positive ? "#059669" : "#dc2626";
+    context.fill(disc(cx, cy, 7));
+    stroke(context, disc(cx, cy, 7), "#fff", 2);
+    stroke(context, way([[cx - 3, cy], [cx + 3, cy]]), "#fff", 2);
+    if (positive) stroke(context, way([[cx, cy - 3], [cx, cy + 3]]), "#fff", 2);
+  }
+}
+
+function stroke(context, path, colour, width, dash = []) {
+  Object.assign(context, { strokeStyle: colour, lineWidth: width });
+  context.setLineDash(dash);
+  context.stroke(path);
+}
+
+// A line that is seen on any ground.
+function clear(context, path, colour) { stroke(context, path, "#000a", 4); stroke(context, path, colour, 1.5); }
+
+function way(points) {
+  const path = new Path2D();
+  points.forEach(([x, y], index) => (index ? path.lineTo(x, y) : path.moveTo(x, y)));
+  if (points.length === 1) path.lineTo(points[0][0] + 0.01, points[0][1]);
+  return path;
+}
+
+function disc(x, y, radius) { const path = new Path2D(); path.arc(x, y, radius, 0, 2 * Math.PI); return path; }

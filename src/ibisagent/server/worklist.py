@@ -1,0 +1,193 @@
+"""What an annotator has to do, without HTTP: sessions and scans in a row, how doubtful each is, one export of all.
+
+The list is made of what lies in the folders of sessions and scans, so it is there again whenever the server is.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import cv2
+import numpy as np
+
+from ibisagent.errors import ConfigError, DataError
+from ibisagent.evaluation.reliability import FREE_SIGNALS, Reliability, signals
+from ibisagent.files import file_names, make_folder, write_whole
+from ibisagent.imaging.masks import rle_area, rle_box
+from ibisagent.inference.rounds import SESSION_FILE, Glance, State, context
+from ibisagent.inference.session import IMAGE_FILE, Session
+from ibisagent.server.scans import Scan, Scans
+from ibisagent.server.service import Service, remove
+
+ExportKind = Literal["coco", "png", "nifti", "seg", "training"]
+THUMBNAIL_SIDE = 160  # pixels
+_THUMBNAIL, _RELIABILITY = "thumbnail.jpg", "reliability.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image or scan to label. reliability: the expected IoU of what the agent made of it, in [0, 1]; None where
+    that was not asked for, or a user has acted since. created: seconds since 1970."""
+
+    id: str
+    kind: Literal["image", "scan"]
+    name: str
+    query: str
+    state: State
+    turns: int
+    objects: tuple[str, ...]
+    reliability: float | None
+    running: bool
+    created: float
+
+
+class Worklist:
+    """The images and scans of everybody, each for whom it is. Safe to use from several threads."""
+
+    def __init__(self, service: Service, scans: Scans) -> None:
+        self._service, self._scans = service, scans
+        self._context: dict[str, tuple[int, Glance]] = {}
+
+    def items(self, visitor: str | None) -> list[Item]:
+        """What a visitor may see, oldest first."""
+        slices = self._scans.slice_sessions
+        own = [id_ for id_ in self._service.ids_for(visitor) if id_ not in slices]
+        images = [item for item in map(self._image, own) if item is not None]
+        return sorted([*images, *map(self._scan, self._scans.of(visitor))], key=lambda item: item.created)
+
+    def _image(self, id_: str) -> Item | None:
+        folder = self._service.session_folder(id_)
+        try:
+            stamp = (folder / SESSION_FILE).stat().st_mtime_ns
+            created = (folder / IMAGE_FILE).stat().st_mtime
+            known = self._context.get(id_)
+            if known is None or known[0] != stamp:
+                known = self._context[id_] = (stamp, context(folder))
+        except (OSError, DataError):  # it is just being opened or closed
+            return None
+        seen = known[1]
+        session = self._service.loaded(id_)
+        running = session is not None and session.running
+        score = _kept_score(folder, seen.turns) if seen.state == "agent" else None
+        return Item(
+            id_, "image", seen.source, seen.query, seen.state, seen.turns, seen.objects, score, running, created
+        )
+
+    def _scan(self, scan: Scan) -> Item:
+        state, running = self._scans.state(scan), scan.progress is not None
+        return Item(scan.id, "scan", scan.name, scan.query, state, len(scan.slices), (), None, running, scan.created)
+
+    def reliability(self, session: Session) -> float:
+        """The expected IoU of the masks of a session, see `reliability`; kept until its next turn. SegmenterError."""
+        turns = len(session.steps)
+        known = None if session.folder is None else _kept_score(session.folder, turns)
+        if known is not None:
+            return known
+        found = signals(session.episodes()[-1], session.image, self._service.segmenter)
+        score = round(Reliability.plain(FREE_SIGNALS).score(found), 4)
+        if session.folder is not None:
+            write_whole(json.dumps({"turns": turns, "score": score}).encode(), session.folder / _RELIABILITY)
+        return score
+
+    def thumbnail(self, folder: Path, pixels: Callable[[], np.ndarray]) -> bytes:
+        """A small JPEG of an image, made once. pixels: gives the image (H, W, 3)."""
+        path = folder / _THUMBNAIL
+        if not path.is_file():
+            whole = pixels()
+            scale = THUMBNAIL_SIDE / max(whole.shape[:2])
+            size = [max(1, round(side * scale)) for side in whole.shape[1::-1]]
+            small = cv2.resize(whole, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+            write_whole(cv2.imencode(".jpg", small[..., ::-1])[1].tobytes(), path)
+        return path.read_bytes()
+
+    # All that was accepted.
+
+    @contextmanager
+    def exported(self, visitor: str | None, kind: str) -> Iterator[Path]:
+        """A zip of all that a visitor accepted, there for the block.
+
+        "coco": images, and annotations.json with run lengths; "png": masks, overlay and record of each image;
+        "training": what `read_cases` and `sft` read. Of scans: "seg" is DICOM where the source is, all but "training"
+        give NIfTI for the others. ConfigError for another kind, or where nothing is accepted.
+        """
+        if kind not in get_args(ExportKind):
+            raise ConfigError(f"unknown format '{kind[:20]}': give one of {', '.join(get_args(ExportKind))}")
+        accepted = [item for item in self.items(visitor) if item.state == "accepted"]
+        images = [item for item in accepted if item.kind == "image" and kind not in ("nifti", "seg")]
+        scans = [item for item in accepted if item.kind == "scan"]
+        if not images and not scans:
+            what = "scan" if kind in ("nifti", "seg") else "image or scan"
+            raise ConfigError(f"no {what} is accepted yet: accept one first")
+        folder = self._service.scratch()
+        try:
+            make_folder(folder)
+            self._write_images(folder, [self._service.session(item.id) for item in images], kind)
+            for item in scans:
+                scan = self._scans.get(item.id, visitor)
+                form = kind if kind == "training" or (kind == "seg" and scan.dicom) else "nifti"
+                self._scans.export(scan, folder if form == "training" else folder / "scans", form)
+            yield _zip(folder, folder.with_suffix(".zip"))
+        finally:
+            remove(folder)
+            remove(folder.with_suffix(".zip"))
+
+    def _write_images(self, folder: Path, sessions: Sequence[Session], kind: str) -> None:
+        names = file_names([session.image.source or "image" for session in sessions])
+        if kind == "training":
+            for session in sessions:
+                session.export_training(folder)
+        elif kind == "png":
+            for name, session in zip(names, sessions, strict=True):
+                session.export(folder / "images", name)
+        elif sessions:
+            make_folder(folder / "images")
+            for name, session in zip(names, sessions, strict=True):
+                write_whole(session.png, folder / "images" / f"{name}.png")
+            write_whole(json.dumps(_coco(names, sessions)).encode(), folder / "annotations.json")
+
+
+def _coco(names: Sequence[str], sessions: Sequence[Session]) -> dict[str, Any]:
+    """COCO's instance JSON, a run-length mask for each object that an image shows."""
+    images, annotations = list[dict[str, Any]](), list[dict[str, Any]]()
+    categories: dict[str, int] = {}
+    for number, (name, session) in enumerate(zip(names, sessions, strict=True), 1):
+        height, width = session.image.size
+        images.append({"id": number, "file_name": f"{name}.png", "height": height, "width": width})
+        for target, code in session.answer_codes.items():
+            if area := rle_area(code):
+                category = categories.setdefault(target, len(categories) + 1)
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": number,
+                        "category_id": category,
+                        "segmentation": dict(code),
+                        "area": area,
+                        "bbox": list(rle_box(code)),
+                        "iscrowd": 0,
+                    }
+                )
+    named = [{"id": number, "name": name} for name, number in categories.items()]
+    return {"images": images, "annotations": annotations, "categories": named}
+
+
+def _kept_score(folder: Path, turns: int) -> float | None:
+    try:
+        kept = json.loads((folder / _RELIABILITY).read_bytes())
+        return float(kept["score"]) if kept["turns"] == turns else None
+    except (OSError, ValueError, KeyError, TypeError):  # never asked for, or cut off
+        return None
+
+
+def _zip(folder: Path, path: Path) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                archive.write(file, file.relative_to(folder))
+    return path

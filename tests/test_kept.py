@@ -1,0 +1,354 @@
+"""Nothing that somebody made is lost: idle times, restarts, a second server, a full disk, a stop in the middle."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import loopback
+import numpy as np
+import PIL.Image
+import pytest
+
+from ibisagent.domain import Completion, Observation
+from ibisagent.errors import ConfigError
+from ibisagent.inference.session import Session
+from ibisagent.policies.scripted import ScriptedPolicy
+from ibisagent.segmenters.region import RegionSegmenter
+from ibisagent.server.app import create_app
+from ibisagent.server.client import Client
+from ibisagent.server.service import IN_HAND_SECONDS, LOADED_IMAGES, FullError, Limits, MissingError, Service
+
+CLICK = "<action>click + (0.3133, 0.3197) bright box</action>"
+STOP = "<action>stop</action>"
+DAY = 24 * 3600.0
+
+
+def png(noise: int = 0) -> bytes:
+    """A bright box; noise: side of a square of it, which makes the file as large as one wants."""
+    pixels = np.full((max(61, noise), max(83, noise), 3), 30, dtype=np.uint8)
+    pixels[:noise, :noise] = np.random.default_rng(0).integers(0, 255, (noise, noise, 3))
+    pixels[10:30, 12:40] = 200
+    encoded = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(encoded, format="PNG")
+    return encoded.getvalue()
+
+
+class Slow(ScriptedPolicy):
+    """Takes its time."""
+
+    def __init__(self, replies: Sequence[str] = (CLICK, STOP), seconds: float = 0.1) -> None:
+        super().__init__(replies)
+        self._seconds = seconds
+
+    def respond(self, observations: Sequence[Observation]) -> list[Completion]:
+        time.sleep(self._seconds)
+        return super().respond(observations)
+
+
+def service_in(folder: Path, policy: ScriptedPolicy | None = None, address: str = "", **limits: Any) -> Service:
+    policy = policy or ScriptedPolicy([CLICK, STOP])
+    return Service(policy, RegionSegmenter(), folder, limits=Limits(**limits), address=address)
+
+
+def opened(service: Service, **how: Any) -> Session:
+    return service.open(service.read_upload(png(), "a.png"), "bright box", **how)
+
+
+@pytest.mark.parametrize("worked", ["click", "run", "accept", "start mask", "another request"])
+def test_the_work_of_yesterday_is_there_tomorrow(worked: str, tmp_path: Path) -> None:
+    service = service_in(tmp_path)
+    mask = np.zeros((61, 83), dtype=bool)
+    mask[12:20, 12:30] = True
+    session = opened(service, start=mask if worked == "start mask" else None)
+    if worked == "click":
+        session.click(20, 20)
+    elif worked == "run":
+        session.run()
+    elif worked == "accept":
+        session.accept()
+    elif worked == "another request":
+        session.run()
+        session.reset()
+        session.request("other box")
+        session.click(20, 20)
+    shown = {name: mask.copy() for name, mask in session.masks.items()}
+    service.close()
+    for path in (*(tmp_path / "sessions").rglob("*"), tmp_path / "sessions" / session.id):
+        os.utime(path, (time.time() - 14 * 3600,) * 2)
+    again = service_in(tmp_path)
+    assert again.expire() == 0
+    assert again.expire(time.time() + 400 * DAY) == 0
+    assert again.session_ids == [session.id]
+    back = again.session(session.id)
+    assert back.masks.keys() == shown.keys()
+    assert all(np.array_equal(back.masks[name], shown[name]) for name in shown)
+    back.click(70, 50, target="background")
+    again.close()
+
+
+def test_a_page_that_idles_goes_on_where_it_was(tmp_path: Path) -> None:
+    service = service_in(tmp_path, sessions=2, idle_seconds=100)
+    session = opened(service, owner="somebody")
+    session.click(20, 20)
+    untouched = opened(service, owner="somebody")
+    with pytest.raises(FullError):
+        opened(service)
+    for one in (session, untouched):
+        service._touched[one.id] -= 200
+    assert service.expire() == 0
+    opened(service)  # those who idle take nobody's place, and no memory
+    assert service.session(session.id) is not session
+    assert len(service.session(session.id).steps) == 1
+    assert {untouched.id, session.id} < set(service.ids_for("somebody"))
+    service.close()
+
+
+def test_memory_is_bounded_by_the_size_of_the_images(tmp_path: Path) -> None:
+    service = service_in(tmp_path, pixels=61 * 83, sessions=100)
+    sessions = [opened(service, owner="somebody") for _ in range(LOADED_IMAGES)]
+    for one in sessions[:3]:
+        service._touched[one.id] -= 2 * IN_HAND_SECONDS
+    opened(service, owner="somebody")
+    stay = [service.session(one.id) is one for one in sessions[1:]]
+    assert all(stay), "more was put away than had to be"
+    assert service.session(sessions[0].id) is not sessions[0]
+    service.close()
+
+
+def test_a_stream_says_that_it_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ibisagent.server.app.ALIVE_SECONDS", 0.1)
+    with loopback.serving(create_app(service_in(tmp_path, Slow(seconds=0.5)))) as url, Client(url, token="") as client:
+        session = client.open(png(), "bright box")
+        raw = httpx.post(f"{url}/v1/sessions/{session.id}/run/stream", json={"max_turns": 1}, timeout=60)
+        assert ": still at work" in raw.text
+        assert raw.headers["x-accel-buffering"] == "no"
+        assert len(list(session.stream())) == 1  # what it says to proxies is no turn
+
+
+def test_what_goes_is_what_nobody_worked_on(tmp_path: Path) -> None:
+    service = service_in(tmp_path, idle_seconds=100)
+    untouched, agents = opened(service), opened(service, passing=True)
+    agents.click(20, 20)
+    fork = service.fork(agents.id, 1)
+    assert service.expire(time.time() + 50) == 0
+    service.close()
+    again = service_in(tmp_path, idle_seconds=100)  # whose it is, is known after a restart as well
+    assert again.expire(time.time() + 101) == 3
+    for one in (untouched, agents, fork):
+        with pytest.raises(MissingError):
+            again.session(one.id)
+    assert not list((tmp_path / "sessions").iterdir())
+    again.close()
+
+
+def test_everything_goes_where_that_is_asked_for(tmp_path: Path) -> None:
+    service = service_in(tmp_path, delete_seconds=10 * DAY)
+    opened(service).click(20, 20)
+    job = service.submit([("a.png", png())], "bright box")
+    wait(lambda: job.over)
+    assert service.expire(time.time() + 9 * DAY) == 0
+    assert service.expire(time.time() + 11 * DAY) == 2
+    assert not service.session_ids
+    assert not service.jobs
+    service.close()
+
+
+def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    notes = [tmp_path / "sessions" / "notes.txt", tmp_path / "jobs" / "old" / "a.txt", tmp_path / "thesis.doc"]
+    for note in notes:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text("mine")
+    service = service_in(tmp_path)
+    service.expire(time.time() + 400 * DAY)
+    service.close()
+    assert all(note.read_text() == "mine" for note in notes)
+
+
+def wait(holds: Any) -> None:
+    deadline = time.time() + 30
+    while not holds():
+        assert time.time() < deadline
+        time.sleep(0.01)
+
+
+def test_results_wait_until_they_are_fetched(tmp_path: Path) -> None:
+    service = service_in(tmp_path, jobs=1)
+    job = service.submit([("a.png", png()), ("b.png", b"no image")], "bright box")
+    wait(lambda: job.over)
+    service.close()
+    again = service_in(tmp_path, jobs=1)
+    [back] = again.jobs
+    assert (back.state, back.done, list(back.failures)) == ("done", 2, ["b.png"])
+    assert again.expire(time.time() + 400 * DAY) == 0
+    with pytest.raises(FullError, match="fetch or delete"):
+        again.submit([("a.png", png())], "bright box")
+    assert b"a_record.json" in again.results(job.id)
+    assert again.expire(time.time() + 60) == 0
+    again.close()
+    last = service_in(tmp_path, jobs=1)
+    last.submit([("a.png", png())], "bright box")  # what was fetched takes no place
+    assert last.expire(time.time() + 2 * 3600) == 1
+    last.close()
+
+
+def test_a_job_goes_on_after_a_restart(tmp_path: Path) -> None:
+    service = service_in(tmp_path, Slow())
+    job = service.submit([(f"{number}.png", png()) for number in range(12)], "bright box")
+    waiting = service.submit([("a.png", png())], "bright box")
+    cancelled = service.submit([("a.png", png())], "bright box")
+    service.cancel(cancelled.id)
+    wait(lambda: job.done)
+    service.close()
+    assert not job.over
+    again = service_in(tmp_path)
+    states = {one.id: one for one in again.jobs}
+    wait(lambda: states[job.id].over and states[waiting.id].over)
+    assert (states[job.id].state, states[job.id].done, states[job.id].failures) == ("done", 12, {})
+    assert states[waiting.id].state == "done"
+    assert states[cancelled.id].state == "cancelled"
+    assert len(list((tmp_path / "jobs" / job.id / "out").glob("*_record.json"))) == 12
+    again.close()
+
+
+def test_a_folder_has_one_server(tmp_path: Path) -> None:
+    service = service_in(tmp_path, address="http://127.0.0.1:8002")
+    session = opened(service)
+    (tmp_path / "uploads" / "being-read").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=rf"process {os.getpid()} on .* at http://127.0.0.1:8002, since .*--data"):
+        service_in(tmp_path)
+    assert (tmp_path / "uploads" / "being-read").exists(), "the second one touched the files of the first"
+    assert service.session(session.id) is session
+    service.close()
+    service_in(tmp_path).close()
+
+
+def test_a_file_that_is_too_large_says_the_limit(tmp_path: Path) -> None:
+    service = service_in(tmp_path, upload_bytes=100_000)
+    with loopback.serving(create_app(service)) as url:
+        for size in (110_000, 3_000_000):
+            answer = httpx.post(f"{url}/v1/sessions", data={"query": "a"}, files={"image": ("a.png", bytes(size))})
+            assert answer.status_code == 413
+            assert any(limit in answer.json()["detail"] for limit in ("100000", str(100_000 + 2**20)))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("only root can mount a small disk here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk(small_disk: Path) -> None:
+    service = service_in(small_disk / "data")
+    with loopback.serving(create_app(service)) as url, httpx.Client(base_url=url, timeout=60) as web:
+        sent: dict[str, Any] = {"data": {"query": "bright box"}}
+        id_ = web.post("/v1/sessions", **sent, files={"image": ("a.png", png())}).json()["id"]
+        web.post(f"/v1/sessions/{id_}/click", json={"x": 20, "y": 20})
+        assert web.get("/ready").status_code == 200
+        filler = small_disk / "filler"
+        with filler.open("wb") as file:
+            for size in (2**16, 2**12):
+                try:
+                    while True:
+                        os.write(file.fileno(), bytes(size))
+                except OSError:
+                    continue
+        assert "full" in web.get("/ready").json()["detail"] or "space" in web.get("/ready").json()["detail"]
+        for path, files in (("sessions", {"image": ("a.png", png(400))}), ("jobs", {"images": ("a.png", png(400))})):
+            answer = web.post(f"/v1/{path}", **sent, files=files)
+            assert answer.status_code == 507, answer.text
+            assert "No space left" in answer.json()["detail"]
+            assert str(small_disk) not in answer.text
+        answer = web.post(f"/v1/sessions/{id_}/click", json={"x": 60, "y": 50})
+        assert answer.status_code == 507
+        assert web.get("/v1/jobs").json() == []
+        assert web.get("/v1/sessions").json() == [id_]
+        assert len(web.get(f"/v1/sessions/{id_}").json()["turns"]) == 1
+        filler.unlink()
+        assert web.get("/ready").status_code == 200
+        assert len(web.post(f"/v1/sessions/{id_}/click", json={"x": 60, "y": 50}).json()["turns"]) == 2
+        job = web.post("/v1/jobs", **sent, files={"images": ("a.png", png())}).json()["id"]
+        wait(lambda: web.get(f"/v1/jobs/{job}").json()["state"] == "done")
+        assert web.get(f"/v1/jobs/{job}").json()["failures"] == {}
+
+
+SERVE = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_kept import CLICK, STOP, Slow, service_in
+from ibisagent.server.app import serve
+clicks = [f"<action>click + (0.{n:02d}, 0.5) bright box</action>" for n in range(10, 90)]
+print("ready", flush=True)
+serve(service_in(Path(sys.argv[2]), Slow([*clicks, STOP], 0.3)), port=int(sys.argv[3]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_in_the_middle(number: signal.Signals, tmp_path: Path) -> None:
+    with loopback.serving(create_app(service_in(tmp_path / "first"))) as free:
+        port = free.rpartition(":")[2]
+    command = [sys.executable, "-c", SERVE, str(Path(__file__).parent), str(tmp_path / "data"), port]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        try:
+            assert running.stdout is not None
+            assert running.stdout.readline() == b"ready\n"
+            url = f"http://127.0.0.1:{port}"
+            wait(lambda: _answers(url))
+            with httpx.Client(base_url=url, timeout=60) as web:
+                files = {"image": ("a.png", png())}
+                ids = [web.post("/v1/sessions", data={"query": "box"}, files=files).json()["id"] for _ in range(2)]
+                plain: list[httpx.Response] = []
+                asked = threading.Thread(
+                    target=lambda: plain.append(httpx.post(f"{url}/v1/sessions/{ids[1]}/run", json={}, timeout=60))
+                )
+                asked.start()
+                web.post("/v1/jobs", data={"query": "box"}, files=[("images", (f"{n}.png", png())) for n in range(9)])
+                with web.stream("POST", f"/v1/sessions/{ids[0]}/run/stream", json={}) as stream:
+                    lines = stream.iter_lines()
+                    assert next(lines) == "event: turn"
+                    stopped = time.monotonic()
+                    running.send_signal(number)
+                    said = [json.loads(line[6:]) for line in lines if line.startswith("data: ")]
+                asked.join()
+            running.wait(20)
+        finally:
+            running.kill()
+        took = time.monotonic() - stopped
+        assert running.stderr is not None
+        errors = running.stderr.read().decode()
+    assert took < 5
+    assert "Traceback" not in errors, errors
+    assert said[-1]["ended"] == "interrupted"
+    assert plain[0].json()["ended"] == "interrupted"
+    again = service_in(tmp_path / "data")
+    assert all(again.session(id_).steps for id_ in ids)
+    [job] = again.jobs
+    wait(lambda: job.over)
+    assert job.done == 9
+    again.close()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health").status_code == 200
+    except httpx.HTTPError:
+        return False
