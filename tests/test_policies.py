@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from ibisagent.cli.options import PolicyChoice
-from ibisagent.domain import Case, Click, Completion, Image, Observation, Reply, Turn
+from ibisagent.domain import Case, Click, Completion, Image, Observation, Reply, Turn, Wording
 from ibisagent.errors import ConfigError, PolicyError
 from ibisagent.files import png_bytes
 from ibisagent.inference.models import check_machine
@@ -43,7 +43,7 @@ from ibisagent.policies.endpoint import EndpointPolicy
 from ibisagent.policies.mllm import MllmPolicy
 from ibisagent.policies.sizes import QWEN_7B, find_gpu, need, size_of_folder
 from ibisagent.policies.wording import write_wording
-from ibisagent.protocol import DIALECTS, Wording, parse, render
+from ibisagent.protocol import DIALECTS, parse, render
 from ibisagent.server.policy_server import create_app, serve
 
 SIZE = (61, 83)

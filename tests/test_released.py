@@ -15,12 +15,12 @@ import pytest
 from typer.testing import CliRunner
 
 from ibisagent.cli import app
-from ibisagent.domain import Case, Completion, Image, Mask, Observation, Prompt
+from ibisagent.domain import Case, Completion, Image, Mask, Observation, Prompt, Wording
 from ibisagent.environment import SegmentationEnv, rollout
 from ibisagent.errors import ConfigError
 from ibisagent.inference.replay import replay
 from ibisagent.policies.wording import read_wording, wording_of_checkout
-from ibisagent.protocol import Wording, render
+from ibisagent.protocol import render
 from ibisagent.segmenters import Prediction
 
 SIZE = (96, 128)
@@ -57,11 +57,11 @@ class Drawn:
 
     name = "drawn"
 
-    def __init__(self, several: bool = False) -> None:
-        self.several = several
+    def __init__(self, multimask: bool = False) -> None:
+        self.multimask = multimask
 
     def with_multimask(self) -> Drawn:
-        return Drawn(several=True)
+        return Drawn(multimask=True)
 
     def describe(self) -> dict[str, str]:
         return {"segmenter": self.name, "runtime": "", "weights_sha256": "", "licence": ""}
@@ -82,7 +82,7 @@ class Drawn:
 
     def predict(self, prompts: Sequence[Prompt], prior: np.ndarray | None = None) -> Prediction:
         logits, scores = self.three([(p.x, p.y, p.positive) for p in prompts], prior)  # type: ignore[union-attr]
-        best = int(scores.argmax()) if self.several or len(prompts) == 1 else 0
+        best = int(scores.argmax()) if self.multimask or len(prompts) == 1 else 0
         return Prediction(logits[best] > 0, float(scores[best]), logits[best])
 
 
@@ -92,14 +92,14 @@ def written(action: str) -> str:
 
 
 def acted_out(script: Sequence[str]) -> tuple[list[list[dict[str, Any]]], Mask]:
-    """The public loop: the conversations that it asks with, pictures as PNG files hold them, and its last mask."""
+    """The public loop: the conversations that it asks with, images as PNG files hold them, and its last mask."""
     image, asked, actions, points = scan(), [], [], []
     shown, mask = PIL.Image.fromarray(image.pixels), np.zeros(SIZE, bool)
     prior, segmenter = None, Drawn()
     for turn, text in enumerate(script[:20]):
         request = (WORDS.first if turn == 0 else WORDS.refine).replace("{query}", QUERY)
-        picture = {"type": "image", "image": shown}
-        user = {"role": "user", "content": [picture, {"type": "text", "text": request}]}
+        image_part = {"type": "image", "image": shown}
+        user = {"role": "user", "content": [image_part, {"type": "text", "text": request}]}
         asked.append([{"role": "system", "content": [{"type": "text", "text": WORDS.system}]}, user])
         place = re.search(r"\(([\d.]+),\s*([\d.]+)\)", text)
         if "Terminate" in text or place is None:

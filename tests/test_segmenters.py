@@ -989,11 +989,11 @@ class TestSam2:
         )
         (folder / "config.json").write_text(json.dumps(config))
         plain = Sam2(str(folder), device="cpu")
-        several = plain.with_multimask()
+        multimask = plain.with_multimask()
         assert isinstance(plain, Multimask)
-        first = several.open(image).predict([click])
+        first = multimask.open(image).predict([click])
         assert np.array_equal(first.logits, plain.open(image).predict([click]).logits)
-        again = [one.open(image).predict([click, click], first.logits) for one in (plain, several)]
+        again = [one.open(image).predict([click, click], first.logits) for one in (plain, multimask)]
         assert not np.allclose(again[0].logits, again[1].logits, atol=1e-6)
 
     def test_prompts_and_prior_reach_the_network(self, sam2_folder: Path) -> None:

@@ -336,6 +336,39 @@ class Episode:
         return sum(isinstance(action, Click | Box) for turn in self.turns for action in turn.reply.actions)
 
 
+QUERY_PLACE = "{query}"
+"""Stands for the query in the texts of a `Wording`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """What a policy is told: in the system prompt, in the first turn, and in later ones."""
+
+    system: str
+    first: str
+    refine: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoopRules:
+    """How an episode goes, where the weights were made in another loop than ours; the defaults are ours.
+
+    repeats: so many turns in a row with the same prompts end it; 1: any prompt that stands already ends it, and is not
+    given again. unreadable: so many unreadable replies in a row end it. mask_selection: which masks are its answer.
+    multimask: the segmenter is asked for more than one mask at every prompt, where it can be. max_pixels: area that
+    images are shrunk to.
+    """
+
+    repeats: int = 1
+    unreadable: int = 2
+    mask_selection: MaskSelection = MASK_SELECTION
+    multimask: bool = False
+    max_pixels: int | None = None
+
+
+OUR_RULES = LoopRules()
+
+
 def union(masks: Masks, names: Sequence[str], size: tuple[int, int]) -> Mask:
     """Pixels that belong to any of `names`; missing names count as empty. Shape `size`."""
     merged = np.zeros(size, dtype=bool)

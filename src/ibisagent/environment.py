@@ -16,6 +16,7 @@ import numpy as np
 from ibisagent import protocol
 from ibisagent.domain import (
     MAX_TARGETS,
+    OUR_RULES,
     Action,
     Box,
     Case,
@@ -66,7 +67,7 @@ def turn_limit(policy: object, query: str = "") -> int:
 
 def mask_choice(policy: Policy, wanted: MaskSelection | None) -> MaskSelection:
     """Which masks of an episode of `policy` are its answer: those `wanted`, None as is usual for its dialect."""
-    return wanted or protocol.DIALECTS[policy.dialect].mask_selection
+    return wanted or protocol.DIALECTS[policy.dialect].rules.mask_selection
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,9 +99,10 @@ class PromptState:
         """dialect: whose ways of prompting are followed (`protocol.Dialect`); "" or an unknown one has none."""
         speech = protocol.DIALECTS.get(dialect)
         self._image = image
-        several = speech is not None and speech.multimask
-        self._segmenter = segmenter.with_multimask() if several and isinstance(segmenter, Multimask) else segmenter
-        self._repeats = speech.repeats if speech else 1
+        rules = speech.rules if speech else OUR_RULES
+        multimask = rules.multimask and isinstance(segmenter, Multimask)
+        self._segmenter = segmenter.with_multimask() if multimask else segmenter  # type: ignore[attr-defined]
+        self._repeats = rules.repeats
         self._session: SegmenterSession | None = None
         self._said: tuple[tuple[Action, ...], ...] = ()  # the actions of every turn
         self._standing: Standing = ()
@@ -235,7 +237,7 @@ def read_reply(
 
 def stop_reason(turns: Sequence[Turn], is_new: bool, dialect: str) -> StopReason | None:
     """Why a policy's run ends with the last of `turns`, the number of turns aside; is_new: it said anything new."""
-    unreadable = protocol.DIALECTS[dialect].unreadable
+    unreadable = protocol.DIALECTS[dialect].rules.unreadable
     if turns[-1].reply.stop is not None:
         return "stopped"
     if not is_new:
@@ -280,7 +282,7 @@ class SegmentationEnv:
             raise ConfigError(f"max_turns is {max_turns}; give 1 or more")
         self.dialect = dialect
         self.max_turns = max_turns
-        self._mask_selection = mask_selection or protocol.DIALECTS[dialect].mask_selection
+        self._mask_selection = mask_selection or protocol.DIALECTS[dialect].rules.mask_selection
         self._case_id, self._image, self._query, self._start = case.id, case.image, case.query, dict(case.start)
         self._default_target = target_of(case.query)
         self._prompt_state = PromptState(case.image, segmenter, self._start, dialect)

@@ -25,20 +25,22 @@ import numpy as np
 import PIL.Image
 
 from ibisagent.domain import (
-    MASK_SELECTION,
     MAX_NAME_CHARS,
     MAX_TARGETS,
+    OUR_RULES,
+    QUERY_PLACE,
     Action,
     Box,
     Click,
     Image,
+    LoopRules,
     Masks,
-    MaskSelection,
     Observation,
     Reply,
     Stop,
     Turn,
     Undo,
+    Wording,
 )
 from ibisagent.errors import ConfigError, DataError
 
@@ -77,12 +79,7 @@ class Dialect:
     action, the name of each target. block: line breaks around a tag's content and between actions. image_first: in
     user turns. absent: how the sentence in the answer begins that lists absent objects; empty where the action lists
     them. read, phrase: the grammar of actions. first: the request without a mask. refine: the request once there is
-    one; empty where the query stays. "{query}" stands for the query in both.
-
-    How an episode goes, which is the dialect's where its weights were made in another loop than ours. repeats: so
-    many turns in a row with the same prompts end it; 1: any prompt that stands already ends it, and is not given again.
-    unreadable: so many unreadable replies in a row end it. mask_selection: which masks are its answer. multimask: the
-    segmenter is asked for several masks at every prompt, where it can be. max_pixels: area that images are shrunk to.
+    one; empty where the query stays. "{query}" stands for the query in both. rules: how an episode goes.
     """
 
     name: str
@@ -98,22 +95,9 @@ class Dialect:
     absent: str
     read: Callable[[str, Size], list[Action]]
     phrase: Callable[[Action, Size], str]
-    first: str = "{query}"
+    first: str = QUERY_PLACE
     refine: str = ""
-    repeats: int = 1
-    unreadable: int = 2
-    mask_selection: MaskSelection = MASK_SELECTION
-    multimask: bool = False
-    max_pixels: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Wording:
-    """What models of a dialect are told, where it is not the dialect's own: see `Dialect`."""
-
-    system: str
-    first: str
-    refine: str
+    rules: LoopRules = OUR_RULES
 
 
 class _UnreadableError(Exception):
@@ -561,7 +545,6 @@ def render(
     return messages
 
 
-QUERY_PLACE = "{query}"
 START_LINE = "A mask to refine is already shown."
 PROBLEM_LINE = "Your last reply could not be read: {problem}. Nothing was changed."
 NEXT_LINE = "This is the picture after your last reply."
@@ -680,11 +663,7 @@ _RELEASED = Dialect(
     phrase=_phrase_released,
     refine='This is a refinement step. The user asked: "{query}". Does the semi-transparent green mask still need '
     "another point? If so, answer with a point action, otherwise with Terminate.",
-    repeats=3,
-    unreadable=1,
-    mask_selection="last",
-    multimask=True,
-    max_pixels=512 * 512,
+    rules=LoopRules(repeats=3, unreadable=1, mask_selection="last", multimask=True, max_pixels=512 * 512),
 )
 
 _IBIS = Dialect(

@@ -73,18 +73,13 @@ def load_policy(
     model's configuration says as `reply_tokens`, else 512. temperature: 0 is greedy. batch_size: observations answered
     together (mllm), or requests under way at once (endpoint). max_pixels: the size that images are shrunk to, for
     models that take any size (mllm). candidates: first turns to try, of which the best is kept (mllm); None takes what
-    the model's configuration says, else 1. prompts: a file with what a model is told instead (`policies.wording`; mllm,
-    endpoint). cases: the ground truth, for the oracles alone.
+    the model's configuration says, else 1. prompts: a file of other words for it (`policies.wording`; mllm, endpoint).
+    cases: the ground truth, for the oracles alone.
     Raises ConfigError for a spec or option that does not exist and PolicyError where weights or a server are missing.
     """
     kind, _, rest = spec.partition(":")
-    sampling: dict[str, Any] = {
-        "dialect": dialect,
-        "history": history,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "seed": seed,
-    }
+    sampling: dict[str, Any] = {"dialect": dialect, "history": history, "max_new_tokens": max_new_tokens}
+    sampling |= {"temperature": temperature, "seed": seed}
     if (candidates or 1) > 1 and (kind in ("endpoint", "scripted", "one-shot") or spec in _WITHOUT_PROPOSALS):
         raise ConfigError(f"policy '{spec}' proposes no first turns to choose from: leave candidates out")
     if kind == "endpoint":
@@ -99,9 +94,9 @@ def load_policy(
     if spec in ("centre-click", "random-clicks"):
         from ibisagent.policies.baselines import CentreClickPolicy, RandomClicksPolicy
 
-        words = dialect or "ibis"
-        centre = spec == "centre-click"
-        return CentreClickPolicy(dialect=words) if centre else RandomClicksPolicy(dialect=words, seed=seed)
+        if spec == "centre-click":
+            return CentreClickPolicy(dialect=dialect or "ibis")
+        return RandomClicksPolicy(dialect=dialect or "ibis", seed=seed)
     if kind == "one-shot" and rest:
         from ibisagent.policies.baselines import OneShotPolicy
 

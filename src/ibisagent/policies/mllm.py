@@ -29,14 +29,14 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, ProcessorMixin
 from transformers.utils import logging as transformers_logging
 
-from ibisagent.domain import Completion, Image, Observation
+from ibisagent.domain import Completion, Image, Observation, Wording
 from ibisagent.errors import ConfigError, IbisError, PolicyError
 from ibisagent.files import one_line
 from ibisagent.policies.base import MAX_NEW_TOKENS, is_public
 from ibisagent.policies.one_by_one import Answering, answering, refinements, sentence_for, understood
 from ibisagent.policies.vocabulary import Asked, Look, Vocabulary
 from ibisagent.policies.wording import read_wording, wording_facts
-from ibisagent.protocol import DIALECTS, History, Message, OverlayStyle, Wording, render
+from ibisagent.protocol import DIALECTS, History, Message, OverlayStyle, render
 
 PROPOSAL_TEMPERATURE = 0.5
 KEPT_LOOKS = 64
@@ -135,8 +135,8 @@ class MllmPolicy:
         self.style: OverlayStyle = style or getattr(config, "mask_style", None) or default.style
         kept = getattr(config, "wording", None)
         self.wording = read_wording(prompts) if prompts is not None else Wording(**kept) if kept else None
-        if max_pixels is None and default.max_pixels and _takes_any_size(self._processor):
-            max_pixels = min(default.max_pixels, self._processor.image_processor.size["longest_edge"])
+        if max_pixels is None and default.rules.max_pixels and _takes_any_size(self._processor):
+            max_pixels = min(default.rules.max_pixels, self._processor.image_processor.size["longest_edge"])
         self._image_options = _image_options(self._processor, min_pixels, max_pixels, self.name)
         self.vocabulary = Vocabulary.read(self._folder)
         self._looks: OrderedDict[tuple[str, str], Look] = OrderedDict()

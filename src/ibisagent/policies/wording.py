@@ -1,4 +1,4 @@
-"""What a policy is told in words that are not ours: a TOML file, or the source of the paper's public code.
+"""What a policy is told, from a TOML file or from the source of the paper's public code.
 
 The wording of the public code is its authors'. It is read from the user's own checkout, and nowhere in this package;
 without it the dialect "released" says the same in other words.
@@ -14,8 +14,8 @@ from pathlib import Path
 from pydantic import field_validator
 
 from ibisagent.config import Recipe
+from ibisagent.domain import QUERY_PLACE, Wording
 from ibisagent.errors import ConfigError
-from ibisagent.protocol import QUERY_PLACE, Wording
 
 PUBLIC_CODE = "Yankai96/IBISAgent"
 PARAPHRASED = (

@@ -234,9 +234,9 @@ class Sam2Session:
             inputs.pop("original_sizes")
             if prior is not None:
                 inputs["input_masks"] = torch.from_numpy(self._as_logits(prior)[None, None]).to(device)
-            several = self._multimask or (len(clicks) == 1 and box is None and prior is None)
+            multimask = self._multimask or (len(clicks) == 1 and box is None and prior is None)
             with torch.inference_mode():
-                output = self._model(image_embeddings=list(self._features), multimask_output=several, **inputs)
+                output = self._model(image_embeddings=list(self._features), multimask_output=multimask, **inputs)
             scores = output.iou_scores[0, 0].float().cpu().numpy()
             masks = output.pred_masks[0, 0].float().cpu().numpy()
         except RuntimeError as error:

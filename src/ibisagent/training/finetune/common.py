@@ -33,7 +33,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.generic import ModelOutput
 
 from ibisagent import files
-from ibisagent.domain import Image, Observation
+from ibisagent.domain import Image, Observation, Wording
 from ibisagent.environment import package_version
 from ibisagent.errors import ConfigError, DataError, PolicyError
 from ibisagent.files import one_line
@@ -41,7 +41,7 @@ from ibisagent.generation.exports import TRAINING_TEMPLATE
 from ibisagent.imaging.images import read_image
 from ibisagent.policies import load_policy
 from ibisagent.policies.mllm import MllmPolicy
-from ibisagent.protocol import History, Message, OverlayStyle, Wording, render
+from ibisagent.protocol import History, Message, OverlayStyle, render
 from ibisagent.training.finetune.recipes import StageRecipe
 
 RECIPE_NAME = "recipe.json"
