@@ -37,6 +37,7 @@ from ibisagent.imaging.images import write_mask_png, write_png
 from ibisagent.policies import load_policy
 from ibisagent.policies.nano import IbisNanoForConditionalGeneration, LikelyPlaces
 from ibisagent.policies.one_by_one import TAKEN_BACK
+from ibisagent.policies.sizes import QWEN_7B, size_of, size_of_folder
 from ibisagent.protocol import parse, render
 from ibisagent.query import target_of
 from ibisagent.rewards import PAPER, RewardWeights
@@ -44,6 +45,7 @@ from ibisagent.segmenters import load_segmenter
 from ibisagent.store import EpisodeStore
 from ibisagent.training.finetune import rl, sft
 from ibisagent.training.finetune.common import ScoredReplies, load_student, without_library_warnings
+from ibisagent.training.finetune.memory import rollout_tokens, trained_parameters, training_memory
 from ibisagent.training.nano.curriculum import plainly
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -130,8 +132,8 @@ def start(request):
 
 @pytest.fixture(scope="module")
 def player(data, start, tmp_path_factory):
-    """A trainer that plays greedily, three turns at most, and the model in it."""
-    trainer, student = rl.make_trainer(rl_recipe(data, start, tmp_path_factory.mktemp("player")))
+    """A trainer that plays greedily, three turns at most and three rollouts at once, and the model in it."""
+    trainer, student = rl.make_trainer(rl_recipe(data, start, tmp_path_factory.mktemp("player"), rollouts_at_once=3))
     trainer.generation_config.update(do_sample=False)
     trainer.generation_kwargs["do_sample"] = False
     return trainer, student
@@ -201,6 +203,65 @@ def test_what_does_not_fit_is_one_line(episodes, tmp_path, changes, message):
     with pytest.raises((ConfigError, DataError), match=message) as caught:
         sft.train(sft_recipe(episodes, "ibis-nano", tmp_path, **changes))
     assert "\n" not in str(caught.value)
+
+
+LARGE = [(path, *line) for path in sorted(RECIPES.glob("*-7b*.toml"))
+         for line in re.findall(r"# memory: train (\w+), (\d+) shards?: (\d+) GB", path.read_text())]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "train", "shards", "stated"), LARGE, ids=lambda one: getattr(one, "stem", one))
+def test_recipes_state_the_memory_that_they_need(path, train, shards, stated):
+    recipe = (rl.RlRecipe if path.stem.startswith("rl") else sft.SftRecipe).read(path, in_numbers_of(train))
+    needed = training_memory(recipe, size_of(Qwen2_5_VLConfig(**QWEN_7B)), shards=int(shards))
+    assert round(needed.peak / 1e9) == int(stated)
+    assert {path for path, *_ in LARGE} == {*RECIPES.glob("*-7b*.toml")}
+
+
+def in_numbers_of(train):
+    return [f"train={train}", *(["dtype=float32", "autocast=bfloat16"] if train == "full" else [])]
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_memory_is_counted_as_it_is(data, qwen, tmp_path, train):
+    recipe = rl_recipe(
+        data, str(qwen), tmp_path, train=train, dtype="float32", rollouts_at_once=3, gradient_accumulation_steps=2
+    )
+    trainer, _ = rl.make_trainer(recipe)
+    size = size_of_folder(qwen)
+    learned = sum(one.numel() for one in trainer.model.parameters() if one.requires_grad)
+    assert trained_parameters(recipe, size) == learned
+    needed = training_memory(recipe, size)
+    assert needed.moments == 2 * needed.gradients == 8 * learned
+    assert needed.cache == 3 * size.cache_bytes(rollout_tokens(recipe, size), bytes_each=4)
+    assert training_memory(recipe.model_copy(update={"rollouts_at_once": 0}), size).cache == 8 * needed.cache / 3
+    assert training_memory(recipe, size, shards=8).learning < needed.learning
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*-7b*.toml")), ids=lambda path: path.stem)
+def test_recipes_of_the_large_model_start_with_a_small_one(data, episodes, qwen, tmp_path, path):
+    """The very same file; only what is a size is another."""
+    sizes = [
+        f"policy={qwen}",
+        f"out={tmp_path}",
+        "max_steps=1",
+        "device=cpu",
+        "gradient_accumulation_steps=1",
+        "batch_size=4",
+        "report_to=[]",
+        "dataloader_num_workers=0",
+    ]
+    if path.stem.startswith("sft"):
+        sft.train(sft.SftRecipe.read(path, [*sizes, f"data={episodes}", "max_length=20000", "max_pixels=3136"]))
+    else:
+        sizes += [f"data={data}", "segmenter=region", "max_pixels=3136", "reply_tokens=8", "max_completion_length=9000"]
+        sizes += ["rollouts_at_once=2", "max_turns=6", "episodes_every=1"]
+        recipe = rl.RlRecipe.read(path)
+        updates = (
+            recipe.steps_per_generation or recipe.gradient_accumulation_steps
+        ) // recipe.gradient_accumulation_steps
+        rl.train(rl.RlRecipe.read(path, [*sizes, *([f"steps_per_generation={updates}"] if updates > 1 else [])]))
+        assert len(EpisodeStore(tmp_path / "episodes").open()) == 4 * updates
+    assert (tmp_path / "policy" / "config.json").is_file()
 
 
 def test_a_reward_that_cannot_vary_is_refused(data, tmp_path):
@@ -525,7 +586,7 @@ data, policy, out = (Path(name) for name in sys.argv[1:])
 rank = dist.get_rank()
 recipe = rl.RlRecipe(
     data=data, out=out, policy=str(policy), batch_size=2, num_generations=2, max_steps=2, segmenter="region",
-    device="cpu", save_steps=9,
+    device="cpu", save_steps=9, rollouts_at_once=1,
     max_turns=(1, 2)[rank], reply_tokens=8, rewards=RewardWeights(length=0), report_to=[], max_completion_length=4000,
 )
 trainer, student = rl.make_trainer(recipe)
@@ -541,7 +602,7 @@ student.model.generate = collective
 trainer.train()
 counts = [None, None]
 dist.all_gather_object(counts, (written, trainer.state.global_step))
-assert counts == [(4, 2), (4, 2)], counts
+assert counts == [(8, 2), (8, 2)], counts  # 2 steps of 2 turns, in 2 parts each
 dist.destroy_process_group()
 """
 

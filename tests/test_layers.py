@@ -29,6 +29,7 @@ MAY_BE_HEAVY = (
     "segmenters/",
     "policies/mllm",
     "policies/nano",
+    "policies/sizes",
     "training/",
     "inference/models",
 )  # the last: doctor looks

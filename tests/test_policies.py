@@ -32,14 +32,18 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from ibisagent.domain import Case, Click, Completion, Image, Observation, Reply, Turn
+from ibisagent.cli.options import PolicyChoice
+from ibisagent.domain import Case, Click, Completion, Image, Observation, Reply, Turn, Wording
 from ibisagent.errors import ConfigError, PolicyError
 from ibisagent.files import png_bytes
+from ibisagent.inference.models import check_machine
 from ibisagent.policies import Policy, load_policy
 from ibisagent.policies.baselines import LocationPriorPolicy
 from ibisagent.policies.endpoint import EndpointPolicy
 from ibisagent.policies.mllm import MllmPolicy
-from ibisagent.protocol import DIALECTS, parse
+from ibisagent.policies.sizes import QWEN_7B, find_gpu, need, size_of_folder
+from ibisagent.policies.wording import write_wording
+from ibisagent.protocol import DIALECTS, parse, render
 from ibisagent.server.policy_server import create_app, serve
 
 SIZE = (61, 83)
@@ -325,8 +329,84 @@ def test_dtype_and_image_limits(qwen: MllmPolicy, qwen_folder: Path) -> None:
     assert sizes[0] - sizes[1] == 6 - 1  # 83 x 61 is 3 x 2 tokens of 28 x 28 pixels, limited it is one
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21
+def test_released_sees_512_by_512_and_is_told_what_a_file_says(tmp_path: Path) -> None:
+    tiny_qwen(tmp_path, dialect="released")
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (tmp_path / name).is_file():
+            text = (tmp_path / name).read_text()
+            (tmp_path / name).write_text(text.replace(str(84 * 84), str(16384 * 28 * 28)))
+    file = tmp_path / "prompts.toml"
+    file.write_text('system = "S {x}"\nfirst = "<image>{query}"\nrefine = "R {query}"\n')
+    large = Observation("a", Image(np.zeros((800, 1000, 3), np.uint8)), "Find it.")
+    tokens = {}
+    for dialect in ("released", "ibis"):
+        policy = MllmPolicy(tmp_path, device="cpu", max_new_tokens=1, dialect=dialect, prompts=file)
+        message = render(large, dialect=dialect, wording=policy.wording)[1:]
+        [written] = policy.generate([message])
+        tokens[dialect] = written.prompt_tokens
+    assert tokens["released"] < 512 * 512 / 28**2 + 40 < tokens["ibis"]
+    assert text_of_first(message) == "<image>Find it."
+    assert "prompts_sha256" in policy.describe()
+    bare = MllmPolicy(tmp_path, device="cpu")
+    assert (bare.dialect, bare.describe()["prompts"]) == ("released", "paraphrased")
+
+
+def test_a_line_says_that_the_released_wording_is_not_its_authors(
+    qwen_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompts.toml"
+    write_wording(Wording("S", "{query}", "R {query}"), file)
+    for dialect, prompts, told in (("released", None, 1), ("released", file, 0), ("ibis", None, 0)):
+        PolicyChoice(policy=str(qwen_folder), device="cpu", dialect=dialect, prompts=prompts).load()
+        assert capsys.readouterr().err.count("note: the dialect released says in other words") == told
+
+
+def text_of_first(messages: list[dict[str, Any]]) -> str:
+    return "".join(part.get("text", "") for part in messages[0]["content"])
+
+
+def test_a_chat_template_in_the_tokenizer_alone_is_enough(qwen: MllmPolicy, tmp_path: Path) -> None:
+    """As folders of Qwen2.5-VL have it that older transformers wrote."""
+    tiny_qwen(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": CHAT_TEMPLATE}))
+    policy = MllmPolicy(tmp_path, device="cpu", max_new_tokens=24)
+    assert texts(policy.respond(observations())) == texts(qwen.respond(observations()))
+
+
+def test_doctor_tells_what_a_7b_folder_needs_without_its_weights(tmp_path: Path) -> None:
+    Qwen2_5_VLConfig(**QWEN_7B).save_pretrained(tmp_path)
+    told = {
+        gpu: check_machine(f"mllm:{tmp_path}", gpu)[0] for gpu in ("NVIDIA A100 80GB PCIe", "RTX 3090", "NVIDIA L4")
+    }
+    assert all(check.finding.startswith("8.29 billion parameters, in bfloat16 16.8 GB") for check in told.values())
+    assert all(check.passed for check in told.values())
+    size = size_of_folder(tmp_path)
+    large, small = (need(size, gpu=find_gpu(name)) for name in ("A100 80GB", "L4"))
+    assert large.seconds is not None
+    assert small.seconds is not None
+    # 750 tokens are written, each reads the weights of the language part once: 15.2 GB at 1.94 and at 0.3 TB/s
+    assert 750 * 15.2 / 1940 < large.seconds < 1.2 * 750 * 15.3 / 1940
+    assert 750 * 15.2 / 300 < small.seconds < 1.2 * 750 * 15.3 / 300
+    assert not check_machine(str(tmp_path / "none"), "L4")[0].passed
+    with pytest.raises(ConfigError, match="data sheet"):
+        check_machine(str(tmp_path), "abacus")
+
+
+def test_the_size_of_a_model_is_that_of_its_weights(qwen: MllmPolicy, qwen_folder: Path) -> None:
+    model, _ = qwen.parts
+    size = size_of_folder(qwen_folder)
+    assert size.parameters == sum(one.numel() for one in model.parameters())
+    assert size.vision == sum(one.numel() for one in model.model.visual.parameters())
+    with torch.no_grad():
+        kept = model(input_ids=torch.full((2, 7), 20), use_cache=True).past_key_values
+    held = sum(part.numel() for layer in kept.layers for part in (layer.keys, layer.values))
+    assert size.cache_bytes(2 * 7, bytes_each=4) == 4 * held
+
+
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # all that peft does about it
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21
 def test_adapter(qwen: MllmPolicy, qwen_folder: Path, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -488,6 +568,31 @@ def test_endpoint_puts_a_thought_back_that_the_server_cut_out() -> None:
         [completion, *_] = EndpointPolicy(url, "m", dialect="ibis").respond(observations())
     assert completion.text == "<think>It fits.</think><action>stop</action>"
     assert completion.tokens is None
+
+
+def test_endpoint_samples_the_public_weights_plainly() -> None:
+    """vLLM would take a repetition penalty from the folder of the weights."""
+    asked: list[dict[str, Any]] = []
+
+    def offered(_request: Request) -> JSONResponse:
+        models = [{"id": "a", "root": "weights/qwen2_5vl-7b-RL"}, {"id": "b", "root": "Qwen/Qwen2.5-VL-7B-Instruct"}]
+        return JSONResponse({"object": "list", "data": [{"object": "model", "created": 0, **one} for one in models]})
+
+    async def answer(request: Request) -> JSONResponse:
+        asked.append(await request.json())
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "-"}}
+        return JSONResponse({"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
+
+    routes = [Route("/v1/models", offered), Route("/v1/chat/completions", answer, methods=["POST"])]
+    plain = {"temperature": 0.0, "max_tokens": 512, "repetition_penalty": 1.0, "top_p": 1.0, "top_k": -1}
+    with served(Starlette(routes=routes)) as url:
+        for name, dialect, sent in (("a", "released", plain), ("b", "ibis", {"temperature": 0.0, "max_tokens": 512})):
+            policy = EndpointPolicy(url, name)
+            assert policy.dialect == dialect
+            policy.respond(observations()[:1])
+            settings = asked.pop()
+            assert {key: settings[key] for key in plain if key in settings} == sent
+            assert "extra_body" not in policy.describe()
 
 
 class Flaky:

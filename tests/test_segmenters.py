@@ -26,6 +26,7 @@ from ibisagent.errors import ConfigError, SegmenterError
 from ibisagent.imaging.masks import iou
 from ibisagent.segmenters import (
     SEGMENTERS,
+    Multimask,
     Prediction,
     Segmenter,
     SegmenterSession,
@@ -976,6 +977,24 @@ class TestSam2:
         again = session.predict([click, click])
         assert not np.allclose(again.logits, found.logits, atol=1e-6)
         assert one.pred_masks.shape[2] == 1
+
+    def test_three_masks_at_every_step_where_asked_for(self, sam2_folder: Path, tmp_path: Path) -> None:
+        image, mask = phantom()
+        click = inner_click(mask)
+        folder = tmp_path / "sam2"
+        shutil.copytree(sam2_folder, folder)
+        config = json.loads((folder / "config.json").read_text())
+        config["mask_decoder_config"]["dynamic_multimask_via_stability"] = (
+            False  # else it takes one of three on its own
+        )
+        (folder / "config.json").write_text(json.dumps(config))
+        plain = Sam2(str(folder), device="cpu")
+        multimask = plain.with_multimask()
+        assert isinstance(plain, Multimask)
+        first = multimask.open(image).predict([click])
+        assert np.array_equal(first.logits, plain.open(image).predict([click]).logits)
+        again = [one.open(image).predict([click, click], first.logits) for one in (plain, multimask)]
+        assert not np.allclose(again[0].logits, again[1].logits, atol=1e-6)
 
     def test_prompts_and_prior_reach_the_network(self, sam2_folder: Path) -> None:
         image, mask = phantom()

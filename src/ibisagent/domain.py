@@ -336,6 +336,39 @@ class Episode:
         return sum(isinstance(action, Click | Box) for turn in self.turns for action in turn.reply.actions)
 
 
+QUERY_PLACE = "{query}"
+"""Stands for the query in the texts of a `Wording`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """What a policy is told: in the system prompt, in the first turn, and in later ones."""
+
+    system: str
+    first: str
+    refine: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoopRules:
+    """How an episode goes, where the weights were made in another loop than ours; the defaults are ours.
+
+    repeats: so many turns in a row with the same prompts end it; 1: any prompt that stands already ends it, and is not
+    given again. unreadable: so many unreadable replies in a row end it. mask_selection: which masks are its answer.
+    multimask: the segmenter is asked for more than one mask at every prompt, where it can be. max_pixels: area that
+    images are shrunk to.
+    """
+
+    repeats: int = 1
+    unreadable: int = 2
+    mask_selection: MaskSelection = MASK_SELECTION
+    multimask: bool = False
+    max_pixels: int | None = None
+
+
+OUR_RULES = LoopRules()
+
+
 def union(masks: Masks, names: Sequence[str], size: tuple[int, int]) -> Mask:
     """Pixels that belong to any of `names`; missing names count as empty. Shape `size`."""
     merged = np.zeros(size, dtype=bool)
@@ -345,12 +378,13 @@ def union(masks: Masks, names: Sequence[str], size: tuple[int, int]) -> Mask:
     return merged
 
 
-def stand_after(standing: Standing, turn: int, actions: Sequence[Action]) -> Standing:
+def stand_after(standing: Standing, turn: int, actions: Sequence[Action], *, again: bool = False) -> Standing:
     """What stands once the actions of turn number `turn` are done: the one place that says what an Undo takes back.
 
     Actions count in order, up to a Stop. An Undo takes back the newest prompts over all targets, of this turn or
-    earlier ones, all where there are fewer. A prompt that stands already says nothing new and is dropped. The very same
-    tuple comes back where the same prompts stand in the end, whatever was undone and given again on the way.
+    earlier ones, all where there are fewer. A prompt that stands already says nothing new and is dropped, unless it
+    counts `again`. The very same tuple comes back where the same prompts stand in the end, whatever was undone and
+    given again on the way.
     """
     after = list(standing)
     for action in actions:
@@ -358,7 +392,7 @@ def stand_after(standing: Standing, turn: int, actions: Sequence[Action]) -> Sta
             break
         if isinstance(action, Undo):
             del after[max(0, len(after) - action.steps) :]
-        elif all(action != prompt for _, prompt in after):
+        elif again or all(action != prompt for _, prompt in after):
             after.append((turn, action))
     same = [prompt for _, prompt in after] == [prompt for _, prompt in standing]
     return standing if same else tuple(after)

@@ -15,8 +15,8 @@ import numpy as np
 
 from ibisagent import protocol
 from ibisagent.domain import (
-    MASK_SELECTION,
     MAX_TARGETS,
+    OUR_RULES,
     Action,
     Box,
     Case,
@@ -38,11 +38,10 @@ from ibisagent.errors import ConfigError, PolicyError, SegmenterError
 from ibisagent.imaging.masks import iou
 from ibisagent.policies.base import Knowing, Policy, Proposer
 from ibisagent.query import target_of
-from ibisagent.segmenters import Prediction, Segmenter, SegmenterSession
+from ibisagent.segmenters import Multimask, Prediction, Segmenter, SegmenterSession
 
 MAX_TURNS = 20
 """Most turns of an episode where the policy states no limit of its own, as in the paper; see `turn_limit`."""
-MAX_MALFORMED = 2  # in a row
 
 
 @cache
@@ -64,6 +63,11 @@ def turn_limit(policy: object, query: str = "") -> int:
     vocabulary = policy.vocabulary if isinstance(policy, Knowing) else None
     limit, count = MAX_TURNS if own is None else own, vocabulary.count(query) if vocabulary and query else 1
     return limit * count + (count > 1)
+
+
+def mask_choice(policy: Policy, wanted: MaskSelection | None) -> MaskSelection:
+    """Which masks of an episode of `policy` are its answer: those `wanted`, None as is usual for its dialect."""
+    return wanted or protocol.DIALECTS[policy.dialect].rules.mask_selection
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,11 +95,16 @@ class PromptState:
     again.
     """
 
-    def __init__(self, image: Image, segmenter: Segmenter, start: Masks) -> None:
+    def __init__(self, image: Image, segmenter: Segmenter, start: Masks, dialect: str = "") -> None:
+        """dialect: whose ways of prompting are followed (`protocol.Dialect`); "" or an unknown one has none."""
+        speech = protocol.DIALECTS.get(dialect)
         self._image = image
-        self._segmenter = segmenter
+        rules = speech.rules if speech else OUR_RULES
+        multimask = rules.multimask and isinstance(segmenter, Multimask)
+        self._segmenter = segmenter.with_multimask() if multimask else segmenter  # type: ignore[attr-defined]
+        self._repeats = rules.repeats
         self._session: SegmenterSession | None = None
-        self._turns = 0
+        self._said: tuple[tuple[Action, ...], ...] = ()  # the actions of every turn
         self._standing: Standing = ()
         self._states: list[_Objects | None] = [{name: _Object((), mask, mask, None) for name, mask in start.items()}]
 
@@ -159,8 +168,8 @@ class PromptState:
             for turn in turns
         ]
         best = int(np.argmax(worth))
-        self._turns, self._standing, self._states = (
-            prompt_states[best]._turns,
+        self._said, self._standing, self._states = (
+            prompt_states[best]._said,
             prompt_states[best]._standing,
             prompt_states[best]._states,
         )
@@ -171,7 +180,9 @@ class PromptState:
 
         Each target is predicted once for all its new prompts. Nothing changes if the segmenter raises.
         """
-        standing = stand_after(self._standing, self._turns, actions)
+        said = (*self._said, tuple(actions))
+        again = len({*said[-self._repeats :]}) > 1 or len(said) < self._repeats
+        standing = stand_after(self._standing, len(self._said), actions, again=again)
         batches, old = _batches(standing), _batches(self._standing)
         same = next((i for i, pair in enumerate(zip(batches, old, strict=False)) if pair[0] != pair[1]), None)
         same = min(len(batches), len(old)) if same is None else same
@@ -182,7 +193,7 @@ class PromptState:
         for index in range(1, len(states) - KEPT_STATES):
             states[index] = None
         is_new = standing is not self._standing or not Reply("", tuple(actions)).prompts
-        self._turns, self._standing, self._states = self._turns + 1, standing, states
+        self._said, self._standing, self._states = said, standing, states
         return is_new
 
     def _predict(self, state: _Objects, batch: tuple[Prompt, ...]) -> _Objects:
@@ -224,14 +235,15 @@ def read_reply(
     return replace(completion, text=text), protocol.parse(text, size, dialect=dialect, default_target=default_target)
 
 
-def stop_reason(turns: Sequence[Turn], is_new: bool) -> StopReason | None:
+def stop_reason(turns: Sequence[Turn], is_new: bool, dialect: str) -> StopReason | None:
     """Why a policy's run ends with the last of `turns`, the number of turns aside; is_new: it said anything new."""
+    unreadable = protocol.DIALECTS[dialect].rules.unreadable
     if turns[-1].reply.stop is not None:
         return "stopped"
     if not is_new:
         return "repeated"
-    last = turns[-MAX_MALFORMED:]
-    malformed = len(last) == MAX_MALFORMED and all(turn.reply.problem is not None for turn in last)
+    last = turns[-unreadable:]
+    malformed = len(last) == unreadable and all(turn.reply.problem is not None for turn in last)
     return "malformed" if malformed else None
 
 
@@ -243,7 +255,8 @@ class SegmentationEnv:
     - Undo takes back the newest prompts over all targets and restores the exact earlier state.
     - A reply that cannot be read, or that names more than MAX_TARGETS objects, changes nothing; the second in a row
       ends the episode ("malformed"). A turn whose prompts change nothing, as they stand already, ends it ("repeated"),
-      so does turn number `max_turns` ("max_turns") and a Stop ("stopped").
+      so does turn number `max_turns` ("max_turns") and a Stop ("stopped"). A dialect may have other rules
+      (`protocol.Dialect`).
     """
 
     def __init__(
@@ -253,13 +266,13 @@ class SegmentationEnv:
         *,
         dialect: str,
         max_turns: int = MAX_TURNS,
-        mask_selection: MaskSelection = MASK_SELECTION,
+        mask_selection: MaskSelection | None = None,
         provenance: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """dialect: name in `protocol.DIALECTS`. max_turns: for a policy's own limit give `turn_limit(policy)`.
 
-        mask_selection: which masks are the episode's answer. provenance: more facts for the record, such as seed,
-        weights and runtime.
+        mask_selection: which masks are the episode's answer; None as is usual for the dialect. provenance: more facts
+        for the record, such as seed, weights and runtime.
 
         Raises ConfigError for an unknown dialect or max_turns < 1.
         """
@@ -269,10 +282,10 @@ class SegmentationEnv:
             raise ConfigError(f"max_turns is {max_turns}; give 1 or more")
         self.dialect = dialect
         self.max_turns = max_turns
-        self._mask_selection = mask_selection
+        self._mask_selection = mask_selection or protocol.DIALECTS[dialect].rules.mask_selection
         self._case_id, self._image, self._query, self._start = case.id, case.image, case.query, dict(case.start)
         self._default_target = target_of(case.query)
-        self._prompt_state = PromptState(case.image, segmenter, self._start)
+        self._prompt_state = PromptState(case.image, segmenter, self._start, dialect)
         self._provenance = {
             "segmenter": segmenter.name,
             "dialect": dialect,
@@ -308,7 +321,8 @@ class SegmentationEnv:
 
     def _record(self, turn: Turn, is_new: bool) -> Turn:
         self._turns.append(turn)
-        self._stop = stop_reason(self._turns, is_new) or ("max_turns" if len(self._turns) >= self.max_turns else None)
+        limit: StopReason | None = "max_turns" if len(self._turns) >= self.max_turns else None
+        self._stop = stop_reason(self._turns, is_new, self.dialect) or limit
         return turn
 
     @property

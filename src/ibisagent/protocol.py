@@ -27,16 +27,20 @@ import PIL.Image
 from ibisagent.domain import (
     MAX_NAME_CHARS,
     MAX_TARGETS,
+    OUR_RULES,
+    QUERY_PLACE,
     Action,
     Box,
     Click,
     Image,
+    LoopRules,
     Masks,
     Observation,
     Reply,
     Stop,
     Turn,
     Undo,
+    Wording,
 )
 from ibisagent.errors import ConfigError, DataError
 
@@ -74,7 +78,8 @@ class Dialect:
     system: the system prompt. boxes, undo, multiple, names: whether a reply can hold a Box, an Undo, more than one
     action, the name of each target. block: line breaks around a tag's content and between actions. image_first: in
     user turns. absent: how the sentence in the answer begins that lists absent objects; empty where the action lists
-    them. read, phrase: the grammar of actions. refine: the request once there is a mask; empty where the query stays.
+    them. read, phrase: the grammar of actions. first: the request without a mask. refine: the request once there is
+    one; empty where the query stays. "{query}" stands for the query in both. rules: how an episode goes.
     """
 
     name: str
@@ -90,7 +95,9 @@ class Dialect:
     absent: str
     read: Callable[[str, Size], list[Action]]
     phrase: Callable[[Action, Size], str]
+    first: str = QUERY_PLACE
     refine: str = ""
+    rules: LoopRules = OUR_RULES
 
 
 class _UnreadableError(Exception):
@@ -220,7 +227,7 @@ _SEPARATOR = re.compile(r"(?<!&amp)(?<!&lt)(?<!&gt)(?<!&lpar)(?<!&semi)(?<!&colo
 _IBIS_CLICK = re.compile(rf"click\s*([+-])\s*{_POINT}(.*)", re.IGNORECASE | re.DOTALL)
 _IBIS_BOX = re.compile(rf"box\s*{_POINT}\s*{_POINT}(.*)", re.IGNORECASE | re.DOTALL)
 _IBIS_ABSENT = re.compile(r"absent\b(.*)", re.IGNORECASE | re.DOTALL)
-_RELEASED_CLICK = re.compile(rf"(positive|negative)\s+point\s*:?\s*{_POINT}\.?", re.IGNORECASE)
+_RELEASED_CLICK = re.compile(rf"(positive|negative)\s+point\s*:?\s*{_POINT}", re.IGNORECASE)
 _PAPER_POINT = re.compile(r"[\[(]?\s*([^\s,()\[\]]+)\s*,\s*([^\s,()\[\]]+)\s*[\])]?")
 _PAPER_START = re.compile(r"[^\s,;]")
 _PAPER_JSON = json.JSONDecoder(parse_int=float, strict=False)  # float: Python refuses integers of 4,300 digits and more
@@ -285,11 +292,12 @@ def _phrase_ibis(action: Action, size: Size) -> str:
 
 
 def _read_released(text: str, size: Size) -> list[Action]:
-    if match := _RELEASED_CLICK.fullmatch(text):
+    """As the public code reads: wherever it stands in the action, the stop word counts first, then the first point."""
+    if _STOP.fullmatch(text) or "terminat" in text.lower():
+        return [Stop()]
+    if match := _RELEASED_CLICK.search(text):
         x, y = _pixel(match[2], match[3], size)
         return [Click(x, y, match[1].lower() == "positive", "")]
-    if _STOP.fullmatch(text):
-        return [Stop()]
     raise _UnreadableError(f"'{_shown(text)}' is no action" if text else "the action is empty")
 
 
@@ -503,6 +511,7 @@ def render(
     history: History | None = None,
     style: OverlayStyle | None = None,
     paint: Callable[[Image, Masks, OverlayStyle], Any] | None = None,
+    wording: Wording | None = None,
 ) -> list[Message]:
     """The conversation that asks a policy for its next reply: [system], earlier turns, the current user turn.
 
@@ -511,12 +520,15 @@ def render(
     history None: as the dialect prefers. "none": the current turn alone. "actions": the same, with the actions so far
     as text. "full": every earlier image and reply, as they were. style None: as the dialect prefers; "alpha" has
     no system prompt, as only models trained for it can read such images. paint: makes what stands for an
-    image in the messages, in place of `overlay`; for writers that have the same image already.
+    image in the messages, in place of `overlay`; for writers that have the same image already. wording: what the
+    policy is told in place of the dialect's own words.
 
     The query and names are escaped as in replies, so that they cannot pass for tags. Raises ConfigError for an unknown
     dialect, history or style.
     """
     speech = _dialect(dialect)
+    if wording is not None:
+        speech = replace(speech, system=wording.system, first=wording.first, refine=wording.refine)
     history = history or speech.history
     style = style or speech.style
     if history not in get_args(History):
@@ -551,9 +563,9 @@ def _user(
     refining = shown or any(turn.reply.problem is None for turn in turns)
     query = escape(observation.query)
     if speech.refine and refining:
-        lines = [speech.refine.format(query=query)]
+        lines = [speech.refine.replace(QUERY_PLACE, query)]
     else:
-        lines = [NEXT_LINE if history == "full" and turns else query]
+        lines = [NEXT_LINE if history == "full" and turns else speech.first.replace(QUERY_PLACE, query)]
     if shown and not turns:
         lines.append(START_LINE)
     if history == "actions" and turns:
@@ -651,6 +663,7 @@ _RELEASED = Dialect(
     phrase=_phrase_released,
     refine='This is a refinement step. The user asked: "{query}". Does the semi-transparent green mask still need '
     "another point? If so, answer with a point action, otherwise with Terminate.",
+    rules=LoopRules(repeats=3, unreadable=1, mask_selection="last", multimask=True, max_pixels=512 * 512),
 )
 
 _IBIS = Dialect(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -70,11 +70,15 @@ def models(as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def doctor(as_json: JsonOption = False) -> None:
+def doctor(
+    policy: Annotated[str, typer.Option(help="Folder of a large policy: also tell what it needs, unloaded.")] = "",
+    gpu: Annotated[str, typer.Option(help="Of another GPU than this machine's, by name: 'A100 80GB'.")] = "",
+    as_json: JsonOption = False,
+) -> None:
     """Check this machine: versions, devices, weights, folders, and one tiny episode. Exit code 2 if something fails."""
     from ibisagent.inference import models as installed
 
-    checks = installed.check_machine()
+    checks = installed.check_machine(policy, gpu)
     if as_json:
         print_json([asdict(check) for check in checks])
     else:

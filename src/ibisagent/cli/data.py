@@ -18,7 +18,9 @@ from ibisagent.files import one_line
 if TYPE_CHECKING:
     from ibisagent.volumes.series import Series
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Labelled data: list, check, audit, build.")
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Labelled data: list, check, audit, build, prompts."
+)
 
 
 @app.command("list")
@@ -317,3 +319,15 @@ def build(
     if card["failed_pairs"]:
         stderr.print(f"{card['failed_pairs']} pairs could not be used; {output / 'card.json'} says why")
         raise typer.Exit(EXIT_ERROR)
+
+
+@app.command()
+def prompts(
+    checkout: Annotated[Path, typer.Argument(help="A checkout of the paper's public code, Yankai96/IBISAgent.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The TOML file to write.")],
+) -> None:
+    """Read what the paper's public code tells its weights, for --prompts. The code is parsed, not run."""
+    from ibisagent.policies.wording import wording_of_checkout, write_wording
+
+    write_wording(wording_of_checkout(checkout), output)
+    stdout.print(f"{output}: for --prompts {output}, with the public weights")

@@ -28,7 +28,7 @@ from ibisagent.cli.options import (
     spread_options,
 )
 from ibisagent.cli.output import EXIT_ERROR, print_json, progress, status, stderr, stdout
-from ibisagent.domain import MASK_SELECTION, Case, check_mask_selection
+from ibisagent.domain import Case, check_mask_selection
 from ibisagent.files import one_line, try_file, try_folder
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def run(
     ] = None,
     segmenter: SegmenterOption = "ibis-click",
     max_turns: TurnsOption = None,
-    mask_selection: SelectionOption = MASK_SELECTION,
+    mask_selection: SelectionOption = None,
     batch_size: Annotated[int, typer.Option(help="Episodes run together.", min=1)] = 16,
     workers: Annotated[int, typer.Option(help="Processes; each loads the models.", min=1)] = 1,
     limit: Annotated[int | None, typer.Option(help="Only this many cases, spread over the data.", min=1)] = None,
@@ -78,7 +78,8 @@ def run(
         from ibisagent.evaluation.metrics import check_empty_rule
         from ibisagent.evaluation.results import check_group
 
-        rule, group, selection = check_empty_rule(empty), check_group(by), check_mask_selection(mask_selection)
+        rule, group = check_empty_rule(empty), check_group(by)
+        selection = None if mask_selection is None else check_mask_selection(mask_selection)
         setup = runs.Setup(
             data,
             split,
@@ -420,9 +421,7 @@ def calibrate(
     limit: Annotated[int | None, typer.Option(help="Only this many cases, spread over the data.", min=1)] = None,
     policy: Annotated[str, typer.Option("--policy", "-p", help="Who clicks.")] = "ibis-nano",
     segmenter: Annotated[str, typer.Option("--segmenter", "-s", help="What turns clicks into masks.")] = "ibis-click",
-    mask_selection: Annotated[
-        str, typer.Option(help="Which mask of an episode counts: best, or last.")
-    ] = MASK_SELECTION,
+    mask_selection: SelectionOption = None,
     samples: Annotated[int, typer.Option(help="Further episodes a case, for their agreement; slower.", min=0)] = 0,
     max_turns: Annotated[
         int | None, typer.Option(help="Most turns of one episode (default: the policy's own limit).", min=1)
@@ -436,7 +435,7 @@ def calibrate(
     Use the policy, segmenter, --mask-selection and --samples that will make the masks. Cases that fail are left out
     and told.
     """
-    selection = check_mask_selection(mask_selection)
+    selection = None if mask_selection is None else check_mask_selection(mask_selection)
     try_file(output)
     with status("reading the data and loading the models", quiet=as_json):
         from ibisagent import evaluation

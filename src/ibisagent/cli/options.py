@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ibisagent.cli.output import stderr
+
 if TYPE_CHECKING:
     from ibisagent.policies.base import Policy
 
@@ -36,7 +38,11 @@ TurnsOption = Annotated[
 
 
 SelectionOption = Annotated[
-    str, typer.Option(help="Which mask of an episode counts: last, or best by the segmenter's own estimate.")
+    str | None,
+    typer.Option(
+        help="Which mask of an episode counts: last, or best by the segmenter's own estimate. Default: best, but last "
+        "for the dialect released."
+    ),
 ]
 
 
@@ -51,6 +57,11 @@ AdapterOption = Annotated[Path | None, typer.Option(help="Folder of a PEFT adapt
 
 PixelsOption = Annotated[
     int | None, typer.Option(help="Shrink images to this area for the policy, if it takes any size.", min=1)
+]
+
+
+PromptsOption = Annotated[
+    Path | None, typer.Option(help="TOML file with what the policy is told; 'data prompts' writes one.")
 ]
 
 
@@ -88,13 +99,18 @@ class PolicyChoice:
     dtype: DtypeOption = "auto"
     adapter: AdapterOption = None
     max_pixels: PixelsOption = None
+    prompts: PromptsOption = None
 
     def load(self, **more: Any) -> Policy:
         """The policy. more: arguments of `load_policy` beyond these."""
         from ibisagent.policies import load_policy
+        from ibisagent.policies.wording import PARAPHRASED
 
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "policy"}
-        return load_policy(self.policy, **given, **more)
+        policy = load_policy(self.policy, **given, **more)
+        if policy.dialect == "released" and getattr(policy, "wording", policy) is None:
+            stderr.print(f"note: {PARAPHRASED}")
+        return policy
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ibisagent.cli.options import (
     spread_options,
 )
 from ibisagent.cli.output import EXIT_ERROR, JsonStream, print_error, print_json, progress, status, stderr, stdout
-from ibisagent.domain import MASK_SELECTION, check_mask_selection
+from ibisagent.domain import check_mask_selection
 from ibisagent.errors import ConfigError, DataError, IbisError, PolicyError
 from ibisagent.files import one_line, try_folder
 
@@ -51,7 +51,7 @@ def segment(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("ibisagent-output"),
     segmenter: SegmenterOption = "ibis-click",
     max_turns: TurnsOption = None,
-    mask_selection: SelectionOption = MASK_SELECTION,
+    mask_selection: SelectionOption = None,
     start_mask: Annotated[
         list[Path] | None, typer.Option(help="Mask to refine (0 outside); once per image, in their order.")
     ] = None,
@@ -113,7 +113,8 @@ def segment(
 
     With --json each result is one line, as soon as it is there.
     """
-    query, selection = _check_query(query), check_mask_selection(mask_selection)
+    query = _check_query(query)
+    selection = None if mask_selection is None else check_mask_selection(mask_selection)
     if not review_queue and (calibration is not None or samples):
         raise ConfigError("--calibration and --samples are for the review queue: give --review-queue")
     for spec in (choice.policy.removeprefix("one-shot:"), segmenter):

@@ -34,8 +34,8 @@ from typing import TypeVar
 import numpy as np
 
 from ibisagent.datasets import CaseSource, split_kind
-from ibisagent.domain import MASK_SELECTION, Box, Case, Click, Episode, Mask, Masks, MaskSelection, Stop
-from ibisagent.environment import SegmentationEnv, rollout, turn_limit
+from ibisagent.domain import Box, Case, Click, Episode, Mask, Masks, MaskSelection, Stop
+from ibisagent.environment import SegmentationEnv, mask_choice, rollout, turn_limit
 from ibisagent.errors import DataError, IbisError, PolicyError, SegmenterError
 from ibisagent.evaluation import metrics
 from ibisagent.evaluation.results import (
@@ -161,7 +161,7 @@ def evaluate(
     centre: Policy | None = None,
     oracle: bool = True,
     max_turns: int | None = None,
-    mask_selection: MaskSelection = MASK_SELECTION,
+    mask_selection: MaskSelection | None = None,
     batch_size: int = 16,
     provenance: Mapping[str, str] | None = None,
     on_case: Callable[[CaseResult | Failure], None] | None = None,
@@ -176,7 +176,8 @@ def evaluate(
     """
     blind = {name: baseline for name, baseline in (("prior", prior), ("centre", centre)) if baseline is not None}
     turns = turn_limit(policy) if max_turns is None else max_turns
-    judge = Judge(policy, segmenter, blind, oracle, turns, mask_selection, provenance or {})
+    chosen = mask_choice(policy, mask_selection)
+    judge = Judge(policy, segmenter, blind, oracle, turns, chosen, provenance or {})
     results, failures = judge_cases(
         cases,
         lambda batch: [one.result for one in judge(batch)],
@@ -184,7 +185,7 @@ def evaluate(
         on_case=on_case,
     )
     facts = {"policy": policy.name, "segmenter": segmenter.name, "max_turns": str(turns)}
-    facts |= {"mask_selection": mask_selection, **(provenance or {})}
+    facts |= {"mask_selection": chosen, **(provenance or {})}
     return Evaluation(facts, tuple(results), tuple(failures))
 
 

@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 
 from ibisagent.domain import (
-    MASK_SELECTION,
     Action,
     Box,
     Case,
@@ -41,7 +40,7 @@ from ibisagent.domain import (
     Turn,
     Undo,
 )
-from ibisagent.environment import PromptState, SegmentationEnv, rollout, turn_limit
+from ibisagent.environment import PromptState, SegmentationEnv, mask_choice, rollout, turn_limit
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.evaluation.calibration import calibration
 from ibisagent.files import csv_text, write_whole
@@ -102,7 +101,7 @@ class Reviewer:
 
     policy: Policy
     segmenter: Segmenter
-    mask_selection: MaskSelection = MASK_SELECTION
+    mask_selection: MaskSelection | None = None
     samples: int = 0
     max_turns: int | None = None
     seed: int = 0
@@ -117,7 +116,7 @@ class Reviewer:
         facts = {**self.segmenter.describe(), **getattr(self.policy, "describe", dict)()}
         hashes = {name: value for name, value in facts.items() if name.endswith("sha256")}
         names = {"policy": self.policy.name, "segmenter": self.segmenter.name}
-        return {**names, "mask_selection": self.mask_selection, **hashes}
+        return {**names, "mask_selection": mask_choice(self.policy, self.mask_selection), **hashes}
 
     def signals(self, episode: Episode, case: Case) -> dict[str, float]:
         """The signals of an episode of `case`. Raises PolicyError and SegmenterError."""
@@ -347,7 +346,7 @@ def _likeness(kept: Masks, others: Masks) -> float:
 
 def _replayed(episode: Episode, image: Image, segmenter: Segmenter, kept: Masks, random: np.random.Generator) -> Masks:
     """What the episode hands out when every click and box is moved a little; turns and undos stay as they are."""
-    prompt_state = PromptState(image, segmenter, episode.start)
+    prompt_state = PromptState(image, segmenter, episode.start, episode.provenance.get("dialect", ""))
     turns: list[Turn] = []
     for turn in episode.turns:
         actions = tuple(_moved(action, kept, image.size, random) for action in turn.reply.actions)

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from ibisagent.datasets import CaseSource, cases_to_judge
-from ibisagent.domain import MASK_SELECTION, Episode, Masks, MaskSelection
-from ibisagent.environment import package_version, turn_limit
+from ibisagent.domain import Episode, Masks, MaskSelection
+from ibisagent.environment import mask_choice, package_version, turn_limit
 from ibisagent.errors import ConfigError, DataError, IbisError, PolicyError
 from ibisagent.evaluation import MAX_FAILURES, Judge, judge_cases, location_prior, prior_cases
 from ibisagent.evaluation.metrics import EMPTY_RULE, EmptyRule
@@ -62,13 +62,14 @@ class Setup:
     dialect: str | None = None
     history: History | None = None
     max_turns: int | None = None
-    mask_selection: MaskSelection = MASK_SELECTION
+    mask_selection: MaskSelection | None = None
     baselines: bool = True
     batch_size: int = 16
     device: str = "auto"
     dtype: str = "auto"
     adapter: Path | None = None
     max_pixels: int | None = None
+    prompts: Path | None = None
     candidates: int | None = None
     temperature: float = 0.0
     seed: int = 0
@@ -89,6 +90,7 @@ class Setup:
                 dtype=self.dtype,
                 adapter=self.adapter,
                 max_pixels=self.max_pixels,
+                prompts=self.prompts,
                 candidates=self.candidates,
                 temperature=self.temperature,
                 seed=self.seed,
@@ -103,6 +105,7 @@ class Setup:
         if self.baselines:
             blind = ({} if prior is None else {"prior": prior}) | {"centre": load_policy("centre-click")}
         max_turns = turn_limit(policy) if self.max_turns is None else self.max_turns
+        chosen = mask_choice(policy, self.mask_selection)
         provenance = provenance_of(policy, segmenter)
         facts = {
             "ibisagent": package_version(),
@@ -113,13 +116,13 @@ class Setup:
             "policy": policy.name,
             "segmenter": segmenter.name,
             "max_turns": str(max_turns),
-            "mask_selection": self.mask_selection,
+            "mask_selection": chosen,
             "baselines": ", ".join([*blind, "oracle"]) if self.baselines else "",
             "batch_size": str(self.batch_size),
             "seed": str(self.seed),
             **provenance,
         }
-        judge = Judge(policy, segmenter, blind, self.baselines, max_turns, self.mask_selection, provenance)
+        judge = Judge(policy, segmenter, blind, self.baselines, max_turns, chosen, provenance)
         learned = prior_cases(everything) if needs_prior else None
         return Bench(cases, learned, judge, facts, self.batch_size)
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from ibisagent.domain import MASK_SELECTION, Case, Episode, Image, Mask, Masks, MaskSelection
+from ibisagent.domain import Case, Episode, Image, Mask, Masks, MaskSelection
 from ibisagent.errors import DataError
 from ibisagent.files import safe_name
 from ibisagent.inference.image import Outputs, asked_objects, export, provenance_of, read_case, run_case
@@ -105,7 +105,7 @@ def segment(
     segmenter: str | Segmenter = DEFAULT_SEGMENTER,
     start_mask: str | Path | Mask | None = None,
     max_turns: int | None = None,
-    mask_selection: MaskSelection = MASK_SELECTION,
+    mask_selection: MaskSelection | None = None,
 ) -> SegmentedImage:
     """Segment what `query` names in one image.
 
@@ -116,7 +116,8 @@ def segment(
         segmenter: what turns clicks into masks, as for `load_segmenter`, or a loaded one.
         start_mask: a mask to refine: a file, or (H, W) bool.
         max_turns: default the policy's own limit.
-        mask_selection: which masks are the answer: "best" by the segmenter's estimate, or "last".
+        mask_selection: which masks are the answer: "best" by the segmenter's estimate, or "last"; None as the policy's
+            dialect has it.
 
     Raises:
         ConfigError: for an empty query or an unknown policy or segmenter.
@@ -149,7 +150,7 @@ def segment_volume(
     recheck: int = RECHECK,
     start_mask: str | Path | None = None,
     max_turns: int | None = None,
-    mask_selection: MaskSelection = MASK_SELECTION,
+    mask_selection: MaskSelection | None = None,
 ) -> SegmentedVolume:
     """Segment what `query` names in one volume.
 
@@ -164,7 +165,7 @@ def segment_volume(
         recheck: the agent is asked again after so many slices; 0 never asks again.
         start_mask: a mask file on the volume's grid to refine.
         max_turns: of one slice; default the policy's own limit.
-        mask_selection: which masks of a slice are its answer: "best" or "last".
+        mask_selection: which masks of a slice are its answer: "best" or "last"; None as the policy's dialect has it.
 
     Raises: as `segment`.
     """

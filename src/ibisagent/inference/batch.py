@@ -20,7 +20,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ibisagent.domain import MASK_SELECTION, Case, Episode, Image, MaskSelection, Turn, check_query
+from ibisagent.domain import Case, Episode, Image, MaskSelection, Turn, check_query
+from ibisagent.environment import mask_choice
 from ibisagent.errors import ConfigError, DataError, IbisError
 from ibisagent.files import make_folder, safe_name, same_run
 from ibisagent.inference.image import Outputs, asked_objects, export, outputs_of, provenance_of, read_case, run_case
@@ -220,7 +221,7 @@ class Batch:
     query: str
     folder: Path
     max_turns: int | None = None
-    mask_selection: MaskSelection = MASK_SELECTION
+    mask_selection: MaskSelection | None = None
     volumes: VolumeOptions = field(default_factory=VolumeOptions)
     overwrite: bool = False
     review: Review | None = None
@@ -394,7 +395,7 @@ class Batch:
         return {
             "sha256": volume.sha256,
             "start_sha256": "" if start is None else _sha256(start),
-            "mask_selection": self.mask_selection,
+            "mask_selection": mask_choice(self.policy, self.mask_selection),
             "max_turns": self.max_turns,
             **options,
         }
@@ -413,7 +414,11 @@ class Batch:
         before = {name: provenance.get(name, value) for name, value in ours.items()}
         try:
             same_run(before, ours, record, free=_OF_MACHINE)
-            same_run(earlier, {"mask_selection": self.mask_selection} if now is None else now, record)
+            same_run(
+                earlier,
+                {"mask_selection": mask_choice(self.policy, self.mask_selection)} if now is None else now,
+                record,
+            )
         except ConfigError as error:
             raise ConfigError(f"{str(error).partition(';')[0]}; --overwrite makes it again") from error
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from ibisagent.domain import (
-    MASK_SELECTION,
     Action,
     Box,
     Case,
@@ -80,14 +79,14 @@ def run_case(
     segmenter: Segmenter,
     *,
     max_turns: int | None = None,
-    mask_selection: MaskSelection = MASK_SELECTION,
+    mask_selection: MaskSelection | None = None,
     on_turn: Callable[[Turn], None] | None = None,
 ) -> Episode:
     """One episode of `policy` with `segmenter` on `case`, `provenance` whatever is named there; see its `answer_masks`.
 
-    max_turns: default the policy's own limit. mask_selection: which masks are the answer, see `Episode.answer_masks`.
-    on_turn: called after every turn. Raises PolicyError and SegmenterError when their machinery fails, ConfigError for
-    a query that does not settle what is asked for.
+    max_turns: default the policy's own limit. mask_selection: which masks are the answer, see `Episode.answer_masks`;
+    default as is usual for the policy's dialect. on_turn: called after every turn. Raises PolicyError and
+    SegmenterError when their machinery fails, ConfigError for a query that does not settle what is asked for.
     """
     env = SegmentationEnv(
         case,

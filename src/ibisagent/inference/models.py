@@ -68,9 +68,15 @@ def models() -> list[Model]:
     return [_model(*entry) for entry in listed] + list(_cached())
 
 
-def check_machine() -> list[Check]:
-    """Versions, devices, weights, folders, and one tiny episode that needs no weights."""
+def check_machine(policy: str = "", gpu: str = "") -> list[Check]:
+    """Versions, devices, weights, folders, and one tiny episode that needs no weights.
+
+    policy: a folder of a large model; adds what it needs, without loading it. gpu: the one to tell this of, by its
+    name; default this machine's. ConfigError for a GPU whose data sheet is not known.
+    """
+    large = [_need(policy.removeprefix("mllm:"), gpu)] if policy else []
     return [
+        *large,
         Check("python", sys.version_info >= (3, 11), f"{platform.python_version()} on {platform.platform()}"),
         Check("ibisagent", True, package_version()),
         *(_package(name) for name in PACKAGES),
@@ -82,6 +88,30 @@ def check_machine() -> list[Check]:
         _guarded("free disk", _free_disk),
         _guarded("one episode", _episode),
     ]
+
+
+def _need(folder: str, gpu: str) -> Check:
+    """What the model in `folder` needs in bfloat16, one image of 512 x 512 pixels and 5 turns a case."""
+    import torch
+
+    from ibisagent.policies import sizes
+
+    name = f"policy {folder}"
+    try:
+        size = sizes.size_of_folder(folder)
+    except IbisError as error:
+        return Check(name, False, one_line(error, 300))
+    card = gpu or (torch.cuda.get_device_name(0) if torch.cuda.is_available() else "")
+    sheet = sizes.find_gpu(gpu) if gpu else sizes.known_gpu(card)
+    one, many = (sizes.need(size, gpu=sheet, batch=batch) for batch in (1, 16))
+    told = f"{size.parameters / 1e9:.2f} billion parameters, in bfloat16 {one.memory / 1e9:.1f} GB of GPU memory for"
+    told += f" one case at a time, {many.memory / 1e9:.1f} GB for 16"
+    if sheet is None or one.seconds is None or many.seconds is None:
+        return Check(name, True, f"{told}; --gpu NAME tells whether a GPU holds it, and the time of a case")
+    fits = one.memory <= sheet.memory
+    told += f"; {card} has {sheet.memory / 1e9:.0f} GB: {'it fits' if fits else 'too little, take a larger one'}"
+    told += f"; at least {one.seconds:.1f} s a case of 5 turns, {many.seconds:.2f} s of 16 together (roofline)"
+    return Check(name, fits, told)
 
 
 def _model(kind: str, spec: str, what: str) -> Model:

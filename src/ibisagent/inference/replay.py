@@ -52,7 +52,7 @@ def replay(episode: Episode, image: Image, segmenter: Segmenter) -> Masks:
     recorded = episode.provenance.get("segmenter", segmenter.name)
     if recorded != segmenter.name:
         raise ConfigError(f"the record was made with segmenter {recorded}, not {segmenter.name}; load that one")
-    prompt_state = PromptState(image, segmenter, episode.start)
+    prompt_state = PromptState(image, segmenter, episode.start, episode.provenance.get("dialect", ""))
     for turn in episode.turns:
         prompt_state.apply(turn.reply.actions)
     return dict(prompt_state.masks)

@@ -253,7 +253,7 @@ class Session:
                 turns.append(step.turn)
                 if on_step is not None:
                     on_step(step)
-                reason = stop_reason(turns, is_new)
+                reason = stop_reason(turns, is_new, policy.dialect)
                 if reason is not None:
                     return reason  # type: ignore[return-value]  # never "open"
         return "max_turns"

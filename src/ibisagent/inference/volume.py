@@ -13,7 +13,9 @@ Masks lie in arrays that spill to disk (`volumes.grid.scratch`); images, turns a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
@@ -22,7 +24,6 @@ import cv2
 import numpy as np
 
 from ibisagent.domain import (
-    MASK_SELECTION,
     MAX_TARGETS,
     Box,
     Case,
@@ -40,7 +41,7 @@ from ibisagent.imaging.clicks import bounding_box, distance_outside, interior_de
 from ibisagent.imaging.masks import iou
 from ibisagent.policies.base import Policy
 from ibisagent.query import target_of
-from ibisagent.segmenters import Memory, Prediction, Segmenter, SegmenterSession
+from ibisagent.segmenters import Memory, Multimask, Prediction, Segmenter, SegmenterSession
 from ibisagent.volumes import SliceView
 from ibisagent.volumes.dicom import instance_numbers
 from ibisagent.volumes.grid import DicomOrigin, release, scratch_mask
@@ -122,7 +123,7 @@ def run_volume(
     keys: Sequence[int] | None = None,
     recheck: int = RECHECK,
     max_turns: int | None = None,
-    mask_selection: MaskSelection = MASK_SELECTION,
+    mask_selection: MaskSelection | None = None,
     start: Mapping[str, np.ndarray] | None = None,
     provenance: Mapping[str, str] | None = None,
     on_episode: Callable[[int, Why, Episode, Image], None] | None = None,
@@ -249,7 +250,7 @@ class _VolumeAgent:
         policy: Policy,
         segmenter: _Counted,
         max_turns: int,
-        mask_selection: MaskSelection,
+        mask_selection: MaskSelection | None,
         recheck: int,
         provenance: Mapping[str, str],
         on_episode: Callable[[int, Why, Episode, Image], None] | None,
@@ -267,7 +268,7 @@ class _VolumeAgent:
 
     def result(self) -> VolumeSegmentation:
         """What was found."""
-        cost = Cost(self._policy_calls, self._segmenter.opened, self._segmenter.predicted)
+        cost = Cost(self._policy_calls, self._segmenter.counts["opened"], self._segmenter.counts["predicted"])
         asked = sorted(self._asked, key=lambda asked: asked.slice)
         carried = sorted(self._carried, key=lambda carried: (carried.slice, carried.target))
         return VolumeSegmentation(
@@ -553,13 +554,19 @@ class _Counted:
     def __init__(self, segmenter: Segmenter) -> None:
         self._segmenter = segmenter
         self.name = segmenter.name
-        self.opened = 0
-        self.predicted = 0
+        self.counts = Counter[str]()
 
     def open(self, image: Image) -> _CountedSession:
         """See `Segmenter`."""
-        self.opened += 1
+        self.counts["opened"] += 1
         return _CountedSession(self, self._segmenter.open(image))
+
+    def with_multimask(self) -> _Counted:
+        """See `segmenters.Multimask`; counts on here. The same segmenter where it has no such way."""
+        twin = copy(self)
+        if isinstance(self._segmenter, Multimask):
+            twin._segmenter = self._segmenter.with_multimask()
+        return twin
 
     def memory(self) -> _CountedMemory | None:
         """An empty memory, where the segmenter has one."""
@@ -578,7 +585,7 @@ class _CountedSession:
 
     def predict(self, prompts: Sequence[Prompt], prior: np.ndarray | None = None) -> Prediction:
         """See `SegmenterSession`."""
-        self._owner.predicted += 1
+        self._owner.counts["predicted"] += 1
         return self._session.predict(prompts, prior)
 
 
@@ -588,12 +595,12 @@ class _CountedMemory:
 
     def remember(self, image: Image, masks: Masks) -> None:
         """See `segmenters.Memory`."""
-        self._owner.opened += 1
+        self._owner.counts["opened"] += 1
         self._memory.remember(image, masks)
 
     def predict(self, image: Image) -> dict[str, Prediction]:
         """See `segmenters.Memory`."""
-        self._owner.opened += 1
+        self._owner.counts["opened"] += 1
         predictions = self._memory.predict(image)
-        self._owner.predicted += len(predictions)
+        self._owner.counts["predicted"] += len(predictions)
         return predictions

@@ -63,6 +63,7 @@ def load_policy(
     batch_size: int = 16,
     max_pixels: int | None = None,
     candidates: int | None = None,
+    prompts: str | Path | None = None,
     cases: Mapping[str, Case] | Iterable[Case] | None = None,
 ) -> Policy:
     """The policy that `spec` names (see `POLICIES`).
@@ -72,35 +73,29 @@ def load_policy(
     model's configuration says as `reply_tokens`, else 512. temperature: 0 is greedy. batch_size: observations answered
     together (mllm), or requests under way at once (endpoint). max_pixels: the size that images are shrunk to, for
     models that take any size (mllm). candidates: first turns to try, of which the best is kept (mllm); None takes what
-    the model's configuration says, else 1. cases: the ground truth, for the oracles alone.
+    the model's configuration says, else 1. prompts: a file of other words for it (`policies.wording`; mllm, endpoint).
+    cases: the ground truth, for the oracles alone.
     Raises ConfigError for a spec or option that does not exist and PolicyError where weights or a server are missing.
     """
     kind, _, rest = spec.partition(":")
-    sampling: dict[str, Any] = {
-        "dialect": dialect,
-        "history": history,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "seed": seed,
-    }
+    sampling: dict[str, Any] = {"dialect": dialect, "history": history, "max_new_tokens": max_new_tokens}
+    sampling |= {"temperature": temperature, "seed": seed}
     if (candidates or 1) > 1 and (kind in ("endpoint", "scripted", "one-shot") or spec in _WITHOUT_PROPOSALS):
         raise ConfigError(f"policy '{spec}' proposes no first turns to choose from: leave candidates out")
     if kind == "endpoint":
         from ibisagent.policies.endpoint import EndpointPolicy
 
         url, _, model = rest.partition("#")
-        return EndpointPolicy(url, model, concurrency=batch_size, **sampling)
+        return EndpointPolicy(url, model, concurrency=batch_size, prompts=prompts, **sampling)
     if kind == "scripted" and rest:
         from ibisagent.policies.scripted import ScriptedPolicy
 
         return ScriptedPolicy.from_file(rest, dialect=dialect or "ibis")
-    if spec == "centre-click":
-        from ibisagent.policies.baselines import CentreClickPolicy
+    if spec in ("centre-click", "random-clicks"):
+        from ibisagent.policies.baselines import CentreClickPolicy, RandomClicksPolicy
 
-        return CentreClickPolicy(dialect=dialect or "ibis")
-    if spec == "random-clicks":
-        from ibisagent.policies.baselines import RandomClicksPolicy
-
+        if spec == "centre-click":
+            return CentreClickPolicy(dialect=dialect or "ibis")
         return RandomClicksPolicy(dialect=dialect or "ibis", seed=seed)
     if kind == "one-shot" and rest:
         from ibisagent.policies.baselines import OneShotPolicy
@@ -113,6 +108,7 @@ def load_policy(
                 adapter=adapter,
                 batch_size=batch_size,
                 max_pixels=max_pixels,
+                prompts=prompts,
                 cases=cases,
                 **sampling,
             )
@@ -143,6 +139,7 @@ def load_policy(
         batch_size=batch_size,
         max_pixels=max_pixels,
         candidates=candidates,
+        prompts=prompts,
         **sampling,
     )
 

@@ -11,6 +11,14 @@ from ibisagent.policies.vocabulary import Asked, Vocabulary
 MAX_NEW_TOKENS = 512
 """Longest reply, where neither the caller nor the model says otherwise."""
 
+PUBLIC_WEIGHTS = ("manglu3935/IBIS", "qwen2_5vl-7b-RL")
+"""Repository and subfolder of the paper authors' own weights; they speak the dialect "released"."""
+
+
+def is_public(source: str) -> bool:
+    """Whether a folder, hub id or name on a server is that of the paper authors' own weights."""
+    return any(part in source for part in PUBLIC_WEIGHTS)
+
 
 class Policy(Protocol):
     """Anything that answers observations with text in a dialect of `protocol`.

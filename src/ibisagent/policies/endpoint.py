@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,8 +19,14 @@ from PIL.Image import Image as PillowImage
 from ibisagent.domain import Completion, Observation
 from ibisagent.errors import ConfigError, PolicyError
 from ibisagent.files import one_line, png_bytes
-from ibisagent.policies.base import MAX_NEW_TOKENS
+from ibisagent.policies.base import MAX_NEW_TOKENS, is_public
+from ibisagent.policies.wording import read_wording, wording_facts
 from ibisagent.protocol import DIALECTS, History, Message, OverlayStyle, render
+
+PLAIN_SAMPLING: Mapping[str, Any] = MappingProxyType(
+    {"top_p": 1.0, "extra_body": {"repetition_penalty": 1.0, "top_k": -1}}
+)
+"""What overrules the sampling settings in a folder of weights, which vLLM takes for its defaults."""
 
 
 class EndpointPolicy:
@@ -26,7 +34,9 @@ class EndpointPolicy:
 
     url: the server's base, usually ending in /v1. model: its name there; "" takes the only one on offer. The key is
     read from the environment variable IBIS_API_KEY. dialect, history, style: None takes what the server says of the
-    model (ours does, in /models), else "ibis" with that dialect's own history and style. concurrency: requests
+    model (ours does, in /models), else "released" for the paper authors' own weights, by their name or the folder that
+    vLLM says they come from, "ibis" for any other, with that dialect's own history and style. The authors' weights are
+    sampled plainly, whatever their folder's own settings are. prompts: as for `MllmPolicy`. concurrency: requests
     under way at once. timeout_seconds, retries: per request; 429, 5xx and lost connections are tried again, each time
     after a longer pause. seed: passed on; whether it is honoured is up to the server.
 
@@ -47,6 +57,7 @@ class EndpointPolicy:
         concurrency: int = 16,
         timeout_seconds: float = 120.0,
         retries: int = 4,
+        prompts: str | Path | None = None,
     ) -> None:
         address = urlsplit(url)
         if address.scheme not in ("http", "https") or not address.hostname:
@@ -70,7 +81,11 @@ class EndpointPolicy:
         self._model = model or next(iter(offered))
         facts = offered.get(self._model, {})
         self.name = f"endpoint:{url}#{self._model}"
-        self.dialect: str = dialect or facts.get("dialect") or "ibis"
+        public = is_public(self._model) or is_public(str(facts.get("root", "")))
+        if public:
+            self._settings |= PLAIN_SAMPLING
+        self.wording = None if prompts is None else read_wording(prompts)
+        self.dialect: str = dialect or facts.get("dialect") or ("released" if public else "ibis")
         if self.dialect not in DIALECTS:
             raise ConfigError(f"unknown dialect '{self.dialect}' for {self.name}: choose one of {', '.join(DIALECTS)}")
         default = DIALECTS[self.dialect]
@@ -89,8 +104,11 @@ class EndpointPolicy:
 
     def describe(self) -> dict[str, str]:
         """What a record needs to name this policy; which weights answer is known to the server alone."""
-        settings = {key.replace("max_tokens", "max_new_tokens"): str(value) for key, value in self._settings.items()}
-        return {"policy": self.name, "dialect": self.dialect, "history": self.history, **settings}
+        flat = {**self._settings, **self._settings.get("extra_body", {})}
+        flat.pop("extra_body", None)
+        settings = {key.replace("max_tokens", "max_new_tokens"): str(value) for key, value in flat.items()}
+        said = wording_facts(self.dialect, self.wording)
+        return {"policy": self.name, "dialect": self.dialect, "history": self.history, **said, **settings}
 
     def _offered(self) -> dict[str, dict[str, Any]]:
         """Facts by model name, as the server lists them; none where it has no list (some fail to make one)."""
@@ -103,7 +121,9 @@ class EndpointPolicy:
             return {}
 
     def _ask(self, observation: Observation) -> Completion:
-        messages = render(observation, dialect=self.dialect, history=self.history, style=self.style)
+        messages = render(
+            observation, dialect=self.dialect, history=self.history, style=self.style, wording=self.wording
+        )
         started = time.perf_counter()
         try:
             answer = self._client.chat.completions.create(

@@ -29,16 +29,14 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, ProcessorMixin
 from transformers.utils import logging as transformers_logging
 
-from ibisagent.domain import Completion, Image, Observation
+from ibisagent.domain import Completion, Image, Observation, Wording
 from ibisagent.errors import ConfigError, IbisError, PolicyError
 from ibisagent.files import one_line
-from ibisagent.policies.base import MAX_NEW_TOKENS
+from ibisagent.policies.base import MAX_NEW_TOKENS, is_public
 from ibisagent.policies.one_by_one import Answering, answering, refinements, sentence_for, understood
 from ibisagent.policies.vocabulary import Asked, Look, Vocabulary
+from ibisagent.policies.wording import read_wording, wording_facts
 from ibisagent.protocol import DIALECTS, History, Message, OverlayStyle, render
-
-PUBLIC_WEIGHTS = ("manglu3935/IBIS", "qwen2_5vl-7b-RL")
-"""Repository and subfolder of the paper authors' own weights; they speak the dialect "released"."""
 
 PROPOSAL_TEMPERATURE = 0.5
 KEPT_LOOKS = 64
@@ -76,8 +74,10 @@ class MllmPolicy:
     else cpu; dtype "auto" is bfloat16 on cuda, else float32.
     temperature 0 is greedy; otherwise what is drawn depends on `seed` and the batch alone, not on earlier calls.
     batch_size: conversations per forward pass. min_pixels, max_pixels: bounds of the area that an image is resized to,
-    for models with a free image size (Qwen). candidates: replies that `propose` gives; None takes `config.candidates`,
-    else 1. name: how `load_policy` was asked for it.
+    for models with a free image size (Qwen); None takes the dialect's own where it has any. prompts: a TOML file with
+    what the model is told (`policies.wording`); None takes `config.wording`, else the dialect's own words.
+    candidates: replies that `propose` gives; None takes `config.candidates`, else 1. name: how `load_policy` was asked
+    for it.
 
     Safe to call from several threads; calls queue. Raises ConfigError for options that do not exist or fit and
     PolicyError for missing or damaged weights and for lack of memory.
@@ -101,6 +101,7 @@ class MllmPolicy:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         candidates: int | None = None,
+        prompts: str | Path | None = None,
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch size {batch_size}: give 1 or more")
@@ -115,7 +116,6 @@ class MllmPolicy:
         self._lock = threading.Lock()
 
         self._processor = _load_processor(self._folder, self.name)
-        self._image_options = _image_options(self._processor, min_pixels, max_pixels, self.name)
         self._model = _load_model(self._folder, self._dtype, self.name)
         if self._adapter:
             self._model = _merge_adapter(self._model, self._adapter)
@@ -123,8 +123,8 @@ class MllmPolicy:
         self._model.generation_config = _plain_generation(self._model, self._processor.tokenizer)
 
         config = self._model.config
-        public = any(part in str(source) for part in PUBLIC_WEIGHTS)
-        self.dialect: str = dialect or getattr(config, "dialect", None) or ("released" if public else "ibis")
+        own = "released" if is_public(str(source)) else "ibis"
+        self.dialect: str = dialect or getattr(config, "dialect", None) or own
         if self.dialect not in DIALECTS:
             raise ConfigError(f"unknown dialect '{self.dialect}' for {self.name}: choose one of {', '.join(DIALECTS)}")
         default = DIALECTS[self.dialect]
@@ -133,6 +133,11 @@ class MllmPolicy:
         self.max_turns: int | None = getattr(config, "max_turns", None)
         self.candidates: int = candidates or int(getattr(config, "candidates", 1))
         self.style: OverlayStyle = style or getattr(config, "mask_style", None) or default.style
+        kept = getattr(config, "wording", None)
+        self.wording = read_wording(prompts) if prompts is not None else Wording(**kept) if kept else None
+        if max_pixels is None and default.rules.max_pixels and _takes_any_size(self._processor):
+            max_pixels = min(default.rules.max_pixels, self._processor.image_processor.size["longest_edge"])
+        self._image_options = _image_options(self._processor, min_pixels, max_pixels, self.name)
         self.vocabulary = Vocabulary.read(self._folder)
         self._looks: OrderedDict[tuple[str, str], Look] = OrderedDict()
 
@@ -208,10 +213,7 @@ class MllmPolicy:
 
     def _write(self, observations: Sequence[Observation]) -> list[Completion]:
         """What the model writes, for `respond`."""
-        conversations = [
-            render(observation, dialect=self.dialect, history=self.history, style=self.style)
-            for observation in observations
-        ]
+        conversations = [self._ask(observation) for observation in observations]
         completions = []
         for batch in _batches(conversations, self._batch_size):
             started = time.perf_counter()
@@ -225,10 +227,7 @@ class MllmPolicy:
 
         They are drawn at PROPOSAL_TEMPERATURE: at 1, a small model explores far worse replies than its likeliest.
         """
-        conversations = [
-            render(observation, dialect=self.dialect, history=self.history, style=self.style)
-            for observation in observations
-        ]
+        conversations = [self._ask(observation) for observation in observations]
         proposals: list[list[Completion]] = []
         draws = self.candidates - 1
         for batch in _batches(conversations, max(1, self._batch_size // self.candidates)):
@@ -240,6 +239,9 @@ class MllmPolicy:
                 written = [first, *drawn[number * draws : (number + 1) * draws]]
                 proposals.append([Completion(one.text, one.tokens, seconds) for one in written])
         return proposals
+
+    def _ask(self, observation: Observation) -> list[Message]:
+        return render(observation, dialect=self.dialect, history=self.history, style=self.style, wording=self.wording)
 
     def generate(
         self,
@@ -293,6 +295,7 @@ class MllmPolicy:
             "policy_device": str(self._device),
             "dialect": self.dialect,
             "history": self.history,
+            **wording_facts(self.dialect, self.wording),
             "max_new_tokens": str(self.max_new_tokens),
             "temperature": str(self.temperature),
             "seed": str(self.seed),
@@ -438,6 +441,8 @@ def _load_processor(folder: Path, name: str) -> Any:
     loader: Any = AutoProcessor
     with _load_remedy(f"{name}: its processor"):
         processor = loader.from_pretrained(folder, local_files_only=True)
+        if isinstance(processor, ProcessorMixin) and not processor.chat_template:
+            processor.chat_template = processor.tokenizer.chat_template  # older folders have it there alone
         if not isinstance(processor, ProcessorMixin) or not processor.chat_template:
             raise PolicyError(f"{name} has no image processor with a chat template: give an image-text-to-text model")
     tokenizer = processor.tokenizer
@@ -458,11 +463,15 @@ def _remember_added_tokens(tokenizer: Any) -> None:
     tokenizer.__class__ = type(kind.__name__, (kind,), tables)
 
 
+def _takes_any_size(processor: Any) -> bool:
+    return "max_pixels" in getattr(processor.image_processor.valid_kwargs, "__annotations__", {})
+
+
 def _image_options(processor: Any, min_pixels: int | None, max_pixels: int | None, name: str) -> dict[str, Any]:
     """Arguments of the processor call that bound the area of an image (Qwen calls these areas "edges")."""
     if min_pixels is None and max_pixels is None:
         return {}
-    if "max_pixels" not in getattr(processor.image_processor.valid_kwargs, "__annotations__", {}):
+    if not _takes_any_size(processor):
         raise ConfigError(f"{name} takes images of one size: leave min_pixels and max_pixels out")
     size = processor.image_processor.size
     low, high = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]

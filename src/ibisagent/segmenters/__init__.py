@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -67,6 +67,18 @@ class Segmenter(Protocol):
 
     def describe(self) -> dict[str, str]:
         """Facts for records: "segmenter", "runtime", "weights_sha256", "licence"; all there, "" where none."""
+        ...
+
+
+@runtime_checkable
+class Multimask(Protocol):
+    """A segmenter that can be asked for several masks at every prompt, of which the one that it scores highest counts.
+
+    Otherwise it asks for several where a prompt leaves open what is meant.
+    """
+
+    def with_multimask(self) -> Segmenter:
+        """The same segmenter, weights and embeddings shared, that asks for several masks at every prompt."""
         ...
 
 

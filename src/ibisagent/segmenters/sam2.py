@@ -11,6 +11,7 @@ import json
 import pickle
 import re
 from collections.abc import Mapping, Sequence
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -112,6 +113,7 @@ class Sam2:
         import torch
 
         self.name = f"sam2:{source}"
+        self._multimask = False
         self.cache = cache if cache is not None else EmbeddingCache()
         checkpoint = _CHECKPOINT.fullmatch(source)
         self._side = int(checkpoint["side"]) if checkpoint and checkpoint["side"] else None
@@ -142,7 +144,13 @@ class Sam2:
                 ) from error
 
         features = self.cache.fetch(f"{self.name} {self._device}", image.sha256, embed)
-        return Sam2Session(image.size, features, self._model, self._processor)
+        return Sam2Session(image.size, features, self._model, self._processor, self._multimask)
+
+    def with_multimask(self) -> Sam2:
+        """See `segmenters.Multimask`."""
+        twin = copy(self)
+        twin._multimask = True
+        return twin
 
     def memory(self) -> Sam2Memory | None:
         """An empty memory; None where the weights are of a model for single images. Loaded when first needed."""
@@ -190,18 +198,24 @@ class Sam2Session:
     """One embedded image. Its logits are (h, w) float32, on the decoder's own square grid."""
 
     def __init__(
-        self, size: tuple[int, int], features: Sequence[torch.Tensor], model: Any, processor: Sam2Processor
+        self,
+        size: tuple[int, int],
+        features: Sequence[torch.Tensor],
+        model: Any,
+        processor: Sam2Processor,
+        multimask: bool = False,
     ) -> None:
         self._size = size
         self._features = features
         self._model = model
         self._processor = processor
+        self._multimask = multimask
         rows, columns = model.prompt_encoder.mask_input_size
         self._grid = (int(rows), int(columns))
 
     def predict(self, prompts: Sequence[Prompt], prior: np.ndarray | None = None) -> Prediction:
         """See `SegmenterSession`. Three masks are asked for, and the one of the best score kept, only for a single
-        click with nothing else: that is when SAM 2 may still mean a part or the whole."""
+        click with nothing else: that is when SAM 2 may still mean a part or the whole. With multimask at every step."""
         import torch
 
         check_prompts(prompts, self._size)
@@ -220,16 +234,16 @@ class Sam2Session:
             inputs.pop("original_sizes")
             if prior is not None:
                 inputs["input_masks"] = torch.from_numpy(self._as_logits(prior)[None, None]).to(device)
-            single = len(clicks) == 1 and box is None and prior is None
+            multimask = self._multimask or (len(clicks) == 1 and box is None and prior is None)
             with torch.inference_mode():
-                output = self._model(image_embeddings=list(self._features), multimask_output=single, **inputs)
+                output = self._model(image_embeddings=list(self._features), multimask_output=multimask, **inputs)
             scores = output.iou_scores[0, 0].float().cpu().numpy()
             masks = output.pred_masks[0, 0].float().cpu().numpy()
         except RuntimeError as error:
             raise SegmenterError(f"sam2 failed: {one_line(error, 300)}") from error
         best = int(scores.argmax())
+        mask = cv2.resize(masks[best], self._size[::-1], interpolation=cv2.INTER_LINEAR) > 0
         logits = np.clip(masks[best], -MAX_LOGIT, MAX_LOGIT)
-        mask = cv2.resize(logits, self._size[::-1], interpolation=cv2.INTER_LINEAR) > 0
         return Prediction(mask, float(np.clip(scores[best], 0, 1)), logits)
 
     def _centre(self, x: float, y: float) -> list[float]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from lmms_eval.api.model import lmms
 
-from ibisagent.domain import MASK_SELECTION, Case, Image, check_mask_selection, union
+from ibisagent.domain import Case, Image, check_mask_selection, union
 from ibisagent.environment import SegmentationEnv, rollout, turn_limit
 from ibisagent.errors import ConfigError
 from ibisagent.imaging.masks import encode_rle
@@ -27,14 +27,14 @@ class IbisAgent(lmms):  # type: ignore[misc]
         policy: str = "ibis-nano",
         segmenter: str = "ibis-click",
         max_turns: int | None = None,
-        mask_selection: str = MASK_SELECTION,
+        mask_selection: str | None = None,
         device: str = "auto",
         batch_size: int = 1,
         **_of_the_harness: Any,
     ) -> None:
         """All as in `ibisagent segment`; batch_size: episodes run together. ConfigError for what does not exist."""
         super().__init__()
-        self.mask_selection = check_mask_selection(mask_selection)
+        self.mask_selection = None if mask_selection is None else check_mask_selection(mask_selection)
         self.batch_size = max(1, int(batch_size))
         self.policy = load_policy(policy, device=device, batch_size=self.batch_size)
         self.max_turns = turn_limit(self.policy) if max_turns is None else int(max_turns)

@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -33,7 +33,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.generic import ModelOutput
 
 from ibisagent import files
-from ibisagent.domain import Image
+from ibisagent.domain import Image, Observation, Wording
 from ibisagent.environment import package_version
 from ibisagent.errors import ConfigError, DataError, PolicyError
 from ibisagent.files import one_line
@@ -41,7 +41,7 @@ from ibisagent.generation.exports import TRAINING_TEMPLATE
 from ibisagent.imaging.images import read_image
 from ibisagent.policies import load_policy
 from ibisagent.policies.mllm import MllmPolicy
-from ibisagent.protocol import History, Message, OverlayStyle
+from ibisagent.protocol import History, Message, OverlayStyle, render
 from ibisagent.training.finetune.recipes import StageRecipe
 
 RECIPE_NAME = "recipe.json"
@@ -102,6 +102,7 @@ class Student:
     dialect: str
     history: History
     style: OverlayStyle
+    wording: Wording | None
     describe: Callable[[], Mapping[str, str]]
     """What it was made from, for the record; reads all weights."""
 
@@ -109,6 +110,16 @@ class Student:
     def max_turns(self) -> int | None:
         """The limit of turns that the model states; see `environment.turn_limit`."""
         return getattr(self.model.config, "max_turns", None)
+
+    def told(self, observation: Observation, *, history: History | None = None) -> list[Message]:
+        """The conversation that asks the model for its next reply; history None: its own."""
+        return render(
+            observation,
+            dialect=self.dialect,
+            history=history or self.history,
+            style=self.style,
+            wording=self.wording,
+        )
 
     @cached_property
     def reply_start(self) -> str:
@@ -135,6 +146,7 @@ def load_student(recipe: StageRecipe, history: History | None) -> Student:
         dtype=dtype,
         adapter=recipe.adapter,
         max_pixels=recipe.max_pixels,
+        prompts=recipe.prompts,
     )
     if not isinstance(policy, MllmPolicy):
         raise ConfigError(
@@ -148,10 +160,12 @@ def load_student(recipe: StageRecipe, history: History | None) -> Student:
         processor.image_processor.size = {"shortest_edge": low, "longest_edge": recipe.max_pixels}
     config = model.config
     config.dialect, config.history, config.mask_style = policy.dialect, policy.history, policy.style
+    config.wording = policy.wording and asdict(policy.wording)
     if recipe.freeze_vision:
         for parameter in _vision_tower(model, policy.name)[1].parameters():
             parameter.requires_grad_(False)
-    return Student(model, processor, policy.name, policy.dialect, policy.history, policy.style, policy.describe)
+    spoken = (policy.dialect, policy.history, policy.style, policy.wording)
+    return Student(model, processor, policy.name, *spoken, policy.describe)
 
 
 def _template(recipe: StageRecipe, model_type: str, own: str) -> str:
@@ -347,7 +361,7 @@ class LogCallback(TrainerCallback):
 def without_library_warnings() -> Iterator[None]:
     """Silence what TRL and transformers warn each other of, and what is experimental in TRL: nobody here can act."""
     with warnings.catch_warnings():
-        for message in ("`is_gradient_checkpointing` is deprecated", "You are using 'environment_factory'"):
+        for message in (r"`(is_)?gradient_checkpointing\w*` is deprecated", "You are using 'environment_factory'"):
             warnings.filterwarnings("ignore", message=message)
         yield
 

@@ -36,6 +36,8 @@ class StageRecipe(Recipe):
     """Language of the turns; none takes what the policy speaks."""
     max_pixels: int | None = Field(None, ge=1)
     """Area that images are shrunk to, for models that take any size."""
+    prompts: Path | None = None
+    """TOML file with what the policy is told in place of its dialect's own words (`ibisagent data prompts`)."""
     chat_template: Path | None = None
     """Jinja file for models whose own template does not mark replies ({% generation %}) and show role "tool"."""
 
@@ -94,6 +96,8 @@ class RlRecipe(StageRecipe):
     """Longest reply; a longer one is cut, and most likely unreadable."""
     max_completion_length: int = Field(0, ge=0)
     """Longest rollout, without the first image; 0 leaves room for `max_turns`. A longer one ends as max_turns does."""
+    rollouts_at_once: int = Field(0, ge=0)
+    """Most rollouts that a process writes at once, the others after them, for a smaller key-value cache; 0: all."""
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     epsilon: float = Field(0.2, gt=0)
@@ -104,6 +108,8 @@ class RlRecipe(StageRecipe):
     """How tokens are averaged; grpo, as in the paper: within each rollout, then over rollouts."""
     num_iterations: int = Field(1, ge=1)
     """Updates from the same rollouts."""
+    steps_per_generation: int | None = Field(None, ge=1)
+    """Batches from the same rollouts: `gradient_accumulation_steps` times the updates; none: one update."""
     dynamic_sampling: int = Field(0, ge=0)
     """Dynamic sampling: so often, cases whose rollouts all earned the same are replaced by other cases."""
     rewards: RewardWeights = PAPER

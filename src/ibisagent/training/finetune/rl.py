@@ -9,6 +9,7 @@ judges the episode.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -31,7 +32,6 @@ from ibisagent.errors import ConfigError, PolicyError, SegmenterError
 from ibisagent.files import try_folder
 from ibisagent.generation.exports import read_grpo
 from ibisagent.imaging.masks import decode_rle, iou
-from ibisagent.protocol import render
 from ibisagent.query import target_of
 from ibisagent.rewards import RewardWeights, Score, match_names, score
 from ibisagent.segmenters import Segmenter, load_segmenter
@@ -151,11 +151,7 @@ class SegmentationTool:
         return _OVER if self.rollout.done else self._shown()
 
     def _shown(self) -> list[dict[str, Any]]:
-        student = self._student
-        messages = render(
-            self.rollout.observation, dialect=student.dialect, history=student.history, style=student.style
-        )
-        return list(messages[-1]["content"])
+        return list(self._student.told(self.rollout.observation)[-1]["content"])
 
 
 def judge(weights: RewardWeights, keep: Callable[[Sequence[Episode]], None]) -> Callable[..., list[float | None]]:
@@ -231,8 +227,9 @@ class _Shown(list[Any]):
 class _Trainer(GRPOTrainer):
     """TRL's, which ends a rollout when its episode is over, and can replace cases that teach nothing."""
 
-    def __init__(self, dynamic_sampling: int, **options: Any) -> None:
+    def __init__(self, dynamic_sampling: int, at_once: int, **options: Any) -> None:
         self._dynamic_sampling = dynamic_sampling
+        self._at_once = at_once  # rollouts that are written together; 0: all
         self._turn: tuple[Any, ...] = ()  # the latest that this process wrote
         self._in_step = False  # whether its turns wait for those of the other processes
         super().__init__(**options)
@@ -260,25 +257,38 @@ class _Trainer(GRPOTrainer):
         self._turn = (prompt_ids, images, multimodal_fields, has_tool_images)
         if self._in_step:
             return self._write_turn(*self._turn, most=self._most_unfinished(len(prompt_ids)))
-        return super()._generate_single_turn(
-            prompt_ids, images, multimodal_fields, num_generations, has_tool_images=has_tool_images
-        )
+        if self.use_vllm:
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, has_tool_images=has_tool_images
+            )
+        return self._write_turn(*self._turn, most=len(prompt_ids))
 
-    def _write_turn(self, prompt_ids: Any, images: Any, fields: Any, has_tool_images: bool, most: int = 0) -> Any:
+    def _write_turn(self, prompt_ids: Any, images: Any, fields: Any, has_tool_images: bool, most: int) -> Any:
         """One turn of each of these rollouts, while every other process writes one of its own.
 
         most: rollouts of any process. A vLLM server hands out its replies by equal shares, so there each asks for as
-        many.
+        many. Elsewhere so many are written at a time as the recipe says, as often as on the process with most.
         """
-        count = len(prompt_ids)
-        if self.use_vllm and self.vllm_mode == "server":
-            more = max(most, count) - count
-            prompt_ids = [*prompt_ids, *prompt_ids[:1] * more]
-            images = images and [*images, *images[:1] * more]
-        written, logprobs = super()._generate_single_turn(
-            prompt_ids, images, fields, 1, has_tool_images=has_tool_images
-        )
-        return written[:count], logprobs and logprobs[:count]
+        count, most = len(prompt_ids), max(most, len(prompt_ids))
+        if self.use_vllm:
+            prompt_ids = [*prompt_ids, *prompt_ids[:1] * (most - count)]
+            images = images and [*images, *images[:1] * (most - count)]
+            written, logprobs = super()._generate_single_turn(
+                prompt_ids, images, fields, 1, has_tool_images=has_tool_images
+            )
+            return written[:count], logprobs and logprobs[:count]
+        size = self._at_once or most
+        chunks = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        chunks += chunks[-1:] * (math.ceil(most / size) - len(chunks))  # to no effect
+        replies: list[Any] = []
+        for rows in chunks:
+            ids = [prompt_ids[row] for row in rows]
+            shown = images and [images[row] for row in rows]
+            written, _ = super()._generate_single_turn(
+                ids, shown, _fields_of(fields, images, rows), 1, has_tool_images=has_tool_images
+            )
+            replies += written
+        return replies[:count], None
 
     def _most_unfinished(self, own: int) -> int:
         """The largest number of rollouts that a process is about to go on with; waits until all have said theirs."""
@@ -319,6 +329,22 @@ class _Trainer(GRPOTrainer):
 
     def _log_now(self, name: str, value: float) -> None:
         self._metrics["train"][name].append(value)
+
+
+def _fields_of(fields: Mapping[str, Any], images: Any, rows: Sequence[int]) -> dict[str, Any]:
+    """What a processor made of the `images` of some paths, for a few of them."""
+    if len(rows) == len(images or ()):
+        return dict(fields)
+    if "pixel_values" not in fields:
+        return {name: [values[row] for row in rows] for name, values in fields.items()}
+    if isinstance(fields["pixel_values"], list):
+        fields = {**fields, "pixel_values": torch.tensor(np.array(fields["pixel_values"]))}
+    split = split_pixel_values_by_grid({**fields, "num_images": [len(shown or ()) for shown in images]})
+    chosen: dict[str, Any] = {name: [values[row] for row in rows] for name, values in split.items()}
+    stacked = {name: torch.stack(chosen[name]) for name, values in split.items() if isinstance(values, torch.Tensor)}
+    few: dict[str, Any] = unsplit_pixel_values_by_grid({**chosen, **stacked})
+    few.pop("num_images")
+    return few if few["pixel_values"].numel() else {}
 
 
 def groups_that_teach(advantages: torch.Tensor, rollouts: int) -> list[int]:
@@ -398,6 +424,7 @@ def make_trainer(recipe: RlRecipe, report: Report = lambda step, steps, logs: No
 
     trainer = _Trainer(
         recipe.dynamic_sampling,
+        recipe.rollouts_at_once,
         model=student.model,
         reward_funcs=judge(recipe.rewards, keep),
         args=arguments,
@@ -431,6 +458,7 @@ def _grpo_config(recipe: RlRecipe) -> GRPOConfig:
         epsilon_high=recipe.epsilon_high,
         loss_type=recipe.loss_type,
         num_iterations=recipe.num_iterations,
+        steps_per_generation=recipe.steps_per_generation,
         scale_rewards="group",
         log_completions=False,
         **vllm,
@@ -456,7 +484,7 @@ def _shown_tokens(student: Student, cases: Sequence[Case]) -> int:
     for index in np.linspace(0, len(cases) - 1, min(len(cases), _PROBED_CASES)).astype(int):
         case = cases[int(index)]
         seen = Observation(case.id, case.image, case.query, {target_of(case.query): np.ones(case.image.size, bool)})
-        messages = render(seen, dialect=student.dialect, history="full", style=student.style)[-1:]
+        messages = student.told(seen, history="full")[-1:]
         read = student.processor.apply_chat_template(
             [messages], add_generation_prompt=True, tokenize=True, return_dict=True
         )
@@ -467,7 +495,7 @@ def _shown_tokens(student: Student, cases: Sequence[Case]) -> int:
 def _rows(student: Student, cases: Sequence[Case]) -> Dataset:
     """What TRL draws from: for each case its number and what comes before the first image."""
     case = cases[0]
-    told = render(Observation("", case.image, "?"), dialect=student.dialect, history="full", style=student.style)
+    told = student.told(Observation("", case.image, "?"), history="full")
     before = [{"role": m["role"], "content": "".join(part["text"] for part in m["content"])} for m in told[:-1]]
     prompt = [*before, {"role": "user", "content": ""}]
     numbers = Dataset.from_dict({"case": list(range(len(cases)))})

@@ -31,7 +31,7 @@ from ibisagent.files import try_folder
 from ibisagent.generation.exports import Conversation, read_trl
 from ibisagent.imaging.images import read_image
 from ibisagent.policies.nano import LOCATIONS
-from ibisagent.protocol import History, Message, render
+from ibisagent.protocol import History, Message
 from ibisagent.store import EpisodeStore, StoredEpisodes
 from ibisagent.training.finetune.common import (
     LogCallback,
@@ -199,7 +199,7 @@ def _example(episode: Episode, image_of: Callable[[str, str], Image], student: S
     turns = episode.turns[: last + 1]
     image = image_of(episode.image_source, episode.image_sha256)
     seen = Observation(episode.case_id, image, episode.query, turns[-1].before, turns[:-1])
-    messages = render(seen, dialect=student.dialect, history=student.history, style=student.style)
+    messages = student.told(seen)
     text = {"type": "text", "text": turns[-1].completion.text}
     messages.append({"role": "assistant", "content": [text]})
     if turn is None:
