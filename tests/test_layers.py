@@ -122,7 +122,7 @@ def test_the_checks_can_fail(tmp_path: Path) -> None:
         "torch.nn",
         "ibisagent.cli.app",
         "ibisagent.store",
-        "ibisagent.server.policy_server",
+        "ibisagent.server.chat",
         "ibisagent.policies.base",
     }
     assert room("ibisagent.cli.app") == room("ibisagent.cli") == "cli"

@@ -118,7 +118,7 @@ def read_round(plain: Mapping[str, Any], size: tuple[int, int], where: str) -> R
 
 
 @dataclass(frozen=True, slots=True)
-class Glance:
+class SessionSummary:
     """What a list of sessions says of one, read without its image. objects: names of those with a mask."""
 
     source: str
@@ -128,8 +128,8 @@ class Glance:
     objects: tuple[str, ...]
 
 
-def context(folder: Path) -> Glance:
-    """The session that keeps itself in `folder`, at a context features. DataError where the folder holds none."""
+def summary_of(folder: Path) -> SessionSummary:
+    """The session that keeps itself in `folder`, in short. DataError where the folder holds none."""
     path = folder / SESSION_FILE
     try:
         plain = json.loads(path.read_bytes())
@@ -140,7 +140,7 @@ def context(folder: Path) -> Glance:
         masks = last["steps"][-1]["masks"] if last["steps"] else last["start"]
         edits = [str(each.get("edit", "")) for each in rounds]
         state = state_of(by, everyone, edits)
-        return Glance(
+        return SessionSummary(
             str(plain["source"]), str(last["query"]), state, len(everyone), tuple(str(one["name"]) for one in masks)
         )
     except OSError as error:

@@ -18,21 +18,19 @@ from ibisagent.domain import MAX_QUERY_CHARS, Masks
 from ibisagent.files import png_bytes
 from ibisagent.imaging.masks import encode_rle, rle_area
 from ibisagent.inference.session import Session
-from ibisagent.server.app import (
-    KEPT,
-    AgentThreads,
+from ibisagent.server.app import KEPT, AgentThreads, kept_as
+from ibisagent.server.auth import visitor_of
+from ibisagent.server.job_routes import file_answer
+from ibisagent.server.scans import Scan, Scans
+from ibisagent.server.schemas import (
     ClickRequest,
     QueryText,
     SessionView,
     StrictBody,
     TargetName,
     TargetView,
-    kept_as,
     session_view,
 )
-from ibisagent.server.auth import visitor_of
-from ibisagent.server.job_routes import file_answer
-from ibisagent.server.scans import Scan, Scans
 from ibisagent.server.service import Service
 from ibisagent.server.worklist import Worklist
 

@@ -25,15 +25,14 @@ from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from ibisagent.domain import MAX_NAME_CHARS, MAX_QUERY_CHARS, Completion, Mask, Reply, Turn
+from ibisagent.domain import MAX_NAME_CHARS, MAX_QUERY_CHARS, Mask
 from ibisagent.environment import package_version
 from ibisagent.errors import IbisError, PolicyError, SegmenterError, TooLargeError
 from ibisagent.files import file_names, png_bytes
-from ibisagent.imaging.masks import encode_rle, rle_area
+from ibisagent.imaging.masks import encode_rle
 from ibisagent.inference.image import asked_objects
 from ibisagent.inference.rounds import Step
 from ibisagent.inference.session import BusyError, RunEnd, Session
@@ -51,151 +50,32 @@ from ibisagent.server.docs import docs_page
 from ibisagent.server.job_routes import Tags, add_jobs, file_answer
 from ibisagent.server.listening import listen
 from ibisagent.server.metrics import MONAI_PATHS, Metrics
+from ibisagent.server.schemas import (
+    AcceptRequest,
+    AskRequest,
+    BoxRequest,
+    ClickRequest,
+    ErrorView,
+    ForkRequest,
+    RunRequest,
+    SegmentView,
+    SessionView,
+    StepView,
+    TurnView,
+    session_view,
+    turn_view,
+)
 from ibisagent.server.service import FullError, MissingError, Service, export_zip, training_zip
 from ibisagent.server.storage import no_room
-from ibisagent.store import plain_turn, record_json
+from ibisagent.store import record_json
 
 Returned = TypeVar("Returned")
 _log = logging.getLogger("ibisagent.server")
 
-MAX_COORDINATE = 2**20
 KEPT = {"cache-control": "private, max-age=3600, immutable"}  # what never changes at its address
 FORM_BYTES = 2**20  # what a request may hold beside its upload
 EXPIRY_SECONDS = 30.0  # between two looks at what is idle: sessions, jobs, memory
 ALIVE_SECONDS = 15.0  # in which a stream says something, so that no proxy takes it for dead
-
-
-class StrictBody(BaseModel):
-    """Unknown fields are refused: a setting that would be ignored must not look as if it had worked."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-Coordinate = Annotated[int, Field(ge=0, le=MAX_COORDINATE, strict=True)]
-TargetName = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
-QueryText = Annotated[str, Field(min_length=1, max_length=MAX_QUERY_CHARS)]
-
-
-class AskRequest(StrictBody):
-    """A turn of the agent. query: a new request, which begins a new round; left out, the last one stands."""
-
-    query: QueryText | None = None
-
-
-class RunRequest(AskRequest):
-    """Turns of the agent until it stops, at most `max_turns`, by default the policy's own limit."""
-
-    max_turns: Annotated[int, Field(ge=1, le=1000)] | None = None
-
-
-class ClickRequest(StrictBody):
-    """A user's click on a pixel; `target` left out means the object clicked last."""
-
-    x: Coordinate
-    y: Coordinate
-    positive: bool = True
-    target: TargetName | None = None
-
-
-class BoxRequest(StrictBody):
-    """A user's box, half-open, in pixels."""
-
-    x0: Coordinate
-    y0: Coordinate
-    x1: Coordinate
-    y1: Coordinate
-    target: TargetName | None = None
-
-
-class AcceptRequest(StrictBody):
-    """A user says that the masks are right; `absent` names objects that the image does not show."""
-
-    answer: Annotated[str, Field(max_length=MAX_QUERY_CHARS)] = ""
-    absent: Annotated[list[TargetName], Field(max_length=8)] = []
-
-
-class ForkRequest(StrictBody):
-    """A new session from the first `turn` turns of this one."""
-
-    turn: Annotated[int, Field(ge=0, le=100_000)]
-
-
-class TurnView(BaseModel):
-    """One turn. by: "agent" or "user". actions: as in records. problem: why a reply could not be read."""
-
-    number: int
-    by: str
-    thought: str
-    actions: list[dict[str, Any]]
-    problem: str | None
-    predicted_quality: float | None
-    seconds: float
-
-
-class TargetView(BaseModel):
-    """One object as it stands. pixels: how many its mask has. mask: COCO run lengths."""
-
-    name: str
-    pixels: int
-    mask: dict[str, Any]
-
-
-class EditView(BaseModel):
-    """What a user did to the masks by hand (brush, rename, ...), after `after` turns."""
-
-    after: int
-    what: str
-
-
-class SessionView(BaseModel):
-    """A session as it stands; images have addresses of their own below it.
-
-    state: "new", "agent" (nobody else has acted), "corrected" or "accepted" by a user. prompts: the clicks and boxes
-    that stand.
-    """
-
-    id: str
-    query: str
-    state: str
-    image: str
-    width: int
-    height: int
-    target: str
-    targets: list[TargetView]
-    prompts: list[dict[str, Any]]
-    turns: list[TurnView]
-    edits: list[EditView]
-    running: bool
-    can_undo: bool
-    can_redo: bool
-
-
-class StepView(BaseModel):
-    """What an action changed. ended: why a run ended; null after a single turn."""
-
-    ended: str | None = None
-    session: SessionView
-
-
-class SegmentView(BaseModel):
-    """What one run made of one image. masks: COCO run lengths by target.
-
-    objects: of each that was asked for its name, whether the policy learned it (known), else the nearest name that it
-    learned, and how likely the image shows it (presence, 0 to 1); empty where the policy makes no claim.
-    """
-
-    ended: str
-    answer: str
-    absent: list[str]
-    objects: list[dict[str, Any]]
-    masks: dict[str, dict[str, Any]]
-    turns: list[TurnView]
-
-
-class ErrorView(BaseModel):
-    """What was wrong, where, and what to do, in one line."""
-
-    detail: str
 
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -212,49 +92,6 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         507: "the server's disk is full",
     }.items()
 }
-
-
-def turn_view(number: int, step: Step) -> TurnView:
-    """A step, for clients."""
-    turn = step.turn
-    return TurnView(
-        number=number,
-        by=step.by,
-        thought=turn.reply.thought,
-        actions=plain_actions(turn.reply),
-        problem=turn.reply.problem,
-        predicted_quality=turn.segmenter_score,
-        seconds=turn.completion.seconds,
-    )
-
-
-def plain_actions(reply: Reply) -> list[dict[str, Any]]:
-    """The actions of a reply, as in records."""
-    actions: list[dict[str, Any]] = plain_turn(Turn(Completion(""), reply, {}, {}))["actions"]
-    return actions
-
-
-def session_view(session: Session) -> SessionView:
-    """A session, for clients."""
-    height, width = session.image.size
-    return SessionView(
-        id=session.id,
-        query=session.query,
-        state=session.state,
-        image=session.image.source,
-        width=width,
-        height=height,
-        target=session.target,
-        targets=[
-            TargetView(name=name, pixels=rle_area(code), mask=dict(code)) for name, code in session.answer_codes.items()
-        ],
-        prompts=plain_actions(Reply("", tuple(session.prompts))),
-        turns=[turn_view(number, step) for number, step in enumerate(session.steps, 1)],
-        edits=[EditView(after=after, what=what) for after, what in session.edits],
-        running=session.running,
-        can_undo=session.can_undo,
-        can_redo=session.can_redo,
-    )
 
 
 class AgentThreads:
@@ -529,6 +366,13 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
         """Close a session and delete its files."""
         service.close_session(id)
 
+    _add_agent(router, service, threads, metrics)
+    _add_user(router, service)
+    _add_files(router, service)
+    app.include_router(router)
+
+
+def _add_agent(router: APIRouter, service: Service, threads: AgentThreads, metrics: Metrics) -> None:
     def run_steps(session: Session, asked: RunRequest, on_step: Callable[[Step], None] | None = None) -> RunEnd:
         def count(step: Step) -> None:
             metrics.turns.inc()
@@ -569,6 +413,8 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
             headers={"cache-control": "no-store", "x-accel-buffering": "no"},  # nginx passes turns on as they are taken
         )
 
+
+def _add_user(router: APIRouter, service: Service) -> None:
     def after(id_: str, act: Callable[[Session], object]) -> SessionView:
         session = service.session(id_)
         act(session)
@@ -614,6 +460,8 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
         """A new session from the first turns of this one."""
         return session_view(service.fork(id, asked.turn))
 
+
+def _add_files(router: APIRouter, service: Service) -> None:
     @router.get("/mask", response_class=Response, responses=file_answer("image/png"))
     def mask(id: str, target: Annotated[str, Query(min_length=1, max_length=MAX_NAME_CHARS)]) -> Response:  # noqa: A002
         """One mask: the image's size, 0 outside and 255 inside."""
@@ -657,8 +505,6 @@ def _add_sessions(app: FastAPI, service: Service, threads: AgentThreads, metrics
         """What a user corrected, to train with, in a zip: episodes for SFT, image, masks and manifest for RL."""
         session = service.session(id)
         return _download(session, training_zip(service, session), "training.zip", "application/zip")
-
-    app.include_router(router)
 
 
 def _download(session: Session, content: bytes, ending: str, media_type: str) -> Response:

@@ -21,7 +21,8 @@ from ibisagent.files import png_bytes
 from ibisagent.imaging.masks import encode_rle
 from ibisagent.inference.session import Session
 from ibisagent.protocol import overlay
-from ibisagent.server.app import AgentThreads, session_view
+from ibisagent.server.app import AgentThreads
+from ibisagent.server.schemas import session_view
 from ibisagent.server.service import MissingError, Service, export_zip
 
 Image = Annotated[str, Field(description="the image file (PNG, JPEG, TIFF, BMP) in base64")]
@@ -43,7 +44,7 @@ def mount_mcp(app: FastAPI, service: Service, threads: AgentThreads) -> Callable
     """Add the endpoint; its session manager runs with the application. Names and origins are checked by the
     middleware."""
     server = MCPServer("ibisagent", instructions=INSTRUCTIONS, version=package_version(), log_level="WARNING")
-    tab = _Desk(service, threads)
+    tab = _Sessions(service, threads)
     _add_tools(server, tab)
     _add_acts(server, tab)
     _add_resources(server, tab)
@@ -62,7 +63,7 @@ def _view(session: Session) -> dict[str, Any]:
     return session_view(session).model_dump()
 
 
-class _Desk:
+class _Sessions:
     """The sessions that other agents may use: those that belong to no visitor of the page."""
 
     def __init__(self, service: Service, threads: AgentThreads) -> None:
@@ -99,7 +100,7 @@ class _Desk:
         return await self.answered(work)
 
 
-def _add_tools(server: MCPServer[Any], tab: _Desk) -> None:
+def _add_tools(server: MCPServer[Any], tab: _Sessions) -> None:
     service, answered, shared, opened = tab.service, tab.answered, tab.shared, tab.opened
     idle = f"It is deleted {service.limits.idle_seconds / 60:g} minutes after its last use."
 
@@ -158,7 +159,7 @@ def _add_tools(server: MCPServer[Any], tab: _Desk) -> None:
         return await answered(work)
 
 
-def _add_acts(server: MCPServer[Any], tab: _Desk) -> None:
+def _add_acts(server: MCPServer[Any], tab: _Sessions) -> None:
     @server.tool()
     async def click(
         session: SessionId, x: int, y: int, positive: bool = True, target: str | None = None
@@ -193,7 +194,7 @@ def _add_acts(server: MCPServer[Any], tab: _Desk) -> None:
         return await tab.answered(work)
 
 
-def _add_resources(server: MCPServer[Any], tab: _Desk) -> None:
+def _add_resources(server: MCPServer[Any], tab: _Sessions) -> None:
     @server.resource(IMAGE_URI, mime_type="image/png")
     async def image(session: str) -> bytes:
         """The image of a session with its masks."""

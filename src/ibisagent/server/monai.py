@@ -76,7 +76,7 @@ def mount_monai(
     _add_info(router, images, labels)
     _add_sessions(router, sessions)
     _add_datastore(router, images, archive)
-    _add_infer(router, QuestionGenerator(service, labels), sessions, archive, threads)
+    _add_infer(router, Inference(service, labels), sessions, archive, threads)
     started = add_learning(router, service, threads, images, archive.unlabelled, labels[0])
     app.include_router(router)
     return started
@@ -126,7 +126,7 @@ class Answer:
         return {"label_names": names, "absent": self.absent, "centroids": {}}
 
 
-class QuestionGenerator:
+class Inference:
     """Asks the agent, or the segmenter with a user's clicks, about images and volumes."""
 
     def __init__(self, service: Service, labels: Sequence[str]) -> None:
@@ -209,7 +209,7 @@ class QuestionGenerator:
 
 
 def _add_infer(
-    router: APIRouter, asker: QuestionGenerator, sessions: ImageStore, archive: Archive, threads: AgentThreads
+    router: APIRouter, inference: Inference, sessions: ImageStore, archive: Archive, threads: AgentThreads
 ) -> None:
     @router.post("/infer/{model}")
     async def infer(
@@ -236,7 +236,7 @@ def _add_infer(
             source = await threads(lambda: sessions.get(session_id) if session_id else archive.get(image))
         else:
             raise ConfigError("say which image: send it as 'file', or name it with 'image' or 'session_id'")
-        answer = await threads(lambda: asker.about(source, asked))
+        answer = await threads(lambda: inference.about(source, asked))
         _log.info("infer %s: %d masks in %.1f s", model, len(answer.masks), time.monotonic() - began)
         if output == "json":
             return Response(json.dumps(answer.facts), media_type="application/json")

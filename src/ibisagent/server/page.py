@@ -63,13 +63,13 @@ def mount_page(
 
     @asynccontextmanager
     async def warmed() -> AsyncIterator[None]:
-        threading.Thread(target=_warm_up, args=(service,), name="warm-up", daemon=True).start()
+        threading.Thread(target=_preload, args=(service,), name="warm-up", daemon=True).start()
         yield
 
     return warmed
 
 
-def _warm_up(service: Service) -> None:
+def _preload(service: Service) -> None:
     """One turn on an empty image, so that the first one of a user finds the models ready."""
     blank = Image(np.zeros((_WARM_SIDE, _WARM_SIDE, 3), np.uint8))
     try:

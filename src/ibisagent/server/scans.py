@@ -27,7 +27,7 @@ from ibisagent.errors import DataError, TooLargeError
 from ibisagent.files import file_names, make_folder, safe_name, write_whole
 from ibisagent.inference.corrections import add_to_data_set
 from ibisagent.inference.image import provenance_of
-from ibisagent.inference.rounds import SESSION_FILE, State, context
+from ibisagent.inference.rounds import SESSION_FILE, State, summary_of
 from ibisagent.inference.session import BusyError, Session
 from ibisagent.inference.volume import RECHECK, run_volume
 from ibisagent.policies.base import Policy
@@ -213,7 +213,7 @@ class Scans:
         stamps = self._stamps(scan)
         if scan.accepted is not None and scan.accepted == stamps:
             return "accepted"
-        states = {context(self._service.session_folder(session)).state for session in stamps}
+        states = {summary_of(self._service.session_folder(session)).state for session in stamps}
         if scan.carried or states & {"corrected", "accepted"}:
             return "corrected"
         return "agent" if scan.found or "agent" in states else "new"

@@ -20,7 +20,7 @@ from ibisagent.errors import ConfigError, DataError
 from ibisagent.evaluation.reliability import FREE_SIGNALS, Reliability, signals
 from ibisagent.files import file_names, make_folder, write_whole
 from ibisagent.imaging.masks import rle_area, rle_box
-from ibisagent.inference.rounds import SESSION_FILE, Glance, State, context
+from ibisagent.inference.rounds import SESSION_FILE, SessionSummary, State, summary_of
 from ibisagent.inference.session import IMAGE_FILE, Session
 from ibisagent.server.scans import Scan, Scans
 from ibisagent.server.service import Service, remove
@@ -52,7 +52,7 @@ class Worklist:
 
     def __init__(self, service: Service, scans: Scans) -> None:
         self._service, self._scans = service, scans
-        self._context: dict[str, tuple[int, Glance]] = {}
+        self._context: dict[str, tuple[int, SessionSummary]] = {}
 
     def items(self, visitor: str | None) -> list[Item]:
         """What a visitor may see, oldest first."""
@@ -68,7 +68,7 @@ class Worklist:
             created = (folder / IMAGE_FILE).stat().st_mtime
             known = self._context.get(id_)
             if known is None or known[0] != stamp:
-                known = self._context[id_] = (stamp, context(folder))
+                known = self._context[id_] = (stamp, summary_of(folder))
         except (OSError, DataError):  # it is just being opened or closed
             return None
         seen = known[1]

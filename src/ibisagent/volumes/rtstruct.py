@@ -31,7 +31,7 @@ SERIES_NUMBER = 902
 OFF_SLICE = 0.1
 """Share of the slices' distance by which a contour may lie beside its slice."""
 
-_TAKEN_OVER = (
+_COPIED = (
     "SpecificCharacterSet",
     *("PatientName", "PatientID", "PatientBirthDate", "PatientSex"),
     *("StudyInstanceUID", "StudyDate", "StudyTime", "StudyID", "StudyDescription"),
@@ -131,7 +131,7 @@ def _empty_set(source: Source, provenance: Mapping[str, str]) -> Any:
     meta.TransferSyntaxUID = ImplicitVRLittleEndian  # explicit VR ends at 64 KB, a long contour does not
     made = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
     made.SOPClassUID, made.SOPInstanceUID = STRUCTURE_SET, meta.MediaStorageSOPInstanceUID
-    for name in _TAKEN_OVER:
+    for name in _COPIED:
         if name in patient:
             made[name] = patient[name]
     made.SeriesInstanceUID, made.PositionReferenceIndicator = generate_uid(), ""
