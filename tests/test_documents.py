@@ -52,6 +52,7 @@ DATA_FILES = (
     ".png",
     ".npz",
     ".jsonl",
+    ".lock",
 )  # "evaluation.json" is no module
 
 _FENCE = re.compile(r"(?:^(?P<before>[^\n]*)\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -236,7 +237,7 @@ def test_a_document_names_what_is_there(path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("Run\n\n    ibisagent train nano recipes/ibis-nano.toml\n", "no command 'train-nano'"),
+        ("Run\n\n    ibisagent train-nano recipes/ibis-nano.toml\n", "no command 'train-nano'"),
         ("Run `ibisagent eval run DATA --splits val`.", "'run' has no --splits"),
         ("Run `ibisagent eval\nrunning DATA`.", "no command 'running'"),
         ("```\naccelerate launch --x 1 -m ibisagent \\\n  train sfft R\n```\n", "no command 'sfft'"),

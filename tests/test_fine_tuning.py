@@ -424,7 +424,7 @@ def test_sft(episodes, start, tmp_path):
     assert (written["stage"], written["recipe"]["learning_rate"]) == ("sft", 1e-3)
     assert list((tmp_path / "trainer").glob("runs/*/events*"))
     assert not list(folder.glob("*.bin"))
-    with pytest.raises(ConfigError, match=r"another run \(rate was"):
+    with pytest.raises(ConfigError, match=r"another run \(learning_rate was"):
         sft.train(recipe.model_copy(update={"learning_rate": 1.0}))
 
 
@@ -546,7 +546,7 @@ def test_what_the_machinery_fails_at_is_left_out(data, tmp_path):
     assert ("rollout/failed", 1.0) in logged
     assert judge([[]], tools[1:], lambda name, value: None) == [None]
     judge([[]], tools[1:], lambda name, value: None)
-    with pytest.raises(SegmenterError, match="every path fails, the last one: no answer"):
+    with pytest.raises(SegmenterError, match="every rollout fails, the last one: no answer"):
         judge([[]], tools[1:], lambda name, value: None)
 
 

@@ -359,9 +359,9 @@ def test_every_term_varies() -> None:
 
 def test_cases_that_cannot_score() -> None:
     with pytest.raises(DataError, match="pair them by id"):
-        score(play((STOP, {})), Case("other", IMAGE, "?", {"spleen": SPLEEN}))
+        score(play((STOP, {})), Case("other", IMAGE, "the spleen", {"spleen": SPLEEN}))
     with pytest.raises(DataError, match="has no ground truth"):
-        score(play((STOP, {})), Case("id", IMAGE, "?"))
+        score(play((STOP, {})), Case("id", IMAGE, "the spleen"))
 
 
 def test_box_iou() -> None:

@@ -113,7 +113,7 @@ def test_a_click_run_goes_on_from_its_checkpoint_and_refuses_that_of_another_rec
         click_recipe.train(plan, stop_half_way)
     click_recipe.train(plan, lambda states, loss, metrics: seen.append(states))
     assert seen == [*range(4, 29, 4), *range(28, 49, 4)]  # the checkpoint was written at 24
-    with pytest.raises(ConfigError, match="another run \\(rate was"):
+    with pytest.raises(ConfigError, match="another run \\(learning_rate was"):
         click_recipe.train(plan.model_copy(update={"learning_rate": 0.5}))
 
 
@@ -344,9 +344,9 @@ def test_a_policy_that_sees_nothing_sure_is_taught_to_stop_and_sees_its_replies(
     assert later
     assert all("stop" in example.reply for example in later)
     assert any((example.kept == 0).any() for example in later)  # through a feature dropout
-    recalling = [example for example in later if "Your replies so far:\n- click +" in example.query]
+    recalling = [example for example in later if "Your replies so far:\n- click +" in example.prompt]
     assert recalling
-    assert all(example in recalling or START_LINE in example.query for example in later)
+    assert all(example in recalling or START_LINE in example.prompt for example in later)
 
 
 def test_a_policy_that_knows_better_corrects_and_takes_back_what_did_harm(on_policy_of):
@@ -359,11 +359,11 @@ def test_a_policy_that_knows_better_corrects_and_takes_back_what_did_harm(on_pol
     undoing = [example for example, reply in zip(later, replies, strict=True) if Undo() in reply.actions]
     assert undoing
     for example in undoing:  # only a click of its own can be taken back, and only once
-        lines = example.query.split("Your replies so far:\n")[1].splitlines()
+        lines = example.prompt.split("Your replies so far:\n")[1].splitlines()
         assert len(lines) == 2
         assert lines[1].startswith("- click")
     assert any(
-        not example.current.any() and "Your replies so far" in example.query for example in first_view(curriculum)
+        not example.current.any() and "Your replies so far" in example.prompt for example in first_view(curriculum)
     )
 
 
@@ -466,7 +466,7 @@ def test_a_name_is_never_read_as_a_place_an_image_or_a_mark(name):
     seen = []
     for called in ("disc", name):
         example = Example(0, np.zeros((SIDE, SIDE, 3), np.uint8), None, query=f"Segment the {called}.")
-        example.recap = recap_of(example.query, [[Click(3, 4, True, "")]], (SIDE, SIDE))
+        example.recap = recap_of(example.prompt, [[Click(3, 4, True, "")]], (SIDE, SIDE))
         example.answer(f"I look for the {called}.", Click(9, 9, True, called), Box(0, 0, 8, 8, called))
         batch, _ = nano_recipe.collate([example], processor)
         ids, labels = batch["input_ids"], batch["labels"]
@@ -516,7 +516,7 @@ def test_the_nano_recipe_runs_goes_on_and_refuses_another(recipe, tmp_path, caps
     seen = []
     nano_recipe.train(nano_recipe.NanoRecipe.read(plan), lambda done, losses, metrics: seen.append(done))
     assert not seen  # all was done before
-    with pytest.raises(ConfigError, match="another run \\(rate was"):
+    with pytest.raises(ConfigError, match="another run \\(learning_rate was"):
         nano_recipe.train(nano_recipe.NanoRecipe.read(plan).model_copy(update={"learning_rate": 0.5}))
     other = nano_recipe.NanoRecipe.read(plan).model_copy(update={"out": tmp_path / "other", "learning_rate": 1e-9})
     further = nano_recipe.train(other.model_copy(update={"start": Path(model), "examples": 2}))

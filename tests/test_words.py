@@ -80,7 +80,7 @@ MODEL_TEXT = (
     "tests/test_query.py",
     "tests/test_trajectories.py",
 )
-HISTORY = ("docs/log.md", "docs/experiments/", "docs/ablation.md")
+HISTORY = ("docs/experiments/",)
 THIS = "tests/test_words.py"
 
 NAME_PARTS = re.compile(rf"(?<![a-z])(?:{'|'.join(NAMES)})(?![a-z])")

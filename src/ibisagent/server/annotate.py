@@ -201,7 +201,7 @@ def _add_session_acts(app: FastAPI, service: Service, worklist: Worklist) -> Non
 
     @router.get("/reliability")
     def reliability(session: OwnSession) -> float:
-        """The expected IoU of the masks, in [0, 1], see docs/reliability.md; takes some predictions."""
+        """The expected IoU of the masks, in [0, 1], see docs/reference/reliability.md; takes some predictions."""
         return worklist.reliability(session)
 
     @router.get("/thumbnail", response_class=Response, responses=file_answer("image/jpeg"))
