@@ -18,8 +18,9 @@ from ibisagent.segmenters.region import RegionSegmenter
 from ibisagent.server.scans import Scans
 from ibisagent.server.service import Limits, MissingError, Service
 from ibisagent.server.volumes import PackageVolumes
-from ibisagent.volumes import SliceView, Volume
+from ibisagent.volumes import SliceView, Volume, read_volume
 from ibisagent.volumes.grid import scratch
+from ibisagent.volumes.writing import masks_on
 
 SHAPE = (40, 30, 14)
 CENTRE = (14, 14, 6)
@@ -139,3 +140,19 @@ def test_a_scan_goes_only_where_that_was_asked_for(tmp_path: Path) -> None:
         assert len(scans.of(None)) == left
         assert scans.folder(scan).exists() == bool(left)
         service.close()
+
+
+def test_the_masks_of_a_dicom_series_come_out_as_a_dicom_segmentation(service: Service, tmp_path: Path) -> None:
+    scans = Scans(service)
+    files = slice_files(tmp_path / "ct", hounsfield(blob(SHAPE, CENTRE, (9, 8, 6))), GRIDS["LPS-uneven"])
+    scan = scans.open([(file.name, file.read_bytes()) for file in files], "blob", None)
+    with pytest.raises(DataError, match="no mask to export"):
+        scans.export(scan, tmp_path / "out", "seg")
+    click(scans.session_to_act_in(scan, "axial", 6, "auto"), view_of(GRIDS["LPS-uneven"]), 6)
+    drawn = scans.masks(scan, "axial", 6)["blob"]
+    scans.export(scan, tmp_path / "out", "seg")
+    [file] = (tmp_path / "out").iterdir()
+    volume = read_volume(tmp_path / "ct")
+    written = masks_on(volume, file)["blob"]
+    assert written.sum() > 0
+    np.testing.assert_array_equal(SliceView(volume, "axial").read_mask(written, 6), drawn)

@@ -345,7 +345,7 @@ class Scans:
                     if shown:
                         add_to_data_set(folder, view.image(index), shown, scan.query)
             elif kind == "seg":
-                from ibisagent.volumes.clinic import write_segmentation
+                from ibisagent.volumes.dicom_output import write_segmentation
 
                 service = self._service
                 facts = {"policy": service.policy.name, **provenance_of(service.policy, service.segmenter)}

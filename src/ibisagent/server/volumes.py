@@ -59,7 +59,7 @@ class PackageVolumes:
     def click(
         self, volume: VolumeLike, clicks: Sequence[VoxelClick], segmenter: Segmenter, *, through: bool
     ) -> dict[str, Mask]:
-        """The clicks of a slice make its masks; through the others `volume_agent` carries them, where `through`."""
+        """The clicks of a slice make its masks; through the others `inference.volume` carries them, where `through`."""
         view = SliceView(_package(volume))
         given: dict[int, list[Action]] = {}
         for click in clicks:
