@@ -28,7 +28,7 @@ from ibisagent.imaging.images import write_png
 from ibisagent.imaging.masks import decode_rle
 from ibisagent.inference.image import describe_actions
 from ibisagent.inference.replay import replay, replay_record
-from ibisagent.inference.rounds import context
+from ibisagent.inference.rounds import summary_of
 from ibisagent.inference.session import Session
 from ibisagent.policies.scripted import ScriptedPolicy
 from ibisagent.protocol import parse, write
@@ -660,7 +660,7 @@ def test_what_a_hand_does_begins_a_round(tmp_path: Path) -> None:
     assert it.state == "accepted"
     back = Session.load(tmp_path, RegionSegmenter(), ScriptedPolicy([]))
     assert same(back.masks, it.masks)
-    assert back.state == context(tmp_path).state == "accepted"
+    assert back.state == summary_of(tmp_path).state == "accepted"
     assert [what for _, what in back.edits] == ["brush: bright box", "eraser: bright box", "rename bright box: plate"]
     assert same({name: decode_rle(code) for name, code in back.answer_codes.items()}, back.masks)
     back.export(tmp_path / "out", "phantom")
