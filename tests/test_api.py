@@ -99,3 +99,24 @@ def test_a_volume_is_segmented_and_saved(tmp_path: Path) -> None:
     outputs = found.save(tmp_path / "out")
     assert outputs.masks["liver"]["nifti"] == tmp_path / "out" / "scan_mask_liver.nii.gz"
     assert outputs.measures["liver"].voxels == found.masks["liver"].sum()
+
+
+def test_one_object_of_a_label_map_is_refined_as_on_the_command_line(tmp_path: Path) -> None:
+    inside = blob((47, 61, 24), centre=(20, 33, 11), radii=(13, 12, 8))
+    volume = Volume(hounsfield(inside), GRIDS["LPS-uneven"], "scan")
+    nib.save(nib.Nifti1Image(hounsfield(inside), GRIDS["LPS-uneven"]), tmp_path / "scan.nii.gz")
+    labels = inside.astype(np.uint8)
+    labels[:3, :3, :3] = 2
+    nib.save(nib.Nifti1Image(labels, GRIDS["LPS-uneven"]), tmp_path / "labels.nii.gz")
+    size = SliceView(volume).size
+    stop = ScriptedPolicy([write(Reply("", (Stop("Done."),)), size, dialect="ibis")], dialect="ibis")
+
+    def refine(**more: str) -> ibisagent.SegmentedVolume:
+        return ibisagent.segment_volume(
+            tmp_path / "scan.nii.gz", "the liver", policy=stop, segmenter="region", slices="11", recheck=0,
+            start_mask=tmp_path / "labels.nii.gz", **more,
+        )  # fmt: skip
+
+    with pytest.raises(ibisagent.DataError, match="holds 2 objects"):
+        refine()
+    assert list(refine(label="1").masks) == ["liver"]

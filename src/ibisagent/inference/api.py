@@ -25,6 +25,7 @@ from ibisagent.policies.base import Policy
 from ibisagent.query import target_of
 from ibisagent.segmenters import Segmenter, load_segmenter
 from ibisagent.volumes import SliceView, Volume, read_volume
+from ibisagent.volumes.label_maps import choose_start
 from ibisagent.volumes.writing import masks_on
 
 DEFAULT_POLICY, DEFAULT_SEGMENTER = "ibis-nano", "ibis-click"
@@ -149,6 +150,7 @@ def segment_volume(
     slices: str | None = None,
     recheck: int = RECHECK,
     start_mask: str | Path | None = None,
+    label: str | None = None,
     max_turns: int | None = None,
     mask_selection: MaskSelection | None = None,
 ) -> SegmentedVolume:
@@ -164,6 +166,7 @@ def segment_volume(
         slices: key slices that the agent is asked about, such as "12,40,77" or "::10"; None searches.
         recheck: the agent is asked again after so many slices; 0 never asks again.
         start_mask: a mask file on the volume's grid to refine.
+        label: which object of the start mask is refined, see `choose_start`.
         max_turns: of one slice; default the policy's own limit.
         mask_selection: which masks of a slice are its answer: "best" or "last"; None as the policy's dialect has it.
 
@@ -171,9 +174,7 @@ def segment_volume(
     """
     read = volume if isinstance(volume, Volume) else read_volume(volume)
     view = SliceView(read, axis, window)
-    start = {} if start_mask is None else dict(masks_on(read, Path(start_mask)))
-    if len(start) == 1:
-        start = {target_of(query): mask for mask in start.values()}
+    start = {} if start_mask is None else choose_start(masks_on(read, Path(start_mask)), query, label, start_mask)
     agent, engine = _models(policy, segmenter)
     provenance = provenance_of(agent, engine)
     found = run_volume(
