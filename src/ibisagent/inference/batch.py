@@ -9,7 +9,6 @@ is kept and not made again; one of other settings is refused unless `overwrite` 
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from ibisagent.errors import ConfigError, DataError, IbisError
 from ibisagent.files import make_folder, safe_name, same_run
 from ibisagent.inference.image import Outputs, asked_objects, export, outputs_of, provenance_of, read_case, run_case
 from ibisagent.inference.volume import Cost, Why, choose_slices, run_volume
-from ibisagent.inference.volume_files import DICOM_FORMATS, VolumeOutputs, VolumeWriter
+from ibisagent.inference.volume_files import DICOM_FORMATS, VolumeOutputs, VolumeWriter, volume_record
 from ibisagent.policies.base import Policy
 from ibisagent.query import target_of
 from ibisagent.segmenters import Segmenter
@@ -316,10 +315,10 @@ class Batch:
             facts = self._volume_facts(volume, start)
 
             def same_input(record: Path) -> bool:
-                earlier = _volume_record(record)
+                earlier = volume_record(record)
                 if earlier is None or earlier.get("input", {}).get("sha256") != facts["sha256"]:
                     return False
-                if earlier["query"] != self.query:
+                if earlier.get("query") != self.query:
                     return False
                 if not self.overwrite:
                     self._check_settings(record, earlier["made_by"], {**earlier["input"]}, facts)
@@ -328,9 +327,7 @@ class Batch:
             name, record = self._name(volume.name, facts["sha256"], same_input)
             if record is not None and not self.overwrite:
                 self._review_volume(path, record, view)
-                return KeptVolume(
-                    path, record, tuple((_volume_record(record) or {}).get("failed_formats", {}).values())
-                )
+                return KeptVolume(path, record, tuple((volume_record(record) or {}).get("failed_formats", {}).values()))
             return self._segment_volume(path, view, masks, name, facts, started)
 
     def _segment_volume(
@@ -379,7 +376,7 @@ class Batch:
         """The score of a volume's record by the episodes on its slices; None where nobody reviews."""
         if self.review is None:
             return None
-        asked = (_volume_record(record) or {}).get("asked", ())
+        asked = (volume_record(record) or {}).get("asked", ())
         return self.review.add_volume(path, (pair for row in asked for pair in self._episodes_on(row, record, view)))
 
     def _episodes_on(self, asked: Mapping[str, Any], record: Path, view: SliceView) -> Iterator[tuple[Episode, Case]]:
@@ -450,14 +447,6 @@ def _sha256(path: Path) -> str:
     for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
         digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-def _volume_record(path: Path) -> dict[str, Any] | None:
-    try:
-        record = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) and {"query", "made_by", "input"} <= record.keys() else None
 
 
 def _same_masks(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> bool:

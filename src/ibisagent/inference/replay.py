@@ -26,7 +26,7 @@ from ibisagent.files import file_names
 from ibisagent.imaging.images import read_image
 from ibisagent.inference.image import export
 from ibisagent.inference.volume import run_volume, slice_id
-from ibisagent.inference.volume_files import RECORD_FORMAT, RECORD_VERSION, VolumeWriter, mask_sha256
+from ibisagent.inference.volume_files import RECORD_VERSION, VolumeWriter, mask_sha256, volume_record
 from ibisagent.segmenters import Segmenter, load_segmenter
 from ibisagent.segmenters.runtime import RUNTIMES
 from ibisagent.store import read_record
@@ -158,11 +158,7 @@ def replay_records(
 
 def is_volume_record(path: str | Path) -> bool:
     """Whether this is the record of a volume rather than of an image; False also for what cannot be read."""
-    try:
-        record = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(record, dict) and record.get("format") == RECORD_FORMAT
+    return volume_record(Path(path)) is not None
 
 
 def without_slices(records: Sequence[Path]) -> list[Path]:

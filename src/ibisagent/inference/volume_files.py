@@ -285,6 +285,15 @@ class VolumeWriter:
             raise DataError(f"{self._folder}: cannot be written ({error.strerror}); choose another one") from error
 
 
+def volume_record(path: Path) -> dict[str, Any] | None:
+    """What the record of a volume holds; None for any other file, and for what cannot be read."""
+    try:
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and record.get("format") == RECORD_FORMAT else None
+
+
 def mask_sha256(mask: np.ndarray) -> str:
     """Hash of the voxels of an (I, J, K) mask, eight to a byte, plane by plane."""
     digest = hashlib.sha256(repr(mask.shape).encode())
