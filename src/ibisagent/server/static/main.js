@@ -204,6 +204,7 @@ function hover(place) {
 
 async function preview(pixel) {
   const { view } = app, [x, y] = pixel.split(",").map(Number), began = performance.now();
+  if (!view) return; // a slice without clicks was opened while this waited
   hover.asked = new AbortController();
   const body = { x, y, positive: app.tool === "positive", target: target() };
   const found = await post(`/v1/sessions/${view.id}/preview`, body, hover.asked.signal).catch(() => null);

@@ -98,6 +98,7 @@ export function renderScan() {
 
 export async function countShown() {
   const { scan } = app;
+  if (!scan) return; // another item was opened while the slice came
   const found = await get(path(`shown?${query({ axis: scan.axis })}`)).catch(report);
   if (app.scan === scan && found) scan.shown = found;
   renderScan();
