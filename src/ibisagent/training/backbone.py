@@ -8,7 +8,7 @@ no loss.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from copy import deepcopy
 from pathlib import Path
 
@@ -33,14 +33,7 @@ from ibisagent.training.images import (
     random_turn,
     recolored,
 )
-from ibisagent.training.loop import (
-    Report,
-    ignore_progress,
-    load_checkpoint,
-    rate_factor,
-    save_checkpoint,
-    update_average,
-)
+from ibisagent.training.loop import Report, TrainingRun, ignore_progress, run_to_the_end
 
 IMAGENET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 AVERAGE_DECAY = 0.998
@@ -133,11 +126,18 @@ def train(recipe: BackboneRecipe, images: TrainingImages, report: Report = ignor
     return _Run(recipe, images).go(report)
 
 
-class _Run:
-    """One training run: network, average and optimizer."""
+class _Run(TrainingRun):
+    """One training run."""
+
+    recipe: BackboneRecipe
+    network: _Network
+    average: _Network
+    average_decay = AVERAGE_DECAY
+    free = frozenset({"out"})
 
     def __init__(self, recipe: BackboneRecipe, images: TrainingImages) -> None:
         self.recipe, self.images = recipe, images
+        self.goal = recipe.examples
         torch.manual_seed(recipe.seed)
         names = sorted({row.object for row in images.rows})
         self.place = {name: number for number, name in enumerate(names)}  # of its map
@@ -161,8 +161,7 @@ class _Run:
             lr=recipe.learning_rate,
             weight_decay=recipe.weight_decay,
         )
-        self.step = 0
-        self._resume()
+        self.resume()
         self.random = np.random.default_rng(recipe.seed + self.step)
         self.network.train()
 
@@ -181,19 +180,10 @@ class _Run:
 
     def go(self, report: Report) -> Path:
         """Train to the end and write the weights."""
-        recipe, shown = self.recipe, Counter[str]()
-        while self.step * recipe.batch_size < recipe.examples:
-            shown.update(self._learn())
-            shown["steps"] += 1
-            examples = self.step * recipe.batch_size
-            due = examples // recipe.eval_every > (examples - recipe.batch_size) // recipe.eval_every
-            means = {name: round(total / shown["steps"], 3) for name, total in shown.items() if name != "steps"}
-            report(examples, means, self.validate() if due and self.held_out else None)
-            if due:
-                shown.clear()
-                self._save()
-        self._save()
-        path = recipe.out / "backbone.safetensors"
+        for _ in run_to_the_end(self, self._learn, lambda: self.validate() if self.held_out else None, report):
+            self.save_checkpoint()
+        self.save_checkpoint()
+        path = self.recipe.out / "backbone.safetensors"
         state = {name: value.contiguous() for name, value in self.average.backbone.state_dict().items()}
         write_whole(save_to_bytes(state), path)
         return path
@@ -223,10 +213,6 @@ class _Run:
         return pixels, torch.from_numpy(maps), torch.from_numpy(known)
 
     def _learn(self) -> dict[str, float]:
-        recipe = self.recipe
-        progress = self.step * recipe.batch_size / recipe.examples
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["factor"] * recipe.learning_rate * rate_factor(self.step, recipe.warmup_steps, progress)
         pixels, maps, known = self._batch()
         logits = self.network(pixels)
         shown, absent = known == 1, known == 0
@@ -237,13 +223,7 @@ class _Run:
         overlap = (1 - (2 * both + 1) / (sums + 1)).mean()
         # The mean of the largest values: where a name is wrongly seen, and not the many places where nothing is.
         wrong = F.softplus(logits[absent].flatten(1).topk(64, dim=1).values).mean() if absent.any() else cross * 0
-        loss = cross + overlap + ABSENT_WEIGHT * wrong
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-        self.optimizer.step()
-        self.step += 1
-        update_average(self.average, self.network, self.step, AVERAGE_DECAY)
+        self.descend(cross + overlap + ABSENT_WEIGHT * wrong)
         return {"cross": cross.item(), "overlap": overlap.item(), "absent": wrong.item()}
 
     @torch.no_grad()
@@ -269,23 +249,3 @@ class _Run:
         metrics = {f"hit {name}": round(float(np.mean(values)), 3) for name, values in sorted(hits.items())}
         flat = [value for values in hits.values() for value in values]
         return {"hit": round(float(np.mean(flat)), 3), "iou": round(float(np.mean(overlaps)), 3), **metrics}
-
-    @property
-    def _checkpoint(self) -> Path:
-        return self.recipe.out / "checkpoint.pt"
-
-    def _described(self) -> str:
-        """The recipe without what names this machine."""
-        return self.recipe.model_dump_json(exclude={"out"})
-
-    def _save(self) -> None:
-        states = {name: getattr(self, name).state_dict() for name in ("network", "average", "optimizer")}
-        save_checkpoint(self._checkpoint, {**states, "step": self.step, "recipe": self._described()})
-
-    def _resume(self) -> None:
-        saved = load_checkpoint(self._checkpoint, self._described())
-        if saved is None:
-            return
-        for name in ("network", "average", "optimizer"):
-            getattr(self, name).load_state_dict(saved[name])
-        self.step = saved["step"]

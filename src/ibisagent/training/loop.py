@@ -1,20 +1,22 @@
-"""What every training run needs: a rate over time, an average of the weights, checkpoints, a report."""
+"""What the training runs of the packaged networks share: a rate over time, an average of the weights, checkpoints."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-import os
-from collections.abc import Callable, Mapping, Sized
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ibisagent.files import same_run
+from ibisagent.files import appearing_whole, same_run
 
 log = logging.getLogger(__name__)
+
+_STATES = ("network", "average", "optimizer")
 
 Report = Callable[[int, Mapping[str, float], Mapping[str, float] | None], None]
 """Called after each step with the examples so far, the running losses, and the metrics of a validation if there was
@@ -49,20 +51,89 @@ def update_average(average: torch.nn.Module, network: torch.nn.Module, step: int
         kept.lerp_(fresh, weight)
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors, numbers, strings) to `path`, whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+class TrainingRun:
+    """One network that learns, its average, and where both are kept.
 
-
-def load_checkpoint(path: Path, recipe: str) -> dict[str, Any] | None:
-    """What `save_checkpoint` wrote, None if there is nothing.
-
-    recipe: settings as JSON, to be compared with the checkpoint's own "recipe"; ConfigError where they differ.
+    A subclass sets recipe, network, average and optimizer, then calls `resume`. recipe: has out, batch_size,
+    eval_every, learning_rate and warmup_steps. A group of the optimizer may have a "factor" of the rate. goal: how many
+    examples the run learns from. free: settings that name this machine, so that a run may go on with others.
     """
-    if not path.exists():
-        return None
-    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-    same_run(json.loads(state["recipe"]), json.loads(recipe), path)
-    return state
+
+    recipe: Any
+    network: torch.nn.Module
+    average: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    goal: int
+    average_decay: float
+    free: frozenset[str]
+    step = 0
+
+    @property
+    def examples(self) -> int:
+        """How many the run has learned from."""
+        return self.step * int(self.recipe.batch_size)
+
+    @property
+    def due(self) -> bool:
+        """Whether the last step passed a multiple of `eval_every`: time to validate and to save."""
+        every, batch = self.recipe.eval_every, self.recipe.batch_size
+        return bool(self.examples // every > (self.examples - batch) // every)
+
+    def descend(self, loss: torch.Tensor) -> None:
+        """One step of the optimizer down `loss`, at the rate of the moment; the average follows."""
+        factor = rate_factor(self.step, self.recipe.warmup_steps, self.examples / self.goal)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group.get("factor", 1.0) * self.recipe.learning_rate * factor
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        update_average(self.average, self.network, self.step, self.average_decay)
+
+    def described(self) -> dict[str, Any]:
+        """The recipe without what names this machine."""
+        plain: dict[str, Any] = json.loads(self.recipe.model_dump_json(exclude=set(self.free)))
+        return plain
+
+    def save_checkpoint(self) -> None:
+        """Write `OUT/checkpoint.pt`, whole or not at all."""
+        state = {name: getattr(self, name).state_dict() for name in _STATES}
+        with appearing_whole(self._checkpoint) as part:
+            torch.save({**state, "step": self.step, "recipe": json.dumps(self.described())}, part)
+
+    def resume(self) -> None:
+        """Go on from the checkpoint, where there is one. ConfigError where it is of another recipe."""
+        if not self._checkpoint.exists():
+            return
+        saved: dict[str, Any] = torch.load(self._checkpoint, weights_only=True, map_location="cpu")
+        same_run(json.loads(saved["recipe"]), self.described(), self._checkpoint)
+        for name in _STATES:
+            getattr(self, name).load_state_dict(saved[name])
+        self.step = saved["step"]
+
+    @property
+    def _checkpoint(self) -> Path:
+        return Path(self.recipe.out) / "checkpoint.pt"
+
+
+def run_to_the_end(
+    run: TrainingRun,
+    learn: Callable[[], Mapping[str, float]],
+    validate: Callable[[], Mapping[str, float] | None],
+    report: Report,
+) -> Iterator[None]:
+    """Let `learn` take its steps until the goal; yields whenever it is time to save.
+
+    report: told the mean losses since the last validation. validate: metrics on held-out patients, None for none.
+    """
+    shown, steps = Counter[str](), 0
+    while run.examples < run.goal:
+        shown.update(learn())
+        steps += 1
+        means = {name: round(total / steps, 3) for name, total in shown.items()}
+        report(run.examples, means, validate() if run.due else None)
+        if run.due:
+            shown.clear()
+            steps = 0
+            yield

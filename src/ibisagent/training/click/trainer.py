@@ -38,15 +38,7 @@ from ibisagent.training.click.states import (
     new_state,
     pairs_from,
 )
-from ibisagent.training.loop import (
-    Report,
-    ignore_progress,
-    load_checkpoint,
-    rate_factor,
-    save_checkpoint,
-    update_average,
-    warn_without_metrics,
-)
+from ibisagent.training.loop import Report, TrainingRun, ignore_progress, warn_without_metrics
 from ibisagent.training.views import FeatureCache
 
 FEATURE_DROPOUT = 0.1  # of the context features' channels in each example, against learning images by heart
@@ -118,8 +110,13 @@ def train(recipe: ClickRecipe, report: Report = ignore_progress) -> Path:
     return _Run(recipe, pairs, held_out, feature_cache).go(report)
 
 
-class _Run:
-    """One training run: network, average, optimizer, and a pool of episodes three batches deep."""
+class _Run(TrainingRun):
+    """One training run, with a pool of episodes three batches deep."""
+
+    recipe: ClickRecipe
+    network: ClickNetwork
+    average: ClickNetwork
+    free = frozenset({"data", "out", "feature_cache", "start", "device"})
 
     def __init__(
         self, recipe: ClickRecipe, pairs: Sequence[Pair], held_out: Sequence[Pair], feature_cache: FeatureCache
@@ -146,8 +143,8 @@ class _Run:
         counts = Counter(pair.group for pair in pairs)
         weights = np.array([counts[pair.group] ** -0.6 for pair in pairs])
         self.weights = weights / weights.sum()
-        self.step = 0
-        self._resume()
+        self.goal, self.average_decay = recipe.states, recipe.average_decay
+        self.resume()
         self.random = np.random.default_rng([recipe.seed, self.step])
         self.pool = [self._new_state() for _ in range(3 * recipe.batch_size)]
 
@@ -155,46 +152,19 @@ class _Run:
         """Train to the end and write the weights."""
         recipe, running = self.recipe, 0.0
         writer = self._writer()
-        while self.step * recipe.batch_size < recipe.states:
+        while self.examples < self.goal:
             loss = self._learn()
             running = 0.98 * running + 0.02 * loss if running else loss
-            states = self.step * recipe.batch_size
-            due = states // recipe.eval_every > (states - recipe.batch_size) // recipe.eval_every
-            metrics = self._validate(min(60, len(self.held_out))) if due else None
+            states = self.examples
+            metrics = self._validate(min(60, len(self.held_out))) if self.due else None
             if metrics is not None:
-                save_checkpoint(self._checkpoint, self._state())
-            if writer is not None and (due or self.step % 20 == 0):
+                self.save_checkpoint()
+            if writer is not None and (self.due or self.step % 20 == 0):
                 for name, metric in {"loss": running, **(metrics or {})}.items():
                     writer.add_scalar(name, metric, states)
             report(states, {"loss": running}, metrics)
-        save_checkpoint(self._checkpoint, self._state())
-        return save_weights(self.average, recipe.out, self._described(), self._quality_fit())
-
-    @property
-    def _checkpoint(self) -> Path:
-        return self.recipe.out / "checkpoint.pt"
-
-    def _described(self) -> dict[str, Any]:
-        """The recipe without what names this machine."""
-        return json.loads(self.recipe.model_dump_json(exclude={"data", "out", "feature_cache", "start", "device"}))
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "network": self.network.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "recipe": json.dumps(self._described()),
-        }
-
-    def _resume(self) -> None:
-        saved = load_checkpoint(self._checkpoint, json.dumps(self._described()))
-        if saved is None:
-            return
-        self.network.load_state_dict(saved["network"])
-        self.average.load_state_dict(saved["average"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.step = saved["step"]
+        self.save_checkpoint()
+        return save_weights(self.average, recipe.out, self.described(), self._quality_fit())
 
     def _writer(self) -> Any:
         if not self.recipe.tensorboard:
@@ -223,9 +193,6 @@ class _Run:
         features = F.dropout2d(features, FEATURE_DROPOUT)
         places = self._tensor([state.places for state in states])
         ground_truth = self._tensor([state.ground_truth[None] for state in states])
-        for group in self.optimizer.param_groups:
-            progress = self.step * recipe.batch_size / recipe.states
-            group["lr"] = recipe.learning_rate * rate_factor(self.step, recipe.warmup_steps, progress)
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
             logits, quality = self.network(inputs.contiguous(memory_format=torch.channels_last), features, places)
         logits, quality = logits.float(), quality.float()
@@ -234,12 +201,7 @@ class _Run:
             min=1
         )
         loss = mask_loss(logits, ground_truth) + 0.2 * F.binary_cross_entropy_with_logits(quality, reached)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-        self.optimizer.step()
-        self.step += 1
-        update_average(self.average, self.network, self.step, recipe.average_decay)
+        self.descend(loss)
         probabilities = logits.detach().sigmoid()[:, 0].cpu().numpy()
         for index, probability in zip(chosen, probabilities, strict=True):
             if not self._goes_on(self.pool[index], probability):

@@ -7,7 +7,6 @@ object that is asked for. What it is taught: `curriculum`.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -45,15 +44,7 @@ from ibisagent.training.backbone import BackboneRecipe
 from ibisagent.training.backbone import train as train_backbone
 from ibisagent.training.click.states import is_development
 from ibisagent.training.images import TrainingImages, context_features, read_training_cases
-from ibisagent.training.loop import (
-    Report,
-    ignore_progress,
-    load_checkpoint,
-    rate_factor,
-    save_checkpoint,
-    update_average,
-    warn_without_metrics,
-)
+from ibisagent.training.loop import Report, TrainingRun, ignore_progress, run_to_the_end, warn_without_metrics
 from ibisagent.training.nano import curriculum as curriculum
 from ibisagent.training.nano.curriculum import CELL, VIEW, Curriculum, Example, Pair, pairs_of
 from ibisagent.training.nano.on_policy import OnPolicyStates
@@ -342,28 +333,34 @@ def _train_backbone(recipe: NanoRecipe, images: TrainingImages, report: Report) 
     return finished
 
 
-class _Run:
-    """One training run: model, average and optimizer."""
+class _Run(TrainingRun):
+    """One training run."""
+
+    recipe: NanoRecipe
+    network: IbisNanoForConditionalGeneration
+    average: IbisNanoForConditionalGeneration
+    average_decay = AVERAGE_DECAY
+    free = frozenset({"data", "out", "start", "backbone", "cache", "segmenter"})
 
     def __init__(
         self, recipe: NanoRecipe, images: TrainingImages, pairs: Sequence[Pair], held_out: Sequence[Pair]
     ) -> None:
         self.recipe, self.images, self.held_out = recipe, images, held_out
+        self.goal = recipe.examples
         torch.manual_seed(recipe.seed)
         if recipe.start is None:
             self.processor = build_processor(sorted({pair.name for pair in pairs}))
-            self.model = build_model(self.processor)
+            self.network = build_model(self.processor)
             assert recipe.backbone is not None
-            self.model.backbone.load_state_dict(load_file(recipe.backbone))
+            self.network.backbone.load_state_dict(load_file(recipe.backbone))
         else:
-            self.processor, self.model = load(recipe.start, **ON_POLICY if recipe.on_policy else {})
-        self.average = deepcopy(self.model).eval()
-        self.model.train()
+            self.processor, self.network = load(recipe.start, **ON_POLICY if recipe.on_policy else {})
+        self.average = deepcopy(self.network).eval()
+        self.network.train()
         self.optimizer = torch.optim.AdamW(
             self._grouped_by_rate(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98)
         )
-        self.step = 0
-        self._resume()
+        self.resume()
         segmenter = read_click_network(recipe.segmenter).eval()
         context = context_features(images, recipe.cache or recipe.out)
         seed = recipe.seed + self.step
@@ -374,29 +371,20 @@ class _Run:
 
     def _grouped_by_rate(self) -> list[dict[str, Any]]:
         """The parameters: those that are trained already, and those that a second stage adds."""
-        comparison = self.model.vision.comparison
+        comparison = self.network.vision.comparison
         added = [] if comparison is None else list(comparison.parameters())
         known = {id(parameter) for parameter in added}
-        trained = [one for one in self.model.parameters() if one.requires_grad and id(one) not in known]
+        trained = [one for one in self.network.parameters() if one.requires_grad and id(one) not in known]
         return [{"params": trained, "factor": 1.0}, {"params": added, "factor": ADDED_RATE}]
 
     def go(self, report: Report) -> Path:
         """Train to the end and write the model."""
-        recipe, shown = self.recipe, Counter[str]()
-        while self.step * recipe.batch_size < recipe.examples:
-            shown.update(self._learn())
-            shown["steps"] += 1
-            examples = self.step * recipe.batch_size
-            due = examples // recipe.eval_every > (examples - recipe.batch_size) // recipe.eval_every
-            means = {name: round(total / shown["steps"], 3) for name, total in shown.items() if name != "steps"}
-            metrics = (
-                validate(self.average, self.processor, self.held_out, self.images) if due and self.held_out else None
-            )
-            report(examples, means, metrics)
-            if due:
-                shown.clear()
-                self._save()
+        for _ in run_to_the_end(self, self._learn, self._validate, report):
+            self._save()
         return self._save()
+
+    def _validate(self) -> dict[str, float] | None:
+        return validate(self.average, self.processor, self.held_out, self.images) if self.held_out else None
 
     @torch.no_grad()
     def _believe(self, examples: Sequence[Example]) -> np.ndarray:
@@ -408,41 +396,15 @@ class _Run:
         return region.float().sigmoid().numpy()
 
     def _learn(self) -> dict[str, float]:
-        recipe = self.recipe
-        for group in self.optimizer.param_groups:
-            progress = self.step * recipe.batch_size / recipe.examples
-            group["lr"] = group["factor"] * recipe.learning_rate * rate_factor(self.step, recipe.warmup_steps, progress)
-        loss, parts = losses(self.model, self.curriculum.draw(recipe.batch_size), self.processor)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.step += 1
-        update_average(self.average, self.model, self.step, AVERAGE_DECAY)
+        loss, parts = losses(self.network, self.curriculum.draw(self.recipe.batch_size), self.processor)
+        self.descend(loss)
         return parts
 
-    @property
-    def _checkpoint(self) -> Path:
-        return self.recipe.out / "checkpoint.pt"
-
-    def _described(self) -> str:
-        """The recipe without what names this machine."""
-        return self.recipe.model_dump_json(exclude={"data", "out", "start", "backbone", "cache", "segmenter"})
-
     def _save(self) -> Path:
-        states = {name: getattr(self, name).state_dict() for name in ("model", "average", "optimizer")}
-        save_checkpoint(self._checkpoint, {**states, "step": self.step, "recipe": self._described()})
+        self.save_checkpoint()
         folder = self.recipe.out / "ibis-nano"
         save(self.average, self.processor, folder)
         return folder
-
-    def _resume(self) -> None:
-        saved = load_checkpoint(self._checkpoint, self._described())
-        if saved is None:
-            return
-        for name in ("model", "average", "optimizer"):
-            getattr(self, name).load_state_dict(saved[name])
-        self.step = saved["step"]
 
 
 def load(folder: Path, **config: Any) -> tuple[IbisNanoProcessor, IbisNanoForConditionalGeneration]:
