@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
@@ -10,17 +9,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import loopback
 import numpy as np
-import PIL.Image
 import pytest
+from loopback import Slow, png
 
-from ibisagent.domain import Completion, Observation
 from ibisagent.errors import ConfigError
 from ibisagent.inference.session import Session
 from ibisagent.policies.scripted import ScriptedPolicy
@@ -32,28 +30,6 @@ from ibisagent.server.service import IN_HAND_SECONDS, LOADED_IMAGES, FullError, 
 CLICK = "<action>click + (0.3133, 0.3197) bright box</action>"
 STOP = "<action>stop</action>"
 DAY = 24 * 3600.0
-
-
-def png(noise: int = 0) -> bytes:
-    """A bright box; noise: side of a square of it, which makes the file as large as one wants."""
-    pixels = np.full((max(61, noise), max(83, noise), 3), 30, dtype=np.uint8)
-    pixels[:noise, :noise] = np.random.default_rng(0).integers(0, 255, (noise, noise, 3))
-    pixels[10:30, 12:40] = 200
-    encoded = io.BytesIO()
-    PIL.Image.fromarray(pixels).save(encoded, format="PNG")
-    return encoded.getvalue()
-
-
-class Slow(ScriptedPolicy):
-    """Takes its time."""
-
-    def __init__(self, replies: Sequence[str] = (CLICK, STOP), seconds: float = 0.1) -> None:
-        super().__init__(replies)
-        self._seconds = seconds
-
-    def respond(self, observations: Sequence[Observation]) -> list[Completion]:
-        time.sleep(self._seconds)
-        return super().respond(observations)
 
 
 def service_in(folder: Path, policy: ScriptedPolicy | None = None, address: str = "", **limits: Any) -> Service:
@@ -128,7 +104,10 @@ def test_memory_is_bounded_by_the_size_of_the_images(tmp_path: Path) -> None:
 
 def test_a_stream_says_that_it_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ibisagent.server.app.ALIVE_SECONDS", 0.1)
-    with loopback.serving(create_app(service_in(tmp_path, Slow(seconds=0.5)))) as url, Client(url, token="") as client:
+    with (
+        loopback.serving(create_app(service_in(tmp_path, Slow([CLICK, STOP], seconds=0.5)))) as url,
+        Client(url, token="") as client,
+    ):
         session = client.open(png(), "bright box")
         raw = httpx.post(f"{url}/v1/sessions/{session.id}/run/stream", json={"max_turns": 1}, timeout=60)
         assert ": still at work" in raw.text
@@ -203,7 +182,7 @@ def test_results_wait_until_they_are_fetched(tmp_path: Path) -> None:
 
 
 def test_a_job_goes_on_after_a_restart(tmp_path: Path) -> None:
-    service = service_in(tmp_path, Slow())
+    service = service_in(tmp_path, Slow([CLICK, STOP]))
     job = service.submit([(f"{number}.png", png()) for number in range(12)], "bright box")
     waiting = service.submit([("a.png", png())], "bright box")
     cancelled = service.submit([("a.png", png())], "bright box")

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import getpass
-import io
 import itertools
 import json
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import loopback
-import numpy as np
-import PIL.Image
 import pytest
+from loopback import Slow, png
 
-from ibisagent.domain import Completion, Observation
-from ibisagent.policies.scripted import ScriptedPolicy
 from ibisagent.segmenters.region import RegionSegmenter
 from ibisagent.server import listening
 from ibisagent.server.app import create_app, standard_mounts
@@ -37,27 +33,12 @@ CLICKS = [f"<action>click + (0.{column}, 0.32) bright box</action>" for column i
 pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is not installed (Debian package nginx)")
 
 
-def png(noise: int = 0) -> bytes:
-    pixels = np.full((max(61, noise), max(83, noise), 3), 30, dtype=np.uint8)
-    pixels[:noise, :noise] = np.random.default_rng(0).integers(0, 255, (noise, noise, 3))
-    pixels[10:30, 12:40] = 200
-    encoded = io.BytesIO()
-    PIL.Image.fromarray(pixels).save(encoded, format="PNG")
-    return encoded.getvalue()
-
-
-class Slow(ScriptedPolicy):
-    def respond(self, observations: Sequence[Observation]) -> list[Completion]:
-        time.sleep(0.5)
-        return super().respond(observations)
-
-
 @contextmanager
 def behind_nginx(folder: Path, location: str, settings: str = "", token: str | None = TOKEN) -> Iterator[str]:
     """The address of an nginx in front of a server of ours."""
     with loopback.serving(_nothing) as free:
         port = int(free.rpartition(":")[2])
-    service = Service(Slow([*CLICKS, "<action>stop</action>"]), RegionSegmenter(), folder / "data")
+    service = Service(Slow([*CLICKS, "<action>stop</action>"], 0.5), RegionSegmenter(), folder / "data")
     app = create_app(service, token=token, mounts=standard_mounts(page=False))
     with loopback.serving(app, **listening.options()) as inner:
         places = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
