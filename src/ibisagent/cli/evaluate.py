@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.bar import Bar
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ibisagent.cli.options import (
@@ -27,7 +26,7 @@ from ibisagent.cli.options import (
     TurnsOption,
     spread_options,
 )
-from ibisagent.cli.output import EXIT_ERROR, print_json, progress, status, stderr, stdout
+from ibisagent.cli.output import EXIT_ERROR, new_table, print_json, progress, status, stderr, stdout
 from ibisagent.domain import Case, check_mask_selection
 from ibisagent.files import one_line, try_file, try_folder
 
@@ -310,14 +309,7 @@ def _print_evaluation(result: Evaluation, by: GroupBy, empty: EmptyRule) -> None
         shown = {HEADINGS[name]: name for name in names if name in overall.means}
         if not shown:
             continue
-        table = Table(
-            *("", "cases", *shown),
-            title=title.format(**result.provenance),
-            title_justify="left",
-            box=SIMPLE_HEAD,
-            pad_edge=False,
-            collapse_padding=True,  # fits into 80 columns
-        )
+        table = new_table(title.format(**result.provenance), "", "cases", *shown)
         for group, summary in summaries.items():
             cells = [f"{summary.means[name]:.3f}" if name in summary.means else "" for name in shown.values()]
             table.add_row(one_line(group, 20), str(summary.cases), *cells)
@@ -358,14 +350,7 @@ def _print_groups(segmenter: str, max_clicks: int, groups: Mapping[str, Group]) 
     def table(
         title: str, columns: Mapping[str, str], more: Mapping[str, Callable[[Group], str]], digits: int = 3
     ) -> None:
-        shown = Table(
-            *("", "cases", *columns, *more),
-            title=title,
-            title_justify="left",
-            box=SIMPLE_HEAD,
-            pad_edge=False,
-            collapse_padding=True,  # fits into 80 columns
-        )
+        shown = new_table(title, "", "cases", *columns, *more)
         for name, group in groups.items():
             cells = [f"{group.means[measure]:.{digits}f}" for measure in columns.values()]
             cells += [cell(group) for cell in more.values()]

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from ibisagent.errors import IbisError
 from ibisagent.files import one_line
@@ -54,6 +56,11 @@ def progress(total: int | None, what: str, *, quiet: bool) -> Iterator[Callable[
     with Progress(*columns, console=stderr, transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda count=1, total=total: bar.update(task, advance=count, total=total)
+
+
+def new_table(title: str, *columns: str) -> Table:
+    """An empty table that fits into 80 columns."""
+    return Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
 
 
 class JsonStream:

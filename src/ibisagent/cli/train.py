@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from ibisagent.cli.options import ChangesOption, JsonOption
-from ibisagent.cli.output import EXIT_ERROR, print_json, progress, status, stderr, stdout
+from ibisagent.cli.output import EXIT_ERROR, new_table, print_json, progress, status, stderr, stdout
 from ibisagent.errors import ConfigError
 from ibisagent.files import one_line
 
@@ -203,14 +201,8 @@ def _print_policy(folder: Path, as_json: bool) -> None:
 
 def _print_rewards(report: RewardReport) -> None:
     groups = f", {report.groups} of them with several" if report.groups else ""
-    table = Table(
-        *("", "weight", "min", "mean", "max", "std", "varies", "corr.", "share"),
-        title=f"{report.episodes} episodes of {report.cases} cases{groups}",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,  # fits into 80 columns
-    )
+    title = f"{report.episodes} episodes of {report.cases} cases{groups}"
+    table = new_table(title, "", "weight", "min", "mean", "max", "std", "varies", "corr.", "share")
     for term in (*report.terms, report.total):
         values = [f"{value + 0.0:.3f}" for value in (term.minimum, term.mean, term.maximum, term.std)]
         varies = "" if term.varies is None else f"{term.varies:.0%}"
