@@ -5,11 +5,14 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from ibisagent.errors import ConfigError
+
+Paths = Annotated[tuple[Path, ...], BeforeValidator(lambda one: [one] if isinstance(one, str | Path) else one)]
+"""A setting that takes one path or several."""
 
 
 class Recipe(BaseModel):

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch.nn import functional as F
 
-from ibisagent.config import Recipe
+from ibisagent.config import Paths, Recipe
 from ibisagent.domain import Click, Image
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.files import try_folder
@@ -38,6 +38,7 @@ from ibisagent.training.click.states import (
     new_state,
     pairs_from,
 )
+from ibisagent.training.images import read_training_cases
 from ibisagent.training.loop import Report, TrainingRun, ignore_progress, warn_without_metrics
 from ibisagent.training.views import FeatureCache
 
@@ -48,8 +49,8 @@ REPEATED_PASSES = 0.15  # of the steps of an episode bring no click, only the ma
 class ClickRecipe(Recipe):
     """How to train a click network."""
 
-    data: Path
-    """Folder in BiomedParse's layout, or a manifest; images are kept in memory."""
+    data: Paths
+    """Folder or folders in BiomedParse's layout, or manifests; images are kept in memory (at most 1 MB each)."""
     out: Path
     """Folder for checkpoint, weights and logs; a run that was stopped resumes from there."""
     licence_class: str = ""
@@ -91,21 +92,20 @@ def train(recipe: ClickRecipe, report: Report = ignore_progress) -> Path:
     A run that was interrupted sees other random views than one that was not: its weights differ slightly.
     Raises ConfigError for a checkpoint of another recipe, DataError where there is nothing to train on.
     """
-    from ibisagent.datasets import read_cases
-
     try_folder(recipe.out)
-    licences = {recipe.licence_class} if recipe.licence_class else None
-    source = read_cases(recipe.data, split="train", licence_classes=licences)
+    source = read_training_cases(recipe.data, recipe.licence_class)
     cases = [case for _, case in source.readable() if case.meta.get("dataset") not in recipe.leave_out]
     if all(is_development(case.patient) for case in cases):
-        raise DataError(f"{recipe.data}: no training pair is left after licence_class, leave_out and held-out patients")
+        raise DataError(
+            f"{source.where}: no pair is left to train on after licence_class, leave_out and held-out patients"
+        )
     feature_cache = FeatureCache.of(
         cases, recipe.feature_cache or recipe.out, recipe.augmentations_per_image, recipe.seed
     )
     pairs = pairs_from((case for case in cases if not is_development(case.patient)), feature_cache.place)
     held_out = pairs_from((case for case in cases if is_development(case.patient)), feature_cache.place)
     if not pairs:
-        raise DataError(f"{recipe.data}: no mask is left to learn from; give rows for training that show their object")
+        raise DataError(f"{source.where}: no mask is left to learn from; give rows for training that show their object")
     warn_without_metrics(recipe.out, held_out)
     return _Run(recipe, pairs, held_out, feature_cache).go(report)
 

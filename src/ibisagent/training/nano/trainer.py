@@ -10,18 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 import cv2
 import numpy as np
 import torch
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from ibisagent.config import Recipe
+from ibisagent.config import Paths, Recipe
 from ibisagent.domain import Box, Click
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.files import one_line, try_folder
@@ -250,7 +250,7 @@ def validate(
 class NanoRecipe(Recipe):
     """How to train the nano policy."""
 
-    data: Annotated[tuple[Path, ...], BeforeValidator(lambda data: [data] if isinstance(data, str | Path) else data)]
+    data: Paths
     """Folder or folders in BiomedParse's layout, or manifests; images are kept in memory (0.2 MB each)."""
     out: Path
     """Folder for the checkpoint and the model, `ibis-nano`; a run that was stopped resumes from there."""
