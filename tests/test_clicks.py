@@ -7,20 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from phantoms import SIZE, disc
 
 from ibisagent.domain import Box, Click
 from ibisagent.imaging.clicks import bounding_box, deepest_pixel, ellipse, interior_depth, next_click
 from ibisagent.imaging.masks import iou
 
-SIZE = (61, 83)
 shapes = arrays.array_shapes(min_dims=2, max_dims=2, max_side=17)
 masks = shapes.flatmap(lambda shape: arrays.arrays(bool, shape))
 pairs = shapes.flatmap(lambda shape: st.tuples(arrays.arrays(bool, shape), arrays.arrays(bool, shape)))
-
-
-def disc(x, y, radius, size=SIZE):
-    rows, columns = np.ogrid[: size[0], : size[1]]
-    return (columns - x) ** 2 + (rows - y) ** 2 <= radius**2
 
 
 def slow_depth(region):

@@ -346,7 +346,7 @@ def test_the_environment_never_reads_the_ground_truth() -> None:
     assert environment.episode().masks
 
 
-def test_wrong_options() -> None:
+def test_wrong_options_are_refused() -> None:
     with pytest.raises(ConfigError, match="unknown dialect 'klingon'"):
         SegmentationEnv(case(), NotebookSegmenter(), dialect="klingon")
     with pytest.raises(ConfigError, match="max_turns is 0"):

@@ -18,9 +18,9 @@ import httpx
 import loopback
 import nibabel
 import numpy as np
-import PIL.Image
 import pydicom
 import pytest
+from loopback import png
 from volume_phantoms import GRIDS, hounsfield, slice_files
 
 from ibisagent.errors import ConfigError
@@ -54,14 +54,6 @@ def scan(folder: Path, grid: str = "LPS-uneven") -> bytes:
         values[mask] = 110
     nibabel.save(nibabel.Nifti1Image(values, GRIDS[grid]), folder / "scan.nii.gz")
     return (folder / "scan.nii.gz").read_bytes()
-
-
-def png(shade: int = 200) -> bytes:
-    pixels = np.full((61, 83, 3), 30, dtype=np.uint8)
-    pixels[10:30, 12:40] = shade
-    encoded = io.BytesIO()
-    PIL.Image.fromarray(pixels).save(encoded, format="PNG")
-    return encoded.getvalue()
 
 
 @contextmanager
@@ -337,7 +329,7 @@ def test_which_image_comes_next(tmp_path: Path) -> None:
 
         assert sample("random") == {}
         for name, shade in (("sure", 220), ("blurred", 38), ("third", 200)):
-            web.put(f"/datastore/?image={name}", files={"file": (f"{name}.png", png(shade))})
+            web.put(f"/datastore/?image={name}", files={"file": (f"{name}.png", png(shade=shade))})
         assert set(web.get("/info/").json()["strategies"]) == {"next", "random", "doubtful"}
         assert [sample("next")["id"] for _ in range(4)] == ["sure", "blurred", "third", "sure"]
         doubted = sample("doubtful")
@@ -354,7 +346,7 @@ def test_which_image_comes_next(tmp_path: Path) -> None:
 
 def test_the_most_doubtful_is_the_one_with_the_lowest_reliability(tmp_path: Path) -> None:
     with serving(tmp_path / "data", labels=("bright box",)) as url, httpx.Client(base_url=url, timeout=60) as web:
-        for name, content in (("box", png()), ("nothing", png(30)), ("scan", None)):
+        for name, content in (("box", png()), ("nothing", png(shade=30)), ("scan", None)):
             file = (f"{name}.png", content) if content else ("scan.nii.gz", scan(tmp_path))
             web.put(f"/datastore/?image={name}", files={"file": file})
         answers = [web.post("/activelearning/doubtful", json={}).json()]
