@@ -36,12 +36,13 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "ibisagent needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 2; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 2; }
 
+# --no-compile: of 25,000 modules most are never imported; Python compiles the others when they are.
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@echo "Installing into $(VENV) (only this once; minutes, as PyTorch is large) ..."
-	@$(BIN)/python -m pip install -qq $(PIP_FLAGS) --editable .
+	@$(BIN)/python -m pip install -qq --no-compile $(PIP_FLAGS) --editable .
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	@echo "Installing into $(VENV) (only this once; minutes, as PyTorch is large) ..."
-	@$(BIN)/python -m pip install -qq $(PIP_FLAGS) --editable '.[dev]'
+	@$(BIN)/python -m pip install -qq --no-compile $(PIP_FLAGS) --editable '.[dev]'
 	@touch $@ $(VENV)/.installed
