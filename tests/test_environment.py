@@ -426,7 +426,7 @@ actions = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(actions, min_size=1, max_size=3), min_size=1, max_size=6))
 def test_replay_rebuilds_the_masks_and_undo_equals_never_clicked(turns: list[list[Click | Box | Undo]]) -> None:
     environment = env()

@@ -269,7 +269,7 @@ def test_labels_outlive_the_server_with_what_is_said_of_them(tmp_path: Path) -> 
 def test_images_stay_and_copies_for_a_session_go(tmp_path: Path) -> None:
     service = Service(ScriptedPolicy([STOP]), RegionSegmenter(), tmp_path, limits=Limits(idle_seconds=100))
     app = create_app(service, mounts=standard_mounts(page=False))
-    with loopback.serving(app) as url, httpx.Client(base_url=url) as web:
+    with loopback.serving(app) as url, httpx.Client(base_url=url, timeout=60) as web:
         web.put("/datastore/?image=eye", files={"file": ("eye.png", png())})
         made = web.put("/session/", files={"files": ("eye.png", png())}).json()
         service.expire()
@@ -389,7 +389,7 @@ def test_what_teaches_answers_where_there_is_something(tmp_path: Path) -> None:
     service = Service(ScriptedPolicy([STOP]), RegionSegmenter(), tmp_path)
     service.teaching = Teacher()
     app = create_app(service, mounts=standard_mounts(page=False))
-    with loopback.serving(app) as url, httpx.Client(base_url=url) as web:
+    with loopback.serving(app) as url, httpx.Client(base_url=url, timeout=60) as web:
         assert web.get("/train/").status_code == 404
         assert web.post("/train/ibisagent", json={"epochs": 1}).json() == {"status": "RUNNING"}
         assert service.teaching.begun == {"epochs": 1, "model": "ibisagent"}

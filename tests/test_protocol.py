@@ -139,14 +139,13 @@ def replies(draw, dialect):
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_what_is_written_is_read_back(dialect, data):
     size, reply = data.draw(replies(dialect))
     assert parse(write(reply, size, dialect=dialect), size, dialect=dialect) == reply
 
 
-@settings(deadline=None)
 @given(size=sizes, x=st.floats(0, 1), y=st.floats(0, 1), decimals=st.integers(0, 60))
 def test_any_number_of_decimals_is_read(size, x, y, decimals):
     height, width = size
@@ -495,7 +494,6 @@ def test_random_and_mutated_texts_never_raise(dialect):
     assert readable >= FUZZ // 50  # the mutations must not all be nonsense
 
 
-@settings(deadline=None)
 @given(text=st.text(), size=sizes)
 def test_any_text_is_a_reply(text, size):
     for dialect in DIALECTS:
