@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import io
+import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-import numpy as np
-import PIL.Image
+import httpx
+import phantoms
 import uvicorn
 
 from ibisagent.domain import Completion, Observation
@@ -33,14 +34,28 @@ def serving(app: Any, **options: Any) -> Iterator[str]:
         thread.join()
 
 
-def png(noise: int = 0) -> bytes:
-    """A bright box; noise: side of a square of it, which makes the file as large as one wants."""
-    pixels = np.full((max(61, noise), max(83, noise), 3), 30, dtype=np.uint8)
-    pixels[:noise, :noise] = np.random.default_rng(0).integers(0, 255, (noise, noise, 3))
-    pixels[10:30, 12:40] = 200
-    encoded = io.BytesIO()
-    PIL.Image.fromarray(pixels).save(encoded, format="PNG")
-    return encoded.getvalue()
+def free_port() -> int:
+    """A port of 127.0.0.1 on which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until_up(url: str, running: subprocess.Popen[bytes]) -> None:
+    """Wait for the process that is to serve `url` to be ready, on a busy machine as well."""
+    deadline = time.monotonic() + 180
+    while True:
+        with suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/ready").is_success:
+                return
+        assert running.poll() is None, "the server did not start"
+        assert time.monotonic() < deadline, "the server does not answer"
+        time.sleep(0.05)
+
+
+def png(noise: int = 0, **box: Any) -> bytes:
+    """A bright box (box: see there) in a file that `noise` makes as large as one wants."""
+    return phantoms.png(phantoms.bright_box(**{"size": (max(61, noise), max(83, noise)), "noise": noise, **box}))
 
 
 class Slow(ScriptedPolicy):

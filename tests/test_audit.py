@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from commands import ibisagent
 
-from ibisagent.cli import app
 from ibisagent.datasets import read_cases
 from ibisagent.domain import Image
 from ibisagent.errors import DataError
@@ -158,15 +157,13 @@ def test_redraw_and_draw() -> None:
         redraw(image, np.zeros(SIZE, dtype=bool), load_segmenter("ellipse"))
 
 
-def test_the_command(data: Path, tmp_path: Path) -> None:
+def test_the_command_lists_the_worst_first(data: Path, tmp_path: Path) -> None:
     (data / "3_liver.png").write_bytes(b"no image")
     out = tmp_path / "out"
-    result = CliRunner().invoke(app, ["data", "audit", str(data), "-o", str(out), "-s", "region", "--images", "2"])
+    result = ibisagent("data", "audit", data, "-o", out, "-s", "region", "--images", 2)
     assert result.exit_code == 2  # one mask could not be looked at
     assert "27 masks, worst first" in result.output
     assert "3_liver.png" in result.output
     assert (out / "index.html").is_file()
-    result = CliRunner().invoke(
-        app, ["data", "audit", str(data), "-o", str(out), "-s", "region", "--limit", "5", "--json"]
-    )
+    result = ibisagent("data", "audit", data, "-o", out, "-s", "region", "--limit", 5, "--json")
     assert len(json.loads(result.stdout)["findings"]) == 5

@@ -9,26 +9,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from killed import killed
+from commands import contents, killed
+from replies import text
 
 from ibisagent.cli.output import JsonStream
-from ibisagent.domain import Action, Click, Reply, Stop
+from ibisagent.domain import Click, Stop
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.imaging.images import write_png
 from ibisagent.inference.batch import Batch, Failed, ImageResult, Listener, VolumeOptions
 from ibisagent.policies.scripted import ScriptedPolicy
-from ibisagent.protocol import write
 from ibisagent.segmenters.region import RegionSegmenter
 
 SIZE = (61, 83)
 
 
-def said(*actions: Action) -> str:
-    return write(Reply("", actions), SIZE, dialect="ibis")
-
-
 def policy(target: str = "box") -> ScriptedPolicy:
-    return ScriptedPolicy([said(Click(45, 30, True, target)), said(Stop("Done."))], dialect="ibis")
+    return ScriptedPolicy([text(Click(45, 30, True, target)), text(Stop("Done."))], dialect="ibis")
 
 
 def image(path: Path, shift: int = 0) -> str:
@@ -44,10 +40,6 @@ def batch(
     folder: Path, query: str = "the box", *, target: str = "box", overwrite: bool = False, **more: object
 ) -> Batch:
     return Batch(policy(target), RegionSegmenter(), query, folder, overwrite=overwrite, **more)  # type: ignore[arg-type]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_two_images_of_one_name_keep_both_results_in_any_order_of_runs(tmp_path: Path) -> None:
@@ -135,7 +127,7 @@ def test_a_folder_that_cannot_be_used_is_told_before_the_work(tmp_path: Path) ->
 def test_a_killed_command_resumes_and_ends_with_every_result_once(tmp_path: Path) -> None:
     inputs = [image(tmp_path / "in" / f"{number:02}.png", number % 9) for number in range(12)]
     script = tmp_path / "script.json"
-    script.write_text(json.dumps([said(Click(45, 30, True, "box")), said(Stop("Done."))]))
+    script.write_text(json.dumps([text(Click(45, 30, True, "box")), text(Stop("Done."))]))
     out = tmp_path / "out"
     command = [sys.executable, "-m", "ibisagent", "segment", *inputs, "the box", "-o", str(out)]
     command += ["-p", f"scripted:{script}", "-s", "region", "--json"]

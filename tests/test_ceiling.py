@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from typer.testing import CliRunner, Result
+from commands import ibisagent
+from phantoms import box_mask
+from typer.testing import Result
 
-from ibisagent.cli import app
 from ibisagent.datasets import CaseSource, read_cases
 from ibisagent.domain import Click, Image, Mask, Prompt
 from ibisagent.errors import ConfigError, DataError, SegmenterError
@@ -24,14 +25,7 @@ from ibisagent.imaging.images import write_mask_png, write_png
 from ibisagent.segmenters import Prediction
 from ibisagent.segmenters.region import RegionSegmenter
 
-SIZE = (61, 83)
 PIXELS = 61 * 83
-
-
-def box_mask(x0: int, y0: int, x1: int, y1: int) -> Mask:
-    mask = np.zeros(SIZE, dtype=bool)
-    mask[y0:y1, x0:x1] = True
-    return mask
 
 
 LARGE = box_mask(30, 20, 60, 40)  # 600 of 5063 pixels
@@ -300,10 +294,10 @@ def test_calibration_refuses(scores: list[float], ious: list[float]) -> None:
 
 
 def run_ceiling(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["eval", "ceiling", *map(str, arguments), "--segmenter", "region"])
+    return ibisagent("eval", "ceiling", *arguments, "--segmenter", "region")
 
 
-def test_command(data: Path, tmp_path: Path) -> None:
+def test_the_command_shows_and_writes_the_ceiling(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
     shown = run_ceiling(data, "-o", out, "--clicks", 4)
     assert shown.exit_code == 0, shown.output
@@ -334,7 +328,7 @@ def test_command_compares_with_an_evaluation(data: Path, tmp_path: Path) -> None
         "-o",
         tmp_path / "agent",
     ]
-    made = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    made = ibisagent(*arguments)
     assert made.exit_code == 0, made.output
     evaluated = json.loads((tmp_path / "agent" / "evaluation.json").read_text())
     for dialect, best in {"ibis": "box", "paper": "click_1"}.items():  # the second one has no boxes

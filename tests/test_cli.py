@@ -10,25 +10,23 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
-from typer.testing import CliRunner, Result
+from commands import assert_one_line, ibisagent
+from replies import text
+from typer.testing import Result
 
 from ibisagent.cli import app
-from ibisagent.domain import Action, Click, Reply, Stop
+from ibisagent.domain import Click, Stop
 from ibisagent.imaging.images import read_image, read_masks, write_mask_png, write_png
-from ibisagent.protocol import write
 from ibisagent.store import read_record
 
 SIZE = (61, 83)
 QUERY = "Segment the bright box."
-
-
-def text(*actions: Action, thought: str = "") -> str:
-    return write(Reply(thought, tuple(actions)), SIZE, dialect="ibis")
 
 
 FIND = text(Click(45, 30, True, "bright box"), thought="I look for the bright box.")
@@ -59,22 +57,8 @@ def scripted(folder: Path, replies: Sequence[str] | Mapping[str, Sequence[str]])
     return f"scripted:{folder / 'script.json'}"
 
 
-def ibisagent(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 def run_segment(*arguments: object, policy: str, out: Path) -> Result:
     return ibisagent("segment", *arguments, "--policy", policy, "--segmenter", "region", "-o", out)
-
-
-def assert_one_line(result: Result, *parts: str) -> None:
-    """Exit code 2 and one line on stderr that holds all of `parts`."""
-    assert result.exit_code == 2, result.output
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("images are sent to ")]
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("error: ")
-    for part in parts:
-        assert part in lines[0]
 
 
 # ------------------------------------------------------------------------------------------------- segment, replay
@@ -274,12 +258,12 @@ def test_bad_start_mask(image: Path, script: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("query", "part"), [("", "empty"), (" \n ", "empty"), ("disc " * 2_000, "characters")])
-def test_bad_query(query: str, part: str, image: Path, script: str, tmp_path: Path) -> None:
+def test_a_bad_query_is_one_line(query: str, part: str, image: Path, script: str, tmp_path: Path) -> None:
     assert_one_line(run_segment(image, query, policy=script, out=tmp_path / "out"), "query", part)
     assert not (tmp_path / "out").exists()
 
 
-def test_missing_query(image: Path, script: str, tmp_path: Path) -> None:
+def test_a_missing_query_is_one_line(image: Path, script: str, tmp_path: Path) -> None:
     assert_one_line(run_segment(image, image, policy=script, out=tmp_path / "out"), "box.png", "query")
 
 
@@ -440,7 +424,7 @@ def test_models_lists_every_spec() -> None:
     assert "litemedsam" in ibisagent("models").stdout
 
 
-def test_doctor() -> None:
+def test_doctor_runs_one_episode() -> None:
     result = ibisagent("doctor", "--json")
     checks = {check["name"]: check for check in json.loads(result.stdout)}
     assert checks["one episode"]["passed"], checks["one episode"]
@@ -460,6 +444,11 @@ def cpu_seconds(*code: str) -> float:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     return min(times)
+
+
+def test_the_installed_command_is_this_one() -> None:
+    [command] = entry_points(group="console_scripts", name="ibisagent")
+    assert command.load() is app
 
 
 def test_import_is_quick() -> None:

@@ -7,20 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from phantoms import SIZE, disc
 
 from ibisagent.domain import Box, Click
 from ibisagent.imaging.clicks import bounding_box, deepest_pixel, ellipse, interior_depth, next_click
 from ibisagent.imaging.masks import iou
 
-SIZE = (61, 83)
 shapes = arrays.array_shapes(min_dims=2, max_dims=2, max_side=17)
 masks = shapes.flatmap(lambda shape: arrays.arrays(bool, shape))
 pairs = shapes.flatmap(lambda shape: st.tuples(arrays.arrays(bool, shape), arrays.arrays(bool, shape)))
-
-
-def disc(x, y, radius, size=SIZE):
-    rows, columns = np.ogrid[: size[0], : size[1]]
-    return (columns - x) ** 2 + (rows - y) ** 2 <= radius**2
 
 
 def slow_depth(region):
@@ -33,14 +28,12 @@ def slow_depth(region):
     return depth[1:-1, 1:-1]
 
 
-@settings(deadline=None)
 @given(masks)
 def test_depth_is_the_distance_to_the_outside(region):
     exact = np.sqrt(np.rint(slow_depth(region) ** 2)).astype(np.float32)
     assert np.array_equal(interior_depth(region), exact)  # to the last bit, wherever the array lies in memory
 
 
-@settings(deadline=None)
 @given(masks)
 def test_the_deepest_pixel_is_deepest(region):
     point = deepest_pixel(region)
@@ -92,7 +85,7 @@ def test_nothing_is_left_to_click_on_a_perfect_mask():
 
 
 @pytest.mark.parametrize("rule", ["deeper", "larger"])
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(pair=pairs)
 def test_every_wrong_pixel_is_clicked_once_with_its_sign(rule, pair):
     ground_truth, current = pair

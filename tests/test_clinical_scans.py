@@ -14,11 +14,11 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+from commands import ibisagent
 from pydicom.uid import generate_uid
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 from volume_phantoms import GRIDS, blob, changed, enhanced, hounsfield, mosaic, slice_files, world_points
 
-from ibisagent.cli import app
 from ibisagent.errors import ConfigError, DataError, TooLargeError
 from ibisagent.imaging import limits
 from ibisagent.volumes import SliceView, Volume, read_volume, whole_series
@@ -35,7 +35,7 @@ UNEVEN = np.array([0.0, 4, 8, 12, 16, 20, 27, 34, 41, 48, 55])
 
 def segment(*arguments: object) -> Result:
     fast = ("--policy", "centre-click", "--segmenter", "region", "--recheck", 0, "--slices", "5")
-    return CliRunner().invoke(app, [str(argument) for argument in ("segment", *arguments, *fast)])
+    return ibisagent("segment", *arguments, *fast)
 
 
 def sequential(folder: Path) -> list[Path]:
@@ -490,10 +490,10 @@ def test_volumes_are_in_the_review_queue_and_slices_replay_with_theirs(tmp_path:
     assert (out / "x_mask_liver.nii.gz").exists()
     records = sorted(out.glob("*_record.json"))
     assert len(records) == 2
-    replayed = CliRunner().invoke(app, ["replay", *map(str, records), "--image", str(tmp_path / "x.nii")])
+    replayed = ibisagent("replay", *records, "--image", tmp_path / "x.nii")
     assert replayed.exit_code == 0, replayed.output
     assert replayed.stdout.count("bit for bit") == 1
     [piece] = [record for record in records if "slice" in record.name]
-    alone = CliRunner().invoke(app, ["replay", str(piece), "--image", str(tmp_path)])
+    alone = ibisagent("replay", piece, "--image", tmp_path)
     assert alone.exit_code == 2
     assert "replay x_record.json" in alone.stderr

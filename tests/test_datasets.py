@@ -9,17 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from phantoms import SIZE, disc
 
 from ibisagent.datasets import CaseRow, read_cases, split_by_patient
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.imaging.images import write_mask_png, write_png
-
-SIZE = (61, 83)
-
-
-def disc(x: int, y: int, radius: int, size: tuple[int, int] = SIZE) -> np.ndarray:
-    rows, columns = np.mgrid[: size[0], : size[1]]
-    return (columns - x) ** 2 + (rows - y) ** 2 <= radius**2
 
 
 def make_image(*masks: np.ndarray) -> np.ndarray:
@@ -138,7 +132,7 @@ def test_reading_rows_and_filtering_decodes_nothing(files: Path) -> None:
         source.by_id["a.png#spleen"]
 
 
-def test_sequence_of_cases(files: Path) -> None:
+def test_cases_are_found_by_place_and_by_id(files: Path) -> None:
     rows = [{"image": "a.png", "mask": f"a_{thing}.png", "object": thing} for thing in ("spleen", "liver")]
     source = read_cases(write_csv(files / "cases.csv", rows))
     assert [case.id for case in source] == [source[0].id, source[-1].id]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
+from commands import ibisagent
+from typer.testing import Result
 
-from ibisagent.cli import app
 from ibisagent.datasets import read_cases
 from ibisagent.domain import Case, Click, Completion, Episode, Image, Mask, Reply, Stop, Turn
 from ibisagent.errors import DataError
@@ -118,7 +118,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["train", "check-rewards", *map(str, arguments)])
+    return ibisagent("train", "check-rewards", *arguments)
 
 
 def test_the_command_reads_stores_and_records_and_fails_loudly(data: Path, tmp_path: Path) -> None:

@@ -742,13 +742,7 @@ def test_a_served_folder_is_private_and_ipv6_works(tmp_path: Path) -> None:
                 assert line, said
                 said += line
             assert url.encode() in said
-            deadline = time.time() + 120
-            while True:
-                with suppress(httpx.HTTPError):
-                    assert httpx.get(f"{url}/health").status_code == 200
-                    break
-                assert time.time() < deadline
-                time.sleep(0.1)
+            loopback.wait_until_up(url, running)
             visitor = Visitor(url)
             theirs = visitor.open_scan(scan())
             files = {"image": ("a.png", image())}

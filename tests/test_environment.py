@@ -346,7 +346,7 @@ def test_the_environment_never_reads_the_ground_truth() -> None:
     assert environment.episode().masks
 
 
-def test_wrong_options() -> None:
+def test_wrong_options_are_refused() -> None:
     with pytest.raises(ConfigError, match="unknown dialect 'klingon'"):
         SegmentationEnv(case(), NotebookSegmenter(), dialect="klingon")
     with pytest.raises(ConfigError, match="max_turns is 0"):
@@ -426,7 +426,7 @@ actions = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(actions, min_size=1, max_size=3), min_size=1, max_size=6))
 def test_replay_rebuilds_the_masks_and_undo_equals_never_clicked(turns: list[list[Click | Box | Undo]]) -> None:
     environment = env()

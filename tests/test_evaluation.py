@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from phantoms import SIZE, box_mask
+from replies import text
 
 from ibisagent import evaluation
 from ibisagent.datasets import CaseSource, read_cases
@@ -20,19 +22,11 @@ from ibisagent.imaging.images import write_mask_png, write_png
 from ibisagent.policies.baselines import CentreClickPolicy
 from ibisagent.policies.oracle import OraclePolicy
 from ibisagent.policies.scripted import ScriptedPolicy
-from ibisagent.protocol import write
 from ibisagent.segmenters.region import RegionSegmenter
 
-SIZE = (61, 83)
 # `region` blurs the image and then leaves out the outermost pixel of a sharp bright box: of 20 x 30 pixels 18 x 28.
 REGION_IOU = 18 * 28 / (20 * 30)
 REGION_DICE = 2 * 18 * 28 / (18 * 28 + 20 * 30)
-
-
-def box_mask(x0: int, y0: int, x1: int, y1: int) -> Mask:
-    mask = np.zeros(SIZE, dtype=bool)
-    mask[y0:y1, x0:x1] = True
-    return mask
 
 
 MIDDLE = box_mask(30, 20, 60, 40)  # 30 wide, 20 high
@@ -53,10 +47,6 @@ def write_rows(folder: Path, rows: Mapping[str, tuple[Mask, Mapping[str, str]]])
         lines.append(json.dumps(row))
     (folder / "rows.jsonl").write_text("\n".join(lines))
     return folder / "rows.jsonl"
-
-
-def text(*actions: Action) -> str:
-    return write(Reply("", tuple(actions)), SIZE, dialect="ibis")
 
 
 STOP = text(Stop("Done."))

@@ -11,37 +11,27 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import phantoms
 import pytest
-from typer.testing import CliRunner, Result
+import replies
+from commands import ibisagent
 
-from ibisagent.cli import app
-from ibisagent.domain import Action, Click, Mask, Reply, Stop, Undo
+from ibisagent.domain import Click, Stop, Undo
 from ibisagent.errors import ConfigError, DataError, IbisError
 from ibisagent.evaluation import MAX_FAILURES, Evaluation, compare
 from ibisagent.evaluation.report import coverage_curve, iou_by_turn, write_report
 from ibisagent.evaluation.runs import Run, Setup, run
 from ibisagent.imaging.images import write_mask_png, write_png
-from ibisagent.protocol import write
 
 SIZE = (37, 53)
+box_mask = partial(phantoms.box_mask, size=SIZE)
+text = partial(replies.text, size=SIZE)
 CASES = 12
-BROWSERS = ("chromium", "chromium-headless-shell", "google-chrome", "chrome")
-BROWSER = os.environ.get("IBIS_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None)
-
-
-def text(*actions: Action, thought: str = "") -> str:
-    return write(Reply(thought, tuple(actions)), SIZE, dialect="ibis")
-
-
-def box_mask(x0: int, y0: int, x1: int, y1: int) -> Mask:
-    mask = np.zeros(SIZE, dtype=bool)
-    mask[y0:y1, x0:x1] = True
-    return mask
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +81,6 @@ def results(folder: Path) -> dict[str, Any]:
 def _untimed(loaded: dict[str, Any]) -> dict[str, Any]:
     loaded.pop("seconds", None)
     return loaded
-
-
-def cli(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def evaluate_command(setup: Setup, folder: Path) -> list[str]:
@@ -152,7 +138,7 @@ def test_other_run_in_the_folder(setup: Setup, finished: Path) -> None:
         run(setup, workers=0)
 
 
-def test_tables(finished: Path) -> None:
+def test_tables_on_disk_say_what_the_summary_says(finished: Path) -> None:
     loaded = results(finished)
     overall = loaded["summaries"]["all"]
     assert (overall["cases"], overall["positives"], overall["patients"]) == (13, 12, 6)
@@ -202,15 +188,15 @@ def test_no_run(tmp_path: Path, finished: Path) -> None:
         Run(tmp_path / "damaged")
 
 
-def test_compare(setup: Setup, finished: Path, tmp_path: Path) -> None:
+def test_two_runs_are_compared(setup: Setup, finished: Path, tmp_path: Path) -> None:
     other = Setup(setup.data, policy="oracle", segmenter="region", limit=10)
     run(other, tmp_path / "oracle")
-    shown = cli("eval", "compare", finished, tmp_path / "oracle", "-o", tmp_path / "compared.md")
+    shown = ibisagent("eval", "compare", finished, tmp_path / "oracle", "-o", tmp_path / "compared.md")
     assert shown.exit_code == 0, shown.output
     assert (tmp_path / "compared.md").read_text() == shown.stdout
     assert "10 cases in both; left out: 3 only in A, 0 only in B" in shown.stdout
     assert shown.stderr.count("only in A, left out: ") == 3
-    loaded = json.loads(cli("eval", "compare", finished, tmp_path / "oracle", "--json").stdout)
+    loaded = json.loads(ibisagent("eval", "compare", finished, tmp_path / "oracle", "--json").stdout)
     one = loaded["metrics"]["positive_iou"]
     assert one["difference"] == pytest.approx(one["b"] - one["a"])
     assert one["interval"][0] <= one["difference"] <= one["interval"][1]
@@ -245,19 +231,8 @@ def test_images_that_changed_are_not_shown(setup: Setup, tmp_path: Path) -> None
     assert sorted(missing) == ["3.png#box", "4.png#box"]
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if BROWSER is None:
-        pytest.skip(f"no browser is here: none of {', '.join(BROWSERS)} (or IBIS_BROWSER)")
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
 def test_report_in_a_browser(finished: Path, browser: Any, tmp_path: Path) -> None:
-    shown = cli("eval", "report", finished, "-o", tmp_path / "report.html", "--cases", 2)
+    shown = ibisagent("eval", "report", finished, "-o", tmp_path / "report.html", "--cases", 2)
     assert shown.exit_code == 0, shown.output
     page = browser.new_page(viewport={"width": 1366, "height": 900})
     troubles: list[str] = []

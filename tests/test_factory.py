@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from killed import killed
+from commands import contents, ibisagent, killed
 from PIL import Image as PillowImage
 
 from ibisagent.datasets import CaseRow, CaseSource, read_cases
@@ -64,10 +64,6 @@ def made(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("made") / "out"
     build(Plan(read_cases(data), out, CONFIG))
     return out
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def all_questions(data: Path, out: Path) -> list:  # type: ignore[type-arg]
@@ -391,26 +387,22 @@ def test_images_are_checked_by_size(made: Path) -> None:
 
 
 def test_the_command_and_its_recipe(data: Path, tmp_path: Path) -> None:
-    from typer.testing import CliRunner
-
-    from ibisagent.cli import app
-
     recipe = Path(__file__).parent.parent / "recipes" / "data.toml"
     assert FactoryConfig.read(recipe) == FactoryConfig()
     (tmp_path / "own.toml").write_text('segmenter = "region"\nshard_images = 3\nformats = ["grpo"]\n')
     given = ["data", "build", str(data), "-o", str(tmp_path / "out"), "-c", str(tmp_path / "own.toml"), "--limit", "4"]
-    done = CliRunner().invoke(app, [*given, "--stage", "trajectories", "--stage", "questions", "--json"])
+    done = ibisagent(*given, "--stage", "trajectories", "--stage", "questions", "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["pairs"] == 4
     assert not (tmp_path / "out" / "thoughts").exists()
-    assert json.loads(CliRunner().invoke(app, [*given, "--dry-run"]).stdout)["price"] == 0
-    assert "# Data card" in CliRunner().invoke(app, given).stdout
+    assert json.loads(ibisagent(*given, "--dry-run").stdout)["price"] == 0
+    assert "# Data card" in ibisagent(*given).stdout
     assert [path.name for path in (tmp_path / "out" / "export").iterdir() if path.is_dir()].count("trl") == 0
     part = ["data", "build", str(data), "-o", str(tmp_path / "part"), "--dry-run", "--split"]
-    assert CliRunner().invoke(app, [*part, "val"]).exit_code == 0
-    assert "no row has split 'test'" in " ".join(CliRunner().invoke(app, [*part, "test"]).output.split())
-    unlicensed = CliRunner().invoke(app, [*part, "train", "--licence-class", "ok"])
+    assert ibisagent(*part, "val").exit_code == 0
+    assert "no row has split 'test'" in " ".join(ibisagent(*part, "test").output.split())
+    unlicensed = ibisagent(*part, "train", "--licence-class", "ok")
     assert "no row has licence_class 'ok'" in " ".join(unlicensed.output.split())
-    wrong = CliRunner().invoke(app, [*given, "--stage", "dreams"])
+    wrong = ibisagent(*given, "--stage", "dreams")
     assert wrong.exit_code == 2
     assert "unknown stage 'dreams'" in wrong.output

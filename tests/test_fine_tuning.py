@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import ibisagent
+from loopback import free_port
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     PreTrainedTokenizerFast,
@@ -400,7 +402,7 @@ def test_the_map_of_the_object_is_learned_beside_the_words():
         task.loss(ScoredReplies(), targets)
 
 
-def test_sft(episodes, start, tmp_path):
+def test_sft_learns_from_episodes_and_writes_a_policy(episodes, start, tmp_path):
     """Two updates from a recipe, whose result is a policy; its folder takes no other recipe."""
     logs = []
     nano = start == "ibis-nano"
@@ -438,7 +440,7 @@ def test_a_run_goes_on_from_its_last_checkpoint(episodes, qwen, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21
-def test_lora(episodes, qwen, tmp_path):
+def test_lora_changes_the_language_model_alone_and_is_merged(episodes, qwen, tmp_path):
     """An adapter on the language model alone, and the whole policy with it."""
     recipe = sft_recipe(episodes, str(qwen), tmp_path, train="lora", max_steps=1, activation_checkpointing=True)
     folder = sft.train(recipe)
@@ -457,7 +459,7 @@ def test_lora(episodes, qwen, tmp_path):
 # -------------------------------------------------------------------------------------------------------------- rl
 
 
-def test_rl(data, start, tmp_path):
+def test_rl_learns_from_rollouts_and_logs_every_reward(data, start, tmp_path):
     """Two updates from a recipe; every term of the reward is logged, and the episodes are what the paths were."""
     logs = []
     recipe = rl_recipe(data, start, tmp_path, episodes_every=1)
@@ -571,6 +573,7 @@ def test_a_batch_whose_paths_all_end_with_their_first_turn_is_learned_from(data,
 
 TWO_PROCESSES = """
 import os
+import signal
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -578,13 +581,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-dist.init_process_group("gloo", timeout=timedelta(seconds=150))
-
 from ibisagent.rewards import RewardWeights
 from ibisagent.training.finetune import rl
 
 data, policy, out = (Path(name) for name in sys.argv[1:])
-rank = dist.get_rank()
+other = os.fork()  # rather than two starts: what is imported takes longer than what is tested
+rank = int(other == 0)
+signal.alarm(170)  # ends either, also where the other is killed
+os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+dist.init_process_group("gloo", timeout=timedelta(seconds=150))
 recipe = rl.RlRecipe(
     data=data, out=out, policy=str(policy), batch_size=2, num_generations=2, max_steps=2, segmenter="region",
     device="cpu", save_steps=9, rollouts_at_once=1,
@@ -605,7 +610,8 @@ counts = [None, None]
 dist.all_gather_object(counts, (written, trainer.state.global_step))
 assert counts == [(8, 2), (8, 2)], counts  # 2 steps of 2 turns, in 2 parts each
 dist.destroy_process_group()
-os._exit(0)  # the end of an interpreter aborts on gloo's threads now and then
+status = os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) if other else 0
+os._exit(status)  # the end of an interpreter aborts on gloo's threads now and then
 """
 
 
@@ -613,9 +619,10 @@ def test_processes_whose_paths_are_of_different_lengths_stay_in_step(data, qwen,
     """One turn a path on the first process, two on the second, and a collective operation in each generation."""
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     done = subprocess.run(
-        [*command, str(data), str(qwen), str(tmp_path / "out")],
+        [sys.executable, script, data, qwen, tmp_path / "out"],
+        env={**os.environ, **group},
         capture_output=True,
         text=True,
         timeout=180,
@@ -689,7 +696,7 @@ def test_what_build_data_made_is_learned_and_played(qwen, tmp_path):
     assert any("eval_loss" in told for told in logs)
 
 
-def test_the_command_line(episodes, qwen, tmp_path, capsys):
+def test_the_command_trains_and_refuses_unknown_settings(episodes, qwen, tmp_path, capsys):
     path = tmp_path / "recipe.toml"
     lines = [f'data = "{episodes}"', f'out = "{tmp_path / "run"}"', 'device = "cpu"', "max_steps = 1", "batch_size = 1"]
     path.write_text("\n".join([*lines, f'policy = "{qwen}"', 'history = "full"', "report_to = []"]))
@@ -702,6 +709,27 @@ def test_the_command_line(episodes, qwen, tmp_path, capsys):
         app(["train", "rl", str(path)])
     assert caught.value.code == 2
     assert "there is no such setting" in capsys.readouterr().err
+
+
+def calls_of(script: Path, *arguments: Path, folder: Path, **environment: str) -> list[list[str]]:
+    """The arguments of each `ibisagent` that a shell script runs, in its order; it has to stop where one fails.
+
+    They then run in this process: a start of each of them takes as long as what it does here.
+    """
+    program, log = folder / "bin" / "ibisagent", folder / "calls"
+    program.parent.mkdir()
+    places = {"PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}", **environment}
+    for status in (3, 0):
+        log.write_text("")
+        program.write_text(
+            f"#!/bin/sh\nfor one; do printf '%s\\n' \"$one\"; done >> '{log}'\necho >> '{log}'\nexit {status}\n"
+        )
+        program.chmod(0o755)
+        ran = subprocess.run(["bash", script, *arguments], env={**os.environ, **places}, check=False)
+        assert ran.returncode == status
+        calls = [call.splitlines() for call in log.read_text().removesuffix("\n\n").split("\n\n")]
+        assert len(calls) == 1 or not status
+    return calls
 
 
 def test_from_pairs_to_metrics_in_one_command(tmp_path):
@@ -718,11 +746,14 @@ def test_from_pairs_to_metrics_in_one_command(tmp_path):
             text, found = re.subn(rf"(?m)^{setting} = [^#\n]*", f"{setting} = {value} ", text)
             assert found == 1, f"{name} does not say {setting}"
         (recipes / name).write_text(text)
-    places = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "LICENCE": "", "SEED": "5"}
-    command = ["bash", str(recipes / "nano.sh"), str(out), str(images)]
+    calls = calls_of(recipes / "nano.sh", out, images, folder=tmp_path, LICENCE="", SEED="5")
+    weights = []
     for _ in range(2):  # the second time all is there
-        ran = subprocess.run(command, env={**os.environ, **places}, capture_output=True, text=True)
-        assert ran.returncode == 0, ran.stderr[-2000:]
+        for call in calls:
+            done = ibisagent(*call)
+            assert done.exit_code == 0, done.output
+        weights.append((out / "on-policy" / "ibis-nano" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
     judged = json.loads((out / "val-discs/evaluation.json").read_bytes())
     assert judged["made_by"]["policy"] == f"mllm:{out}/on-policy/ibis-nano"
     assert judged["summaries"]["all"]["cases"] == 1

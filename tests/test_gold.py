@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
+import phantoms
 import pytest
 
 from ibisagent.domain import Case, Episode, Image
@@ -13,12 +16,7 @@ from ibisagent.rewards import Score, score
 from ibisagent.segmenters import load_segmenter
 
 SIZE = (121, 163)
-
-
-def disc(x: int, y: int, radius: int) -> np.ndarray:
-    rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]
-    return (columns - x) ** 2 + (rows - y) ** 2 <= radius**2
-
+disc = partial(phantoms.disc, size=SIZE)
 
 SPLEEN, LIVER, NONE = disc(36, 62, 26), disc(114, 56, 34), np.zeros(SIZE, dtype=bool)
 PIXELS = np.full((*SIZE, 3), 30, dtype=np.uint8)

@@ -14,9 +14,10 @@ from typing import Any
 import httpx
 import nibabel
 import numpy as np
+import phantoms
 import PIL.Image
 import pytest
-from loopback import serving
+from loopback import png, serving
 from volume_phantoms import GRIDS
 
 from ibisagent.domain import Case, Image, Mask, Masks
@@ -31,21 +32,9 @@ from ibisagent.server.app import create_app, standard_mounts
 from ibisagent.server.service import Limits, Service
 from ibisagent.server.volumes import PackageVolumes
 
-SIZE = (61, 83)
+SIZE = phantoms.SIZE
 CLICK = "<think>The bright one.</think><action>click + (0.3133, 0.3197) bright box</action>"
 STOP = "<think>It fits.</think><action>stop</action>"
-
-
-def pixels() -> np.ndarray:
-    image = np.full((*SIZE, 3), 30, dtype=np.uint8)
-    image[10:30, 12:40] = 200
-    return image
-
-
-def png() -> bytes:
-    encoded = io.BytesIO()
-    PIL.Image.fromarray(pixels()).save(encoded, format="PNG")
-    return encoded.getvalue()
 
 
 @dataclass
@@ -93,7 +82,7 @@ class NumpyVolumes:
 
 def volume_file() -> bytes:
     encoded = io.BytesIO()
-    np.save(encoded, np.stack([pixels()[..., 0]] * 3, axis=2))
+    np.save(encoded, np.stack([phantoms.bright_box()[..., 0]] * 3, axis=2))
     return encoded.getvalue()
 
 
@@ -121,7 +110,7 @@ def infer(url: str, where: str, params: dict[str, Any], **files: Any) -> tuple[d
     return json.loads(facts.partition(b"\r\n\r\n")[2]), file.partition(b"\r\n\r\n")[2].removesuffix(b"\r\n")
 
 
-def test_info(url: str) -> None:
+def test_info_holds_what_clients_of_monai_label_read(url: str) -> None:
     info = httpx.get(f"{url}/info/").json()
     assert info["models"]["ibisagent"]["type"] == "deepgrow"
     assert "label" not in info["models"]["ibisagent"]["config"], "Slicer would send it in place of the segment's name"
@@ -216,7 +205,7 @@ def test_the_image_store_is_bounded(url: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_its_own_client(url: str, tmp_path: Path) -> None:
+def test_the_client_of_monai_label_gets_a_mask(url: str, tmp_path: Path) -> None:
     library = pytest.importorskip("monailabel.client", reason="monailabel is not installed")
     (tmp_path / "brain.nii.gz").write_bytes(volume_file())
     client = library.MONAILabelClient(url, tmpdir=str(tmp_path))

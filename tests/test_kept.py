@@ -283,15 +283,14 @@ serve(service_in(Path(sys.argv[2]), Slow([*clicks, STOP], 0.3)), port=int(sys.ar
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_in_the_middle(number: signal.Signals, tmp_path: Path) -> None:
-    with loopback.serving(create_app(service_in(tmp_path / "first"))) as free:
-        port = free.rpartition(":")[2]
-    command = [sys.executable, "-c", SERVE, str(Path(__file__).parent), str(tmp_path / "data"), port]
+    port = loopback.free_port()
+    command = [sys.executable, "-c", SERVE, str(Path(__file__).parent), str(tmp_path / "data"), str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
         try:
             assert running.stdout is not None
             assert running.stdout.readline() == b"ready\n"
             url = f"http://127.0.0.1:{port}"
-            wait(lambda: _answers(url))
+            loopback.wait_until_up(url, running)
             with httpx.Client(base_url=url, timeout=60) as web:
                 files = {"image": ("a.png", png())}
                 ids = [web.post("/v1/sessions", data={"query": "box"}, files=files).json()["id"] for _ in range(2)]
@@ -324,10 +323,3 @@ def test_a_stop_in_the_middle(number: signal.Signals, tmp_path: Path) -> None:
     wait(lambda: job.over)
     assert job.done == 9
     again.close()
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health").status_code == 200
-    except httpx.HTTPError:
-        return False

@@ -22,7 +22,6 @@ def draw(size=(61, 83)):
     return (columns - 30) ** 2 + (rows - 20) ** 2 < 150
 
 
-@settings(deadline=None)
 @given(mask=masks)
 def test_what_is_encoded_is_decoded(mask):
     decoded = decode_rle(encode_rle(mask))
@@ -55,7 +54,7 @@ def test_the_largest_mask_is_decoded():
     assert np.array_equal(decode_rle(encode_rle(mask)), mask)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(mask=masks, data=st.data())
 def test_damaged_counts_never_crash(mask, data):
     rle = encode_rle(mask)
@@ -67,7 +66,6 @@ def test_damaged_counts_never_crash(mask, data):
         assert decode_rle({"size": rle["size"], "counts": damaged}).shape == mask.shape
 
 
-@settings(deadline=None)
 @given(
     size=st.tuples(st.integers(-3, 50), st.integers(-3, 50)),
     counts=st.one_of(

@@ -18,9 +18,9 @@ import httpx
 import loopback
 import nibabel
 import numpy as np
-import PIL.Image
 import pydicom
 import pytest
+from loopback import png
 from volume_phantoms import GRIDS, hounsfield, slice_files
 
 from ibisagent.errors import ConfigError
@@ -54,14 +54,6 @@ def scan(folder: Path, grid: str = "LPS-uneven") -> bytes:
         values[mask] = 110
     nibabel.save(nibabel.Nifti1Image(values, GRIDS[grid]), folder / "scan.nii.gz")
     return (folder / "scan.nii.gz").read_bytes()
-
-
-def png(shade: int = 200) -> bytes:
-    pixels = np.full((61, 83, 3), 30, dtype=np.uint8)
-    pixels[10:30, 12:40] = shade
-    encoded = io.BytesIO()
-    PIL.Image.fromarray(pixels).save(encoded, format="PNG")
-    return encoded.getvalue()
 
 
 @contextmanager
@@ -277,7 +269,7 @@ def test_labels_outlive_the_server_with_what_is_said_of_them(tmp_path: Path) -> 
 def test_images_stay_and_copies_for_a_session_go(tmp_path: Path) -> None:
     service = Service(ScriptedPolicy([STOP]), RegionSegmenter(), tmp_path, limits=Limits(idle_seconds=100))
     app = create_app(service, mounts=standard_mounts(page=False))
-    with loopback.serving(app) as url, httpx.Client(base_url=url) as web:
+    with loopback.serving(app) as url, httpx.Client(base_url=url, timeout=60) as web:
         web.put("/datastore/?image=eye", files={"file": ("eye.png", png())})
         made = web.put("/session/", files={"files": ("eye.png", png())}).json()
         service.expire()
@@ -337,7 +329,7 @@ def test_which_image_comes_next(tmp_path: Path) -> None:
 
         assert sample("random") == {}
         for name, shade in (("sure", 220), ("blurred", 38), ("third", 200)):
-            web.put(f"/datastore/?image={name}", files={"file": (f"{name}.png", png(shade))})
+            web.put(f"/datastore/?image={name}", files={"file": (f"{name}.png", png(shade=shade))})
         assert set(web.get("/info/").json()["strategies"]) == {"next", "random", "doubtful"}
         assert [sample("next")["id"] for _ in range(4)] == ["sure", "blurred", "third", "sure"]
         doubted = sample("doubtful")
@@ -354,7 +346,7 @@ def test_which_image_comes_next(tmp_path: Path) -> None:
 
 def test_the_most_doubtful_is_the_one_with_the_lowest_reliability(tmp_path: Path) -> None:
     with serving(tmp_path / "data", labels=("bright box",)) as url, httpx.Client(base_url=url, timeout=60) as web:
-        for name, content in (("box", png()), ("nothing", png(30)), ("scan", None)):
+        for name, content in (("box", png()), ("nothing", png(shade=30)), ("scan", None)):
             file = (f"{name}.png", content) if content else ("scan.nii.gz", scan(tmp_path))
             web.put(f"/datastore/?image={name}", files={"file": file})
         answers = [web.post("/activelearning/doubtful", json={}).json()]
@@ -397,7 +389,7 @@ def test_what_teaches_answers_where_there_is_something(tmp_path: Path) -> None:
     service = Service(ScriptedPolicy([STOP]), RegionSegmenter(), tmp_path)
     service.teaching = Teacher()
     app = create_app(service, mounts=standard_mounts(page=False))
-    with loopback.serving(app) as url, httpx.Client(base_url=url) as web:
+    with loopback.serving(app) as url, httpx.Client(base_url=url, timeout=60) as web:
         assert web.get("/train/").status_code == 404
         assert web.post("/train/ibisagent", json={"epochs": 1}).json() == {"status": "RUNNING"}
         assert service.teaching.begun == {"epochs": 1, "model": "ibisagent"}

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx
 import loopback
@@ -36,8 +35,7 @@ pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is not installed (D
 @contextmanager
 def behind_nginx(folder: Path, location: str, settings: str = "", token: str | None = TOKEN) -> Iterator[str]:
     """The address of an nginx in front of a server of ours."""
-    with loopback.serving(_nothing) as free:
-        port = int(free.rpartition(":")[2])
+    port = loopback.free_port()
     service = Service(Slow([*CLICKS, "<action>stop</action>"], 0.5), RegionSegmenter(), folder / "data")
     app = create_app(service, token=token, mounts=standard_mounts(page=False))
     with loopback.serving(app, **listening.options()) as inner:
@@ -54,23 +52,11 @@ def behind_nginx(folder: Path, location: str, settings: str = "", token: str | N
         with subprocess.Popen([NGINX, "-p", str(folder), "-c", str(folder / "nginx.conf")]) as running:
             try:
                 url = f"http://127.0.0.1:{port}"
-                deadline = time.time() + 30
-                while True:
-                    try:
-                        httpx.get(f"{url}/health")
-                        break
-                    except httpx.HTTPError:
-                        assert running.poll() is None, (folder / "error.log").read_text()
-                        assert time.time() < deadline
-                        time.sleep(0.05)
+                loopback.wait_until_up(url, running)
                 yield url
             finally:
                 running.terminate()
                 running.wait()
-
-
-async def _nothing(scope: Any, _receive: Any, send: Any) -> None:
-    await send({"type": "lifespan.startup.complete" if scope["type"] == "lifespan" else "http.response.start"})
 
 
 def documented() -> tuple[str, str]:

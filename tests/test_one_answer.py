@@ -18,14 +18,16 @@ from typing import Any
 
 import httpx
 import numpy as np
+import phantoms
 import PIL.Image
 import pytest
 from loopback import serving
+from replies import text
 from volume_phantoms import GRIDS
 
 from ibisagent import evaluation
 from ibisagent.datasets import read_cases
-from ibisagent.domain import Action, Case, Click, Image, Mask, MaskSelection, Prompt, Reply, Stop, Undo
+from ibisagent.domain import Case, Click, Image, Mask, MaskSelection, Prompt, Stop, Undo
 from ibisagent.environment import SegmentationEnv, rollout
 from ibisagent.errors import ConfigError
 from ibisagent.evaluation.reliability import Reviewer
@@ -36,7 +38,6 @@ from ibisagent.inference.session import Session
 from ibisagent.inference.volume import run_volume
 from ibisagent.inference.volume_files import VolumeWriter
 from ibisagent.policies.scripted import ScriptedPolicy
-from ibisagent.protocol import write
 from ibisagent.rewards import score
 from ibisagent.segmenters import Prediction
 from ibisagent.server.app import create_app, standard_mounts
@@ -74,15 +75,11 @@ class BandSegmenter:
         return Prediction(band(last.x), SCORES.get(last.x, 0.5), np.zeros(1))
 
 
-def said(*actions: Action) -> str:
-    return write(Reply("", actions), SIZE, dialect="ibis")
-
-
 def click(x: int) -> Click:
     return Click(x, 30, True, "band")
 
 
-REPLIES = [said(click(GOOD)), said(click(UNDONE)), said(Undo()), said(click(WORSE)), said(Stop("Done."))]
+REPLIES = [text(click(GOOD)), text(click(UNDONE)), text(Undo()), text(click(WORSE)), text(Stop("Done."))]
 
 
 def image() -> Image:
@@ -94,9 +91,7 @@ def case(**more: Any) -> Case:
 
 
 def png() -> bytes:
-    encoded = io.BytesIO()
-    PIL.Image.fromarray(image().pixels).save(encoded, format="PNG")
-    return encoded.getvalue()
+    return phantoms.png(image().pixels)
 
 
 def policy() -> ScriptedPolicy:
@@ -175,7 +170,7 @@ def test_evaluation_reward_and_review(tmp_path: Path) -> None:
     assert (result.measures["iou"], result.quality) == (1.0, 0.6)
 
 
-def test_volumes(tmp_path: Path) -> None:
+def test_a_volume_gets_the_best_mask_of_each_slice(tmp_path: Path) -> None:
     volume = Volume(np.zeros((*SIZE[::-1], 3), dtype=np.int16), GRIDS["LPS-even"], "phantom")
     view = SliceView(volume, "axial")
     assert view.size == SIZE
@@ -193,7 +188,7 @@ class Brief(ScriptedPolicy):
     max_turns = 2
 
     def __init__(self) -> None:
-        super().__init__([said(click(x)) for x in range(1, 30)])
+        super().__init__([text(click(x)) for x in range(1, 30)])
 
 
 def test_a_policys_own_turn_limit_holds_everywhere(tmp_path: Path) -> None:
@@ -244,7 +239,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
 
 
-def test_http(url: str) -> None:
+def test_http_hands_out_the_best_mask(url: str) -> None:
     with Client(url, token="") as client:
         assert is_good(client.segment(png(), QUERY)["band"])
         it = client.open(png(), QUERY)
@@ -256,7 +251,7 @@ def test_http(url: str) -> None:
             assert is_good(np.array(PIL.Image.open(results.open(file))) > 0)
 
 
-def test_monai_label(url: str) -> None:
+def test_monai_label_hands_out_the_best_mask(url: str) -> None:
     answer = httpx.post(
         f"{url}/infer/ibisagent?image=&output=image",
         files={"params": (None, json.dumps({"query": QUERY})), "file": ("eye.png", png())},
@@ -264,7 +259,7 @@ def test_monai_label(url: str) -> None:
     assert is_good(np.array(PIL.Image.open(io.BytesIO(answer.content))) > 0)
 
 
-def test_mcp(url: str) -> None:
+def test_mcp_hands_out_the_best_mask(url: str) -> None:
     from mcp import Client as McpClient
 
     async def masks() -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pytest
+from phantoms import SIZE, disc
 
 from ibisagent.domain import (
     Box,
@@ -26,13 +27,6 @@ from ibisagent.errors import ConfigError, PolicyError
 from ibisagent.policies.oracle import OraclePolicy
 from ibisagent.rewards import click_score, progress_score
 from ibisagent.segmenters import load_segmenter
-
-SIZE = (61, 83)
-
-
-def disc(x: int, y: int, radius: int) -> np.ndarray:
-    rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]
-    return (columns - x) ** 2 + (rows - y) ** 2 <= radius**2
 
 
 def make_case(number: int) -> Case:

@@ -9,25 +9,22 @@ import base64
 import io
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import nibabel
 import numpy as np
 import PIL.Image
 import pytest
-from loopback import serving
+from loopback import free_port, serving, wait_until_up
 from volume_phantoms import GRIDS, blob, hounsfield
 
 from ibisagent.datasets import read_cases
@@ -41,14 +38,8 @@ from ibisagent.server.service import Limits, Service
 from ibisagent.server.volumes import PackageVolumes
 from ibisagent.volumes import SliceView, read_volume
 
-BROWSERS = ("chromium", "chromium-headless-shell", "google-chrome", "chrome")
-BROWSER = os.environ.get("IBIS_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None)
 SCREENSHOTS = os.environ.get("IBIS_SCREENSHOTS")
 STATIC = Path(__file__).parent.parent / "src" / "ibisagent" / "server" / "static"
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-pytestmark = [
-    pytest.mark.skipif(BROWSER is None, reason=f"no browser is here: none of {', '.join(BROWSERS)} (or IBIS_BROWSER)"),
-]
 
 SIZE = (120, 160)
 REPLIES = [
@@ -84,14 +75,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Serv
     service = Service(*models, tmp_path_factory.mktemp("data"), limits=limits, volumes=PackageVolumes())
     with serving(create_app(service, mounts=standard_mounts(page=True))) as address:
         yield address, service
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @contextmanager
@@ -202,24 +185,15 @@ class Server:
     def __init__(self, folder: Path) -> None:
         script = folder / "script.json"
         script.write_text(json.dumps(REPLIES))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
         self.command = [sys.executable, "-m", "ibisagent", "serve", "api", "--page", "--policy", f"scripted:{script}"]
-        self.command += ["-s", "region", "--data", str(folder / "data"), "--port", str(self.port)]
+        self.command += ["-s", "region", "--data", str(folder / "data"), "--port", str(port)]
 
     def start(self) -> None:
         environment = {name: value for name, value in os.environ.items() if name != "IBIS_TOKEN"}
         self.process = subprocess.Popen(self.command, env=environment, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
-        while True:
-            with suppress(httpx.HTTPError):
-                if httpx.get(f"{self.url}/ready").status_code == 200:
-                    return
-            assert self.process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_until_up(self.url, self.process)
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)

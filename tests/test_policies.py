@@ -208,7 +208,7 @@ def _script(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", POLICIES)
-def test_contract(kind: str, request: pytest.FixtureRequest) -> None:
+def test_a_policy_keeps_the_contract(kind: str, request: pytest.FixtureRequest) -> None:
     policy, seen = POLICIES[kind](request), observations()
     completions = policy.respond(seen)
     assert policy.name
@@ -407,7 +407,7 @@ def test_the_size_of_a_model_is_that_of_its_weights(qwen: MllmPolicy, qwen_folde
 
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # all that peft does about it
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21
-def test_adapter(qwen: MllmPolicy, qwen_folder: Path, tmp_path: Path) -> None:
+def test_an_adapter_changes_what_is_written(qwen: MllmPolicy, qwen_folder: Path, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(qwen_folder)
@@ -637,7 +637,7 @@ def test_endpoint_unreachable(chat_url: str) -> None:
         load_policy(f"endpoint:{chat_url}", dialect="klingon")
 
 
-def test_token(qwen: MllmPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_served_model_needs_its_token(qwen: MllmPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("IBIS_TOKEN", raising=False)
     with pytest.raises(ConfigError, match="IBIS_TOKEN"):
         serve(qwen, host="0.0.0.0")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from phantoms import SIZE, disc
 
 from ibisagent.domain import (
     MAX_NAME_CHARS,
@@ -38,7 +39,6 @@ from ibisagent.protocol import (
 from ibisagent.query import target_of
 
 FUZZ = int(os.environ.get("IBIS_FUZZ", "2000"))
-SIZE = (61, 83)
 ODD_SIZES = [(1, 1), (1, 7), (61, 83), (101, 333), (37, 1023), (2, 10007)]
 
 
@@ -139,14 +139,13 @@ def replies(draw, dialect):
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_what_is_written_is_read_back(dialect, data):
     size, reply = data.draw(replies(dialect))
     assert parse(write(reply, size, dialect=dialect), size, dialect=dialect) == reply
 
 
-@settings(deadline=None)
 @given(size=sizes, x=st.floats(0, 1), y=st.floats(0, 1), decimals=st.integers(0, 60))
 def test_any_number_of_decimals_is_read(size, x, y, decimals):
     height, width = size
@@ -495,7 +494,6 @@ def test_random_and_mutated_texts_never_raise(dialect):
     assert readable >= FUZZ // 50  # the mutations must not all be nonsense
 
 
-@settings(deadline=None)
 @given(text=st.text(), size=sizes)
 def test_any_text_is_a_reply(text, size):
     for dialect in DIALECTS:
@@ -543,11 +541,6 @@ def test_what_a_dialect_cannot_express_is_a_config_error(dialect, reply, message
 
 def make_image(size=SIZE):
     return Image(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
-
-
-def disc(x, y, radius, size=SIZE):
-    rows, columns = np.ogrid[: size[0], : size[1]]
-    return (columns - x) ** 2 + (rows - y) ** 2 <= radius**2
 
 
 def test_colour_overlay_tints_the_mask_alone():

@@ -10,25 +10,16 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+from commands import ibisagent
+from phantoms import SIZE, disc
 from pycocotools import mask as coco
-from typer.testing import CliRunner
 
-from ibisagent.cli import app
 from ibisagent.datasets import cases_to_judge, layout_of, read_cases
 from ibisagent.datasets.catalogue import BENCHMARKS, check_copy
 from ibisagent.datasets.leaks import find_leaks, fingerprint, near_duplicates
 from ibisagent.domain import Mask
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.imaging.images import write_mask_png, write_png
-
-SIZE = (61, 83)
-
-
-def disc(x: int, y: int, radius: int) -> Mask:
-    rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]
-    inside: Mask = (columns - x) ** 2 + (rows - y) ** 2 <= radius**2
-    return inside
-
 
 LIVER, SPLEEN = disc(22, 30, 14), disc(60, 25, 8)
 
@@ -447,10 +438,10 @@ def test_nearest_fingerprint_within_reach() -> None:
 
 def test_the_command_lists_checks_and_compares(tmp_path: Path) -> None:
     def run(*arguments: object) -> tuple[int, str]:
-        result = CliRunner().invoke(app, ["data", "check", *map(str, arguments)])
+        result = ibisagent("data", "check", *arguments)
         return result.exit_code, result.output
 
-    listed = CliRunner().invoke(app, ["data", "list"])
+    listed = ibisagent("data", "list")
     assert listed.exit_code == 0
     assert all(name in listed.output for name in BENCHMARKS)
     train, val = manifest(tmp_path / "train", {"a": 1, "b": 2}), manifest(tmp_path / "val", {"x": 2, "y": 7})

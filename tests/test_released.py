@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
-from typer.testing import CliRunner
+from commands import ibisagent
 
-from ibisagent.cli import app
 from ibisagent.domain import Case, Completion, Image, Mask, Observation, Prompt, Wording
 from ibisagent.environment import SegmentationEnv, rollout
 from ibisagent.errors import ConfigError
@@ -184,7 +183,7 @@ def test_the_wording_is_read_from_a_checkout_and_back_from_its_file(tmp_path: Pa
     )
     assert wording_of_checkout(tmp_path / "code") == WORDS
     file = tmp_path / "prompts.toml"
-    result = CliRunner().invoke(app, ["data", "prompts", str(tmp_path / "code"), "-o", str(file)])
+    result = ibisagent("data", "prompts", tmp_path / "code", "-o", file)
     assert result.exit_code == 0, result.output
     assert read_wording(file) == WORDS
 

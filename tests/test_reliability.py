@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from commands import ibisagent
 
-from ibisagent.cli import app
 from ibisagent.domain import Action, Box, Case, Completion, Image, Observation, Reply, Stop
 from ibisagent.environment import SegmentationEnv, rollout
 from ibisagent.errors import ConfigError, DataError
@@ -195,7 +194,7 @@ def test_calibrate_then_segment_with_a_review_queue(tmp_path: Path) -> None:
     models = ["--policy", "centre-click", "--segmenter", "region"]
 
     def run(*arguments: str) -> tuple[int, str]:
-        result = CliRunner().invoke(app, [*arguments, *models, "--device", "cpu"])
+        result = ibisagent(*arguments, *models, "--device", "cpu")
         return result.exit_code, result.output
 
     made = str(tmp_path / "c.json")

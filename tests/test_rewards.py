@@ -182,7 +182,7 @@ def test_length_counts_steps_not_the_stop() -> None:
     assert score(six, case()).length == pytest.approx(-0.2)
 
 
-def test_absent_objects() -> None:
+def test_an_absent_object_is_to_be_called_absent() -> None:
     absent = case({"spleen": NONE})
     named = (Stop("No spleen here.", ("Spleen",)),)
     right = score(play((named, {})), absent)
@@ -215,7 +215,7 @@ def test_a_given_mask_of_what_is_absent_is_to_be_taken_away() -> None:
     assert removed.total == pytest.approx(1.4)
 
 
-def test_multiple_targets() -> None:
+def test_every_target_counts() -> None:
     both = case({"spleen": SPLEEN, "liver": LIVER})
     one = {"spleen": SPLEEN}
     two = {**one, "liver": LIVER}
@@ -371,7 +371,7 @@ def test_box_iou() -> None:
     assert box_iou(a, a) == 1
 
 
-def test_names() -> None:
+def test_names_of_answers_meet_those_of_targets() -> None:
     assert match_names(["Left  Lung.", "liver"], ["left lung", "liver", "spleen"]) == {
         "Left  Lung.": "left lung",
         "liver": "liver",

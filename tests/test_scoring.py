@@ -5,15 +5,16 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import phantoms
 import pytest
+from commands import ibisagent
 from pycocotools import mask as coco
-from typer.testing import CliRunner
 
-from ibisagent.cli import app
 from ibisagent.datasets import CaseSource, read_cases
 from ibisagent.datasets.catalogue import BENCHMARKS
 from ibisagent.domain import Mask
@@ -24,14 +25,8 @@ from ibisagent.imaging.images import write_mask_png, write_png
 from ibisagent.imaging.masks import encode_rle, overlap
 
 SIZE = (40, 60)
+box_mask = partial(phantoms.box_mask, size=SIZE)
 NAMES = ("one", "two", "three")
-
-
-def box_mask(x0: int, y0: int, x1: int, y1: int, size: tuple[int, int] = SIZE) -> Mask:
-    mask = np.zeros(size, dtype=bool)
-    mask[y0:y1, x0:x1] = True
-    return mask
-
 
 GROUND_TRUTH = box_mask(10, 10, 30, 20)
 HALF = box_mask(10, 10, 20, 20)  # IoU 0.5, Dice 2 / 3
@@ -95,7 +90,7 @@ def test_masks_of_all_or_nothing_are_named(data: Path, made: Path, caplog: pytes
 
 
 def test_what_does_not_fit_is_named_and_never_averaged(data: Path, made: Path) -> None:
-    write_mask_png(box_mask(5, 5, 15, 10, (20, 30)), made / "one_left_lung.png")  # half the size
+    write_mask_png(box_mask(5, 5, 15, 10, size=(20, 30)), made / "one_left_lung.png")  # half the size
     (made / "sub").mkdir()
     for folder in (made, made / "sub"):
         write_mask_png(GROUND_TRUTH, folder / "two_left_lung.png")
@@ -152,7 +147,7 @@ def write_nifti(mask: np.ndarray, file: Path, affine: np.ndarray) -> None:
     nib.save(nib.Nifti1Image(mask.astype(np.uint8), affine), file)
 
 
-def test_volumes(tmp_path: Path, made: Path) -> None:
+def test_a_volume_is_scored_where_it_lies(tmp_path: Path, made: Path) -> None:
     ground_truth = np.zeros((12, 14, 5), dtype=bool)
     ground_truth[2:8, 3:9, 1:4] = True
     affine = np.diag([0.5, 0.5, 3.0, 1.0])
@@ -345,18 +340,18 @@ def test_labels_in_a_volume(tmp_path: Path, made: Path) -> None:
     assert "#ff0000" in found.problems[0].message
 
 
-def test_nothing_to_score(data: Path, made: Path) -> None:
+def test_data_without_masks_cannot_be_scored(data: Path, made: Path) -> None:
     with pytest.raises(DataError, match="no mask"):
         score(made, data)
     with pytest.raises(DataError, match="no folder"):
         score(made / "none", data)
 
 
-def test_command(data: Path, made: Path, tmp_path: Path) -> None:
+def test_the_command_scores_and_names_what_is_missing(data: Path, made: Path, tmp_path: Path) -> None:
     write_mask_png(HALF, made / "one_left_lung.png")
     out = tmp_path / "out"
     arguments = [str(one) for one in ("eval", "score", made, data, "-o", out)]
-    shown = CliRunner().invoke(app, arguments)
+    shown = ibisagent(*arguments)
     assert shown.exit_code == 2, shown.output
     assert "1 of 4 cases scored; with 0 for each of the others: mean IoU 0.125" in shown.stdout
     assert "missing: three.png#spleen: no mask was made for it" in shown.stderr
@@ -365,7 +360,7 @@ def test_command(data: Path, made: Path, tmp_path: Path) -> None:
     for name in ("two", "three"):
         write_mask_png(GROUND_TRUTH, made / f"{name}_left_lung.png")
     write_mask_png(GROUND_TRUTH & False, made / "three_spleen.png")
-    again = CliRunner().invoke(app, [*arguments, "--json"])
+    again = ibisagent(*arguments, "--json")
     assert again.exit_code == 0, again.output
     assert json.loads(again.stdout)["strict"]["iou"] == pytest.approx(3.5 / 4)
     assert json.loads((out / "evaluation.json").read_text())["summaries"]["all"]["cases"] == 4

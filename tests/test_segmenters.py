@@ -298,7 +298,7 @@ class TestContract:
 
 class TestLoading:
     @pytest.mark.parametrize("spec", ["", "sam", "sam2:", "remote:", "litemedsam:x", "ibis-click:", "regions"])
-    def test_unknown_spec(self, spec: str) -> None:
+    def test_an_unknown_spec_names_the_known_ones(self, spec: str) -> None:
         with pytest.raises(ConfigError, match=r"^unknown segmenter[^\n]*litemedsam[^\n]*$"):
             load_segmenter(spec)
 
@@ -477,7 +477,7 @@ class TestCache:
             cache.fetch("s", "a", fail)
         assert cache.fetch("s", "a", self.embedding(1))[0].nbytes == 1024
 
-    def test_many_threads(self) -> None:
+    def test_threads_share_a_cache(self) -> None:
         cache = EmbeddingCache(20 * 1024)
 
         def use(seed: int) -> None:
@@ -493,7 +493,7 @@ class TestCache:
         assert cache.nbytes == 3 * 1024 * len(cache) <= 20 * 1024
         assert cache.hits + cache.misses == 1200
 
-    def test_negative_size(self) -> None:
+    def test_a_cache_of_negative_size_is_refused(self) -> None:
         with pytest.raises(ConfigError, match="0"):
             EmbeddingCache(-1)
 
@@ -1082,17 +1082,17 @@ class TestRemote:
             remote.open(image).predict([inner_click(mask)], np.zeros((3, 3), dtype=np.float32))
         remote.close()
 
-    def test_no_server(self) -> None:
+    def test_a_server_that_is_not_there_is_tried_again_and_named(self) -> None:
         started = time.monotonic()
         with pytest.raises(SegmenterError, match=r"^http://127.0.0.1:9: no connection[^\n]*start[^\n]*$"):
             RemoteSegmenter("http://127.0.0.1:9")
         assert time.monotonic() - started > 2  # it was tried again
 
-    def test_not_an_address(self) -> None:
+    def test_what_is_no_address_is_refused(self) -> None:
         with pytest.raises(ConfigError, match="http://"):
             load_segmenter("remote:somewhere")
 
-    def test_timeout(self) -> None:
+    def test_no_answer_in_time_is_an_error(self) -> None:
         with served(SlowSegmenter()) as url:
             remote = RemoteSegmenter(url, timeout_s=0.2)
             with pytest.raises(SegmenterError, match=r"^http[^\n]*no answer in time[^\n]*$"):
@@ -1116,7 +1116,7 @@ class TestRemote:
                 assert np.array_equal(found, RegionSegmenter().open(image).predict([box_of(mask)]).mask)
             remote.close()
 
-    def test_token(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_served_segmenter_needs_its_token(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("IBIS_TOKEN", raising=False)
         with served(RegionSegmenter(), token="secret") as url:
             with pytest.raises(ConfigError, match=r"^http[^\n]*IBIS_TOKEN[^\n]*$"):
@@ -1127,7 +1127,7 @@ class TestRemote:
             assert remote.open(image).predict([box_of(mask)]).mask.any()
             remote.close()
 
-    def test_bad_requests(self, server: str) -> None:
+    def test_bad_requests_are_refused(self, server: str) -> None:
         import httpx
 
         image, _ = phantom()

@@ -25,6 +25,7 @@ import loopback
 import numpy as np
 import PIL.Image
 import pytest
+from loopback import free_port, png
 
 from ibisagent.domain import Completion, Image, Observation
 from ibisagent.errors import ConfigError, DataError, PolicyError
@@ -47,14 +48,6 @@ def ground_truth(shift: int = 0) -> np.ndarray:
     mask = np.zeros(SIZE, dtype=bool)
     mask[10 + shift : 30 + shift, 12:40] = True
     return mask
-
-
-def png(shift: int = 0, size: tuple[int, int] | None = None) -> bytes:
-    pixels = np.full((*(size or SIZE), 3), 30, dtype=np.uint8)
-    pixels[10 + shift : 30 + shift, 12:40] = 200
-    encoded = io.BytesIO()
-    PIL.Image.fromarray(pixels).save(encoded, format="PNG")
-    return encoded.getvalue()
 
 
 class SlowPolicy(ScriptedPolicy):
@@ -160,7 +153,7 @@ def test_a_mask_to_refine(client: Client) -> None:
         client.open(png(size=(70, 90)), "bright box", start_mask=encoded.getvalue())
 
 
-def test_jobs(client: Client, tmp_path: Path) -> None:
+def test_a_job_has_results_and_names_its_failures(client: Client, tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(png())
     (tmp_path / "c.png").write_bytes(b"no image")
@@ -219,7 +212,7 @@ def test_whoever_hangs_up_takes_over(tmp_path: Path) -> None:
 def test_turns_of_different_sessions_are_answered_together(tmp_path: Path) -> None:
     policy = SlowPolicy(seconds=0.1)
     with serving(tmp_path, policy) as url, Client(url, token="") as client:
-        sessions = [client.open(png(shift), "bright box") for shift in range(12)]
+        sessions = [client.open(png(shift=shift), "bright box") for shift in range(12)]
         threads = [threading.Thread(target=session.run) for session in sessions]
         for thread in threads:
             thread.start()
@@ -373,7 +366,7 @@ def test_bodies_that_are_no_bodies(url: str) -> None:
         assert 400 <= httpx.post(f"{url}/v1/segment", content=content, headers=broken).status_code < 500
 
 
-def test_limits(tmp_path: Path) -> None:
+def test_what_is_beyond_a_limit_is_refused(tmp_path: Path) -> None:
     limits = {"sessions": 2, "upload_bytes": 50_000, "jobs": 1, "job_images": 2, "turns": 5}
     with serving(tmp_path, **limits) as url, Client(url, token="") as client:
         client.open(png(), "a")
@@ -402,7 +395,7 @@ def test_limits(tmp_path: Path) -> None:
         Limits(turns=0)
 
 
-def test_tokens(tmp_path: Path) -> None:
+def test_nothing_but_the_token_opens_the_server(tmp_path: Path) -> None:
     with serving(tmp_path, token="secret") as url:
         assert httpx.get(f"{url}/health").status_code == 200
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secre"}, {"cookie": "x=secret"}):
@@ -466,14 +459,6 @@ def test_a_server_looks_for_idle_sessions_again_and_again(tmp_path: Path, monkey
                 time.sleep(0.02)
 
 
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def process(folder: Path, port: int, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
     script = folder.with_suffix(".json")
@@ -482,15 +467,7 @@ def process(folder: Path, port: int, **environment: str) -> Iterator[subprocess.
     command = [sys.executable, "-m", "ibisagent", *map(str, arguments)]
     with subprocess.Popen(command, env={**os.environ, **environment}, cwd=folder.parent) as running:
         try:
-            deadline = time.time() + 180  # a busy machine
-            while True:
-                try:
-                    httpx.get(f"http://127.0.0.1:{port}/health")
-                    break
-                except httpx.HTTPError:
-                    assert running.poll() is None
-                    assert time.time() < deadline
-                    time.sleep(0.05)
+            loopback.wait_until_up(f"http://127.0.0.1:{port}", running)
             yield running
         finally:
             running.kill()
@@ -506,7 +483,7 @@ def test_killed_under_load_and_started_again(tmp_path: Path) -> None:
 
     def use(number: int) -> None:
         with Client(f"http://127.0.0.1:{port}", token="") as client:
-            session = client.open(png(number), f"bright box {number}")
+            session = client.open(png(shift=number), f"bright box {number}")
             try:
                 for column in range(200):
                     session.click(column % 83, 2 + column // 83)

@@ -274,7 +274,7 @@ def test_the_user_takes_over_while_the_agent_thinks() -> None:
     assert ended == ["interrupted"] * 2
 
 
-def test_fork() -> None:
+def test_a_fork_has_the_turns_before_it() -> None:
     it = session([said(20, 15), said(30, 20)])
     it.ask()
     it.click(60, 45)

@@ -128,7 +128,7 @@ actions = st.one_of(
 replies = st.builds(Reply, texts, st.lists(actions, max_size=4).map(tuple), st.none() | texts)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     text=texts, reply=replies, names=st.lists(texts, max_size=3, unique=True), tokens=st.none() | st.integers(0, 9**9)
 )

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
+from commands import ibisagent
 from volume_phantoms import GRIDS, blob, changed, hounsfield, slice_files
 
-from ibisagent.cli import app
 from ibisagent.domain import Click, Reply, Stop
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.inference.batch import Batch, PassedOver, VolumeOptions, VolumeResult
@@ -29,10 +28,6 @@ from ibisagent.volumes.writing import read_volume_masks
 
 SHAPE = (31, 27, 8)
 VALUES = hounsfield(blob(SHAPE))
-
-
-def ibisagent(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def series(folder: Path, number: int, *, slices: int = 8, grid: str = "LPS-uneven", **attributes: object) -> list[Path]:

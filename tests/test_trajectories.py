@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from killed import killed
+from commands import contents, killed
 
 from ibisagent.datasets import CaseSource, read_cases
 from ibisagent.domain import Click, Completion, Episode, Image, Reply, Stop, Turn, Undo
@@ -55,10 +55,6 @@ def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     generate(read_cases(data), load_segmenter("region"), folder, CONFIG)
     return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def test_every_pair_gets_one_episode_that_can_be_replayed(data: Path, undisturbed: Path) -> None:
@@ -254,7 +250,7 @@ def test_config_checks_itself(options: dict[str, float]) -> None:
         TrajectoryConfig(**options)
 
 
-def test_undone_turns() -> None:
+def test_an_undo_undoes_the_turns_before_it() -> None:
     a, b, c, d = (Click(x, 3, True, "spleen") for x in (1, 2, 3, 4))
     steps = [(a,), (b, c), (Undo(1),), (d,), (Undo(2),), (c,), (Stop(),)]
     turns = tuple(Turn(Completion(""), Reply("", actions), {}, {}) for actions in steps)

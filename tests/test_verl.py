@@ -14,6 +14,7 @@ import sys
 import tomllib
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,16 +22,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import replies
 
 from ibisagent.datasets import read_cases
-from ibisagent.domain import Action, Box, Case, Click, Completion, Episode, Image, Reply, Stop, Turn
+from ibisagent.domain import Box, Case, Click, Completion, Episode, Image, Reply, Stop, Turn
 from ibisagent.errors import ConfigError, DataError, PolicyError
 from ibisagent.generation.config import FactoryConfig
 from ibisagent.generation.exports import read_verl
 from ibisagent.generation.stages import Plan, build
 from ibisagent.imaging.images import write_mask_png, write_png
 from ibisagent.integrations.verl.reward import compute_score, episode_reward
-from ibisagent.protocol import write
 from ibisagent.rewards import RewardWeights
 
 ROOT = Path(__file__).parent.parent
@@ -196,10 +197,7 @@ def play(
         return asyncio.run(run()), server
 
 
-def text(*actions: Action) -> str:
-    return write(Reply("I look.", tuple(actions)), SIZE, dialect="ibis")
-
-
+text = partial(replies.text, thought="I look.")
 BOX, MISS = text(Box(18, 13, 43, 38, "spleen")), text(Click(80, 58, True, "spleen"))
 STOP = text(Stop("The spleen is segmented."))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -16,10 +15,11 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-from typer.testing import CliRunner, Result
+from commands import assert_one_line, ibisagent
+from loopback import free_port
+from typer.testing import Result
 from volume_phantoms import GRIDS, blob, hounsfield, slice_files
 
-from ibisagent.cli import app
 from ibisagent.domain import Click, Reply, Stop
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.imaging.masks import dice
@@ -32,10 +32,6 @@ from ibisagent.volumes.writing import masks_on, read_volume_masks, write_nifti
 SHAPE = (47, 61, 24)
 INSIDE = blob(SHAPE, centre=(20, 33, 11), radii=(13, 12, 8))
 PRIVATE = ("Doe", "Jane", "MRN77", "19700102", "20240304", "1970")
-
-
-def ibisagent(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture
@@ -56,13 +52,6 @@ def script(tmp_path: Path) -> str:
 
 def segment(*arguments: object, script: str) -> Result:
     return ibisagent("segment", *arguments, "--policy", script, "--segmenter", "region", "--recheck", 0)
-
-
-def assert_one_line(result: Result, *parts: str) -> None:
-    assert result.exit_code == 2, result.output
-    [line] = result.stderr.splitlines()
-    for part in ("error: ", *parts):
-        assert part in line
 
 
 def test_a_volume_is_segmented(tmp_path: Path, scan: Path, script: str) -> None:
@@ -253,11 +242,7 @@ def server(tmp_path: Path) -> Iterator[str]:
     """An Orthanc on loopback with an empty database; ended with the test."""
     if ORTHANC is None or PLUGIN is None:
         pytest.skip("Orthanc is not installed (Debian packages orthanc and orthanc-dicomweb)")
-    ports = []
-    for _ in range(2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            ports.append(free.getsockname()[1])
+    ports = [free_port() for _ in range(2)]
     settings = {
         "StorageDirectory": str(tmp_path / "orthanc"),
         "IndexDirectory": str(tmp_path / "orthanc"),
