@@ -563,20 +563,20 @@ def test_a_case_that_cannot_be_read_any_more_is_reported_once_and_left_out(data,
             return super().__getitem__(index)
 
     cases = Vanishing(read_cases(data))
-    played = rl.Readable(cases)
+    played = rl.PlayableCases(cases)
     first, second = played[0], played[1]
     Vanishing.gone = {len(cases) - 1}
     assert played[len(cases) - 1].id == first.id
     Vanishing.gone |= {0}
     assert played[0] is first  # the rollouts of a case all play the same
-    assert rl.Readable(cases)[0].id == second.id
+    assert rl.PlayableCases(cases)[0].id == second.id
     caplog.clear()
-    fresh = rl.Readable(cases)
+    fresh = rl.PlayableCases(cases)
     assert {fresh[len(cases) - 1].id, fresh[0].id} == {second.id}
     assert sorted(record.message.split(":")[0] for record in caplog.records) == ["0.png", f"{len(cases) - 1}.png"]
     Vanishing.gone = set(range(len(cases)))
     with pytest.raises(DataError, match="none of"):
-        rl.Readable(cases)[0]
+        rl.PlayableCases(cases)[0]
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])

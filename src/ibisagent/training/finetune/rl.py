@@ -110,7 +110,7 @@ def read_training_cases(recipe: RlRecipe) -> Sequence[Case]:
     )
 
 
-class Readable(Sequence[Case]):
+class PlayableCases(Sequence[Case]):
     """Cases of which one that cannot be read, or no longer, is left out and the next that can is played in its place.
 
     Each is reported once. DataError where none is left. The latest are kept, for the rollouts of one case.
@@ -439,7 +439,7 @@ def make_trainer(recipe: RlRecipe, report: Report = lambda step, steps, logs: No
     student = load_student(recipe, "full")
     max_turns = recipe.max_turns or turn_limit(student)
     recipe.check_turns(max_turns)
-    cases = Readable(read_training_cases(recipe))
+    cases = PlayableCases(read_training_cases(recipe))
     segmenter = load_segmenter(recipe.segmenter, device=recipe.device)
     tokenizer = student.processor.tokenizer
     tokenizer.padding_side = "left"
