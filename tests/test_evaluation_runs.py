@@ -27,6 +27,7 @@ from ibisagent.evaluation import MAX_FAILURES, Evaluation, compare
 from ibisagent.evaluation.report import coverage_curve, iou_by_turn, write_report
 from ibisagent.evaluation.runs import Run, Setup, run
 from ibisagent.imaging.images import write_mask_png, write_png
+from ibisagent.imaging.masks import encode_rle
 
 SIZE = (37, 53)
 box_mask = partial(phantoms.box_mask, size=SIZE)
@@ -205,6 +206,24 @@ def test_two_runs_are_compared(setup: Setup, finished: Path, tmp_path: Path) -> 
     with pytest.raises(DataError, match="no case in common"):
         compare(a, Evaluation({}, (), ()))
     assert all(found.difference == 0 for found in compare(a, a).metrics.values())
+
+
+def test_runs_that_were_judged_on_other_masks_are_not_compared(finished: Path, tmp_path: Path) -> None:
+    later = tmp_path / "later"
+    shutil.copytree(finished, later)
+    lines = [json.loads(line) for line in (later / "cases.jsonl").read_text().splitlines()]
+    changed = next(line for line in lines if line["targets"])
+    size = tuple(changed["targets"][0]["rle"]["size"])
+    changed["targets"][0]["rle"] = encode_rle(np.ones(size, dtype=bool))
+    (later / "cases.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    refused = cli("eval", "compare", finished, later)
+    assert refused.exit_code == 2
+    assert f"1 of 13 cases were judged on other masks of the ground truth, such as {changed['result']['case_id']}" in (
+        refused.stderr
+    )
+    changed["targets"][0]["rle"] = encode_rle(np.ones((5, 5), dtype=bool))  # resized on purpose
+    (later / "cases.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert cli("eval", "compare", finished, later).exit_code == 0
 
 
 # --------------------------------------------------------------------------------------------------------- the report

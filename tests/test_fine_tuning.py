@@ -512,8 +512,11 @@ def test_paths_are_multiple_turns_and_what_was_written_is_what_is_learned(player
     forbidden = student.model.generation_config.suppress_tokens
     predicted[..., forbidden] = -torch.inf
     if isinstance(student.model, IbisNanoForConditionalGeneration):
-        choose = LikelyPlaces(student.model.word_count)
-        predicted = torch.stack([choose(whole, path) for path in predicted])
+        choose, start = LikelyPlaces(student.model.word_count), batch["prompt_ids"].shape[1]
+        scored = torch.zeros_like(whole, dtype=torch.bool)
+        scored[:, start - 1 : -1] = True
+        ruled = student.model.readable.along(whole, scored, predicted.flatten(0, 1))
+        predicted = choose(whole, ruled).view_as(predicted)
     learned = (batch["completion_mask"] * batch["tool_mask"]).bool()
     assert torch.equal(predicted.argmax(dim=-1)[learned], completion[learned])
     assert not torch.isin(completion[learned], torch.tensor(forbidden)).any()
@@ -550,6 +553,32 @@ def test_what_the_machinery_fails_at_is_left_out(data, tmp_path):
     judge([[]], tools[1:], lambda name, value: None)
     with pytest.raises(SegmenterError, match="every rollout fails, the last one: no answer"):
         judge([[]], tools[1:], lambda name, value: None)
+
+
+def test_a_case_that_cannot_be_read_any_more_is_reported_once_and_left_out(data, caplog):
+    class Vanishing(list):
+        gone = set()
+
+        def __getitem__(self, index):
+            if index in self.gone:
+                raise DataError(f"{index}.png: no such file")
+            return super().__getitem__(index)
+
+    cases = Vanishing(read_cases(data))
+    played = rl.PlayableCases(cases)
+    first, second = played[0], played[1]
+    Vanishing.gone = {len(cases) - 1}
+    assert played[len(cases) - 1].id == first.id
+    Vanishing.gone |= {0}
+    assert played[0] is first  # the rollouts of a case all play the same
+    assert rl.PlayableCases(cases)[0].id == second.id
+    caplog.clear()
+    fresh = rl.PlayableCases(cases)
+    assert {fresh[len(cases) - 1].id, fresh[0].id} == {second.id}
+    assert sorted(record.message.split(":")[0] for record in caplog.records) == ["0.png", f"{len(cases) - 1}.png"]
+    Vanishing.gone = set(range(len(cases)))
+    with pytest.raises(DataError, match="none of"):
+        rl.PlayableCases(cases)[0]
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])

@@ -27,9 +27,9 @@ LONGEST_FILE, LONGEST_FUNCTION = 700, 80  # lines
 HEAVY = {"torch", "torchvision", "transformers", "trl", "peft", "timm", "accelerate"}
 MAY_BE_HEAVY = (
     "segmenters/",
-    "policies/mllm",
-    "policies/nano",
+    "policies/nano.py",
     "policies/sizes",
+    "policies/torch_model",
     "training/",
     "inference/models",
 )  # the last: doctor looks

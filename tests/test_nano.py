@@ -11,14 +11,10 @@ from ibisagent.domain import Click, Image, Observation
 from ibisagent.errors import ConfigError
 from ibisagent.policies import load_policy
 from ibisagent.policies.nano import (
-    LOCATIONS,
-    TOKENS_PER_IMAGE,
     LikelyPlaces,
-    OrderedCorners,
     corner_densities,
-    location_text,
-    snap_locations,
 )
+from ibisagent.policies.nano_input import LOCATIONS, TOKENS_PER_IMAGE, location_text, snap_locations
 from ibisagent.protocol import parse
 from ibisagent.training.nano.trainer import build_model, build_processor
 
@@ -190,16 +186,49 @@ def test_a_place_is_chosen_by_how_near_it_is_likely_to_be():
     assert chosen.tolist() == [middle, middle, 2]
 
 
-def test_the_second_corner_of_a_box_lies_beyond_the_first():
-    words, first = 7, 20 * LOCATIONS + 30
-    ids = torch.tensor([[1, words + first, 3], [1, 2, 3], [words + first, 2, 3]])
-    scores = OrderedCorners(words)(ids, torch.zeros(3, words + LOCATIONS**2))
-    allowed = (scores > -1).view(3, -1)
-    assert allowed[:, :words].all()
-    assert allowed[1:].all()  # no place there, or one that is two tokens away: a click before a box
-    cells = allowed[0, words:].view(LOCATIONS, LOCATIONS)
-    assert cells[21:, 31:].all()
-    assert cells.sum() == (LOCATIONS - 21) * (LOCATIONS - 31)
+def test_what_was_ruled_out_is_not_chosen_as_a_likely_place():
+    words = 7
+    scores = torch.full((1, words + LOCATIONS**2), -50.0)
+    places = scores[0, words:].view(LOCATIONS, LOCATIONS)
+    places[40, 21] = 0.0
+    places[:, :21] = torch.finfo(scores.dtype).min
+    places[39:42, 22:24] = -1.0
+    places[40, 20] = torch.finfo(scores.dtype).min  # in the middle of what is near
+    row, column = divmod(int(LikelyPlaces(words)(None, scores).argmax()) - words, LOCATIONS)
+    assert column >= 21
+    assert row == 40
+
+
+def test_what_is_learned_is_the_distribution_that_was_sampled_from(folder):
+    """Each drawn token has the same probability while it is written and in one pass over the whole reply."""
+    model, processor = load_policy(str(folder), device="cpu", dtype="float32").parts
+    texts = ["<|user|>disc<image><|assistant|>", "<|user|>Segment the left lung.<image><|assistant|>"]
+    batch = processor(text=texts, images=[make_image(1), make_image(2)], padding=True, return_tensors="pt")
+    features = torch.randn(2, 128, 32, 32, generator=torch.Generator().manual_seed(3))
+    torch.manual_seed(1)
+    out = model.generate(
+        **batch,
+        image_features=features,
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=24,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    start = batch["input_ids"].shape[1]
+    whole, written = out.sequences, out.sequences[:, start:]
+    mask = torch.cat([batch["attention_mask"], torch.ones_like(written)], dim=1)
+    scored = torch.zeros_like(whole, dtype=torch.bool)
+    scored[:, start - 1 : -1] = (written != processor.tokenizer.pad_token_id) | (written.cumsum(dim=1) == 0)
+    with torch.inference_mode():
+        logits = model(whole, batch["pixel_values"], mask, image_features=features, scored=scored).logits
+        learned = model.readable.along(whole, scored, logits).log_softmax(dim=1)
+    kept = scored[:, start - 1 : -1]
+    drawn = torch.stack(out.scores, dim=1)[kept].log_softmax(dim=1)
+    chosen = written[kept][:, None]
+    assert drawn.gather(1, chosen).min() > -100
+    torch.testing.assert_close(learned.gather(1, chosen), drawn.gather(1, chosen), atol=1e-3, rtol=1e-3)
+    assert learned.exp().sum(dim=1).allclose(torch.ones(len(chosen)))
 
 
 def test_a_box_is_read_from_a_map():
@@ -213,7 +242,7 @@ def test_a_box_is_read_from_a_map():
 
 
 def test_proposals_begin_with_the_likeliest_reply_and_are_drawn_again_alike(folder):
-    policy = load_policy(str(folder), device="cpu", max_new_tokens=4, candidates=3)
+    policy = load_policy(str(folder), device="cpu", dtype="float32", max_new_tokens=4, candidates=3)
     images = [Image(np.asarray(make_image(seed).convert("RGB"))) for seed in (1, 2)]
     observations = [Observation(str(number), image, "disc") for number, image in enumerate(images)]
     proposed = policy.propose(observations)
@@ -258,7 +287,7 @@ def test_two_images_in_one_conversation_give_each_place_its_own_image(folder):
 
 
 def test_as_a_policy_it_embeds_an_image_once_and_speaks_alpha(folder):
-    policy = load_policy(str(folder), device="cpu", max_new_tokens=4)
+    policy = load_policy(str(folder), device="cpu", dtype="float32", max_new_tokens=4)
     assert (policy.dialect, policy.history, policy.style) == ("ibis", "none", "alpha")
     pixels = np.full((61, 83, 3), 40, np.uint8)
     pixels[20:40, 30:60] = 200
@@ -269,16 +298,16 @@ def test_as_a_policy_it_embeds_an_image_once_and_speaks_alpha(folder):
     replies = policy.respond([bare, masked])
     assert len(replies) == 2
     assert all(reply.tokens for reply in replies)
-    assert len(policy._model._features._cache) == 1
+    assert len(policy.parts[0]._features._cache) == 1
 
 
 def test_a_policy_keeps_its_tables_of_added_tokens_and_reads_the_same(folder):
     """Making them anew costs milliseconds for thousands of places, several times a conversation."""
-    policy, processor = load_policy(str(folder), device="cpu"), AutoProcessor.from_pretrained(folder)
-    tokenizer = policy._processor.tokenizer
+    policy, processor = load_policy(str(folder), device="cpu", dtype="float32"), AutoProcessor.from_pretrained(folder)
+    tokenizer = policy.parts[1].tokenizer
     assert tokenizer.added_tokens_encoder is tokenizer.added_tokens_encoder
     assert tokenizer.added_tokens_encoder == processor.tokenizer.added_tokens_encoder
     message = {"role": "user", "content": f"disc<|end|>{location_text(3, 4)}<image><think>"}
     reading = {"tokenize": True, "return_dict": True, "sanitize_control_tokens": True}
     expected = processor.apply_chat_template([[message]], **reading)["input_ids"]
-    assert policy._processor.apply_chat_template([[message]], **reading)["input_ids"] == expected
+    assert policy.parts[1].apply_chat_template([[message]], **reading)["input_ids"] == expected

@@ -42,6 +42,7 @@ from ibisagent.policies.baselines import LocationPriorPolicy
 from ibisagent.policies.endpoint import EndpointPolicy
 from ibisagent.policies.mllm import MllmPolicy
 from ibisagent.policies.sizes import QWEN_7B, find_gpu, need, size_of_folder
+from ibisagent.policies.torch_model import TorchModel
 from ibisagent.policies.wording import write_wording
 from ibisagent.protocol import DIALECTS, parse, render
 from ibisagent.server.policy_server import create_app, serve
@@ -292,13 +293,11 @@ def test_conversations_with_and_without_images_in_one_batch(qwen: MllmPolicy) ->
     assert together == [qwen.generate([one], max_new_tokens=8)[0] for one in messages]
 
 
-def test_lack_of_memory_is_one_line_with_a_remedy(qwen_folder: Path) -> None:
-    class Full(MllmPolicy):
-        def _tokenize(self, conversations: Any) -> Any:
-            return torch.empty(2**60)  # what a batch of huge images comes to: torch's own error
-
+def test_lack_of_memory_is_one_line_with_a_remedy(qwen_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # what a batch of huge images comes to: torch's own error
+    monkeypatch.setattr(TorchModel, "_tokenize", lambda self, conversations: torch.empty(2**60))
     with pytest.raises(PolicyError, match=r"out of memory .*lower the batch size") as error:
-        Full(qwen_folder, device="cpu").respond(observations())
+        MllmPolicy(qwen_folder, device="cpu").respond(observations())
     assert "\n" not in str(error.value)
 
 

@@ -83,7 +83,8 @@ def click_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from ibisagent.segmenters.click_network import ClickNetwork, ClickNetworkConfig
+    from ibisagent.segmenters.click_network import ClickNetwork
+    from ibisagent.segmenters.letterbox import ClickNetworkConfig
 
     torch.manual_seed(0)
     config = ClickNetworkConfig(side=64, widths=(8, 8, 16, 16, 16), depth=(1, 1, 1, 1, 1))
@@ -599,7 +600,8 @@ class TestContextFeatures:
     def test_a_click_network_reads_it_where_it_looks(self) -> None:
         import torch
 
-        from ibisagent.segmenters.click_network import ClickNetwork, ClickNetworkConfig
+        from ibisagent.segmenters.click_network import ClickNetwork
+        from ibisagent.segmenters.letterbox import ClickNetworkConfig
 
         torch.manual_seed(0)
         network = ClickNetwork(ClickNetworkConfig(64, (8, 8, 16, 16, 16), (1, 1, 1, 1, 1))).eval()

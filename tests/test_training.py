@@ -1,6 +1,7 @@
 """The recipes of the packaged weights, in miniature: they run, learn, resume and save what the package loads."""
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from ibisagent.environment import SegmentationEnv
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.imaging.clicks import next_click
 from ibisagent.policies import load_policy
-from ibisagent.policies.nano import LOCATIONS
+from ibisagent.policies.nano_input import LOCATIONS
 from ibisagent.protocol import START_LINE, parse, render, write
 from ibisagent.segmenters import load_segmenter
 from ibisagent.segmenters.click_network import ClickNetwork
@@ -115,6 +116,15 @@ def test_a_click_run_goes_on_from_its_checkpoint_and_refuses_that_of_another_rec
     assert seen == [*range(4, 29, 4), *range(28, 49, 4)]  # the checkpoint was written at 24
     with pytest.raises(ConfigError, match="another run \\(learning_rate was"):
         click_recipe.train(plan.model_copy(update={"learning_rate": 0.5}))
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for file in [*recipe.parent.glob("*.png"), recipe.parent / "index.csv"]:
+        shutil.copy(file, moved)
+    elsewhere = plan.model_copy(update={"data": (moved,)})
+    click_recipe.train(elsewhere)
+    shutil.copy(moved / "4_mask.png", moved / "3_mask.png")
+    with pytest.raises(ConfigError, match="images or masks of its data have changed"):
+        click_recipe.train(elsewhere)
 
 
 def test_an_episode_sees_the_part_of_the_context_where_its_view_lies(cases, feature_cache):
@@ -509,7 +519,7 @@ def test_the_nano_recipe_runs_goes_on_and_refuses_another(recipe, tmp_path, caps
     )
     assert app(["train", "nano", str(plan), "--json"], standalone_mode=False) is None
     model = json.loads(capsys.readouterr().out)["model"]
-    [reply] = load_policy(model, device="cpu", max_new_tokens=3).respond(
+    [reply] = load_policy(model, device="cpu", dtype="float32", max_new_tokens=3).respond(
         [Observation("one", disc_case(0).image, "Segment the disc.")]
     )
     assert reply.text
@@ -526,7 +536,8 @@ def test_the_nano_recipe_runs_goes_on_and_refuses_another(recipe, tmp_path, caps
     with pytest.raises(ConfigError, match="no ibis-nano to start from"):
         nano_recipe.train(other.model_copy(update={"start": tmp_path, "out": tmp_path / "none"}))
     own = nano_recipe.train(other.model_copy(update={"start": Path(model), "on_policy": True, "out": tmp_path / "own"}))
-    assert (load_policy(model).history, load_policy(str(own)).history) == ("none", "actions")
+    histories = [load_policy(str(one), dtype="float32").history for one in (model, own)]
+    assert histories == ["none", "actions"]
     assert "vision.comparison.fine.weight" in load_file(Path(own) / "model.safetensors")
     with pytest.raises(ConfigError, match="on_policy: set start"):
         nano_recipe.NanoRecipe.read(plan, ["on_policy=true"])

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from ibisagent.datasets import CaseRow
-from ibisagent.segmenters.backbone import GRID, SIDE, WIDTH, Backbone
+from ibisagent.segmenters.backbone import Backbone
+from ibisagent.segmenters.backbone_sizes import GRID, SIDE, WIDTH
 from ibisagent.training.backbone import imagenet_weights
 from ibisagent.training.images import balanced_weights, closer, random_turn, recolored
 

@@ -122,8 +122,9 @@ def compare(
 
     if output is not None:
         try_file(output)
-    evaluations = [runs.Run(folder).evaluation for folder in (run_a, run_b)]
-    found = compare_runs(*evaluations, empty=check_empty_rule(empty), seed=seed)
+    first, second = (runs.Run(folder) for folder in (run_a, run_b))
+    first.check_same_masks(second)
+    found = compare_runs(first.evaluation, second.evaluation, empty=check_empty_rule(empty), seed=seed)
     if output is not None:
         write_whole(tables.comparison_markdown(found).encode(), output)
     if as_json:

@@ -265,6 +265,27 @@ class Run:
         masks, targets = (read_plain_masks(part, size, where) for part in plain)
         return episode, masks, targets
 
+    def check_same_masks(self, other: Run) -> None:
+        """Raise DataError if a case was judged on other masks of the ground truth there than here.
+
+        Masks of another size, as `eval score --resize-targets` makes them, are taken for the same.
+        """
+        differing = [
+            case_id
+            for case_id in self._index.keys() & other._index.keys()
+            if _contradict(self._masks_judged_on(case_id), other._masks_judged_on(case_id))
+        ]
+        if differing:
+            common = len(self._index.keys() & other._index.keys())
+            raise DataError(
+                f"{self.folder} and {other.folder}: {len(differing)} of {common} cases were judged on other masks of"
+                f" the ground truth, such as {min(differing)}; the data has changed between them: judge both again"
+            )
+
+    def _masks_judged_on(self, case_id: str) -> dict[str, str]:
+        found: dict[str, str] = self._log.lines[self._index[case_id]].get("ground_truth", {})
+        return found
+
     def image(self, case_id: str) -> str:
         """Where the image of a judged case was; "" if that is not known."""
         line = self._line(case_id)
@@ -352,7 +373,20 @@ class _Log:
 
 
 def _light(line: dict[str, Any]) -> dict[str, Any]:
-    return {name: line[name] for name in ("index", "content", "result", "failure") if name in line}
+    """A line without its masks; of those of the ground truth, by name, the size and a hash remain."""
+    light: dict[str, Any] = {name: line[name] for name in ("index", "content", "result", "failure") if name in line}
+    if targets := line.get("targets"):
+        light["ground_truth"] = {
+            one["name"]: f"{one['rle']['size']} {hashlib.sha256(one['rle']['counts'].encode()).hexdigest()}"
+            for one in targets
+        }
+    return light
+
+
+def _contradict(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether masks of the same names and sizes differ, where both are known."""
+    sizes, others = ({name: mask.rpartition(" ")[0] for name, mask in masks.items()} for masks in (one, other))
+    return bool(one and other and one != other and (sizes == others or sizes.keys() != others.keys()))
 
 
 @contextmanager

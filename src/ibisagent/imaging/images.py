@@ -305,16 +305,16 @@ def _is_deep(image: ImageFile) -> bool:
 
 
 def _is_misread_by_pillow(image: TiffImageFile) -> bool:
-    """Whether it is grey with sign, of 32 bits, or deep with white at zero, or has channels beyond alpha, or alpha in a
-    plane of its own, or colours that alpha has been multiplied into.
+    """Whether it is grey with sign, of 32 bits, or deep with white at zero, or has two channels or channels beyond
+    alpha, or alpha in a plane of its own, or colours that alpha has been multiplied into.
 
     Pillow wraps some of these, swaps bytes of others where they are compressed, divides colours by alpha, loses planes,
-    and ignores the rest.
+    takes a second stain for alpha in some of its versions, and ignores the rest.
     """
     tags = image.tag_v2
     bits, kind = max(tags.get(_BITS_TAG, (1,))), tags.get(_SAMPLE_FORMAT_TAG, (1,))[0]
     samples, is_planar = tags.get(_SAMPLES_TAG, 1), tags.get(_PLANES_TAG) == _SEPARATE
-    if samples > 4 or (samples in (2, 4) and (is_planar or _ASSOCIATED in tags.get(_EXTRA_TAG, ()))):
+    if samples > 4 or samples == 2 or (samples == 4 and (is_planar or _ASSOCIATED in tags.get(_EXTRA_TAG, ()))):
         return True
     if tags.get(_PHOTOMETRIC_TAG) not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO):
         return False

@@ -34,7 +34,7 @@ from ibisagent.volumes import SliceView, Volume, dicomweb, is_volume, read_volum
 from ibisagent.volumes.label_maps import choose_start
 from ibisagent.volumes.writing import masks_on
 
-_OF_MACHINE = {"ibisagent", "torch", "transformers", "runtime", "policy_device"}
+_OF_MACHINE = {"ibisagent", "torch", "transformers", "runtime", "policy_device", "policy_runtime"}
 """Facts of a record that may differ between the starts of one run."""
 
 

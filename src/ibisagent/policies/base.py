@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
 
 from ibisagent.domain import Completion, Image, Observation
 from ibisagent.policies.vocabulary import Asked, Vocabulary
+from ibisagent.protocol import Message
 
 MAX_NEW_TOKENS = 512
 """Longest reply, where neither the caller nor the model says otherwise."""
@@ -75,4 +79,60 @@ class Proposer(Protocol):
 
     def propose(self, observations: Sequence[Observation]) -> list[list[Completion]]:
         """`candidates` completions per observation, in order, that of `respond` first. Raises as `respond` does."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What the model wrote after one conversation.
+
+    tokens: new tokens, the end token included. prompt_tokens: those of the conversation, image tokens included.
+    finished: the model ended by itself, rather than at the limit of new tokens.
+    """
+
+    text: str
+    tokens: int
+    prompt_tokens: int
+    finished: bool
+
+
+class LanguageModel(Protocol):
+    """What runs a multimodal language model; `mllm` asks it.
+
+    Conversations are messages as `protocol.render` makes them, each with a list of parts, in which images have the mode
+    that the model reads. Raises PolicyError when it fails.
+    """
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What the model says of itself (dialect, history, ...)."""
+        ...
+
+    @property
+    def parts(self) -> tuple[Any, Any]:
+        """The torch model, in evaluation mode, and its processor. ConfigError where there are none."""
+        ...
+
+    def bound_images(self, least: int | None, most: int | None, usual: int | None) -> None:
+        """Bound the area, in pixels, that an image is resized to. usual: the upper bound where none is given, for
+        models that take any size. ConfigError for a bound that the model cannot keep."""
+        ...
+
+    def keep_readable(self) -> None:
+        """Write from now on, where the model can, only what dialect "ibis" reads."""
+        ...
+
+    def write(
+        self, conversations: Sequence[Sequence[Message]], limit: int, temperature: float, seed: int, draws: int
+    ) -> list[Generation]:
+        """`draws` replies to each conversation, of at most `limit` tokens; several are proposals, which a model may
+        draw in its own way. temperature 0: the likeliest reply."""
+        ...
+
+    def see(self, conversation: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
+        """Of a conversation with one image: see `mllm.MllmPolicy.see`."""
+        ...
+
+    def describe(self) -> dict[str, str]:
+        """Facts for records: device, numbers, versions."""
         ...

@@ -16,16 +16,15 @@ Saved weights hold all of it, the backbone in float16.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from PIL import Image as PillowImage
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -49,27 +48,11 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.masking_utils import create_causal_mask
 from transformers.utils.generic import ModelOutput
 
-from ibisagent.segmenters.backbone import GRID, SIDE, WIDTH, Backbone, Residual
-
-TOKENS_PER_IMAGE = 64  # 8 x 8
-LOCATIONS = 64  # places per axis
-NEAR = 2.0  # cells: how far from the right place a place is still worth something
-_POINT = re.compile(r"\(\s*([01]?\.\d{1,12}|[01])\s*,\s*([01]?\.\d{1,12}|[01])\s*\)")
-
-
-def location_text(column: int, row: int) -> str:
-    """The token of a grid cell, as text: its centre in [0, 1] coordinates, (x, y)."""
-    return f"({(column + 0.5) / LOCATIONS:.3f}, {(row + 0.5) / LOCATIONS:.3f})"
-
-
-def snap_locations(text: str) -> str:
-    """`text` with every (x, y) moved to the centre of its grid cell, so that it is one token."""
-
-    def snap(match: re.Match[str]) -> str:
-        column, row = (min(int(float(number) * LOCATIONS), LOCATIONS - 1) for number in match.groups())
-        return location_text(column, row)
-
-    return _POINT.sub(snap, text)
+from ibisagent.errors import PolicyError
+from ibisagent.policies.grammar import Grammar, Position
+from ibisagent.policies.nano_input import LOCATIONS, NEAR, TOKENS_PER_IMAGE, image_planes, snap_locations
+from ibisagent.segmenters.backbone import Backbone, Residual
+from ibisagent.segmenters.backbone_sizes import GRID, WIDTH
 
 
 class IbisNanoConfig(PretrainedConfig):
@@ -122,18 +105,8 @@ class IbisNanoImageProcessor(BaseImageProcessor):
 
     def preprocess(self, images: Any, return_tensors: str | None = "pt", **_: Any) -> BatchFeature:
         """As the class says. images: one image, or any nesting of lists of them, in reading order."""
-        planes = np.stack([self._planes(image) for image in _flatten(images)])
+        planes = np.stack([image_planes(image) for image in _flatten(images)])
         return BatchFeature({"pixel_values": planes}, tensor_type=return_tensors)
-
-    @staticmethod
-    def _planes(image: Any) -> np.ndarray:
-        pillow = image if isinstance(image, PillowImage.Image) else PillowImage.fromarray(np.asarray(image))
-        alpha = pillow.getchannel("A") if pillow.mode == "RGBA" else PillowImage.new("L", pillow.size)
-        square = (SIDE, SIDE)
-        # Reduce by area first where it pays; colour and mask are resized apart, as alpha here is not transparency.
-        colour = np.asarray(pillow.convert("RGB").resize(square, PillowImage.Resampling.BILINEAR, reducing_gap=2.0))
-        mask = np.asarray(alpha.resize(square, PillowImage.Resampling.BILINEAR))
-        return np.concatenate([colour, mask[..., None]], axis=2).transpose(2, 0, 1).astype(np.float32) / 255
 
 
 def _flatten(images: Any) -> list[Any]:
@@ -262,7 +235,7 @@ class _VisionStem(nn.Module):
         self.comparison = _Comparison(width, hidden) if two_pass else None
 
     def forward(
-        self, features: torch.Tensor, planes: torch.Tensor, compared: torch.Tensor | None
+        self, features: torch.Tensor, planes: torch.Tensor, compared: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         seen = self.known(features) + self.planes_out(self.planes(planes * 2 - 1))
         if self.comparison is not None and compared is not None:
@@ -296,6 +269,15 @@ class _Pointer(nn.Module):
         self, hidden: torch.Tensor, fine: torch.Tensor, features: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden (N, 64, hidden) -> keys (N, LOCATIONS ** 2, K), region logits (N, LOCATIONS, LOCATIONS)."""
+        keys, region = self.maps(hidden, fine, features)
+        corners = corner_densities(region.float()).to(keys)
+        keys = torch.cat([keys, region[..., None].clamp(-8, 8), corners], dim=-1)
+        return keys.flatten(1, 2), region
+
+    def maps(
+        self, hidden: torch.Tensor, fine: torch.Tensor, features: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys (N, LOCATIONS, LOCATIONS, pointer) that convolutions make, and the region logits."""
         asked = self.asked(hidden.mean(dim=1)).unflatten(1, (4, WIDTH + 1))
         direct = torch.einsum("nkw,nwhv->nkhv", asked[..., :-1], features.to(asked)) * WIDTH**-0.5
         direct = direct + asked[..., -1][..., None, None]
@@ -305,10 +287,7 @@ class _Pointer(nn.Module):
         region = F.pixel_shuffle(self.region(grid) + direct, 2)
         keys = F.pixel_shuffle(self.key(grid), 2)
         place = self.row[:, None] + self.column[None]
-        keys = keys.movedim(1, -1) + place
-        corners = corner_densities(region[:, 0].float()).to(keys)
-        keys = torch.cat([keys, region.movedim(1, -1).clamp(-8, 8), corners], dim=-1)
-        return keys.flatten(1, 2), region[:, 0]
+        return keys.movedim(1, -1) + place, region[:, 0]
 
     def seen(self, keys: torch.Tensor) -> torch.Tensor:
         """What the maps in keys (N, LOCATIONS ** 2, K) say of whether the objects are there at all, (N, hidden)."""
@@ -356,29 +335,27 @@ def _images_before(is_image: torch.Tensor) -> torch.Tensor:
     return torch.where(seen > 0, seen + (of_rows.cumsum(dim=0) - of_rows)[:, None], 0) - 1
 
 
-class OrderedCorners(LogitsProcessor):
-    """The second corner of a box lies right of and below the first: no box has its corners exchanged.
+class Readable(LogitsProcessor):
+    """Rules out the tokens that would make a reply unreadable; see `grammar`."""
 
-    In every dialect that has boxes, a place right after another one, with a single token between, is a second corner.
-    """
-
-    def __init__(self, word_count: int) -> None:
-        """word_count: how many ids of the vocabulary come before the places."""
-        self.word_count = word_count
+    def __init__(self, grammar: Grammar) -> None:
+        self._grammar = grammar
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """scores (B, V) logits -> the same, without the cells left of or above a first corner, or level with it."""
-        first = input_ids[:, -2] - self.word_count
-        is_second = (first >= 0) & (input_ids[:, -1] < self.word_count)
-        if not is_second.any():
+        """scores (B, V) logits of what follows input_ids (B, L) -> the same, the least there is for what must not."""
+        return self._ruled_out(scores, [self._grammar.end_of(row) for row in input_ids.tolist()])
+
+    def along(self, input_ids: torch.Tensor, scored: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """logits (K, V) of what follows each of the positions `scored` (B, L) bool of input_ids (B, L) -> the same."""
+        pairs = zip(input_ids.tolist(), scored.tolist(), strict=True)
+        walks = (zip(self._grammar.walk(ids), kept, strict=True) for ids, kept in pairs)
+        return self._ruled_out(logits, [here for walk in walks for here, wanted in walk if wanted])
+
+    def _ruled_out(self, scores: Any, positions: Sequence[Position]) -> Any:
+        if not positions:
             return scores
-        cells = torch.arange(LOCATIONS, device=scores.device)
-        right = cells > (first % LOCATIONS).clamp(max=LOCATIONS - 2)[:, None]
-        below = cells > (first // LOCATIONS).clamp(max=LOCATIONS - 2)[:, None]
-        allowed = (below[:, :, None] & right[:, None, :]).flatten(1) | ~is_second[:, None]
-        blank = torch.finfo(scores.dtype).min
-        words, places = scores[:, : self.word_count], scores[:, self.word_count :]
-        return cast("torch.FloatTensor", torch.cat([words, places.masked_fill(~allowed, blank)], dim=1))
+        allowed = torch.from_numpy(np.stack([self._grammar.allowed(here) for here in positions]))
+        return scores.masked_fill(~allowed.to(scores.device), torch.finfo(scores.dtype).min)
 
 
 class LikelyPlaces(LogitsProcessor):
@@ -400,8 +377,8 @@ class LikelyPlaces(LogitsProcessor):
         is_word = words.float().logsumexp(dim=1) >= places.logsumexp(dim=1)
         closeness = self._closeness.to(places.device)
         maps = places.softmax(dim=1).view(-1, LOCATIONS, LOCATIONS)
-        near = (closeness @ maps @ closeness).flatten(1).log()
         blank = torch.finfo(scores.dtype).min
+        near = (closeness @ maps @ closeness).flatten(1).log().masked_fill(places <= blank, blank)  # ruled out stays so
         chosen = [words.masked_fill(~is_word[:, None], blank), near.to(scores).masked_fill(is_word[:, None], blank)]
         return cast("torch.FloatTensor", torch.cat(chosen, dim=1))
 
@@ -426,6 +403,7 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(text.hidden_size, self.word_count, bias=False)
         self.backbone = Backbone().requires_grad_(False)
         self._features = _FeatureCache()
+        self.readable: Readable | None = None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -439,6 +417,11 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             init.zeros_(module.weight)
         elif any(module is layer for layer in comparison.planes):
             init.kaiming_normal_(module.weight, nonlinearity="relu")
+
+    def keep_readable(self, tokenizer: Any) -> None:
+        """Write from now on only what dialect "ibis" can read. tokenizer: the model's own."""
+        words = [tokenizer.decode([number]) for number in range(self.word_count)]
+        self.readable = Readable(Grammar(words, LOCATIONS, self.config.reply_tokens))
 
     def get_input_embeddings(self) -> nn.Module:
         """The language model's."""
@@ -641,7 +624,8 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         processors: Any = super()._get_logits_processor(generation_config, *args, **kwargs)
-        processors.append(OrderedCorners(self.word_count))
+        if self.readable is not None:
+            processors.insert(0, self.readable)  # what others choose among
         if generation_config.get_generation_mode() == GenerationMode.GREEDY_SEARCH:
             processors.append(LikelyPlaces(self.word_count))
         return processors
@@ -654,6 +638,31 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *a, **k)
         model_kwargs["location_keys"] = outputs.location_keys
         return model_kwargs
+
+
+class _Maps(nn.Module):
+    """`_Pointer.maps` as a network of its own."""
+
+    def __init__(self, pointer: _Pointer) -> None:
+        super().__init__()
+        self.pointer = pointer
+
+    def forward(
+        self, hidden: torch.Tensor, fine: torch.Tensor, features: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.pointer.maps(hidden, fine, features)
+
+
+def vision_networks(folder: Path) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """The convolutions of a saved model, in float32: its backbone (colour -> features), its stem (features, planes,
+    compared -> fine, tokens), its maps (see `_Pointer.maps`). For `nano_model`, which runs them without torch."""
+    loader: Any = IbisNanoForConditionalGeneration  # its annotations leave output_loading_info out
+    model, info = loader.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise PolicyError(f"{folder}: its weights lack {len(missing)} of the model's tensors, first {missing[0]}")
+    return model.backbone, model.vision, _Maps(model.pointer)
 
 
 def register() -> None:

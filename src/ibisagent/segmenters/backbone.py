@@ -15,9 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-SIDE = 256  # pixels of the square that images are squashed to
-GRID = 32
-WIDTH = 128  # channels of the features
+from ibisagent.segmenters.backbone_sizes import GRID, WIDTH
 
 _STAGES = {1: 24, 2: 40, 4: 112, 5: 192}
 """Stages that the pyramid reads, with their channels: strides 4, 8, 16, 32."""

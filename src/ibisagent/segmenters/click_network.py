@@ -7,30 +7,15 @@ features of the whole image (see `context_features`).
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ibisagent.segmenters.context_features import FEATURES, STRIDE
+from ibisagent.segmenters.letterbox import CHANNELS, ClickNetworkConfig
 
-CHANNELS = 7  # RGB, previous mask probability, positive clicks, negative clicks, box
 _LEVEL = STRIDE.bit_length() - 2  # of the stages, the one at STRIDE
 _CONTEXT_WIDTH = 128
-
-
-@dataclass(frozen=True)
-class ClickNetworkConfig:
-    """side: network resolution in pixels. widths: channels at strides 2, 4, 8, 16, 32. depth: blocks per stage."""
-
-    side: int = 256
-    widths: tuple[int, ...] = (32, 64, 128, 192, 256)
-    depth: tuple[int, ...] = (1, 2, 2, 2, 2)
-
-    def to_dict(self) -> dict[str, object]:
-        """JSON-ready form, as stored beside the weights."""
-        return asdict(self)
 
 
 class _Block(nn.Module):

@@ -19,11 +19,20 @@ from ibisagent.errors import ConfigError, SegmenterError
 from ibisagent.files import one_line
 from ibisagent.segmenters import Prediction, check_prior, check_prompts
 from ibisagent.segmenters.context_features import FEATURES, GRID, STRIDE, ContextEncoder, ContextFeatures, places_seen
-from ibisagent.segmenters.letterbox import Window, letterbox, letterbox_scale, letterbox_size, prompt_maps, unletterbox
+from ibisagent.segmenters.letterbox import (
+    CHANNELS,
+    ClickNetworkConfig,
+    Window,
+    letterbox,
+    letterbox_scale,
+    letterbox_size,
+    prompt_maps,
+    unletterbox,
+)
 from ibisagent.segmenters.runtime import Network, choose_device, choose_runtime, load_network
 
 if TYPE_CHECKING:
-    from ibisagent.segmenters.click_network import ClickNetwork, ClickNetworkConfig
+    from ibisagent.segmenters.click_network import ClickNetwork
 
 PACKAGED_WEIGHTS = Path(__file__).parent.parent / "weights" / "ibis-click.safetensors"
 LICENCE = "Apache-2.0"
@@ -52,19 +61,17 @@ class IbisClick:
     """
 
     def __init__(self, weights: Path | None = None, *, device: str = "auto", runtime: str = "auto") -> None:
-        from ibisagent.segmenters import click_network
-
         self.name = "ibis-click" if weights is None else f"ibis-click:{weights}"
         read = _Weights.read(PACKAGED_WEIGHTS if weights is None else weights)
         self._weights_sha256 = hashlib.sha256(read.content).hexdigest()
         device = choose_device(device)
-        code = hashlib.sha256(Path(click_network.__file__).read_bytes()).hexdigest()
+        code = hashlib.sha256(Path(__file__).with_name("click_network.py").read_bytes()).hexdigest()
         side = read.config.side
         cells = side // STRIDE
         network = load_network(
             read.network,
             [
-                np.zeros((1, click_network.CHANNELS, side, side), dtype=np.float32),
+                np.zeros((1, CHANNELS, side, side), dtype=np.float32),
                 np.zeros((1, FEATURES, GRID, GRID), dtype=np.float32),
                 np.zeros((1, cells, cells, 2), dtype=np.float32),
             ],
@@ -216,8 +223,6 @@ class _Weights:
 
     @classmethod
     def read(cls, path: Path) -> _Weights:
-        from ibisagent.segmenters.click_network import ClickNetworkConfig
-
         description = path.with_suffix(".json")
         for file in (path, description):
             if not file.is_file():

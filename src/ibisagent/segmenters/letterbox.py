@@ -1,12 +1,12 @@
 """The square frame of a network: images and prompts scaled to fit its upper left corner, masks brought back from it.
 
-Training and inference share these functions.
+Training and inference share these functions. The network itself, in `click_network`, needs torch; this does not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import cv2
 import numpy as np
@@ -15,6 +15,20 @@ from ibisagent.domain import Box, Click, Mask, Prompt
 
 CLICK_RADIUS = 3 / 256  # of the network's side
 NEARLY_ALL = 0.8  # of the image's longer side: a window as large as that is the whole image
+CHANNELS = 7  # RGB, previous mask probability, positive clicks, negative clicks, box
+
+
+@dataclass(frozen=True)
+class ClickNetworkConfig:
+    """side: network resolution in pixels. widths: channels at strides 2, 4, 8, 16, 32. depth: blocks per stage."""
+
+    side: int = 256
+    widths: tuple[int, ...] = (32, 64, 128, 192, 256)
+    depth: tuple[int, ...] = (1, 2, 2, 2, 2)
+
+    def to_dict(self) -> dict[str, object]:
+        """JSON-ready form, as stored beside the weights."""
+        return asdict(self)
 
 
 def letterbox_scale(size: tuple[int, int], side: int) -> float:

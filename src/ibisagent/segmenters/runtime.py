@@ -7,14 +7,16 @@ memory and is kept in the user's cache folder, so that later starts only read it
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib.util
+import io
 import logging
 import os
 import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -23,8 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 import numpy as np
 import platformdirs
 
-from ibisagent.errors import ConfigError, SegmenterError
-from ibisagent.files import one_line
+from ibisagent.errors import ConfigError, DataError, SegmenterError
+from ibisagent.files import appearing_whole, one_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -172,7 +174,7 @@ class _OpenVinoNetwork:
         if not folder.exists():
             folder = _convert(build, example, folder)
         try:
-            self._compiled = core.compile_model(core.read_model(folder / "network.xml"), "CPU", settings)
+            self._compiled = _compiled(core, folder, settings)
         except RuntimeError as error:
             raise SegmenterError(f"{folder}: OpenVINO cannot read it ({one_line(error, 300)}): delete it") from error
         finally:
@@ -195,6 +197,29 @@ class _OpenVinoNetwork:
             except RuntimeError as error:
                 raise SegmenterError(f"OpenVINO failed: {one_line(error, 300)}") from error
             return tuple(np.array(output, dtype=np.float32) for output in outputs.values())
+
+
+def _compiled(core: Any, folder: Path, settings: Mapping[str, Any]) -> Any:
+    """The network in `folder` for this CPU: as an earlier start left it there, which takes half the time, or anew.
+
+    RuntimeError where it cannot be read.
+    """
+    cpu = [core.get_property("CPU", name) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")]
+    made_for = hashlib.sha256(repr([*cpu, settings["INFERENCE_PRECISION_HINT"]]).encode()).hexdigest()
+    kept = folder / f"compiled-{made_for[:16]}.blob"
+    try:
+        return core.import_model(io.BytesIO(kept.read_bytes()), "CPU", settings)
+    except OSError:
+        pass  # the first start on this CPU
+    except RuntimeError as error:
+        log.info("%s: made anew, OpenVINO cannot read it (%s)", kept, one_line(error, 200))
+    compiled = core.compile_model(core.read_model(folder / "network.xml"), "CPU", settings)
+    try:
+        with appearing_whole(kept) as part:
+            part.write_bytes(compiled.export_model().getvalue())
+    except DataError as error:
+        log.info("%s: every start compiles the network", error)
+    return compiled
 
 
 def conversion_folder() -> Path:

@@ -24,7 +24,8 @@ from ibisagent.config import Recipe
 from ibisagent.errors import DataError
 from ibisagent.files import write_whole
 from ibisagent.generation.teacher.phrasings import Absences
-from ibisagent.segmenters.backbone import GRID, SIDE, WIDTH, Backbone
+from ibisagent.segmenters.backbone import Backbone
+from ibisagent.segmenters.backbone_sizes import GRID, SIDE, WIDTH
 from ibisagent.training.click.states import is_development
 from ibisagent.training.images import (
     TrainingImages,
@@ -136,7 +137,7 @@ class _Run(TrainingRun):
     free = frozenset({"out"})
 
     def __init__(self, recipe: BackboneRecipe, images: TrainingImages) -> None:
-        self.recipe, self.images = recipe, images
+        self.recipe, self.images, self.learned_from = recipe, images, images.sha256
         self.goal = recipe.examples
         torch.manual_seed(recipe.seed)
         names = sorted({row.object for row in images.rows})

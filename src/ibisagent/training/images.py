@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ import cv2
 import numpy as np
 
 from ibisagent.datasets import CaseRow, CaseSource, read_cases
-from ibisagent.domain import Mask
+from ibisagent.domain import Case, Mask
 from ibisagent.errors import DataError
-from ibisagent.segmenters.backbone import SIDE
+from ibisagent.segmenters.backbone_sizes import SIDE
 from ibisagent.segmenters.context_features import FEATURES, ContextEncoder, context_input
 from ibisagent.segmenters.context_features import GRID as CONTEXT_GRID
 
@@ -71,9 +72,27 @@ class TrainingImages:
             raise DataError(f"{source.where}: no mask is left to learn from")
         return cls(np.stack(pixels), rows, np.array(image), np.stack(packed), dict(present))
 
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of all that is learned from."""
+        found = hashlib.sha256("\n".join(row.id for row in self.rows).encode())
+        for part in (self.pixels, self.packed):
+            found.update(np.ascontiguousarray(part).data)
+        return found.hexdigest()
+
     def mask(self, pair: int) -> Mask:
         """(SIDE, SIDE) bool."""
         return np.unpackbits(self.packed[pair]).reshape(SIDE, SIDE).astype(bool)
+
+
+def sha256_of(cases: Iterable[Case]) -> str:
+    """Hash of the images and masks of `cases`."""
+    found = hashlib.sha256()
+    for case in cases:
+        found.update(case.image.sha256.encode())
+        for name, mask in (case.targets or {}).items():
+            found.update(name.encode() + np.packbits(mask).tobytes())
+    return found.hexdigest()
 
 
 def squash(plane: np.ndarray) -> Mask:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ibisagent.errors import ConfigError
 from ibisagent.files import appearing_whole, same_run
 
 log = logging.getLogger(__name__)
@@ -54,15 +55,17 @@ def update_average(average: torch.nn.Module, network: torch.nn.Module, step: int
 class TrainingRun:
     """One network that learns, its average, and where both are kept.
 
-    A subclass sets recipe, network, average and optimizer, then calls `resume`. recipe: has out, batch_size,
-    eval_every, learning_rate and warmup_steps. A group of the optimizer may have a "factor" of the rate. goal: how many
-    examples the run learns from. free: settings that name this machine, so that a run may go on with others.
+    A subclass sets recipe, network, average, optimizer and learned_from, then calls `resume`. recipe: has out,
+    batch_size, eval_every, learning_rate and warmup_steps. learned_from: hash of the images and masks, which must stay.
+    A group of the optimizer may have a "factor" of the rate. goal: how many examples the run learns from. free:
+    settings that name this machine, so that a run may go on with others.
     """
 
     recipe: Any
     network: torch.nn.Module
     average: torch.nn.Module
     optimizer: torch.optim.Optimizer
+    learned_from: str
     goal: int
     average_decay: float
     free: frozenset[str]
@@ -100,14 +103,19 @@ class TrainingRun:
         """Write `OUT/checkpoint.pt`, whole or not at all."""
         state = {name: getattr(self, name).state_dict() for name in _STATES}
         with appearing_whole(self._checkpoint) as part:
-            torch.save({**state, "step": self.step, "recipe": json.dumps(self.described())}, part)
+            facts = {"step": self.step, "recipe": json.dumps(self.described()), "learned_from": self.learned_from}
+            torch.save({**state, **facts}, part)
 
     def resume(self) -> None:
-        """Go on from the checkpoint, where there is one. ConfigError where it is of another recipe."""
+        """Go on from the checkpoint, where there is one. ConfigError where it is of another recipe or other data."""
         if not self._checkpoint.exists():
             return
         saved: dict[str, Any] = torch.load(self._checkpoint, weights_only=True, map_location="cpu")
         same_run(json.loads(saved["recipe"]), self.described(), self._checkpoint)
+        if saved.get("learned_from", self.learned_from) != self.learned_from:
+            raise ConfigError(
+                f"{self._checkpoint}: images or masks of its data have changed since; put them back or give another out"
+            )
         for name in _STATES:
             getattr(self, name).load_state_dict(saved[name])
         self.step = saved["step"]

@@ -24,9 +24,10 @@ from ibisagent.errors import ConfigError, DataError
 from ibisagent.files import try_folder
 from ibisagent.imaging.clicks import bounding_box, next_click
 from ibisagent.imaging.masks import iou
-from ibisagent.segmenters.click_network import ClickNetwork, ClickNetworkConfig
+from ibisagent.segmenters.click_network import ClickNetwork
 from ibisagent.segmenters.context_features import ContextEncoder, ContextFeatures
 from ibisagent.segmenters.ibis_click import ClickModel, IbisClickSession, read_click_network
+from ibisagent.segmenters.letterbox import ClickNetworkConfig
 from ibisagent.segmenters.runtime import TorchNetwork, choose_device
 from ibisagent.training.click.states import (
     TARGET,
@@ -38,7 +39,7 @@ from ibisagent.training.click.states import (
     new_state,
     pairs_from,
 )
-from ibisagent.training.images import read_training_cases
+from ibisagent.training.images import read_training_cases, sha256_of
 from ibisagent.training.loop import Report, TrainingRun, ignore_progress, warn_without_metrics
 from ibisagent.training.views import FeatureCache
 
@@ -107,7 +108,7 @@ def train(recipe: ClickRecipe, report: Report = ignore_progress) -> Path:
     if not pairs:
         raise DataError(f"{source.where}: no mask is left to learn from; give rows for training that show their object")
     warn_without_metrics(recipe.out, held_out)
-    return _Run(recipe, pairs, held_out, feature_cache).go(report)
+    return _Run(recipe, pairs, held_out, feature_cache, sha256_of(cases)).go(report)
 
 
 class _Run(TrainingRun):
@@ -119,9 +120,15 @@ class _Run(TrainingRun):
     free = frozenset({"data", "out", "feature_cache", "start", "device"})
 
     def __init__(
-        self, recipe: ClickRecipe, pairs: Sequence[Pair], held_out: Sequence[Pair], feature_cache: FeatureCache
+        self,
+        recipe: ClickRecipe,
+        pairs: Sequence[Pair],
+        held_out: Sequence[Pair],
+        feature_cache: FeatureCache,
+        learned_from: str,
     ) -> None:
         self.recipe, self.pairs, self.held_out, self.feature_cache = recipe, pairs, held_out, feature_cache
+        self.learned_from = learned_from
         self.device = torch.device(choose_device(recipe.device))
         torch.manual_seed(recipe.seed)
         shape = ClickNetworkConfig(side=recipe.side, widths=recipe.widths, depth=recipe.depth)

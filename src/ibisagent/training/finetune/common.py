@@ -245,8 +245,11 @@ class ScoredReplies(ModelOutput):
     region_logits: torch.Tensor | None = None
 
 
-def score_by_own_logits(student: Student, temperature: float = 1.0) -> None:
+def score_by_own_logits(student: Student, temperature: float = 1.0, *, as_written: bool = False) -> None:
     """Let TRL score the student's replies by its own logits; call it when the trainer has been made.
+
+    as_written: among the tokens alone that the student allows itself when it writes (`nano.Readable`), so
+    that what is learned is the distribution that was sampled from; not for replies that others wrote.
 
     TRL multiplies hidden states with the output layer instead, to save memory. The places that ibis-nano writes have
     no row in that layer, their logits are read from the image. Models without such logits are left as they are.
@@ -272,7 +275,10 @@ def score_by_own_logits(student: Student, temperature: float = 1.0) -> None:
         wanted = labels[:, 1:]
         known = wanted != -100
         output = plain_forward(self, input_ids, scored=F.pad(known, (0, 1)), **{**given, "use_cache": False})
-        log_probs = (output.logits.float() / temperature).log_softmax(dim=-1)
+        logits = output.logits.float()
+        if as_written and self.readable is not None:
+            logits = self.readable.along(input_ids, F.pad(known, (0, 1)), logits)
+        log_probs = (logits / temperature).log_softmax(dim=-1)
         chosen = log_probs.gather(1, wanted[known][:, None])[:, 0]
         empty = chosen.new_zeros(known.shape)
         return ScoredReplies(

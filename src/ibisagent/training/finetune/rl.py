@@ -9,6 +9,7 @@ judges the episode.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_b
 from ibisagent.datasets import read_cases
 from ibisagent.domain import Case, Completion, Episode, Observation
 from ibisagent.environment import SegmentationEnv, turn_limit
-from ibisagent.errors import ConfigError, PolicyError, SegmenterError
+from ibisagent.errors import ConfigError, DataError, PolicyError, SegmenterError
 from ibisagent.files import try_folder
 from ibisagent.generation.exports import read_grpo
 from ibisagent.imaging.masks import decode_rle, iou
@@ -50,10 +51,12 @@ from ibisagent.training.finetune.common import (
 )
 from ibisagent.training.finetune.recipes import RlRecipe
 
+log = logging.getLogger(__name__)
+
 MAX_FAILED_BATCHES = 3
 INFORMATIVE = 0.01
 """Least deviation of a group's advantages for it to teach: that of rewards which deviate by 1e-6."""
-_CASES_KEPT = 16  # decoded, for the rollouts of one case
+_CASES_KEPT = 16  # decoded
 _PROBED_CASES = 8  # to see how many tokens a turn shows
 _SPARE_TOKENS = 64  # a turn may show more than on the probed cases: longer queries, a line about an unreadable reply
 _OVER = [{"type": "text", "text": "(the episode is over)"}]  # shown to nobody
@@ -105,6 +108,36 @@ def read_training_cases(recipe: RlRecipe) -> Sequence[Case]:
         split=recipe.split or None,
         licence_classes={recipe.licence_class} if recipe.licence_class else None,
     )
+
+
+class PlayableCases(Sequence[Case]):
+    """Cases of which one that cannot be read, or no longer, is left out and the next that can is played in its place.
+
+    Each is reported once. DataError where none is left. The latest are kept, for the rollouts of one case.
+    """
+
+    def __init__(self, cases: Sequence[Case]) -> None:
+        self._cases = cases
+        self._lost: set[int] = set()
+        self._read = lru_cache(maxsize=_CASES_KEPT)(self._read_anew)
+
+    def __len__(self) -> int:
+        return len(self._cases)
+
+    def __getitem__(self, index: Any) -> Any:
+        """The case of one number."""
+        return self._read(index)
+
+    def _read_anew(self, index: int) -> Case:
+        for number in [*range(index, len(self)), *range(index)]:
+            if number in self._lost:
+                continue
+            try:
+                return self._cases[number]
+            except DataError as error:
+                self._lost.add(number)
+                log.warning("%s: left out of the training", error)
+        raise DataError(f"none of {len(self)} cases to play can be read any more; put their images back")
 
 
 # --------------------------------------------------------------------------------------------------- environment
@@ -406,8 +439,7 @@ def make_trainer(recipe: RlRecipe, report: Report = lambda step, steps, logs: No
     student = load_student(recipe, "full")
     max_turns = recipe.max_turns or turn_limit(student)
     recipe.check_turns(max_turns)
-    cases = read_training_cases(recipe)
-    read = lru_cache(maxsize=_CASES_KEPT)(lambda index: cases[index])
+    cases = PlayableCases(read_training_cases(recipe))
     segmenter = load_segmenter(recipe.segmenter, device=recipe.device)
     tokenizer = student.processor.tokenizer
     tokenizer.padding_side = "left"
@@ -432,9 +464,9 @@ def make_trainer(recipe: RlRecipe, report: Report = lambda step, steps, logs: No
         processing_class=student.processor,
         peft_config=lora_config(student, recipe),
         callbacks=[LogCallback(report)],
-        environment_factory=lambda: SegmentationTool(read, segmenter, student, max_turns),
+        environment_factory=lambda: SegmentationTool(cases.__getitem__, segmenter, student, max_turns),
     )
-    score_by_own_logits(student, recipe.temperature)
+    score_by_own_logits(student, recipe.temperature, as_written=True)
     return trainer, student
 
 

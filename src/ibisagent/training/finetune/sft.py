@@ -30,7 +30,7 @@ from ibisagent.errors import ConfigError, DataError
 from ibisagent.files import try_folder
 from ibisagent.generation.exports import Conversation, read_trl
 from ibisagent.imaging.images import read_image
-from ibisagent.policies.nano import LOCATIONS
+from ibisagent.policies.nano_input import LOCATIONS
 from ibisagent.protocol import History, Message
 from ibisagent.store import EpisodeStore, StoredEpisodes
 from ibisagent.training.finetune.common import (

@@ -22,7 +22,7 @@ from ibisagent.domain import Action, Box, Click, Episode, Mask, Masks, Reply, St
 from ibisagent.generation.teacher.phrasings import DESCRIPTIONS, SHARES, Absences, is_abnormal, phrasings, with_article
 from ibisagent.imaging.clicks import bounding_box, interior_depth, next_click
 from ibisagent.imaging.masks import iou
-from ibisagent.policies.nano import LOCATIONS
+from ibisagent.policies.nano_input import LOCATIONS
 from ibisagent.policies.one_by_one import (
     ABSENT_HERE,
     DONE,
@@ -35,7 +35,7 @@ from ibisagent.policies.one_by_one import (
     TEXT_ONLY,
 )
 from ibisagent.protocol import START_LINE, escape, write
-from ibisagent.segmenters.backbone import SIDE, WIDTH
+from ibisagent.segmenters.backbone_sizes import SIDE, WIDTH
 from ibisagent.segmenters.click_network import ClickNetwork
 from ibisagent.segmenters.context_features import places_seen
 from ibisagent.segmenters.letterbox import prompt_maps

@@ -29,14 +29,12 @@ from ibisagent.generation.teacher.phrasings import DESCRIPTIONS, SHARES, phrasin
 from ibisagent.imaging.clicks import bounding_box
 from ibisagent.imaging.masks import iou
 from ibisagent.policies.nano import (
-    LOCATIONS,
     IbisNanoConfig,
     IbisNanoForConditionalGeneration,
     IbisNanoImageProcessor,
     IbisNanoProcessor,
-    location_text,
-    snap_locations,
 )
+from ibisagent.policies.nano_input import LOCATIONS, location_text, snap_locations
 from ibisagent.policies.one_by_one import DONE, FIRST_THOUGHT, LEAKED, MISSED, NOT_THERE
 from ibisagent.protocol import START_LINE
 from ibisagent.segmenters.ibis_click import PACKAGED_WEIGHTS, read_click_network
@@ -345,7 +343,7 @@ class _Run(TrainingRun):
     def __init__(
         self, recipe: NanoRecipe, images: TrainingImages, pairs: Sequence[Pair], held_out: Sequence[Pair]
     ) -> None:
-        self.recipe, self.images, self.held_out = recipe, images, held_out
+        self.recipe, self.images, self.held_out, self.learned_from = recipe, images, held_out, images.sha256
         self.goal = recipe.examples
         torch.manual_seed(recipe.seed)
         if recipe.start is None:

@@ -45,7 +45,7 @@ Seeing = Callable[[CaseRow, str], tuple[np.ndarray, np.ndarray]]
 
 def write_vocabulary(folder: Path, cases: CaseSource) -> Path:
     """Fit and write the vocabulary of the ibis-nano in `folder`, which learned from `cases`; its file."""
-    policy = MllmPolicy(folder)
+    policy = MllmPolicy(folder, dtype="float32")  # torch is loaded, so nothing need be converted
 
     def see(row: CaseRow, name: str) -> tuple[np.ndarray, np.ndarray]:
         return policy.see(cases.decode(row).image, f"Segment the {name}.")
