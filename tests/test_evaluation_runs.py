@@ -216,14 +216,14 @@ def test_runs_that_were_judged_on_other_masks_are_not_compared(finished: Path, t
     size = tuple(changed["targets"][0]["rle"]["size"])
     changed["targets"][0]["rle"] = encode_rle(np.ones(size, dtype=bool))
     (later / "cases.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    refused = cli("eval", "compare", finished, later)
+    refused = ibisagent("eval", "compare", finished, later)
     assert refused.exit_code == 2
     assert f"1 of 13 cases were judged on other masks of the ground truth, such as {changed['result']['case_id']}" in (
         refused.stderr
     )
     changed["targets"][0]["rle"] = encode_rle(np.ones((5, 5), dtype=bool))  # resized on purpose
     (later / "cases.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert cli("eval", "compare", finished, later).exit_code == 0
+    assert ibisagent("eval", "compare", finished, later).exit_code == 0
 
 
 # --------------------------------------------------------------------------------------------------------- the report
