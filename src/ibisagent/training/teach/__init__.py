@@ -19,16 +19,17 @@ from typing import Any
 
 from ibisagent.environment import package_version
 from ibisagent.errors import ConfigError, PolicyError
-from ibisagent.files import claim, make_folder, one_line, same_run, try_folder
-from ibisagent.policies import source_of
+from ibisagent.files import claim, make_folder, one_line, same_run, try_folder, weights_sha256
+from ibisagent.policies import is_hub_id, source_of
 from ibisagent.policies.agents import AGENT_FILE, Agent
 from ibisagent.policies.vocabulary import Vocabulary
-from ibisagent.training.teach.agents import found_of, lesson_record, objects_of, weights_sha256, write_agent
+from ibisagent.training.finetune.recipes import require_libraries
+from ibisagent.training.teach.agents import found_of, lesson_record, objects_of, write_agent
 from ibisagent.training.teach.part import Compared, Task, result_of
 from ibisagent.training.teach.reading import Found, Lesson, folds_of, read_lesson
 from ibisagent.training.teach.recipe import PartRecipe, TeachRecipe
 from ibisagent.training.teach.running import run_all
-from ibisagent.training.teach.self_check import TaughtObject, decide
+from ibisagent.training.teach.self_check import TaughtObject, decide, decide_together
 
 __all__ = ["Found", "Taught", "TaughtObject", "TeachProgress", "TeachRecipe", "teach"]
 
@@ -39,8 +40,8 @@ WORK = ".teaching"  # folder of what is under way, in that of the agent
 class TeachProgress:
     """How far the teaching is.
 
-    stage: "reading", "learning", "checking" (which learns as well) or "writing". done, total: of this stage, in units of
-    its own. seconds_left: of all stages together, None until it can be told.
+    stage: "reading", "learning", "checking" (which learns as well) or "writing". done, total: of this stage, in units
+    of its own. seconds_left: of all stages together, None until it can be told.
     """
 
     stage: str
@@ -99,7 +100,7 @@ def teach(
         ConfigError: for a folder that holds something else, and unknown policies.
         PolicyError: for weights that are missing, and where a process dies.
     """
-    out, recipe = Path(out), recipe or TeachRecipe()
+    out, recipe = Path(out), recipe or TeachRecipe.model_validate({})
     try_folder(out)
     report(TeachProgress("reading", 0, 1, None))
     old = _old_agent(policy)
@@ -108,13 +109,14 @@ def teach(
     if (out / AGENT_FILE).exists():
         return _finished(out, facts, on_found)
     on_found(lesson.found)
+    if not _is_nano(old.base):
+        require_libraries()
     claim(out / WORK / "run.json", facts, free=_FREE)
     tasks = _tasks(out / WORK, lesson, old, policy, segmenter, check, seed, recipe)
     _run(tasks, recipe, report)
     report(TeachProgress("writing", 0, 1, 0.0))
     objects = _decided(tasks, lesson, old, check=check)
-    expert = tasks[-1].recipe.out / "expert" if any(one.kept for one in objects) else None
-    write_agent(out, old, expert, objects, lesson_record(lesson.found, objects, facts))
+    write_agent(out, old, tasks[-1].recipe.out, objects, lesson_record(lesson.found, objects, facts))
     shutil.rmtree(out / WORK, ignore_errors=True)
     report(TeachProgress("writing", 1, 1, 0.0))
     return Taught(out, objects, lesson.found)
@@ -127,25 +129,34 @@ _FREE = {"ibisagent", "data", "workers", "policy"}
 def _old_agent(policy: str) -> Agent:
     """Who is taught, as an agent; one without experts where it is a bare policy. ConfigError for what cannot be."""
     folder = Path(source_of(policy))
-    if (folder / AGENT_FILE).is_file():
-        return Agent.read(folder)
+    if not (folder / AGENT_FILE).is_file():
+        return Agent(policy, (), None, ())
+    old = Agent.read(folder)
+    if old.adapter is not None:
+        raise ConfigError(f"policy '{policy}' is an adapter for {old.base}: teach {old.base} with the data of both")
+    return old
+
+
+def _is_nano(base: str) -> bool:
+    """Whether experts are made of a policy, in place of adapters. ConfigError for none that can be taught."""
+    folder = Path(source_of(base))
+    if not folder.is_dir() and is_hub_id(str(folder)):
+        return False
     try:
-        model = json.loads((folder / "config.json").read_bytes())["model_type"]
+        return bool(json.loads((folder / "config.json").read_bytes())["model_type"] == "ibis_nano")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"policy '{policy}' cannot be taught ({one_line(error)}): give ibis-nano, or the folder of a model or agent"
+            f"policy '{base}' cannot be taught ({one_line(error)}): give ibis-nano, or the folder of a model or agent"
         ) from error
-    if model != "ibis_nano":
-        raise ConfigError(f"policy '{policy}' is of type {model}: give ibis-nano, or the folder of one or of an agent")
-    return Agent(policy, (), None, ())
 
 
 def _known_names(old: Agent) -> set[str]:
+    """What the old agent learned by name; none where it makes no claim."""
     folder = Path(source_of(old.base))
     vocabulary = Vocabulary.read(folder)
-    if vocabulary is None:
+    if vocabulary is None and _is_nano(old.base):
         raise ConfigError(f"{folder}: declares no names (objects.json), so nothing can be taught beside them")
-    return {*vocabulary.learned, *old.names}
+    return {*(vocabulary.learned if vocabulary else ()), *old.names}
 
 
 def _facts(
@@ -159,7 +170,8 @@ def _facts(
     recipe: TeachRecipe,
 ) -> dict[str, Any]:
     """What makes a teaching: all that must be the same for it to be resumed, and where it came from."""
-    weights = [weights_sha256(folder) for folder in (Path(source_of(old.base)), *(one.folder for one in old.experts))]
+    folders = (Path(source_of(old.base)), *(one.folder for one in old.experts))
+    weights = [weights_sha256(folder) if folder.is_dir() else str(folder) for folder in folders]
     return {
         "ibisagent": package_version(),
         "data": [str(path) for path in data],
@@ -178,7 +190,7 @@ def _finished(out: Path, facts: dict[str, Any], on_found: Callable[[Found], None
     lessons = Agent.read(out).lessons
     if not lessons:
         raise PolicyError(f"{out / AGENT_FILE}: tells of no teaching; choose another folder")
-    same_run({name: lessons[-1].get(name) for name in facts}, facts, out / AGENT_FILE, free=_FREE)
+    same_run({name: lessons[-1].get(name) for name in facts}, facts, out / AGENT_FILE, free=_FREE | {"recipe"})
     found = found_of(lessons[-1])
     on_found(found)
     return Taught(out, objects_of(lessons[-1]), found)
@@ -196,16 +208,15 @@ def _tasks(
 ) -> list[Task]:
     """The runs: one for each fold of the check, and the last on everything."""
     folds = folds_of(lesson, recipe.folds) if check else []
-    start = next(
-        (one.folder for one in reversed(old.experts) if set(lesson.names) & set(one.names)), Path(source_of(old.base))
-    )
+    begun = [one.folder for one in old.experts if set(lesson.names) & set(one.names)]
+    start = str([Path(source_of(old.base)), *begun][-1]) if _is_nano(old.base) else ""
 
     def task(name: str, held_out: Sequence[str]) -> Task:
         make_folder(work / name)
         made = PartRecipe.model_validate({**recipe.model_dump(), "out": work / name, "seed": seed})
         learned = [row for row in lesson.rows if lesson.patient[row.id] not in held_out]
         judged = [row for row in lesson.rows if lesson.patient[row.id] in held_out]
-        task = Task(made, tuple(learned), tuple(judged), lesson.patient, str(start), policy, segmenter)
+        task = Task(made, tuple(learned), tuple(judged), lesson.patient, start, policy, segmenter)
         task.write()
         return task
 
@@ -232,6 +243,7 @@ def _run(tasks: Sequence[Task], recipe: TeachRecipe, report: Callable[[TeachProg
 def _decided(tasks: Sequence[Task], lesson: Lesson, old: Agent, *, check: bool) -> tuple[TaughtObject, ...]:
     compared: list[Compared] = [one for task in tasks for one in result_of(task.recipe.out)]
     known = _known_names(old)
-    return tuple(
+    found = [
         decide(name, images, name in known, compared, check=check) for name, images in lesson.found.objects.items()
-    )
+    ]
+    return tuple(found if tasks[-1].start else decide_together(found, compared))

@@ -1,8 +1,9 @@
 """How an expert learns a few objects from a few images: from the weights of a policy that knows others.
 
 An expert is only ever asked "Segment the NAME." for its own names (`policies.taught`), so it learns no other sentence,
-and no words. First its first turns, which are worth most, then its own states (`training.nano.on_policy`), from which
-it learns when to correct and when to stop. docs/experiments says what else was tried.
+and no words. Most of the turns are first ones, which are worth most; the others go on from its own states
+(`training.nano.on_policy`), from which it learns when to correct and when to stop. docs/experiments says what else was
+tried.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ibisagent.datasets import CaseSource
 from ibisagent.domain import Stop
 from ibisagent.files import write_whole
 from ibisagent.policies.mllm import MllmPolicy
+from ibisagent.policies.nano import IbisNanoForConditionalGeneration
 from ibisagent.policies.one_by_one import ABSENT_HERE, NOT_THERE, sentence_for
 from ibisagent.policies.vocabulary import FILE as VOCABULARY_FILE
 from ibisagent.protocol import START_LINE
@@ -36,18 +38,14 @@ from ibisagent.training.teach.recipe import PartRecipe
 
 VIEWS_TRIED = 5  # for one that still shows the object
 AVERAGE_DECAY = 0.98
-FIRST = 0.6  # share of the first turns once there are later ones
+GAIN = 0.05  # IoU that a correction must gain to be taught: few images teach to see small mistakes that are none
 
 
 class _Lessons(OnPolicyStates):
-    """A curriculum for named objects alone: first turns, and after `go_on` the policy's own states beside them."""
+    """A curriculum for named objects alone."""
 
-    words, absent, first = 0.0, 0.0, 1.0
-    own_states = False
-
-    def go_on(self) -> None:
-        """From now on some turns are later ones."""
-        self.own_states, self.first = True, FIRST
+    words, absent, gain = 0.0, 0.0, GAIN
+    first = 1.0
 
     def _view(self, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
         mask = self._images.mask(pair.number).astype(np.uint8)
@@ -70,10 +68,6 @@ class _Lessons(OnPolicyStates):
         example.query, example.ground_truth = _sentence(name), np.zeros(VIEW, bool)
         example.answer(NOT_THERE.format(name), Stop(ABSENT_HERE.format(name), (name,)))
 
-    def _drop_features(self, example: Example) -> None:
-        if self.own_states:
-            super()._drop_features(example)
-
 
 def _sentence(name: str) -> str:
     return sentence_for(Request(name, name, known=True))
@@ -83,6 +77,8 @@ class _Run(TrainingRun):
     """One expert that learns."""
 
     recipe: PartRecipe
+    network: IbisNanoForConditionalGeneration
+    average: IbisNanoForConditionalGeneration
     average_decay = AVERAGE_DECAY
     free = frozenset({"out", "workers", "folds"})
 
@@ -102,6 +98,7 @@ class _Run(TrainingRun):
         context = context_features(images, recipe.out)
         seed = recipe.seed + self.step
         self.lessons = _Lessons(images, pairs_of(images), segmenter, context, seed, believe=self._believe)
+        self.lessons.first = 1 - recipe.later
 
     def _believe(self, examples: Sequence[Example]) -> np.ndarray:
         return believed(self.average, self.processor, examples)
@@ -109,8 +106,6 @@ class _Run(TrainingRun):
     def go(self, report: Callable[[int], None]) -> None:
         """Learn to the end."""
         while self.examples < self.goal:
-            if not self.lessons.own_states and self.examples >= self.goal * (1 - self.recipe.on_policy):
-                self.lessons.go_on()
             loss, _ = losses(self.network, self.lessons.draw(self.recipe.batch_size), self.processor)
             self.descend(loss)
             report(self.examples)

@@ -17,10 +17,13 @@ from ibisagent import errors
 from ibisagent.datasets import CaseRow, CaseSource
 from ibisagent.errors import IbisError
 from ibisagent.files import one_line, write_whole
+from ibisagent.policies.base import Policy
+from ibisagent.segmenters import Segmenter
 from ibisagent.training.teach.recipe import PartRecipe
 
 TASK, RESULT, PROGRESS, ERROR = "task.json", "result.json", "progress", "error.json"
 CHECKED_AT_ONCE = 8  # cases
+WHERE = "the data to teach from"
 Report = Callable[[int], None]
 
 
@@ -30,6 +33,7 @@ class Compared:
     and the turns that each took."""
 
     object: str
+    image: str
     patient: str
     before: float
     after: float
@@ -39,8 +43,8 @@ class Compared:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What a run learns from and is judged on. patient: by row id. start: folder of the weights that it begins with;
-    policy: the old one."""
+    """What a run learns from and is judged on. patient: by row id. policy: the old one. start: folder of the weights
+    that an expert begins with; "": it learns an adapter for the policy."""
 
     recipe: PartRecipe
     learned: tuple[CaseRow, ...]
@@ -85,38 +89,47 @@ def result_of(folder: Path) -> list[Compared]:
 
 def perform(task: Task, report: Report) -> None:
     """Do a task, from where it stopped. report: told the steps done."""
-    from ibisagent.training.teach.learning import learn
+    folder, source = task.recipe.out, CaseSource(task.learned, WHERE)
+    if task.start:
+        from ibisagent.training.teach.learning import learn
 
-    folder = task.recipe.out
-    expert = learn(task.recipe, CaseSource(task.learned, "the data to teach from"), Path(task.start), report)
+        weights = learn(task.recipe, source, Path(task.start), report)
+    else:
+        from ibisagent.training.teach.adapters import learn_adapter
+
+        weights = learn_adapter(task.recipe, source, task.policy, task.segmenter, report)
     report(task.recipe.examples)
-    compared = list(_judged(task, expert, report)) if task.judged else []
+    compared = list(_judged(task, weights, report)) if task.judged else []
     write_whole(json.dumps([asdict(one) for one in compared]).encode(), folder / RESULT)
 
 
-def _judged(task: Task, expert: Path, report: Report) -> Iterator[Compared]:
+def _judged(task: Task, weights: Path, report: Report) -> Iterator[Compared]:
     from ibisagent.policies import load_policy
     from ibisagent.policies.mllm import MllmPolicy
     from ibisagent.policies.taught import TaughtPolicy
     from ibisagent.segmenters import load_segmenter
 
-    old = load_policy(task.policy)
-    assert isinstance(old, MllmPolicy | TaughtPolicy)
-    base = old.base if isinstance(old, TaughtPolicy) else old
-    new = TaughtPolicy("taught", base, [(MllmPolicy(expert), sorted({row.object for row in task.learned}))])
+    old: Policy = load_policy(task.policy)
+    if task.start:
+        assert isinstance(old, MllmPolicy | TaughtPolicy)
+        base = old.base if isinstance(old, TaughtPolicy) else old
+        names = sorted({row.object for row in task.learned if row.mask is not None})
+        new: Policy = TaughtPolicy("taught", base, [(MllmPolicy(weights), names)])
+    else:
+        new = load_policy(task.policy, adapter=weights)
     segmenter = load_segmenter(task.segmenter)
     for start in range(0, len(task.judged), CHECKED_AT_ONCE):
         rows = task.judged[start : start + CHECKED_AT_ONCE]
-        cases = CaseSource(rows, "the data to teach from")
+        cases = CaseSource(rows, WHERE)
         before, after = (measured(policy, segmenter, cases) for policy in (old, new))
         for row in rows:
             if row.id in before and row.id in after:
                 (iou, turns), (iou_after, turns_after) = before[row.id], after[row.id]
-                yield Compared(row.object, task.patient[row.id], iou, iou_after, turns, turns_after)
+                yield Compared(row.object, str(row.image), task.patient[row.id], iou, iou_after, turns, turns_after)
         report(task.recipe.examples + EXAMPLES_A_CASE * (start + len(rows)))
 
 
-def measured(policy: Any, segmenter: Any, cases: CaseSource) -> dict[str, tuple[float, float]]:
+def measured(policy: Policy, segmenter: Segmenter, cases: CaseSource) -> dict[str, tuple[float, float]]:
     """IoU and turns of an episode of each case, by id; cases that fail are left out."""
     from ibisagent.environment import mask_choice, turn_limit
     from ibisagent.evaluation import Judge, judge_cases

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -14,14 +15,16 @@ class TeachRecipe(Recipe):
 
     examples: int = Field(1_600, ge=1)
     """Turns to learn from: the length of the run."""
-    on_policy: float = Field(0.4, ge=0, le=1)
-    """The last share of them goes on from the expert's own states."""
+    later: float = Field(0.3, ge=0, le=1)
+    """Share of them that go on from the expert's own states; the others are first turns."""
     batch_size: int = Field(16, ge=1)
     learning_rate: float = Field(3e-4, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     warmup_steps: int = Field(10, ge=1)
     eval_every: int = Field(320, ge=1)
     """Examples between two checkpoints."""
+    adapter: dict[str, Any] = Field(default_factory=dict)
+    """Settings of `SftRecipe` in place of those of `adapters`, for a model that is no ibis-nano."""
     folds: int = Field(3, ge=2)
     """Groups of patients of the self-check, at most."""
     workers: int = Field(2, ge=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,8 +12,10 @@ from ibisagent.training.teach.part import Compared
 
 RESAMPLES = 2_000
 SURE_NEW, SURE_KNOWN = 0.5, 0.8
-"""Share of the resampled patients for whom the expert must be better: of an object that the old policy never learned, and
-of one that it did, where there is something to lose."""
+"""Share of the resamplings of the patients in which the expert must be better: of an object that the old policy never
+learned, and of one that it did, where there is something to lose."""
+DOUBTED, AGREED = 0.2, 0.6
+"""IoU below which a mask may be wrong, where half of the masks of that object are met by the other one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,8 @@ class TaughtObject:
     images: how many show it. known: the old agent had learned an object of this name. before, after: mean IoU of the
     old and the taught agent on the user's own images, each judged by weights that had not seen its patient; None where
     nothing could be checked. interval: 95% of after - before, None where fewer than two patients show the object. kept:
-    the taught weights answer for it; else the old agent does. reason: why, in words.
+    the taught weights answer for it; else the old agent does. reason: why, in words. doubtful: image files whose masks
+    are unlike what the others teach: worth a look.
     """
 
     name: str
@@ -34,6 +37,7 @@ class TaughtObject:
     interval: tuple[float, float] | None
     kept: bool
     reason: str
+    doubtful: tuple[str, ...] = ()
 
 
 def decide(name: str, images: int, known: bool, compared: Sequence[Compared], *, check: bool) -> TaughtObject:
@@ -53,7 +57,16 @@ def decide(name: str, images: int, known: bool, compared: Sequence[Compared], *,
     interval: Interval | None = patient_interval(gains)
     kept = after > before and sure >= needed
     reason = "better on images that it had not seen" if kept else "not surely better: left as it was"
-    return TaughtObject(name, images, known, before, after, interval, kept, reason)
+    met = float(np.median([one.after for one in own])) >= AGREED
+    doubtful = tuple(sorted(one.image for one in own if met and one.after < DOUBTED))
+    return TaughtObject(name, images, known, before, after, interval, kept, reason, doubtful)
+
+
+def decide_together(found: Sequence[TaughtObject], compared: Sequence[Compared]) -> list[TaughtObject]:
+    """The same objects, kept all or none: an adapter answers for everything."""
+    kept = _sureness([(one.patient, one.after - one.before) for one in compared]) >= SURE_KNOWN if compared else True
+    reason = "better on the whole" if kept else "not surely better on the whole: left as it was"
+    return [replace(one, kept=kept, reason=reason if compared else one.reason) for one in found]
 
 
 def _sureness(gains: Collection[tuple[str, float]]) -> float:
