@@ -27,8 +27,8 @@ class TeachRecipe(Recipe):
     """Settings of `SftRecipe` in place of those of `adapters`, for a model that is no ibis-nano."""
     folds: int = Field(3, ge=2)
     """Groups of patients of the self-check, at most."""
-    workers: int = Field(2, ge=1)
-    """Processes of the self-check, at most; one for each core at most."""
+    workers: int = Field(2, ge=0)
+    """Processes that learn, at most; one for each core at most. 0: none but the one that asks."""
 
 
 class PartRecipe(TeachRecipe):

@@ -56,6 +56,7 @@ def run_all(tasks: Sequence[Task], workers: int, report: Report) -> None:
     report: told the steps done of all tasks together. Whatever it raises ends them. Raises as `learning.learn`, and
     PolicyError where a process dies.
     """
+    report(sum(map(_done, tasks)))
     if workers == 0:
         _run_here(tasks, report)
         return
