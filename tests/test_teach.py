@@ -27,7 +27,7 @@ from ibisagent.policies.taught import TaughtPolicy
 from ibisagent.protocol import parse
 from ibisagent.training.teach import TeachProgress, TeachRecipe, teach
 from ibisagent.training.teach.part import Compared
-from ibisagent.training.teach.reading import folds_of, read_lesson
+from ibisagent.training.teach.reading import folds_of, read_teaching_data
 from ibisagent.training.teach.self_check import decide
 
 SIZES = ((72, 91), (85, 64))
@@ -93,7 +93,7 @@ def test_what_was_found_is_told_before_anything_is_learned(tmp_path: Path) -> No
     rows[0]["object"] = "Optic_Disc"
     rows[2]["mask"], rows[4]["mask"] = "", "empty.png"  # both say that it is not there
     rows.append(row("kept.png", rows[1]["mask"], "dark block", split="val"))
-    found = read_lesson([write_rows(data, rows)], {OLD}).found
+    found = read_teaching_data([write_rows(data, rows)], {OLD}).found
     assert (found.images, found.patients, found.duplicates, found.left_aside) == (4, 4, 0, 1)
     assert found.objects == {"bright block": 1, "dark block": 4, OLD: 1}
     assert found.absent == {"bright block": 2}
@@ -108,18 +108,18 @@ def test_the_same_pixels_are_one_image_of_one_patient(tmp_path: Path) -> None:
     (data / "copy.png").write_bytes((data / "0.png").read_bytes())
     rows = read_rows(data)
     rows.append(row("copy.png", "0-bright block.png", "bright block", patient="other"))
-    lesson = read_lesson([write_rows(data, rows)], ())
-    assert (lesson.found.images, lesson.found.patients, lesson.found.duplicates) == (2, 2, 1)
+    material = read_teaching_data([write_rows(data, rows)], ())
+    assert (material.found.images, material.found.patients, material.found.duplicates) == (2, 2, 1)
 
 
 def test_each_object_is_spread_over_the_folds_and_no_patient_is_in_two(tmp_path: Path) -> None:
     data = write_data(tmp_path, 6)
     rows = [one for one in read_rows(data) if one["object"] == "bright block" or one["patient"] in ("p0", "p1", "p2")]
-    lesson = read_lesson([write_rows(data, rows)], ())
-    folds = folds_of(lesson, 3)
-    assert sorted(sum(folds, [])) == lesson.patients
+    material = read_teaching_data([write_rows(data, rows)], ())
+    folds = folds_of(material, 3)
+    assert sorted(sum(folds, [])) == material.patients
     assert [sum(one in ("p0", "p1", "p2") for one in fold) for fold in folds] == [1, 1, 1]
-    assert len(folds_of(lesson, 50)) == 6
+    assert len(folds_of(material, 50)) == 6
 
 
 @pytest.mark.parametrize(
@@ -258,8 +258,8 @@ def test_an_agent_is_a_folder_that_appears_whole(taught, data: Path) -> None:
     ]
     agent = Agent.read(found.folder)
     assert (agent.base, agent.names) == ("ibis-nano", ("bright block", "dark block"))
-    [lesson] = agent.lessons
-    assert (lesson["data"], lesson["seed"], lesson["found"]["images"]) == ([str(data)], 0, 3)
+    [record] = agent.records
+    assert (record["data"], record["seed"], record["found"]["images"]) == ([str(data)], 0, 3)
     assert "bright block" in (found.folder / "README.md").read_text()
     stages = list(dict.fromkeys(one.stage for one in reports))
     assert stages == ["reading", "learning", "writing"]
@@ -288,7 +288,7 @@ def test_the_expert_answers_for_the_taught_names(agent: TaughtPolicy, base: Mllm
         )
     ]
     said = [parse(one.text, image.size, dialect="ibis") for one in agent.respond(seen)]
-    assert all(one.actions == said[0].actions for one in said)
+    assert all(one.actions == said[0].actions for one in said[:4])
     assert said[0].actions != parse(base.respond(seen[:1])[0].text, image.size, dialect="ibis").actions
     for one in seen[:4]:
         [asked] = agent.about(image, one.query)
@@ -331,7 +331,7 @@ def test_an_agent_is_taught_again(taught, base: MllmPolicy, tmp_path: Path) -> N
     assert (first.folder / "model.safetensors").read_bytes() == (
         taught[0].folder / "experts" / "1" / "model.safetensors"
     ).read_bytes()
-    assert len(Agent.read(tmp_path / "both").lessons) == 2
+    assert len(Agent.read(tmp_path / "both").records) == 2
     both = load_policy(str(tmp_path / "both"))
     seen = [Observation("", Image(phantom(9)[0]), OLD)]
     assert both.respond(seen)[0].text == base.respond(seen)[0].text

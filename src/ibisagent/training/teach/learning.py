@@ -34,7 +34,7 @@ from ibisagent.training.teach.recipe import PartRecipe
 AVERAGE_DECAY = 0.98
 
 
-class _Lessons(Curriculum):
+class _MapCurriculum(Curriculum):
     """A curriculum for named objects alone: views, and where the object is in them."""
 
     words, absent, first = 0.0, 0.0, 1.0
@@ -77,12 +77,12 @@ class _Run(TrainingRun):
             learned, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98)
         )
         self.resume()
-        self.lessons = _Lessons(TrainingImages.of(source, absent=True), recipe.seed + self.step)
+        self.curriculum = _MapCurriculum(TrainingImages.of(source, absent=True), recipe.seed + self.step)
 
     def go(self, report: Callable[[int], None]) -> None:
         """Learn to the end."""
         while self.examples < self.goal:
-            self.descend(self._loss(self.lessons.draw(self.recipe.batch_size)))
+            self.descend(self._loss(self.curriculum.draw(self.recipe.batch_size)))
             report(self.examples)
             if self.due:
                 self.save_checkpoint()
