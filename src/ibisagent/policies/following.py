@@ -1,29 +1,29 @@
 """How an expert acts: it goes by its own map of the object, which needs no words.
 
-A map (L, L) of logits is what few images teach best. The first turn clicks into each part of the object that the map
-shows and draws a box around all of them; later ones correct the mask where the map is sure of a mistake; and once mask
-and map agree, or nothing worth a click is left, it stops.
+A map (L, L) of logits is what few images teach best, and it is worth more than any single click: on lungs in CT its
+own IoU was 0.91 where a click and a box gave 0.2 and single corrections 0.5 (docs/experiments). So each turn tells the
+segmenter much of it: clicks spread over what the map is sure of, and against what it is sure is something else, first
+with a box around the object, then where the mask still differs. It stops once mask and map agree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import cv2
 import numpy as np
 
-from ibisagent.domain import Action, Box, Click, Mask, Observation, Reply, Stop, standing
-from ibisagent.imaging.clicks import bounding_box, interior_depth, next_click
+from ibisagent.domain import Action, Click, Mask, Observation, Reply, Stop, standing
+from ibisagent.imaging.clicks import bounding_box, interior_depth
 from ibisagent.imaging.masks import iou
 from ibisagent.policies.one_by_one import ABSENT_HERE, DONE, FIRST_THOUGHT, LEAKED, MISSED, NOT_THERE, SEGMENTED
 
+TURNS = 3  # the last one stops as well
 SEEN = -2.0  # logit: an object whose map is nowhere above it is called absent
-PARTS = 3  # clicks of a first turn into separate parts, the largest first
-PART = 0.1  # area of a part, as a share of the largest one's, below which it is a speck
-HOLE = 0.25  # depth of what is in the box and surely not object, as a share of the box's shorter side, worth a click
 SURE = 1.0  # logit, either way
-CORRECTIONS = 2
+PART = 0.1  # area of a separate part, as a share of the largest one's, below which it is a speck
 AGREE = 0.85  # IoU of mask and map
+FOR, AGAINST, CORRECTING = 16, 10, 10  # clicks of a first turn, and of a later one, at most
+SHALLOW, SHALLOW_ERROR = 0.25, 0.5  # depth as a share of the deepest place's below which no click is worth it
+MARGIN, RIM = 0.1, 0.08  # of the box: how far around it clicks go, and what is too near to the object for one
 
 
 def follow(seen: Observation, region: np.ndarray, name: str) -> Reply:
@@ -37,48 +37,64 @@ def follow(seen: Observation, region: np.ndarray, name: str) -> Reply:
         if logits.max() < SEEN:
             return Reply(NOT_THERE.format(name), (Stop(ABSENT_HERE.format(name), (name,)),))
         return Reply(FIRST_THOUGHT.format(name), tuple(_opening(logits)))
-    click = _correction(seen, logits, current)
-    if click is None:
-        return Reply(DONE.format(name), (Stop(SEGMENTED.format(name)),))
-    return Reply((MISSED if click.positive else LEAKED).format(name), (click,))
+    clicks = _corrections(seen, logits, current)
+    stop = Stop(SEGMENTED.format(name))
+    if not clicks:
+        return Reply(DONE.format(name), (stop,))
+    thought = (MISSED if clicks[0].positive else LEAKED).format(name)
+    return Reply(thought, (*clicks, stop) if len(seen.turns) >= TURNS - 1 else tuple(clicks))
 
 
 def _opening(logits: np.ndarray) -> list[Action]:
-    """A click into each part of what the map shows, a box around it, and a click against what else is in the box."""
-    parts = _parts(logits > min(0.0, float(logits.max()) - SURE))
-    nothing = np.zeros(logits.shape, bool)
-    clicks = [click for part in parts[:PARTS] if (click := next_click(part, nothing, "")) is not None]
-    box = bounding_box(np.logical_or.reduce(parts), "")
+    """Clicks into what the map shows, a box around it, and clicks against what else is in and near the box."""
+    shown = _without_specks(logits > min(0.0, float(logits.max()) - SURE))
+    clicks: list[Action] = [Click(x, y, True, "") for _, x, y in _spread(shown, FOR, SHALLOW)]
+    box = bounding_box(shown, "")
     assert box is not None  # noqa: S101 - the map has a highest place
-    actions: list[Action] = [clicks[0], box, *clicks[1:]]
-    if (against := _hole(logits, box)) is not None:
-        actions.append(against)
-    return actions
+    high, wide = box.y1 - box.y0, box.x1 - box.x0
+    near = np.zeros(logits.shape, bool)
+    above, left = int(MARGIN * high), int(MARGIN * wide)
+    near[max(0, box.y0 - above) : box.y1 + above, max(0, box.x0 - left) : box.x1 + left] = True
+    against = _spread(near & (logits < -SURE), AGAINST, SHALLOW, RIM * min(high, wide))
+    return [clicks[0], box, *clicks[1:], *(Click(x, y, False, "") for _, x, y in against)]
 
 
-def _hole(logits: np.ndarray, box: Box) -> Click | None:
-    """A click against what is in the box and surely not the object, where there is much of it."""
-    inside = np.zeros(logits.shape, bool)
-    inside[box.y0 : box.y1, box.x0 : box.x1] = True
-    depth = interior_depth(inside & (logits < -SURE))
-    if depth.max() <= HOLE * min(box.x1 - box.x0, box.y1 - box.y0):
-        return None
-    y, x = np.unravel_index(depth.argmax(), depth.shape)
-    return Click(int(x), int(y), False, "")
-
-
-def _correction(seen: Observation, logits: np.ndarray, current: Mask) -> Click | None:
-    """The click against the deepest mistake that the map is sure of; None where it is time to stop."""
-    if len(seen.turns) > CORRECTIONS or iou(current, logits > 0) >= AGREE:
-        return None
-    past = [prompt for prompt in standing(seen.turns) if isinstance(prompt, Click)]
+def _corrections(seen: Observation, logits: np.ndarray, current: Mask) -> list[Click]:
+    """Clicks against the deepest mistakes that the map is sure of; none where it is time to stop."""
+    if len(seen.turns) >= TURNS or iou(current, logits > 0) >= AGREE:
+        return []
+    past = {(prompt.x, prompt.y) for prompt in standing(seen.turns) if isinstance(prompt, Click)}
     wanted = np.where(np.abs(logits) >= SURE, logits > 0, current)
-    return next_click(wanted, current, "", past)
+    sides = ((wanted & ~current, True), (current & ~wanted, False))
+    found = [
+        (depth, Click(x, y, positive, ""))
+        for error, positive in sides
+        for depth, x, y in _spread(error, CORRECTING, SHALLOW_ERROR)
+        if (x, y) not in past
+    ]
+    found.sort(key=lambda one: -one[0])
+    return [click for depth, click in found[:CORRECTING] if depth >= SHALLOW_ERROR * found[0][0]]
 
 
-def _parts(region: Mask) -> Sequence[Mask]:
-    """The connected parts of a region that are no specks, the largest first."""
+def _spread(region: Mask, count: int, shallow: float, least: float = 1.0) -> list[tuple[float, int, int]]:
+    """(depth, x, y) of at most `count` places in a region: the deepest one, then the deepest outside the discs around
+    those before. None of less than `least` pixels, or than the share `shallow` of the first one's depth."""
+    left = region.astype(np.uint8)
+    found: list[tuple[float, int, int]] = []
+    for _ in range(count):
+        depths = interior_depth(left > 0)
+        y, x = (int(place) for place in np.unravel_index(depths.argmax(), depths.shape))
+        depth = float(depths[y, x])
+        if depth < least or (found and depth < shallow * found[0][0]):
+            break
+        found.append((depth, x, y))
+        cv2.circle(left, (x, y), round(depth), 0, -1)
+    return found
+
+
+def _without_specks(region: Mask) -> Mask:
+    """The connected parts of a region that are not small beside the largest."""
     count, labels, stats, _ = cv2.connectedComponentsWithStats(region.astype(np.uint8), connectivity=8)
-    areas = stats[1:, cv2.CC_STAT_AREA]
-    order = np.argsort(-areas, kind="stable")
-    return [labels == number + 1 for number in order if areas[number] >= PART * areas.max()]
+    areas = stats[:, cv2.CC_STAT_AREA]
+    kept = [number for number in range(1, count) if areas[number] >= PART * areas[1:].max()]
+    return np.isin(labels, kept)
