@@ -215,6 +215,19 @@ def test_an_expert_corrects_what_its_map_is_sure_of_and_stops_where_they_agree()
     assert follow(seen_with(half), region.clip(-0.5, 0.5), "cyst").stop is not None  # sure of nothing
 
 
+def test_an_expert_acts_alike_on_images_of_any_size() -> None:
+    region, _ = two_parts()
+    large = Observation("", Image(np.zeros((1280, 1920, 3), np.uint8)), "Segment the cyst.")
+    shown = cv2.resize(region, (1920, 1280), interpolation=cv2.INTER_LINEAR) > 0
+    actions = follow(large, region, "cyst").actions
+    assert all(shown[one.y, one.x] is np.bool_(one.positive) for one in actions if not isinstance(one, Box))
+    [box] = [one for one in actions if isinstance(one, Box)]
+    [small] = [one for one in follow(seen_with(None), region, "cyst").actions if isinstance(one, Box)]
+    assert (box.x0, box.y0, box.x1, box.y1) == pytest.approx(
+        [20 * side for side in (small.x0, small.y0, small.x1, small.y1)], abs=25
+    )
+
+
 def test_an_expert_calls_absent_what_its_map_shows_nowhere() -> None:
     stop = follow(seen_with(None), np.full((64, 64), -3.0), "cyst").stop
     assert stop.absent == ("cyst",)

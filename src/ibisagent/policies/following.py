@@ -8,14 +8,18 @@ with a box around the object, then where the mask still differs. It stops once m
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import cv2
 import numpy as np
 
-from ibisagent.domain import Action, Click, Mask, Observation, Reply, Stop, standing
+from ibisagent.domain import Action, Box, Click, Mask, Observation, Reply, Stop, standing
 from ibisagent.imaging.clicks import bounding_box, interior_depth
 from ibisagent.imaging.masks import iou
 from ibisagent.policies.one_by_one import ABSENT_HERE, DONE, FIRST_THOUGHT, LEAKED, MISSED, NOT_THERE, SEGMENTED
 
+SIDE = 512  # pixels of the longer side that places are looked for on
 TURNS = 3  # the last one stops as well
 SEEN = -2.0  # logit: an object whose map is nowhere above it is called absent
 SURE = 1.0  # logit, either way
@@ -28,27 +32,35 @@ MARGIN, RIM = 0.1, 0.08  # of the box: how far around it clicks go, and what is 
 
 def follow(seen: Observation, region: np.ndarray, name: str) -> Reply:
     """The next reply about the one object of `seen`, whose map is `region`; targets are left unnamed."""
-    height, width = seen.image.size
+    size = seen.image.size
+    scale = min(1.0, SIDE / max(size))
+    height, width = (max(1, round(side * scale)) for side in size)
     logits = cv2.resize(region.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
-    current = np.zeros(seen.image.size, bool)
+    current = np.zeros(size, np.uint8)
     for mask in seen.masks.values():
         current |= mask
+    small = cv2.resize(current, (width, height), interpolation=cv2.INTER_NEAREST) > 0
     if not current.any() and not seen.turns:
         if logits.max() < SEEN:
             return Reply(NOT_THERE.format(name), (Stop(ABSENT_HERE.format(name), (name,)),))
-        return Reply(FIRST_THOUGHT.format(name), tuple(_opening(logits)))
-    clicks = _corrections(seen, logits, current)
+        return Reply(FIRST_THOUGHT.format(name), tuple(_enlarged(one, small.shape, size) for one in _opening(logits)))
+    clicks: list[Action] = []
+    if len(seen.turns) < TURNS:
+        given = standing(seen.turns)
+        clicks = [_enlarged(one, small.shape, size) for one in _corrections(logits, small)]
+        clicks = [one for one in clicks if one not in [replace(prompt, target="") for prompt in given]]
     stop = Stop(SEGMENTED.format(name))
     if not clicks:
         return Reply(DONE.format(name), (stop,))
-    thought = (MISSED if clicks[0].positive else LEAKED).format(name)
+    first = clicks[0]
+    thought = (MISSED if isinstance(first, Click) and first.positive else LEAKED).format(name)
     return Reply(thought, (*clicks, stop) if len(seen.turns) >= TURNS - 1 else tuple(clicks))
 
 
-def _opening(logits: np.ndarray) -> list[Action]:
+def _opening(logits: np.ndarray) -> list[Click | Box]:
     """Clicks into what the map shows, a box around it, and clicks against what else is in and near the box."""
     shown = _without_specks(logits > min(0.0, float(logits.max()) - SURE))
-    clicks: list[Action] = [Click(x, y, True, "") for _, x, y in _spread(shown, FOR, SHALLOW)]
+    clicks = [Click(x, y, True, "") for _, x, y in _spread(shown, FOR, SHALLOW)]
     box = bounding_box(shown, "")
     assert box is not None  # noqa: S101 - the map has a highest place
     high, wide = box.y1 - box.y0, box.x1 - box.x0
@@ -59,21 +71,33 @@ def _opening(logits: np.ndarray) -> list[Action]:
     return [clicks[0], box, *clicks[1:], *(Click(x, y, False, "") for _, x, y in against)]
 
 
-def _corrections(seen: Observation, logits: np.ndarray, current: Mask) -> list[Click]:
-    """Clicks against the deepest mistakes that the map is sure of; none where it is time to stop."""
-    if len(seen.turns) >= TURNS or iou(current, logits > 0) >= AGREE:
+def _corrections(logits: np.ndarray, current: Mask) -> list[Click]:
+    """Clicks against the deepest mistakes that the map is sure of; none where map and mask agree."""
+    if iou(current, logits > 0) >= AGREE:
         return []
-    past = {(prompt.x, prompt.y) for prompt in standing(seen.turns) if isinstance(prompt, Click)}
     wanted = np.where(np.abs(logits) >= SURE, logits > 0, current)
     sides = ((wanted & ~current, True), (current & ~wanted, False))
     found = [
         (depth, Click(x, y, positive, ""))
         for error, positive in sides
         for depth, x, y in _spread(error, CORRECTING, SHALLOW_ERROR)
-        if (x, y) not in past
     ]
     found.sort(key=lambda one: -one[0])
     return [click for depth, click in found[:CORRECTING] if depth >= SHALLOW_ERROR * found[0][0]]
+
+
+def _enlarged(prompt: Click | Box, small: tuple[int, ...], size: tuple[int, int]) -> Click | Box:
+    """A prompt on a grid of the size `small` (H, W), on an image of `size` (H, W)."""
+    down, across = size[0] / small[0], size[1] / small[1]
+    if isinstance(prompt, Click):
+        return replace(prompt, x=int((prompt.x + 0.5) * across), y=int((prompt.y + 0.5) * down))
+    return Box(
+        int(prompt.x0 * across),
+        int(prompt.y0 * down),
+        min(size[1], math.ceil(prompt.x1 * across)),
+        min(size[0], math.ceil(prompt.y1 * down)),
+        prompt.target,
+    )
 
 
 def _spread(region: Mask, count: int, shallow: float, least: float = 1.0) -> list[tuple[float, int, int]]:
