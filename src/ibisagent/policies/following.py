@@ -22,7 +22,7 @@ from ibisagent.policies.one_by_one import ABSENT_HERE, DONE, FIRST_THOUGHT, LEAK
 SIDE = 512  # pixels of the longer side that places are looked for on
 TURNS = 3  # the last one stops as well
 SEEN = -2.0  # logit: an object whose map is nowhere above it is called absent
-SURE = 1.0  # logit, either way
+SURE, SURE_MISTAKE = 1.0, 3.0  # logits, either way: for a first click, and to call what the mask has a mistake
 PART = 0.1  # area of a separate part, as a share of the largest one's, below which it is a speck
 AGREE = 0.85  # IoU of mask and map
 FOR, AGAINST, CORRECTING = 16, 10, 10  # clicks of a first turn, and of a later one, at most
@@ -75,7 +75,7 @@ def _corrections(logits: np.ndarray, current: Mask) -> list[Click]:
     """Clicks against the deepest mistakes that the map is sure of; none where map and mask agree."""
     if iou(current, logits > 0) >= AGREE:
         return []
-    wanted = np.where(np.abs(logits) >= SURE, logits > 0, current)
+    wanted = np.where(np.abs(logits) >= SURE_MISTAKE, logits > 0, current)
     sides = ((wanted & ~current, True), (current & ~wanted, False))
     found = [
         (depth, Click(x, y, positive, ""))

@@ -191,6 +191,7 @@ def _finished(out: Path, facts: dict[str, Any], on_found: Callable[[Found], None
     if not records:
         raise PolicyError(f"{out / AGENT_FILE}: tells of no teaching; choose another folder")
     same_run({name: records[-1].get(name) for name in facts}, facts, out / AGENT_FILE, free=_FREE | {"recipe"})
+    shutil.rmtree(out / WORK, ignore_errors=True)
     found = found_of(records[-1])
     on_found(found)
     return Taught(out, objects_of(records[-1]), found)
