@@ -88,10 +88,18 @@ class Pair:
         """Of the object."""
         return self.row.object
 
+    @property
+    def absent(self) -> bool:
+        """Whether the image is known not to show it."""
+        return self.row.mask is None
+
 
 def pairs_of(images: TrainingImages) -> list[Pair]:
     """All pairs, in order."""
-    names = {image: tuple(images.rows[pair].object for pair in pairs) for image, pairs in images.present.items()}
+    names = {
+        image: tuple(images.rows[pair].object for pair in pairs if images.rows[pair].mask is not None)
+        for image, pairs in images.present.items()
+    }
     return [
         Pair(number, int(image), row, names[int(image)])
         for number, (image, row) in enumerate(zip(images.image, images.rows, strict=True))
@@ -183,6 +191,8 @@ def _square(turn: np.ndarray) -> np.ndarray:
 class Curriculum:
     """Draws examples: a view of a pair, a question, a state, and the right reply to it."""
 
+    words, absent, first, questions = WORDS, ABSENT, FIRST, QUESTIONS
+
     def __init__(
         self,
         images: TrainingImages,
@@ -206,24 +216,26 @@ class Curriculum:
         self._offered = {kind: [text for _, text in phrasings(kind, held_out=False)] for kind in KINDS}
 
     def draw(self, count: int) -> list[Example]:
-        """`count` fresh examples, QUESTIONS of each view, about other objects of it where there are any."""
+        """`count` fresh examples, several of each view, about other objects of it where there are any."""
         examples: list[Example] = []
         unseen: list[tuple[Example, Pair]] = []
-        for index in self._random.choice(len(self._pairs), -(-count // QUESTIONS), p=self._weights):
+        for index in self._random.choice(len(self._pairs), -(-count // self.questions), p=self._weights):
             pixels, turn = self._view(self._pairs[index])
             others = [other for other in self._of_image[self._pairs[index].image] if other != index]
-            for number in range(min(QUESTIONS, count - len(examples))):
+            for number in range(min(self.questions, count - len(examples))):
                 pair = self._pairs[self._pick(others) if number and others else index]
                 mask = self._images.mask(pair.number).astype(np.uint8)
                 ground_truth = cv2.warpAffine(mask, turn, VIEW, flags=cv2.INTER_NEAREST) > 0
                 example = Example(pair.image, pixels, ground_truth, turn)
                 examples.append(example)
                 kind = self._random.random()
-                if not ground_truth.any() or kind < WORDS:
+                if pair.absent:
+                    self._ask_for_absent(example, pair.name)
+                elif not ground_truth.any() or kind < self.words:
                     self._ask_for_words(example, pair)
-                elif kind < WORDS + ABSENT and (absent := self._absent(pair)):
+                elif kind < self.words + self.absent and (absent := self._absent(pair)):
                     self._ask_for_absent(example, absent)
-                elif kind < WORDS + ABSENT + FIRST or self._segmenter is None:
+                elif kind < self.words + self.absent + self.first or self._segmenter is None:
                     self._first_turn(example, pair)
                 else:
                     unseen.append((example, pair))

@@ -1,0 +1,137 @@
+"""How an expert learns a few objects from a few images: from the weights of a policy that knows others.
+
+An expert is asked for maps of its own objects alone (`policies.following`), so that is all it learns: where an object
+is, for every cell of an image, of which few images tell much, rather than what to say about it. docs/experiments says
+what else was tried.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from ibisagent.datasets import CaseSource
+from ibisagent.files import make_folder, write_whole
+from ibisagent.policies.mllm import MllmPolicy
+from ibisagent.policies.nano import IbisNanoForConditionalGeneration
+from ibisagent.policies.one_by_one import sentence_for
+from ibisagent.policies.vocabulary import FILE as VOCABULARY_FILE
+from ibisagent.query import Request
+from ibisagent.training.images import TrainingImages
+from ibisagent.training.loop import TrainingRun
+from ibisagent.training.nano.curriculum import QUESTIONS, VIEW, Curriculum, Example, Pair, pairs_of
+from ibisagent.training.nano.trainer import FEATURE_DROPOUT, collate, load, region_losses, save, seen_features
+from ibisagent.training.teach.recipe import PartRecipe
+
+AVERAGE_DECAY = 0.98
+
+
+class _MapCurriculum(Curriculum):
+    """A curriculum for named objects alone: views, and where the object is in them."""
+
+    words, absent, first = 0.0, 0.0, 1.0
+
+    def __init__(self, images: TrainingImages, seed: int) -> None:
+        super().__init__(images, pairs_of(images), None, np.empty(0), seed)
+        self.questions = min(QUESTIONS, max(map(len, images.present.values())))
+
+    def _first_turn(self, example: Example, pair: Pair) -> None:
+        example.query = _sentence(pair.name)
+
+    def _ask_for_words(self, example: Example, pair: Pair) -> None:
+        self._ask_for_absent(example, pair.name)  # the view no longer shows the object
+
+    def _ask_for_absent(self, example: Example, name: str) -> None:
+        example.query, example.ground_truth = _sentence(name), np.zeros(VIEW, bool)
+
+
+def _sentence(name: str) -> str:
+    return sentence_for(Request(name, name, known=True))
+
+
+class _Run(TrainingRun):
+    """One expert that learns."""
+
+    recipe: PartRecipe
+    network: IbisNanoForConditionalGeneration
+    average: IbisNanoForConditionalGeneration
+    average_decay = AVERAGE_DECAY
+    free = frozenset({"out", "workers", "folds", "adapter"})
+
+    def __init__(self, recipe: PartRecipe, source: CaseSource, start: Path) -> None:
+        self.recipe, self.goal = recipe, recipe.examples
+        torch.manual_seed(recipe.seed)
+        self.processor, self.network = load(start)
+        self.average = deepcopy(self.network).eval()
+        self.network.train()
+        learned = [one for one in self.network.parameters() if one.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            learned, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98)
+        )
+        self.resume()
+        self.curriculum = _MapCurriculum(TrainingImages.of(source, absent=True), recipe.seed + self.step)
+
+    def go(self, report: Callable[[int], None]) -> None:
+        """Learn to the end."""
+        while self.examples < self.goal:
+            self.descend(self._loss(self.curriculum.draw(self.recipe.batch_size)))
+            report(self.examples)
+            if self.due:
+                self.save_checkpoint()
+
+    def _loss(self, examples: Sequence[Example]) -> torch.Tensor:
+        batch, _ = collate(examples, self.processor)
+        del batch["labels"]
+        features = seen_features(self.network, batch, examples)
+        batch["image_features"] = F.dropout2d(features, FEATURE_DROPOUT)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            region = self.network(**batch, logits_to_keep=1, use_cache=False).region_logits
+        assert region is not None
+        cells, overlap = region_losses(region, examples)
+        return cells + overlap
+
+
+def learn(recipe: PartRecipe, source: CaseSource, start: Path, report: Callable[[int], None]) -> Path:
+    """Teach an expert the objects of `source`, resuming; its folder, which appears whole.
+
+    start: folder of the ibis-nano whose weights it begins with. report: told how many examples it has learned from.
+    """
+    folder = recipe.out / "expert"
+    make_folder(recipe.out)
+    if not folder.is_dir():
+        run = _Run(recipe, source, start)
+        run.go(report)
+        part = recipe.out / "expert.part"
+        shutil.rmtree(part, ignore_errors=True)
+        save(run.average, run.processor, part)
+        _write_vocabulary(part, start, source)
+        part.rename(folder)
+    (recipe.out / "checkpoint.pt").unlink(missing_ok=True)
+    return folder
+
+
+def _write_vocabulary(folder: Path, start: Path, source: CaseSource) -> None:
+    """The expert's names: images of every kind can show them, and those that look like the taught ones are expected to.
+
+    Nothing is called absent before it is looked for: what a few images teach of absence, the expert says itself.
+    """
+    policy = MllmPolicy(start)
+    said = json.loads((start / VOCABULARY_FILE).read_bytes())
+    kinds: dict[str, set[int]] = defaultdict(set)
+    for row in source.rows:
+        if row.mask is not None:
+            kinds[row.object].add(int(policy.look(source.decode(row).image, _sentence(row.object)).kinds.argmax()))
+    everywhere = list(range(len(said["kinds"])))
+    said["objects"] = {
+        name: {"learned": sorted(taught), "possible": everywhere} for name, taught in sorted(kinds.items())
+    }
+    said["presence"]["absent_below"] = 0.0
+    write_whole(json.dumps(said).encode("ascii"), folder / VOCABULARY_FILE)
