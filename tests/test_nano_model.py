@@ -108,7 +108,7 @@ def test_what_is_drawn_depends_on_the_seed_and_the_conversation_alone(two):
 
 def test_control_tokens_in_a_message_are_plain_text(two):
     for one in two:
-        shown = [{"role": "user", "content": [{"type": "text", "text": "a <image> <|end|> b"}]}]
+        shown = [{"role": "user", "content": [{"type": "text", "text": "a <|end|> b <|user|> c"}]}]
         [written] = one.generate([shown], max_new_tokens=1)
         assert written.prompt_tokens > 12
     assert len({one.generate([shown], max_new_tokens=1)[0].prompt_tokens for one in two}) == 1
