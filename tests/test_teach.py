@@ -369,7 +369,7 @@ def test_a_teaching_that_was_stopped_resumes_and_leaves_nothing_half_done(data: 
     folder = tmp_path / "agent"
     with pytest.raises(_StoppedError):
         teach([data], folder, recipe=BRIEF, report=stop)
-    with pytest.raises(PolicyError, match="holds no config.json"):
+    with pytest.raises(PolicyError, match=r"holds no config\.json"):
         load_policy(str(folder))
     with pytest.raises(ConfigError, match="is of another run"):
         teach([data], folder, recipe=BRIEF, seed=3)
