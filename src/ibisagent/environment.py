@@ -34,9 +34,9 @@ from ibisagent.domain import (
     Turn,
     stand_after,
 )
-from ibisagent.errors import ConfigError, PolicyError, SegmenterError
-from ibisagent.imaging.masks import iou
-from ibisagent.policies.base import Knowing, Policy, Proposer
+from ibisagent.errors import ConfigError, SegmenterError
+from ibisagent.imaging.masks import expected_iou, iou
+from ibisagent.policies.base import Knowing, Policy, Proposal, proposals
 from ibisagent.query import target_of
 from ibisagent.segmenters import Multimask, Prediction, Segmenter, SegmenterSession
 
@@ -147,13 +147,16 @@ class PromptState:
         ]
         return Turn(completion, reply, before, self.masks, float(np.mean(scores)) if scores else None), is_new
 
-    def take_best(self, read: Sequence[tuple[Completion, Reply]]) -> tuple[Turn, bool]:
-        """Take the best of several replies for one turn, each with its completion; returns as `take`.
+    def take_best(
+        self, read: Sequence[tuple[Completion, Reply]], belief: np.ndarray | None = None
+    ) -> tuple[Turn, bool]:
+        """Take the best of several replies for one turn, each with its completion; returns as `apply_reply`.
 
-        Each that prompts the segmenter is tried. A turn's worth is the segmenter's own score plus its agreement with
-        the others, the mean IoU of its masks with theirs: what several prompts lead to is more likely right. The first
-        one is taken where it does not prompt (it stops, or cannot be read), or where no other one does. Raises as
-        `take`.
+        Each that prompts the segmenter is tried. With a belief (`policies.base.Proposal`) a turn is worth the IoU that
+        its masks would have if that was right: the segmenter knows whether a mask has an object's outline, the policy
+        whether it is the object that was asked for. Without one it is worth the segmenter's own score plus the mean IoU
+        of its masks with those of the others: what several prompts lead to is more likely right. The first one is taken
+        where it does not prompt (it stops, or cannot be read), or where no other one does. Raises as `apply_reply`.
         """
         tried = [(completion, reply) for completion, reply in read if reply.prompts]
         if not read[0][1].prompts or len(tried) < 2:
@@ -162,11 +165,14 @@ class PromptState:
         prompt_states = [self.copy() for _ in tried]
         taken = [prompt_state.apply_reply(*one) for prompt_state, one in zip(prompt_states, tried, strict=True)]
         turns = [turn for turn, _ in taken]
-        worth = [
-            (turn.segmenter_score or 0.0)
-            + float(np.mean([_agreement(turn.after, other.after) for other in turns if other is not turn]))
-            for turn in turns
-        ]
+        if belief is not None:
+            worth = [_expected(turn, belief) for turn in turns]
+        else:
+            worth = [
+                (turn.segmenter_score or 0.0)
+                + float(np.mean([_agreement(turn.after, other.after) for other in turns if other is not turn]))
+                for turn in turns
+            ]
         best = int(np.argmax(worth))
         self._said, self._standing, self._states = (
             prompt_states[best]._said,
@@ -326,21 +332,17 @@ class SegmentationEnv:
         return turn
 
     @property
-    def is_open(self) -> bool:
-        """Whether the first turn may be any: nothing has been done yet, and no mask is there to be refined."""
-        return not self._turns and not self.has_start
-
-    @property
     def has_start(self) -> bool:
         """Whether a mask was brought."""
         return any(mask.any() for mask in self._start.values())
 
-    def step_best(self, completions: Sequence[Completion]) -> Turn:
+    def step_best(self, proposal: Proposal) -> Turn:
         """Take the best of several completions for one turn (`PromptState.take_best`), and record that turn alone.
 
         Raises as `step`.
         """
-        return self._record(*self._prompt_state.take_best([self._read(completion) for completion in completions]))
+        read = [self._read(completion) for completion in proposal.completions]
+        return self._record(*self._prompt_state.take_best(read, proposal.belief))
 
     def truncate(self) -> None:
         """End the episode here, as "max_turns": for callers with another limit, such as a trainer's context length.
@@ -377,8 +379,8 @@ def rollout(
 ) -> list[Episode]:
     """Run all `envs` to their end and return their episodes in order; `provenance` names the policy.
 
-    All live environments are answered in one `policy.respond` batch per turn; a `Proposer` has its candidates for the
-    first turn tried (`SegmentationEnv.step_best`). on_turn: called with the environment's index and its new turn.
+    All live environments are answered in one batch per turn; what a `Proposer` offers is tried, and the best taken
+    (`SegmentationEnv.step_best`). on_turn: called with the environment's index and its new turn.
     refine: whether a `Knowing` policy begins anew from masks that were brought; else it may leave them as they are, as
     suits masks that are likely right.
 
@@ -388,29 +390,16 @@ def rollout(
     for env in envs:
         if env.dialect != policy.dialect:
             raise ConfigError(f"policy {policy.name} writes dialect {policy.dialect}, its environment {env.dialect}")
-    if isinstance(policy, Proposer) and policy.candidates > 1:
-        _propose(policy, envs, on_turn)
     if refine and isinstance(policy, Knowing):
         _refine(policy, envs, on_turn)
     while live := [index for index, env in enumerate(envs) if not env.done]:
-        completions = policy.respond([envs[index].observation for index in live])
-        if len(completions) != len(live):
-            raise PolicyError(f"policy {policy.name}: gave {len(completions)} completions for {len(live)} observations")
-        for index, completion in zip(live, completions, strict=True):
-            turn = envs[index].step(completion)
+        offered = proposals(policy, [envs[index].observation for index in live])
+        for index, proposal in zip(live, offered, strict=True):
+            turn = envs[index].step_best(proposal)
             if on_turn is not None:
                 on_turn(index, turn)
     episodes = [env.episode() for env in envs]
     return [replace(episode, provenance={"policy": policy.name, **episode.provenance}) for episode in episodes]
-
-
-def _propose(policy: Proposer, envs: Sequence[SegmentationEnv], on_turn: Callable[[int, Turn], None] | None) -> None:
-    """The best of several first turns, for those of `envs` where it may be any."""
-    is_new = [index for index, env in enumerate(envs) if env.is_open and not env.done]
-    for index, completions in zip(is_new, policy.propose([envs[index].observation for index in is_new]), strict=True):
-        turn = envs[index].step_best(completions)
-        if on_turn is not None:
-            on_turn(index, turn)
 
 
 def _refine(policy: Knowing, envs: Sequence[SegmentationEnv], on_turn: Callable[[int, Turn], None] | None) -> None:
@@ -419,9 +408,15 @@ def _refine(policy: Knowing, envs: Sequence[SegmentationEnv], on_turn: Callable[
         if env.has_start and not env.done and not env.observation.turns:
             completions = policy.refine(env.observation)
             if completions:
-                turn = env.step_best(completions)
+                turn = env.step_best(Proposal(completions))
                 if on_turn is not None:
                     on_turn(index, turn)
+
+
+def _expected(turn: Turn, belief: np.ndarray) -> float:
+    """The mean expected IoU of the masks that a turn prompted."""
+    prompted = {prompt.target for prompt in turn.reply.prompts} & turn.after.keys()
+    return float(np.mean([expected_iou(turn.after[name], belief) for name in prompted])) if prompted else 0.0
 
 
 def _agreement(masks: Masks, others: Masks) -> float:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+
 from ibisagent.domain import Completion, Image, Observation
+from ibisagent.errors import PolicyError
 from ibisagent.policies.vocabulary import Asked, Vocabulary
 
 MAX_NEW_TOKENS = 512
@@ -64,15 +68,40 @@ class Knowing(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class Proposal:
+    """Replies to one observation, of which the best is to be taken: that of `respond` first, at least that one.
+
+    belief: (L, L) probabilities that the places of the image, squashed to a square, belong to the object that these
+    replies are about, as the policy sees it without any mask; None where it cannot say.
+    """
+
+    completions: Sequence[Completion]
+    belief: np.ndarray | None = None
+
+
 @runtime_checkable
 class Proposer(Protocol):
-    """A policy that can offer several replies to one observation; `environment.rollout` keeps the best first turn."""
+    """A policy that can offer several replies to one observation; whoever asks takes the best (`proposals`)."""
 
     @property
     def candidates(self) -> int:
-        """How many replies `propose` gives for each observation; 1: there is nothing to choose from."""
+        """How many replies `propose` gives at most; 1: there is nothing to choose from."""
         ...
 
-    def propose(self, observations: Sequence[Observation]) -> list[list[Completion]]:
-        """`candidates` completions per observation, in order, that of `respond` first. Raises as `respond` does."""
+    def propose(self, observations: Sequence[Observation]) -> list[Proposal]:
+        """One proposal per observation, in order; with several replies where an object is begun. Raises as
+        `respond`."""
         ...
+
+
+def proposals(policy: Policy, observations: Sequence[Observation]) -> list[Proposal]:
+    """What `policy` offers for each of `observations`, in order. Raises as `Policy.respond`, and PolicyError where
+    their numbers differ."""
+    if isinstance(policy, Proposer) and policy.candidates > 1:
+        found = policy.propose(observations)
+    else:
+        found = [Proposal([completion]) for completion in policy.respond(observations)]
+    if len(found) != len(observations):
+        raise PolicyError(f"policy {policy.name}: gave {len(found)} completions for {len(observations)} observations")
+    return found

@@ -32,8 +32,8 @@ from transformers.utils import logging as transformers_logging
 from ibisagent.domain import Completion, Image, Observation, Wording
 from ibisagent.errors import ConfigError, IbisError, PolicyError
 from ibisagent.files import one_line
-from ibisagent.policies.base import MAX_NEW_TOKENS, is_public
-from ibisagent.policies.one_by_one import Answering, answering, refinements, sentence_for, understood
+from ibisagent.policies.base import MAX_NEW_TOKENS, Proposal, is_public
+from ibisagent.policies.one_by_one import Answering, answering, proposed, refinements, sentence_for, understood
 from ibisagent.policies.vocabulary import Asked, Look, Vocabulary
 from ibisagent.policies.wording import read_wording, wording_facts
 from ibisagent.protocol import DIALECTS, History, Message, OverlayStyle, render
@@ -222,23 +222,37 @@ class MllmPolicy:
             completions += [Completion(written.text, written.tokens, seconds) for written in generations]
         return completions
 
-    def propose(self, observations: Sequence[Observation]) -> list[list[Completion]]:
-        """`candidates` completions per observation, in order: what `respond` gives, then drawn ones.
+    def propose(self, observations: Sequence[Observation]) -> list[Proposal]:
+        """What `respond` gives for each observation, and where an object is begun `candidates` replies at most.
 
-        They are drawn at PROPOSAL_TEMPERATURE: at 1, a small model explores far worse replies than its likeliest.
+        With a vocabulary the others come from the model's own map of the object (`one_by_one.proposed`). Without one
+        they are drawn at PROPOSAL_TEMPERATURE: at 1, a small model explores far worse replies than its likeliest.
         """
-        conversations = [self._ask(observation) for observation in observations]
-        proposals: list[list[Completion]] = []
+        said = self.respond(observations)
+        vocabulary = self.vocabulary
+        if vocabulary is not None:
+            return [
+                proposed(observation, completion, vocabulary, self._look, self.dialect, self.candidates)
+                for observation, completion in zip(observations, said, strict=True)
+            ]
+        begun = [bool(one.turns) or any(mask.any() for mask in one.masks.values()) for one in observations]
+        drawn = self._draw([one for one, has_begun in zip(observations, begun, strict=True) if not has_begun])
+        return [
+            Proposal([completion] if has_begun else [completion, *next(drawn)])
+            for completion, has_begun in zip(said, begun, strict=True)
+        ]
+
+    def _draw(self, observations: Sequence[Observation]) -> Iterator[list[Completion]]:
+        """One less than `candidates` replies to each of `observations`, drawn at PROPOSAL_TEMPERATURE."""
         draws = self.candidates - 1
+        conversations = [self._ask(observation) for observation in observations]
         for batch in _batches(conversations, max(1, self._batch_size // self.candidates)):
             started = time.perf_counter()
-            likeliest = self.generate(batch, temperature=0.0)
-            drawn = self.generate(batch, temperature=PROPOSAL_TEMPERATURE, draws=draws) if draws else []
-            seconds = (time.perf_counter() - started) / len(batch) / self.candidates
-            for number, first in enumerate(likeliest):
-                written = [first, *drawn[number * draws : (number + 1) * draws]]
-                proposals.append([Completion(one.text, one.tokens, seconds) for one in written])
-        return proposals
+            written = self.generate(batch, temperature=PROPOSAL_TEMPERATURE, draws=draws)
+            seconds = (time.perf_counter() - started) / len(written)
+            replies = [Completion(one.text, one.tokens, seconds) for one in written]
+            for start in range(0, len(replies), draws):
+                yield replies[start : start + draws]
 
     def _ask(self, observation: Observation) -> list[Message]:
         return render(observation, dialect=self.dialect, history=self.history, style=self.style, wording=self.wording)

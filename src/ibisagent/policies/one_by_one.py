@@ -16,6 +16,8 @@ import numpy as np
 
 from ibisagent.domain import Box, Click, Completion, Image, Mask, Observation, Reply, Stop, Undo, standing
 from ibisagent.imaging.clicks import bounding_box, next_click
+from ibisagent.policies.alternatives import alternatives
+from ibisagent.policies.base import Proposal
 from ibisagent.policies.vocabulary import Look, Vocabulary
 from ibisagent.protocol import parse, write
 from ibisagent.query import Request, target_of
@@ -66,6 +68,30 @@ def answering(observation: Observation, vocabulary: Vocabulary, look: Looking, d
             return completion
         return replace(completion, text=write(said, size, dialect=dialect))
     return Completion(write(_end(observation, asked), size, dialect=dialect))
+
+
+def proposed(
+    observation: Observation, said: Completion, vocabulary: Vocabulary, look: Looking, dialect: str, count: int
+) -> Proposal:
+    """What `answering` gave, and where that begins an object other ways to begin it, `count` replies at most; with what
+    the policy believes of the object that it prompts for."""
+    size = observation.image.size
+    reply = parse(said.text, size, dialect=dialect, default_target=target_of(observation.query))
+    targets = {prompt.target for prompt in reply.prompts}
+    asked = understood(observation.image, observation.query, vocabulary, look)
+    if len(targets) != 1 or not asked:
+        return Proposal([said])
+    [target] = targets
+    request = next((one for one in asked if one.name == target), asked[0])
+    belief = 1 / (1 + np.exp(-look(observation.image, sentence_for(request)).region))
+    prompted = any(prompt.target == target for prompt in standing(observation.turns))
+    if prompted or reply.prompts != reply.actions or observation.masks.get(target, _NOTHING).any():
+        return Proposal([said], belief)
+    others = [
+        Completion(write(replace(reply, actions=tuple(prompts)), size, dialect=dialect))
+        for prompts in alternatives(reply.prompts, belief, size, target)
+    ]
+    return Proposal([said, *others][:count], belief)
 
 
 def refinements(
