@@ -105,6 +105,7 @@ class PromptState:
         self._repeats = rules.repeats
         self._session: SegmenterSession | None = None
         self._said: tuple[tuple[Action, ...], ...] = ()  # the actions of every turn
+        self._drafts: tuple[Masks, ...] = ()  # of every turn, see `Completion`
         self._standing: Standing = ()
         self._states: list[_Objects | None] = [{name: _Object((), mask, mask, None) for name, mask in start.items()}]
 
@@ -139,7 +140,7 @@ class PromptState:
         names = {*objects, *(prompt.target for prompt in reply.prompts)}
         if len(names) > MAX_TARGETS:
             reply = replace(reply, actions=(), problem=f"names more than {MAX_TARGETS} objects")
-        is_new = self.apply(reply.actions)
+        is_new = self.apply(reply.actions, completion.drafts)
         scores = [
             thing.score
             for name, thing in self._objects.items()
@@ -148,45 +149,43 @@ class PromptState:
         return Turn(completion, reply, before, self.masks, float(np.mean(scores)) if scores else None), is_new
 
     def take_best(
-        self, read: Sequence[tuple[Completion, Reply]], belief: np.ndarray | None = None
+        self, proposal: Proposal, read: Callable[[Completion], tuple[Completion, Reply]]
     ) -> tuple[Turn, bool]:
-        """Take the best of several replies for one turn, each with its completion; returns as `apply_reply`.
+        """Take the best of several replies for one turn; returns as `apply_reply`. read: see `read_reply`.
 
         Each that prompts the segmenter is tried. With a belief (`policies.base.Proposal`) a turn is worth the IoU that
         its masks would have if that was right: the segmenter knows whether a mask has an object's outline, the policy
         whether it is the object that was asked for. Without one it is worth the segmenter's own score plus the mean IoU
-        of its masks with those of the others: what several prompts lead to is more likely right. The first one is taken
-        where it does not prompt (it stops, or cannot be read), or where no other one does. Raises as `apply_reply`.
+        of its masks with those of the others: what several prompts lead to is more likely right. The first reply is
+        taken where it does not prompt (it stops, or cannot be read), or where there is no other one. Raises as
+        `apply_reply`.
         """
-        tried = [(completion, reply) for completion, reply in read if reply.prompts]
-        if not read[0][1].prompts or len(tried) < 2:
-            return self.apply_reply(*read[0])
+        replies = [read(completion) for completion in proposal.completions]
+        tried = [one for one in replies if one[1].prompts]
+        if not replies[0][1].prompts or len(tried) < 2:
+            return self.apply_reply(*replies[0])
         self.open()
-        prompt_states = [self.copy() for _ in tried]
-        taken = [prompt_state.apply_reply(*one) for prompt_state, one in zip(prompt_states, tried, strict=True)]
-        turns = [turn for turn, _ in taken]
-        if belief is not None:
-            worth = [_expected(turn, belief) for turn in turns]
+        trials = [self._try(*one) for one in tried]
+        belief = proposal.belief
+        if belief is None:
+            best = max(trials, key=lambda one: _agreed(one.turn, [other.turn for other in trials if other is not one]))
         else:
-            worth = [
-                (turn.segmenter_score or 0.0)
-                + float(np.mean([_agreement(turn.after, other.after) for other in turns if other is not turn]))
-                for turn in turns
-            ]
-        best = int(np.argmax(worth))
-        self._said, self._standing, self._states = (
-            prompt_states[best]._said,
-            prompt_states[best]._standing,
-            prompt_states[best]._states,
-        )
-        return taken[best]
+            best = max(trials, key=lambda one: _expected(one.turn, belief))
+        left = best.left
+        self._said, self._drafts, self._standing, self._states = left._said, left._drafts, left._standing, left._states
+        return best.turn, best.is_new
 
-    def apply(self, actions: Sequence[Action]) -> bool:
+    def _try(self, completion: Completion, reply: Reply) -> _Trial:
+        left = self.copy()
+        return _Trial(left, *left.apply_reply(completion, reply))
+
+    def apply(self, actions: Sequence[Action], drafts: Masks = MappingProxyType({})) -> bool:
         """Apply one reply's actions as `domain.stand_after` says; False if it has prompts, and yet nothing changes.
 
-        Each target is predicted once for all its new prompts. Nothing changes if the segmenter raises.
+        Each target is predicted once for all its new prompts, one without a mask from its draft where there is one
+        (`Completion`). Nothing changes if the segmenter raises.
         """
-        said = (*self._said, tuple(actions))
+        said, all_drafts = (*self._said, tuple(actions)), (*self._drafts, drafts)
         again = len({*said[-self._repeats :]}) > 1 or len(said) < self._repeats
         standing = stand_after(self._standing, len(self._said), actions, again=again)
         batches, old = _batches(standing), _batches(self._standing)
@@ -195,22 +194,23 @@ class PromptState:
         known = next(i for i in range(same, -1, -1) if self._states[i] is not None)
         states = self._states[: known + 1]
         for batch in batches[known:]:
-            states.append(self._predict(states[-1] or {}, batch))
+            states.append(self._predict(states[-1] or {}, batch, all_drafts))
         for index in range(1, len(states) - KEPT_STATES):
             states[index] = None
         is_new = standing is not self._standing or not Reply("", tuple(actions)).prompts
-        self._said, self._standing, self._states = said, standing, states
+        self._said, self._drafts, self._standing, self._states = said, all_drafts, standing, states
         return is_new
 
-    def _predict(self, state: _Objects, batch: tuple[Prompt, ...]) -> _Objects:
+    def _predict(self, state: _Objects, batch: Standing, drafts: Sequence[Masks]) -> _Objects:
         self.open()  # the costly part: an episode without any prompt never embeds its image
         assert self._session is not None  # noqa: S101 - open
         objects = dict(state)
-        for target in dict.fromkeys(prompt.target for prompt in batch):
+        draft = drafts[batch[0][0]]
+        for target in dict.fromkeys(prompt.target for _, prompt in batch):
             old = state.get(target)
-            new = [prompt for prompt in batch if prompt.target == target]
+            new = [prompt for _, prompt in batch if prompt.target == target]
             prompts = (*(old.prompts if old else ()), *new)
-            prior = old.prior if old else None
+            prior = old.prior if old else draft.get(target)
             if old is not None and not old.prompts and any(isinstance(prompt, Box) for prompt in new):
                 prior = None  # a box says where all of the object is: a start mask would only hold it elsewhere
             prediction = self._session.predict(prompts, prior)
@@ -219,9 +219,18 @@ class PromptState:
         return objects
 
 
-def _batches(standing: Standing) -> list[tuple[Prompt, ...]]:
-    """The prompts of each turn of which any stands."""
-    return [tuple(prompt for _, prompt in batch) for _, batch in groupby(standing, key=lambda one: one[0])]
+@dataclass(frozen=True, slots=True, eq=False)
+class _Trial:
+    """A reply that was tried: the prompt state that it left, and what `PromptState.apply_reply` gave."""
+
+    left: PromptState
+    turn: Turn
+    is_new: bool
+
+
+def _batches(standing: Standing) -> list[Standing]:
+    """What stands, turn by turn, of each turn of which any prompt stands."""
+    return [tuple(batch) for _, batch in groupby(standing, key=lambda one: one[0])]
 
 
 def _check_prediction(prediction: Prediction, size: tuple[int, int], segmenter: str) -> None:
@@ -341,8 +350,7 @@ class SegmentationEnv:
 
         Raises as `step`.
         """
-        read = [self._read(completion) for completion in proposal.completions]
-        return self._record(*self._prompt_state.take_best(read, proposal.belief))
+        return self._record(*self._prompt_state.take_best(proposal, self._read))
 
     def truncate(self) -> None:
         """End the episode here, as "max_turns": for callers with another limit, such as a trainer's context length.
@@ -417,6 +425,11 @@ def _expected(turn: Turn, belief: np.ndarray) -> float:
     """The mean expected IoU of the masks that a turn prompted."""
     prompted = {prompt.target for prompt in turn.reply.prompts} & turn.after.keys()
     return float(np.mean([expected_iou(turn.after[name], belief) for name in prompted])) if prompted else 0.0
+
+
+def _agreed(turn: Turn, others: Sequence[Turn]) -> float:
+    """The segmenter's score of a turn and the mean IoU of its masks with those of other turns."""
+    return (turn.segmenter_score or 0.0) + float(np.mean([_agreement(turn.after, other.after) for other in others]))
 
 
 def _agreement(masks: Masks, others: Masks) -> float:

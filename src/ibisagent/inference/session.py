@@ -495,9 +495,10 @@ class Session:
             if changes != self._changes:
                 return None
             target = target_of(seen.query)
-            read = [read_reply(one, self.image.size, policy.dialect, target) for one in proposal.completions]
             prompt_state = self._prompt_state()
-            turn, is_new = prompt_state.take_best(read, proposal.belief)
+            turn, is_new = prompt_state.take_best(
+                proposal, lambda one: read_reply(one, self.image.size, policy.dialect, target)
+            )
             return self._extend(turn, "agent", prompt_state), is_new
 
     def _act(self, action: Action) -> Step:
@@ -527,7 +528,7 @@ class Session:
             return last.prompt_state.copy()
         prompt_state = PromptState(self.image, self.segmenter, last.start)
         for turn in last.turns:
-            prompt_state.apply(turn.reply.actions)
+            prompt_state.apply(turn.reply.actions, turn.completion.drafts)
         if not _same(prompt_state.masks, last.masks):
             raise DataError(
                 f"session {self.id}: its segmenter is not what it was, the clicks give other masks now;"

@@ -14,7 +14,18 @@ from dataclasses import replace
 import cv2
 import numpy as np
 
-from ibisagent.domain import Box, Click, Completion, Image, Mask, Observation, Reply, Stop, Undo, standing
+from ibisagent.domain import (
+    Box,
+    Click,
+    Completion,
+    Image,
+    Mask,
+    Observation,
+    Reply,
+    Stop,
+    Undo,
+    standing,
+)
 from ibisagent.imaging.clicks import bounding_box, next_click
 from ibisagent.policies.alternatives import alternatives
 from ibisagent.policies.base import Proposal
@@ -87,9 +98,10 @@ def proposed(
     prompted = any(prompt.target == target for prompt in standing(observation.turns))
     if prompted or reply.prompts != reply.actions or observation.masks.get(target, _NOTHING).any():
         return Proposal([said], belief)
+
     others = [
-        Completion(write(replace(reply, actions=tuple(prompts)), size, dialect=dialect))
-        for prompts in alternatives(reply.prompts, belief, size, target)
+        Completion(write(replace(reply, actions=one.prompts), size, dialect=dialect), drafts=one.drafts)
+        for one in alternatives(reply.prompts, belief, size, target)
     ]
     return Proposal([said, *others][:count], belief)
 
