@@ -14,7 +14,7 @@ from ibisagent.errors import ConfigError
 from ibisagent.imaging.masks import iou
 from ibisagent.inference.image import asked_facts, asked_objects, run_case
 from ibisagent.inference.session import Session
-from ibisagent.policies.one_by_one import answering, refinements, sentence_for, understood
+from ibisagent.policies.one_by_one import answering, beliefs, refinements, sentence_for, understood
 from ibisagent.policies.vocabulary import Asked, Look, Vocabulary
 from ibisagent.segmenters import load_segmenter
 
@@ -65,6 +65,9 @@ class Nano:
         """As `MllmPolicy`."""
         found = refinements(observation, VOCABULARY, self.look, "ibis")
         return [] if found is None else [found[0], self.run(found[1])]
+
+    def believe(self, image: Image, query: str) -> dict[str, np.ndarray]:
+        return beliefs(image, query, VOCABULARY, self.look)
 
     def about(self, image: Image, query: str) -> tuple[Asked, ...]:
         """As `MllmPolicy`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -61,6 +61,11 @@ class Knowing(Protocol):
 
         Raises ConfigError for a query that does not settle what is asked for.
         """
+        ...
+
+    def believe(self, image: Image, query: str) -> Mapping[str, np.ndarray]:
+        """Where it believes each object that a query asks for, by its name, to be: as `Proposal.belief`; none where it
+        makes no claim or none is named. ConfigError as `about`."""
         ...
 
     def refine(self, observation: Observation) -> list[Completion]:

@@ -33,7 +33,7 @@ from ibisagent.domain import Completion, Image, Observation, Wording
 from ibisagent.errors import ConfigError, IbisError, PolicyError
 from ibisagent.files import one_line
 from ibisagent.policies.base import MAX_NEW_TOKENS, Proposal, is_public
-from ibisagent.policies.one_by_one import Answering, answering, proposed, refinements, sentence_for, understood
+from ibisagent.policies.one_by_one import Answering, answering, beliefs, proposed, refinements, sentence_for, understood
 from ibisagent.policies.vocabulary import Asked, Look, Vocabulary
 from ibisagent.policies.wording import read_wording, wording_facts
 from ibisagent.protocol import DIALECTS, History, Message, OverlayStyle, render
@@ -173,6 +173,11 @@ class MllmPolicy:
             return ()
         requests = understood(image, query, vocabulary, self._look)
         return tuple(vocabulary.asked(one, self._look(image, sentence_for(one))) for one in requests)
+
+    def believe(self, image: Image, query: str) -> dict[str, np.ndarray]:
+        """Where each object that a query asks for seems to be, by its name, see `Proposal.belief`; none where no object
+        is named, or the model declares no names. ConfigError as `respond`."""
+        return {} if self.vocabulary is None else beliefs(image, query, self.vocabulary, self._look)
 
     def see(self, image: Image, query: str) -> tuple[np.ndarray, np.ndarray]:
         """What an ibis-nano sees in an image before any turn: the map of the object that `query` asks for, as logits

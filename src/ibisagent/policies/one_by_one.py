@@ -81,6 +81,12 @@ def answering(observation: Observation, vocabulary: Vocabulary, look: Looking, d
     return Completion(write(_end(observation, asked), size, dialect=dialect))
 
 
+def beliefs(image: Image, query: str, vocabulary: Vocabulary, look: Looking) -> dict[str, np.ndarray]:
+    """Of each object that a query asks for, by its name, where the model believes it to be, see `Proposal.belief`."""
+    asked = understood(image, query, vocabulary, look)
+    return {one.name: 1 / (1 + np.exp(-look(image, sentence_for(one)).region)) for one in asked}
+
+
 def proposed(
     observation: Observation, said: Completion, vocabulary: Vocabulary, look: Looking, dialect: str, count: int
 ) -> Proposal:
@@ -89,12 +95,11 @@ def proposed(
     size = observation.image.size
     reply = parse(said.text, size, dialect=dialect, default_target=target_of(observation.query))
     targets = {prompt.target for prompt in reply.prompts}
-    asked = understood(observation.image, observation.query, vocabulary, look)
-    if len(targets) != 1 or not asked:
+    believed = beliefs(observation.image, observation.query, vocabulary, look)
+    if len(targets) != 1 or not believed:
         return Proposal([said])
     [target] = targets
-    request = next((one for one in asked if one.name == target), asked[0])
-    belief = 1 / (1 + np.exp(-look(observation.image, sentence_for(request)).region))
+    belief = believed.get(target, next(iter(believed.values())))  # a mask that was brought has a name of its own
     prompted = any(prompt.target == target for prompt in standing(observation.turns))
     if prompted or reply.prompts != reply.actions or observation.masks.get(target, _NOTHING).any():
         return Proposal([said], belief)

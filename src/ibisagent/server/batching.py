@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+
+import numpy as np
 
 from ibisagent.domain import Completion, Image, Observation
 from ibisagent.environment import turn_limit
@@ -80,6 +82,10 @@ class SharedPolicy:
     def about(self, image: Image, query: str) -> tuple[Asked, ...]:
         """As the policy itself, apart from the batches."""
         return self.inner.about(image, query) if isinstance(self.inner, Knowing) else ()
+
+    def believe(self, image: Image, query: str) -> Mapping[str, np.ndarray]:
+        """As the policy itself, apart from the batches."""
+        return self.inner.believe(image, query) if isinstance(self.inner, Knowing) else {}
 
     def refine(self, observation: Observation) -> list[Completion]:
         """As the policy itself, apart from the batches."""
