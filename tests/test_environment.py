@@ -571,6 +571,31 @@ def test_of_multiple_first_turns_the_one_that_the_policy_believes_in_is_taken() 
     assert episode.turns[0].completion.text == policy.proposals[1]
 
 
+def test_a_segmenter_begins_from_a_draft_until_the_prompts_are_taken_back() -> None:
+    draft = np.zeros(SIZE, bool)
+    draft[5:15, 5:15] = True
+    environment = env()
+    click = write(Reply("I look.", (Click(30, 20, True, "spleen"),)), SIZE, dialect="ibis")
+    first = environment.step(Completion(click, drafts={"spleen": draft, "liver": draft}))
+    assert first.after.keys() == {"spleen"}  # a draft alone is no mask
+    assert (first.after["spleen"] & draft).sum() == draft.sum()
+    assert "spleen" not in do(environment, Undo(1)).after
+    again = do(environment, Click(30, 20, True, "spleen"))
+    assert not (again.after["spleen"] & draft).any()  # its own turn brought none
+    do(environment, Stop("x"))
+    assert same(replay(environment.episode(), IMAGE, NotebookSegmenter()), environment.episode().masks)
+
+
+def test_a_draft_never_takes_the_place_of_a_mask() -> None:
+    start, draft = np.zeros(SIZE, bool), np.zeros(SIZE, bool)
+    start[3:9, 3:9], draft[12:20, 12:20] = True, True
+    environment = env(start={"spleen": start})
+    click = write(Reply("I look.", (Click(4, 4, True, "spleen"),)), SIZE, dialect="ibis")
+    turn = environment.step(Completion(click, drafts={"spleen": draft}))
+    assert (turn.after["spleen"] & start).any()
+    assert not (turn.after["spleen"] & draft).any()
+
+
 def test_a_policy_whose_likeliest_reply_stops_or_cannot_be_read_is_taken_at_its_word() -> None:
     for first in ("<think>x</think><action>stop</action><answer>no</answer>", "mumble"):
         policy = Proposing((first, box(0.6, 0.9), box(0.62, 0.9)))

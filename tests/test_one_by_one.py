@@ -13,8 +13,10 @@ from ibisagent.environment import SegmentationEnv, rollout, turn_limit
 from ibisagent.errors import ConfigError
 from ibisagent.imaging.masks import iou
 from ibisagent.inference.image import asked_facts, asked_objects, run_case
+from ibisagent.inference.replay import replay
 from ibisagent.inference.session import Session
-from ibisagent.policies.one_by_one import answering, beliefs, refinements, sentence_for, understood
+from ibisagent.policies.base import Proposal
+from ibisagent.policies.one_by_one import answering, beliefs, proposed, refinements, sentence_for, understood
 from ibisagent.policies.vocabulary import Asked, Look, Vocabulary
 from ibisagent.segmenters import load_segmenter
 
@@ -66,6 +68,15 @@ class Nano:
         found = refinements(observation, VOCABULARY, self.look, "ibis")
         return [] if found is None else [found[0], self.run(found[1])]
 
+    candidates = 1
+
+    def propose(self, observations: Sequence[Observation]) -> list[Proposal]:
+        """As `MllmPolicy`."""
+        return [
+            proposed(seen, said, VOCABULARY, self.look, "ibis", self.candidates)
+            for seen, said in zip(observations, self.respond(observations), strict=True)
+        ]
+
     def believe(self, image: Image, query: str) -> dict[str, np.ndarray]:
         return beliefs(image, query, VOCABULARY, self.look)
 
@@ -100,6 +111,43 @@ def ask(query: str, **more: object) -> Episode:
 
 def words_of(episode: Episode) -> str:
     return " ".join([episode.answer.answer, *(turn.reply.thought for turn in episode.turns)])
+
+
+class Beside(Nano):
+    """One that sees where objects are and says places beside them, as if its words were worse than its eyes."""
+
+    candidates = 4
+
+    def write(self, asked: Observation) -> Completion:
+        said = super().write(asked)
+        box = "<think>I look for the liver.</think><action>click + (0.8, 0.2); box (0.7, 0.1) (0.95, 0.3)</action>"
+        return said if "stop" in said.text else Completion(box)
+
+
+def test_each_object_is_begun_as_the_policy_sees_it_where_it_has_candidates() -> None:
+    case, segmenter = Case("x", phantom(), "the optic disc, the optic cup and the liver"), load_segmenter("region")
+    episode = run_case(case, Beside(), segmenter)
+    assert all(iou(episode.answer_masks[name], mask) > 0.6 for name, mask in THINGS.items())
+    assert episode.answer.absent == ("liver",)
+    assert len(episode.turns) == 3  # the others leave no trace
+    masks = replay(episode, case.image, segmenter)
+    assert all((masks[name] == episode.masks[name]).all() for name in THINGS)
+
+    alone = Beside()
+    alone.candidates = 1
+    assert iou(run_case(case, alone, segmenter).answer_masks["optic disc"], DISC) < 0.1
+
+    session = Session(case, segmenter, Beside())
+    session.run()
+    assert all((session.masks[name] == episode.answer_masks[name]).all() for name in THINGS)
+
+
+def test_an_object_that_was_begun_is_not_begun_otherwise() -> None:
+    policy = Beside()
+    seen = Observation("x", phantom(), "optic disc", {"optic disc": CUP})
+    said = Completion("<think>x</think><action>click + (0.8, 0.2)</action>")
+    proposal = proposed(seen, said, VOCABULARY, policy.look, "ibis", 4)
+    assert [one.text for one in proposal.completions] == [said.text]
 
 
 @pytest.mark.parametrize("query", ["OPTIC DISC", "papilla", "Outline the optic nerve head.", "Segment the optic disc."])
