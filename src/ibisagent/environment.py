@@ -83,6 +83,8 @@ class _Object:
 _Objects = Mapping[str, _Object]
 
 
+LEAD = 0.4
+"""How much more another reply must be worth than a policy's first one; see `PromptState.take_best`."""
 KEPT_STATES = 4  # of a prompt state, the latest
 
 
@@ -153,10 +155,11 @@ class PromptState:
     ) -> tuple[Turn, bool]:
         """Take the best of several replies for one turn; returns as `apply_reply`. read: see `read_reply`.
 
-        Each that prompts the segmenter is tried. With a belief (`policies.base.Proposal`) a turn is worth the IoU that
-        its masks would have if that was right: the segmenter knows whether a mask has an object's outline, the policy
-        whether it is the object that was asked for. Without one it is worth the segmenter's own score plus the mean IoU
-        of its masks with those of the others: what several prompts lead to is more likely right. The first reply is
+        Each that prompts the segmenter is tried. A turn is worth the segmenter's own score, and with a belief
+        (`policies.base.Proposal`) the IoU that its masks would have if that was right: the segmenter knows whether a
+        mask has an object's outline, the policy whether it is the object that was asked for. As both can be wrong,
+        another reply than the first one has to be worth LEAD more. Without a belief it is the mean IoU of its masks
+        with those of the others that counts: what several prompts lead to is more likely right. The first reply is
         taken where it does not prompt (it stops, or cannot be read), or where there is no other one. Raises as
         `apply_reply`.
         """
@@ -166,11 +169,14 @@ class PromptState:
             return self.apply_reply(*replies[0])
         self.open()
         trials = [self._try(*one) for one in tried]
-        belief = proposal.belief
-        if belief is None:
-            best = max(trials, key=lambda one: _agreed(one.turn, [other.turn for other in trials if other is not one]))
+        turns = [trial.turn for trial in trials]
+        if proposal.belief is None:
+            worth = [_agreed(turn, [other for other in turns if other is not turn]) for turn in turns]
         else:
-            best = max(trials, key=lambda one: _expected(one.turn, belief))
+            worth = [_expected(turn, proposal.belief) for turn in turns]
+            worth[0] += LEAD
+        scores = [turn.segmenter_score or 0.0 for turn in turns]
+        best = trials[int(np.argmax(np.add(scores, worth)))]
         left = best.left
         self._said, self._drafts, self._standing, self._states = left._said, left._drafts, left._standing, left._states
         return best.turn, best.is_new
@@ -428,8 +434,8 @@ def _expected(turn: Turn, belief: np.ndarray) -> float:
 
 
 def _agreed(turn: Turn, others: Sequence[Turn]) -> float:
-    """The segmenter's score of a turn and the mean IoU of its masks with those of other turns."""
-    return (turn.segmenter_score or 0.0) + float(np.mean([_agreement(turn.after, other.after) for other in others]))
+    """The mean IoU of a turn's masks with those of other turns."""
+    return float(np.mean([_agreement(turn.after, other.after) for other in others]))
 
 
 def _agreement(masks: Masks, others: Masks) -> float:

@@ -76,8 +76,8 @@ class MllmPolicy:
     batch_size: conversations per forward pass. min_pixels, max_pixels: bounds of the area that an image is resized to,
     for models with a free image size (Qwen); None takes the dialect's own where it has any. prompts: a TOML file with
     what the model is told (`policies.wording`); None takes `config.wording`, else the dialect's own words.
-    candidates: replies that `propose` gives; None takes `config.candidates`, else 1. name: how `load_policy` was asked
-    for it.
+    candidates: replies that `propose` gives at most; None takes `config.candidates` where it has a vocabulary, else 1.
+    name: how `load_policy` was asked for it.
 
     Safe to call from several threads; calls queue. Raises ConfigError for options that do not exist or fit and
     PolicyError for missing or damaged weights and for lack of memory.
@@ -131,7 +131,6 @@ class MllmPolicy:
         self.history: History = history or getattr(config, "history", None) or default.history
         self.max_new_tokens = max_new_tokens or int(getattr(config, "reply_tokens", MAX_NEW_TOKENS))
         self.max_turns: int | None = getattr(config, "max_turns", None)
-        self.candidates: int = candidates or int(getattr(config, "candidates", 1))
         self.style: OverlayStyle = style or getattr(config, "mask_style", None) or default.style
         kept = getattr(config, "wording", None)
         self.wording = read_wording(prompts) if prompts is not None else Wording(**kept) if kept else None
@@ -139,6 +138,8 @@ class MllmPolicy:
             max_pixels = min(default.rules.max_pixels, self._processor.image_processor.size["longest_edge"])
         self._image_options = _image_options(self._processor, min_pixels, max_pixels, self.name)
         self.vocabulary = Vocabulary.read(self._folder)
+        usual = 1 if self.vocabulary is None else int(getattr(config, "candidates", 1))
+        self.candidates: int = candidates or usual
         self._looks: OrderedDict[tuple[str, str], Look] = OrderedDict()
 
     def respond(self, observations: Sequence[Observation]) -> list[Completion]:
@@ -230,14 +231,14 @@ class MllmPolicy:
     def propose(self, observations: Sequence[Observation]) -> list[Proposal]:
         """What `respond` gives for each observation, and where an object is begun `candidates` replies at most.
 
-        With a vocabulary the others come from the model's own map of the object (`one_by_one.proposed`). Without one
+        With a vocabulary there is one more, from the model's own map of the object (`one_by_one.proposed`). Without one
         they are drawn at PROPOSAL_TEMPERATURE: at 1, a small model explores far worse replies than its likeliest.
         """
         said = self.respond(observations)
         vocabulary = self.vocabulary
         if vocabulary is not None:
             return [
-                proposed(observation, completion, vocabulary, self._look, self.dialect, self.candidates)
+                proposed(observation, completion, vocabulary, self._look, self.dialect)
                 for observation, completion in zip(observations, said, strict=True)
             ]
         begun = [bool(one.turns) or any(mask.any() for mask in one.masks.values()) for one in observations]

@@ -27,7 +27,6 @@ from ibisagent.domain import (
     standing,
 )
 from ibisagent.imaging.clicks import bounding_box, next_click
-from ibisagent.policies.alternatives import alternatives
 from ibisagent.policies.base import Proposal
 from ibisagent.policies.vocabulary import Look, Vocabulary
 from ibisagent.protocol import parse, write
@@ -43,6 +42,7 @@ TAKEN_BACK = "That was wrong."
 SEGMENTED = "The {} is segmented."
 ABSENT_HERE = "There is no {} here."
 
+INSIDE = 0.5  # probability: what of a map is a draft
 _NOTHING = np.zeros((1, 1), dtype=bool)
 
 Answering = Generator[Observation, Completion, Completion]
@@ -88,10 +88,14 @@ def beliefs(image: Image, query: str, vocabulary: Vocabulary, look: Looking) -> 
 
 
 def proposed(
-    observation: Observation, said: Completion, vocabulary: Vocabulary, look: Looking, dialect: str, count: int
+    observation: Observation, said: Completion, vocabulary: Vocabulary, look: Looking, dialect: str
 ) -> Proposal:
-    """What `answering` gave, and where that begins an object other ways to begin it, `count` replies at most; with what
-    the policy believes of the object that it prompts for."""
+    """What `answering` gave, and where that begins an object another way to begin it; with what the policy believes of
+    the object that it prompts for.
+
+    The other way: the clicks alone, on what the policy's map of the object shows, as a draft. A click and a box say
+    little of vessels, membranes or twenty nuclei; the map shows them (docs/experiments).
+    """
     size = observation.image.size
     reply = parse(said.text, size, dialect=dialect, default_target=target_of(observation.query))
     targets = {prompt.target for prompt in reply.prompts}
@@ -104,11 +108,12 @@ def proposed(
     if prompted or reply.prompts != reply.actions or observation.masks.get(target, _NOTHING).any():
         return Proposal([said], belief)
 
-    others = [
-        Completion(write(replace(reply, actions=one.prompts), size, dialect=dialect), drafts=one.drafts)
-        for one in alternatives(reply.prompts, belief, size, target)
-    ]
-    return Proposal([said, *others][:count], belief)
+    clicks = tuple(action for action in reply.actions if isinstance(action, Click))
+    inside = cv2.resize(belief.astype(np.float32), size[::-1], interpolation=cv2.INTER_LINEAR) > INSIDE
+    if not clicks or not inside.any():
+        return Proposal([said], belief)
+    drafted = write(replace(reply, actions=clicks), size, dialect=dialect)
+    return Proposal([said, Completion(drafted, drafts={target: inside})], belief)
 
 
 def refinements(
