@@ -158,7 +158,7 @@ def test_each_object_is_begun_as_the_policy_sees_it_where_it_has_candidates() ->
 
     alone = Cramped()
     alone.candidates = 1
-    assert iou(run_case(case, alone, segmenter).answer_masks["optic disc"], DISC) < 0.1
+    assert iou(run_case(case, alone, segmenter).answer_masks["optic disc"], DISC) < 0.2
 
     session = Session(case, segmenter, Cramped())
     session.run()
