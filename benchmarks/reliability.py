@@ -28,7 +28,7 @@ import numpy as np
 from ibisagent import evaluation
 from ibisagent.datasets import CaseSource, read_cases
 from ibisagent.evaluation.calibration import calibration
-from ibisagent.evaluation.reliability import FREE_SIGNALS, Reliability, Reviewer, fit, gain_of_dropping
+from ibisagent.evaluation.reliability import Reliability, Reviewer, fit, gain_of_dropping
 from ibisagent.files import write_whole
 from ibisagent.inference.image import run_case
 from ibisagent.policies import load_policy
@@ -136,8 +136,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "cases": {name: len(multiple) for name, multiple in found.items()},
         "mean IoU": {name: round(float(np.mean([one.iou for one in multiple])), 4) for name, multiple in found.items()},
     }
-    for label, names in {"with samples": signals, "without samples": list(FREE_SIGNALS)}.items():
-        if len(names) > len(FREE_SIGNALS) or label == "without samples":
+    for label, names in {
+        "with samples": signals,
+        "without samples": [one for one in signals if one != "agreement"],
+    }.items():
+        if "agreement" in names or label == "without samples":
             elsewhere = fit([some(one, names) for one in learned], [one.iou for one in learned])
             result[label] = {
                 "calibrated": drawn(tested, names, options.fit, options.draws),

@@ -32,6 +32,7 @@ from ibisagent.environment import KEPT_STATES, MAX_TURNS, PromptState, Segmentat
 from ibisagent.errors import ConfigError, DataError, PolicyError, SegmenterError
 from ibisagent.inference.replay import replay
 from ibisagent.policies import NANO_FOLDER
+from ibisagent.policies.base import Proposal
 from ibisagent.policies.oracle import OraclePolicy
 from ibisagent.policies.scripted import ScriptedPolicy
 from ibisagent.protocol import write
@@ -525,6 +526,7 @@ class Proposing:
     name: str = "proposing"
     dialect: str = "ibis"
     asked: int = 0
+    belief: np.ndarray | None = None
 
     @property
     def candidates(self) -> int:
@@ -536,8 +538,14 @@ class Proposing:
             Completion(f"<think>x</think><action>stop</action><answer>{len(o.turns)}</answer>") for o in observations
         ]
 
-    def propose(self, observations: Sequence[Observation]) -> list[list[Completion]]:
-        return [[Completion(text) for text in self.proposals] for _ in observations]
+    def propose(self, observations: Sequence[Observation]) -> list[Proposal]:
+        said = self.respond(observations)
+        begun = [bool(o.turns) or any(mask.any() for mask in o.masks.values()) for o in observations]
+        offered = [Completion(text) for text in self.proposals]
+        return [
+            Proposal([one]) if has_begun else Proposal(offered, self.belief)
+            for one, has_begun in zip(said, begun, strict=True)
+        ]
 
 
 def box(x0: float, x1: float) -> str:
@@ -553,6 +561,39 @@ def test_of_multiple_first_turns_the_one_that_agrees_with_the_others_is_taken() 
     assert {name: mask.sum() for name, mask in replay(episode, IMAGE, NotebookSegmenter()).items()} == {
         name: mask.sum() for name, mask in episode.answer_masks.items()
     }
+
+
+def test_of_multiple_first_turns_the_one_that_the_policy_believes_in_is_taken() -> None:
+    belief = np.full((8, 8), 0.01)
+    belief[2:6, 1:2] = 0.9  # where the first box is; the other two agree with each other
+    policy = Proposing((box(0.6, 0.9), box(0.1, 0.3), box(0.62, 0.9)), belief=belief)
+    [episode] = rollout(policy, [env()])
+    assert episode.turns[0].completion.text == policy.proposals[1]
+
+
+def test_a_segmenter_begins_from_a_draft_until_the_prompts_are_taken_back() -> None:
+    draft = np.zeros(SIZE, bool)
+    draft[5:15, 5:15] = True
+    environment = env()
+    click = write(Reply("I look.", (Click(30, 20, True, "spleen"),)), SIZE, dialect="ibis")
+    first = environment.step(Completion(click, drafts={"spleen": draft, "liver": draft}))
+    assert first.after.keys() == {"spleen"}  # a draft alone is no mask
+    assert (first.after["spleen"] & draft).sum() == draft.sum()
+    assert "spleen" not in do(environment, Undo(1)).after
+    again = do(environment, Click(30, 20, True, "spleen"))
+    assert not (again.after["spleen"] & draft).any()  # its own turn brought none
+    do(environment, Stop("x"))
+    assert same(replay(environment.episode(), IMAGE, NotebookSegmenter()), environment.episode().masks)
+
+
+def test_a_draft_never_takes_the_place_of_a_mask() -> None:
+    start, draft = np.zeros(SIZE, bool), np.zeros(SIZE, bool)
+    start[3:9, 3:9], draft[12:20, 12:20] = True, True
+    environment = env(start={"spleen": start})
+    click = write(Reply("I look.", (Click(4, 4, True, "spleen"),)), SIZE, dialect="ibis")
+    turn = environment.step(Completion(click, drafts={"spleen": draft}))
+    assert (turn.after["spleen"] & start).any()
+    assert not (turn.after["spleen"] & draft).any()
 
 
 def test_a_policy_whose_likeliest_reply_stops_or_cannot_be_read_is_taken_at_its_word() -> None:

@@ -1,5 +1,7 @@
 """`ibis-nano` is a normal transformers model: built, saved, loaded, batched and decoded like any other."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -246,11 +248,13 @@ def test_proposals_begin_with_the_likeliest_reply_and_are_drawn_again_alike(fold
     images = [Image(np.asarray(make_image(seed).convert("RGB"))) for seed in (1, 2)]
     observations = [Observation(str(number), image, "disc") for number, image in enumerate(images)]
     proposed = policy.propose(observations)
-    assert [len(one) for one in proposed] == [3, 3]
-    assert [one[0].text for one in proposed] == [one.text for one in policy.respond(observations)]
-    assert [[c.text for c in one] for one in policy.propose(observations)] == [
-        [c.text for c in one] for one in proposed
+    assert [len(one.completions) for one in proposed] == [3, 3]
+    assert [one.completions[0].text for one in proposed] == [one.text for one in policy.respond(observations)]
+    assert [[c.text for c in one.completions] for one in policy.propose(observations)] == [
+        [c.text for c in one.completions] for one in proposed
     ]
+    begun = replace(observations[0], masks={"disc": np.ones(images[0].size, bool)})
+    assert len(policy.propose([begun])[0].completions) == 1
     assert policy.describe()["candidates"] == "3"
 
 

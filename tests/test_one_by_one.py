@@ -8,15 +8,17 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from ibisagent.domain import Case, Click, Completion, Episode, Image, Observation
+from ibisagent.domain import Box, Case, Click, Completion, Episode, Image, Observation, Prompt
 from ibisagent.environment import SegmentationEnv, rollout, turn_limit
 from ibisagent.errors import ConfigError
 from ibisagent.imaging.masks import iou
 from ibisagent.inference.image import asked_facts, asked_objects, run_case
+from ibisagent.inference.replay import replay
 from ibisagent.inference.session import Session
-from ibisagent.policies.one_by_one import answering, refinements, sentence_for, understood
+from ibisagent.policies.base import Proposal
+from ibisagent.policies.one_by_one import answering, beliefs, proposed, refinements, sentence_for, understood
 from ibisagent.policies.vocabulary import Asked, Look, Presence, Vocabulary
-from ibisagent.segmenters import load_segmenter
+from ibisagent.segmenters import Prediction, load_segmenter
 
 SIZE = 64
 ROW, COLUMN = np.mgrid[:SIZE, :SIZE]
@@ -64,6 +66,18 @@ class Nano:
         found = refinements(observation, VOCABULARY, self.look, "ibis")
         return [] if found is None else [found[0], self.run(found[1])]
 
+    candidates = 1
+
+    def propose(self, observations: Sequence[Observation]) -> list[Proposal]:
+        """As `MllmPolicy`."""
+        return [
+            proposed(seen, said, VOCABULARY, self.look, "ibis")
+            for seen, said in zip(observations, self.respond(observations), strict=True)
+        ]
+
+    def believe(self, image: Image, query: str) -> dict[str, np.ndarray]:
+        return beliefs(image, query, VOCABULARY, self.look)
+
     def about(self, image: Image, query: str) -> tuple[Asked, ...]:
         """As `MllmPolicy`."""
         asked = understood(image, query, VOCABULARY, self.look)
@@ -95,6 +109,66 @@ def ask(query: str, **more: object) -> Episode:
 
 def words_of(episode: Episode) -> str:
     return " ".join([episode.answer.answer, *(turn.reply.thought for turn in episode.turns)])
+
+
+class Obedient:
+    """A segmenter that fills a box, and without one gives back the mask that it begins from."""
+
+    name = "obedient"
+
+    def open(self, image: Image) -> Obedient:
+        return self
+
+    def describe(self) -> dict[str, str]:
+        return {}
+
+    def predict(self, prompts: Sequence[Prompt], prior: np.ndarray | None = None) -> Prediction:
+        mask = np.zeros((SIZE, SIZE), bool) if prior is None else prior > 0
+        for prompt in prompts:
+            if isinstance(prompt, Box):
+                mask = np.zeros((SIZE, SIZE), bool)
+                mask[prompt.y0 : prompt.y1, prompt.x0 : prompt.x1] = True
+        return Prediction(mask, 0.5, mask.astype(np.float32))
+
+
+class Cramped(Nano):
+    """One whose boxes hold a small part of the object, as if its words were worse than its eyes."""
+
+    candidates = 2
+
+    def write(self, asked: Observation) -> Completion:
+        said = super().write(asked)
+        if "stop" in said.text:
+            return said
+        x, y = (46, 46) if "cup" in asked.query else (20, 20)
+        place, first, last = (f"({(x + d) / SIZE:.4f}, {(y + d) / SIZE:.4f})" for d in (0.5, -2, 3))
+        return Completion(f"<think>I look for the liver.</think><action>click + {place}; box {first} {last}</action>")
+
+
+def test_each_object_is_begun_as_the_policy_sees_it_where_it_has_candidates() -> None:
+    case, segmenter = Case("x", phantom(), "the optic disc, the optic cup and the liver"), Obedient()
+    episode = run_case(case, Cramped(), segmenter)
+    assert all(iou(episode.answer_masks[name], mask) > 0.6 for name, mask in THINGS.items())
+    assert episode.answer.absent == ("liver",)
+    assert len(episode.turns) == 3  # the others leave no trace
+    masks = replay(episode, case.image, segmenter)
+    assert all((masks[name] == episode.masks[name]).all() for name in THINGS)
+
+    alone = Cramped()
+    alone.candidates = 1
+    assert iou(run_case(case, alone, segmenter).answer_masks["optic disc"], DISC) < 0.2
+
+    session = Session(case, segmenter, Cramped())
+    session.run()
+    assert all((session.masks[name] == episode.answer_masks[name]).all() for name in THINGS)
+
+
+def test_an_object_that_was_begun_is_not_begun_otherwise() -> None:
+    policy = Cramped()
+    seen = Observation("x", phantom(), "optic disc", {"optic disc": CUP})
+    said = Completion("<think>x</think><action>click + (0.8, 0.2)</action>")
+    proposal = proposed(seen, said, VOCABULARY, policy.look, "ibis")
+    assert [one.text for one in proposal.completions] == [said.text]
 
 
 @pytest.mark.parametrize("query", ["OPTIC DISC", "papilla", "Outline the optic nerve head.", "Segment the optic disc."])

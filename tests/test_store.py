@@ -259,6 +259,32 @@ def test_what_the_first_version_wrote_is_read(tmp_path: Path) -> None:
         assert read_record(record).mask_selection == meant
 
 
+def test_drafts_survive_and_older_episodes_have_none(tmp_path: Path) -> None:
+    whole = episode()
+    [turn, *others] = whole.turns
+    draft = np.zeros(whole.size, bool)
+    draft[1:3, 2:5] = True
+    drafted = replace(turn, completion=replace(turn.completion, drafts={"liver": draft}))
+    store = EpisodeStore(tmp_path / "new")
+    path = store.append([replace(whole, turns=(drafted, *others)), replace(whole, turns=(), stop="max_turns")])
+    write_record(replace(whole, turns=(drafted, *others)), tmp_path / "record.json")
+    for read in (next(store.read()), store.open()[0], read_record(tmp_path / "record.json")):
+        assert (read.turns[0].completion.drafts["liver"] == draft).all()
+        assert all(not one.completion.drafts for one in read.turns[1:])
+
+    new = pq.read_table(path)
+    turns = new["turns"].to_pylist()
+    fields = list(new.schema.field("turns").type.value_type)[:-1]
+    plain = [[{key: value for key, value in one.items() if key != "drafts"} for one in row] for row in turns]
+    old = pa.array(plain, pa.list_(pa.struct(fields)))
+    earlier = new.set_column(new.column_names.index("turns"), pa.field("turns", old.type), old)
+    pq.write_table(earlier.replace_schema_metadata({"ibisagent.schema_version": "2"}), path)
+    first, second = store.read()
+    assert [one.reply for one in first.turns] == [one.reply for one in whole.turns]
+    assert [one.completion.drafts for one in first.turns] == [{} for _ in whole.turns]
+    assert second.turns == ()
+
+
 @pytest.mark.parametrize("selection", ["best", "last"])
 def test_mask_selection_survives(tmp_path: Path, selection: MaskSelection) -> None:
     written = replace(episode(), mask_selection=selection)

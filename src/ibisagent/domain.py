@@ -200,11 +200,15 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What a policy wrote, with what it cost. `tokens` is None where the policy does not count them."""
+    """What a policy wrote, with what it cost. `tokens` is None where the policy does not count them.
+
+    drafts: masks, by target, that a segmenter is to begin from where it has none of the target yet.
+    """
 
     text: str
     tokens: int | None = None
     seconds: float = 0.0
+    drafts: Masks = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

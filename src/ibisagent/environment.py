@@ -34,9 +34,9 @@ from ibisagent.domain import (
     Turn,
     stand_after,
 )
-from ibisagent.errors import ConfigError, PolicyError, SegmenterError
-from ibisagent.imaging.masks import iou
-from ibisagent.policies.base import Knowing, Policy, Proposer
+from ibisagent.errors import ConfigError, SegmenterError
+from ibisagent.imaging.masks import expected_iou, iou
+from ibisagent.policies.base import Knowing, Policy, Proposal, proposals
 from ibisagent.query import target_of
 from ibisagent.segmenters import Multimask, Prediction, Segmenter, SegmenterSession
 
@@ -83,6 +83,8 @@ class _Object:
 _Objects = Mapping[str, _Object]
 
 
+LEAD = 0.4
+"""How much more another reply must be worth than a policy's first one; see `PromptState.take_best`."""
 KEPT_STATES = 4  # of a prompt state, the latest
 
 
@@ -105,6 +107,7 @@ class PromptState:
         self._repeats = rules.repeats
         self._session: SegmenterSession | None = None
         self._said: tuple[tuple[Action, ...], ...] = ()  # the actions of every turn
+        self._drafts: tuple[Masks, ...] = ()  # of every turn, see `Completion`
         self._standing: Standing = ()
         self._states: list[_Objects | None] = [{name: _Object((), mask, mask, None) for name, mask in start.items()}]
 
@@ -139,7 +142,7 @@ class PromptState:
         names = {*objects, *(prompt.target for prompt in reply.prompts)}
         if len(names) > MAX_TARGETS:
             reply = replace(reply, actions=(), problem=f"names more than {MAX_TARGETS} objects")
-        is_new = self.apply(reply.actions)
+        is_new = self.apply(reply.actions, completion.drafts)
         scores = [
             thing.score
             for name, thing in self._objects.items()
@@ -147,40 +150,48 @@ class PromptState:
         ]
         return Turn(completion, reply, before, self.masks, float(np.mean(scores)) if scores else None), is_new
 
-    def take_best(self, read: Sequence[tuple[Completion, Reply]]) -> tuple[Turn, bool]:
-        """Take the best of several replies for one turn, each with its completion; returns as `take`.
+    def take_best(
+        self, proposal: Proposal, read: Callable[[Completion], tuple[Completion, Reply]]
+    ) -> tuple[Turn, bool]:
+        """Take the best of several replies for one turn; returns as `apply_reply`. read: see `read_reply`.
 
-        Each that prompts the segmenter is tried. A turn's worth is the segmenter's own score plus its agreement with
-        the others, the mean IoU of its masks with theirs: what several prompts lead to is more likely right. The first
-        one is taken where it does not prompt (it stops, or cannot be read), or where no other one does. Raises as
-        `take`.
+        Each that prompts the segmenter is tried. A turn is worth the segmenter's own score, and with a belief
+        (`policies.base.Proposal`) the IoU that its masks would have if that was right: the segmenter knows whether a
+        mask has an object's outline, the policy whether it is the object that was asked for. As both can be wrong,
+        another reply than the first one has to be worth LEAD more. Without a belief it is the mean IoU of its masks
+        with those of the others that counts: what several prompts lead to is more likely right. The first reply is
+        taken where it does not prompt (it stops, or cannot be read), or where there is no other one. Raises as
+        `apply_reply`.
         """
-        tried = [(completion, reply) for completion, reply in read if reply.prompts]
-        if not read[0][1].prompts or len(tried) < 2:
-            return self.apply_reply(*read[0])
+        replies = [read(completion) for completion in proposal.completions]
+        tried = [one for one in replies if one[1].prompts]
+        if not replies[0][1].prompts or len(tried) < 2:
+            return self.apply_reply(*replies[0])
         self.open()
-        prompt_states = [self.copy() for _ in tried]
-        taken = [prompt_state.apply_reply(*one) for prompt_state, one in zip(prompt_states, tried, strict=True)]
-        turns = [turn for turn, _ in taken]
-        worth = [
-            (turn.segmenter_score or 0.0)
-            + float(np.mean([_agreement(turn.after, other.after) for other in turns if other is not turn]))
-            for turn in turns
-        ]
-        best = int(np.argmax(worth))
-        self._said, self._standing, self._states = (
-            prompt_states[best]._said,
-            prompt_states[best]._standing,
-            prompt_states[best]._states,
-        )
-        return taken[best]
+        trials = [self._try(*one) for one in tried]
+        turns = [trial.turn for trial in trials]
+        if proposal.belief is None:
+            worth = [_agreed(turn, [other for other in turns if other is not turn]) for turn in turns]
+        else:
+            worth = [_expected(turn, proposal.belief) for turn in turns]
+            worth[0] += LEAD
+        scores = [turn.segmenter_score or 0.0 for turn in turns]
+        best = trials[int(np.argmax(np.add(scores, worth)))]
+        left = best.left
+        self._said, self._drafts, self._standing, self._states = left._said, left._drafts, left._standing, left._states
+        return best.turn, best.is_new
 
-    def apply(self, actions: Sequence[Action]) -> bool:
+    def _try(self, completion: Completion, reply: Reply) -> _Trial:
+        left = self.copy()
+        return _Trial(left, *left.apply_reply(completion, reply))
+
+    def apply(self, actions: Sequence[Action], drafts: Masks = MappingProxyType({})) -> bool:
         """Apply one reply's actions as `domain.stand_after` says; False if it has prompts, and yet nothing changes.
 
-        Each target is predicted once for all its new prompts. Nothing changes if the segmenter raises.
+        Each target is predicted once for all its new prompts, one without a mask from its draft where there is one
+        (`Completion`). Nothing changes if the segmenter raises.
         """
-        said = (*self._said, tuple(actions))
+        said, all_drafts = (*self._said, tuple(actions)), (*self._drafts, drafts)
         again = len({*said[-self._repeats :]}) > 1 or len(said) < self._repeats
         standing = stand_after(self._standing, len(self._said), actions, again=again)
         batches, old = _batches(standing), _batches(self._standing)
@@ -189,22 +200,23 @@ class PromptState:
         known = next(i for i in range(same, -1, -1) if self._states[i] is not None)
         states = self._states[: known + 1]
         for batch in batches[known:]:
-            states.append(self._predict(states[-1] or {}, batch))
+            states.append(self._predict(states[-1] or {}, batch, all_drafts))
         for index in range(1, len(states) - KEPT_STATES):
             states[index] = None
         is_new = standing is not self._standing or not Reply("", tuple(actions)).prompts
-        self._said, self._standing, self._states = said, standing, states
+        self._said, self._drafts, self._standing, self._states = said, all_drafts, standing, states
         return is_new
 
-    def _predict(self, state: _Objects, batch: tuple[Prompt, ...]) -> _Objects:
+    def _predict(self, state: _Objects, batch: Standing, drafts: Sequence[Masks]) -> _Objects:
         self.open()  # the costly part: an episode without any prompt never embeds its image
         assert self._session is not None  # noqa: S101 - open
         objects = dict(state)
-        for target in dict.fromkeys(prompt.target for prompt in batch):
+        draft = drafts[batch[0][0]]
+        for target in dict.fromkeys(prompt.target for _, prompt in batch):
             old = state.get(target)
-            new = [prompt for prompt in batch if prompt.target == target]
+            new = [prompt for _, prompt in batch if prompt.target == target]
             prompts = (*(old.prompts if old else ()), *new)
-            prior = old.prior if old else None
+            prior = old.prior if old else draft.get(target)
             if old is not None and not old.prompts and any(isinstance(prompt, Box) for prompt in new):
                 prior = None  # a box says where all of the object is: a start mask would only hold it elsewhere
             prediction = self._session.predict(prompts, prior)
@@ -213,9 +225,18 @@ class PromptState:
         return objects
 
 
-def _batches(standing: Standing) -> list[tuple[Prompt, ...]]:
-    """The prompts of each turn of which any stands."""
-    return [tuple(prompt for _, prompt in batch) for _, batch in groupby(standing, key=lambda one: one[0])]
+@dataclass(frozen=True, slots=True, eq=False)
+class _Trial:
+    """A reply that was tried: the prompt state that it left, and what `PromptState.apply_reply` gave."""
+
+    left: PromptState
+    turn: Turn
+    is_new: bool
+
+
+def _batches(standing: Standing) -> list[Standing]:
+    """What stands, turn by turn, of each turn of which any prompt stands."""
+    return [tuple(batch) for _, batch in groupby(standing, key=lambda one: one[0])]
 
 
 def _check_prediction(prediction: Prediction, size: tuple[int, int], segmenter: str) -> None:
@@ -326,21 +347,16 @@ class SegmentationEnv:
         return turn
 
     @property
-    def is_open(self) -> bool:
-        """Whether the first turn may be any: nothing has been done yet, and no mask is there to be refined."""
-        return not self._turns and not self.has_start
-
-    @property
     def has_start(self) -> bool:
         """Whether a mask was brought."""
         return any(mask.any() for mask in self._start.values())
 
-    def step_best(self, completions: Sequence[Completion]) -> Turn:
+    def step_best(self, proposal: Proposal) -> Turn:
         """Take the best of several completions for one turn (`PromptState.take_best`), and record that turn alone.
 
         Raises as `step`.
         """
-        return self._record(*self._prompt_state.take_best([self._read(completion) for completion in completions]))
+        return self._record(*self._prompt_state.take_best(proposal, self._read))
 
     def truncate(self) -> None:
         """End the episode here, as "max_turns": for callers with another limit, such as a trainer's context length.
@@ -377,8 +393,8 @@ def rollout(
 ) -> list[Episode]:
     """Run all `envs` to their end and return their episodes in order; `provenance` names the policy.
 
-    All live environments are answered in one `policy.respond` batch per turn; a `Proposer` has its candidates for the
-    first turn tried (`SegmentationEnv.step_best`). on_turn: called with the environment's index and its new turn.
+    All live environments are answered in one batch per turn; what a `Proposer` offers is tried, and the best taken
+    (`SegmentationEnv.step_best`). on_turn: called with the environment's index and its new turn.
     refine: whether a `Knowing` policy begins anew from masks that were brought; else it may leave them as they are, as
     suits masks that are likely right.
 
@@ -388,29 +404,16 @@ def rollout(
     for env in envs:
         if env.dialect != policy.dialect:
             raise ConfigError(f"policy {policy.name} writes dialect {policy.dialect}, its environment {env.dialect}")
-    if isinstance(policy, Proposer) and policy.candidates > 1:
-        _propose(policy, envs, on_turn)
     if refine and isinstance(policy, Knowing):
         _refine(policy, envs, on_turn)
     while live := [index for index, env in enumerate(envs) if not env.done]:
-        completions = policy.respond([envs[index].observation for index in live])
-        if len(completions) != len(live):
-            raise PolicyError(f"policy {policy.name}: gave {len(completions)} completions for {len(live)} observations")
-        for index, completion in zip(live, completions, strict=True):
-            turn = envs[index].step(completion)
+        offered = proposals(policy, [envs[index].observation for index in live])
+        for index, proposal in zip(live, offered, strict=True):
+            turn = envs[index].step_best(proposal)
             if on_turn is not None:
                 on_turn(index, turn)
     episodes = [env.episode() for env in envs]
     return [replace(episode, provenance={"policy": policy.name, **episode.provenance}) for episode in episodes]
-
-
-def _propose(policy: Proposer, envs: Sequence[SegmentationEnv], on_turn: Callable[[int, Turn], None] | None) -> None:
-    """The best of several first turns, for those of `envs` where it may be any."""
-    is_new = [index for index, env in enumerate(envs) if env.is_open and not env.done]
-    for index, completions in zip(is_new, policy.propose([envs[index].observation for index in is_new]), strict=True):
-        turn = envs[index].step_best(completions)
-        if on_turn is not None:
-            on_turn(index, turn)
 
 
 def _refine(policy: Knowing, envs: Sequence[SegmentationEnv], on_turn: Callable[[int, Turn], None] | None) -> None:
@@ -419,9 +422,20 @@ def _refine(policy: Knowing, envs: Sequence[SegmentationEnv], on_turn: Callable[
         if env.has_start and not env.done and not env.observation.turns:
             completions = policy.refine(env.observation)
             if completions:
-                turn = env.step_best(completions)
+                turn = env.step_best(Proposal(completions))
                 if on_turn is not None:
                     on_turn(index, turn)
+
+
+def _expected(turn: Turn, belief: np.ndarray) -> float:
+    """The mean expected IoU of the masks that a turn prompted."""
+    prompted = {prompt.target for prompt in turn.reply.prompts} & turn.after.keys()
+    return float(np.mean([expected_iou(turn.after[name], belief) for name in prompted])) if prompted else 0.0
+
+
+def _agreed(turn: Turn, others: Sequence[Turn]) -> float:
+    """The mean IoU of a turn's masks with those of other turns."""
+    return float(np.mean([_agreement(turn.after, other.after) for other in others]))
 
 
 def _agreement(masks: Masks, others: Masks) -> float:

@@ -43,8 +43,8 @@ from ibisagent.files import make_folder, one_line, write_whole
 from ibisagent.imaging import limits
 from ibisagent.imaging.masks import decode_rle, encode_rle
 
-SCHEMA_VERSION = 2
-"""2 has the column `mask_selection`. Version 1, which said the same in `provenance`, is read as well."""
+SCHEMA_VERSION = 3
+"""3 has the `drafts` of turns, 2 the column `mask_selection`, which version 1 said in `provenance`: all are read."""
 RECORD_FORMAT = "ibisagent episode"
 
 _ACTIONS: Mapping[str, type[Click] | type[Box] | type[Undo] | type[Stop]] = MappingProxyType(
@@ -74,6 +74,7 @@ _TURN = pa.struct(
         "problem": pa.string(),
         "masks": _MASKS,
         "segmenter_score": pa.float64(),
+        "drafts": _MASKS,
     }
 )
 SCHEMA = pa.schema(
@@ -253,6 +254,7 @@ def plain_turn(turn: Turn) -> dict[str, Any]:
         "problem": turn.reply.problem,
         "masks": plain_masks(turn.after),
         "segmenter_score": turn.segmenter_score,
+        "drafts": plain_masks(turn.completion.drafts) or None,
     }
 
 
@@ -322,9 +324,25 @@ def _read_shard(path: Path, columns: list[str] | None = None) -> pa.Table:
         raise DataError(f"{path}: is damaged ({one_line(error, 200)}); delete it and make it again") from error
     if columns is None and table.column_names == SCHEMA.names[:-1]:  # version 1
         table = table.append_column(SCHEMA.field("mask_selection"), pa.nulls(len(table), pa.string()))
+    if columns is None and "turns" in table.column_names:
+        table = _with_drafts(table)
     if columns is None and table.schema.remove_metadata() != SCHEMA:
         raise DataError(f"{path}: has other columns than an episode store; it was not written by ibisagent")
     return table
+
+
+def _with_drafts(table: pa.Table) -> pa.Table:
+    """The turns of versions 1 and 2 had no drafts."""
+    turns = table["turns"].combine_chunks()
+    if turns.type != pa.list_(pa.struct(list(_TURN)[:-1])):
+        return table
+    kept = turns.flatten()
+    parts = [*kept.flatten(), pa.nulls(len(kept), _MASKS)]
+    offsets = pa.concat_arrays(
+        [pa.array([0], pa.int32()), pc.cumulative_sum(pc.fill_null(pc.list_value_length(turns), 0))]
+    )
+    whole = pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(parts, fields=list(_TURN)))
+    return table.set_column(table.column_names.index("turns"), SCHEMA.field("turns"), whole)
 
 
 def _table(plain: list[dict[str, Any]], where: Path) -> pa.Table:
@@ -405,7 +423,8 @@ def _episode(plain: Mapping[str, Any], where: str) -> Episode:
 
 def _check_cost(plain: Mapping[str, Any], size: tuple[int, int], where: str) -> None:
     """TooLargeError where the masks of an episode would take more memory than a volume may."""
-    masks = [*(plain["start"] or []), *(mask for turn in plain["turns"] or [] for mask in turn["masks"] or [])]
+    of_turns = [turn.get(kind) or [] for turn in plain["turns"] or [] for kind in ("masks", "drafts")]
+    masks = [*(plain["start"] or []), *(mask for masks in of_turns for mask in masks)]
     limits.check_pixels(*size, where)
     limits.check_unpacked(len({mask["rle"]["counts"] for mask in masks}) * size[0] * size[1], where)
 
@@ -417,7 +436,8 @@ def _mask_selection(said: str | None, provenance: Mapping[str, str]) -> MaskSele
 
 def _turn(plain: Mapping[str, Any], before: Masks, size: tuple[int, int], where: str) -> Turn:
     reply = Reply(plain["thought"] or "", tuple(_action(action) for action in plain["actions"] or []), plain["problem"])
-    completion = Completion(plain["text"] or "", plain["tokens"], plain["seconds"] or 0.0)
+    drafts = _masks(plain.get("drafts") or [], size, where)  # of older versions there are none
+    completion = Completion(plain["text"] or "", plain["tokens"], plain["seconds"] or 0.0, drafts)
     return Turn(completion, reply, before, _masks(plain["masks"] or [], size, where), plain["segmenter_score"])
 
 

@@ -67,7 +67,10 @@ PromptsOption = Annotated[
 
 CandidatesOption = Annotated[
     int | None,
-    typer.Option(help="First turns that the policy proposes; the best by segmenter and consensus is kept.", min=1),
+    typer.Option(
+        help="Ways to begin an object that are tried at most, of which the best is kept. Default: the policy's own.",
+        min=1,
+    ),
 ]
 
 

@@ -1,12 +1,13 @@
 """One calibrated score per mask: how good it probably is, without knowing the ground truth.
 
-Four signals of an episode, each in [0, 1]:
+Up to five signals of an episode, each in [0, 1]:
 
 | signal | what |
 |---|---|
 | quality | the segmenter's own estimate of the IoU of the masks that are handed out |
 | stability | their mean IoU with the masks from the same prompts moved a little, JITTERS times |
 | convergence | the smallest mean IoU of the masks after one turn with those after the next: did it have to mend much? |
+| belief | the IoU that they would have if the policy's own map of the object was right; only where it has one |
 | agreement | their mean IoU with those of further episodes of the policy, drawn at random; only where asked for |
 
 `Reliability` turns them into an expected IoU: a logistic regression on their log odds whose target is the measured IoU
@@ -44,12 +45,12 @@ from ibisagent.environment import PromptState, SegmentationEnv, mask_choice, rol
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.evaluation.calibration import calibration
 from ibisagent.files import csv_text, write_whole
-from ibisagent.imaging.masks import iou
-from ibisagent.policies.base import Policy
+from ibisagent.imaging.masks import expected_iou, iou
+from ibisagent.policies.base import Knowing, Policy
 from ibisagent.segmenters import Segmenter
 
-FREE_SIGNALS = ("quality", "stability", "convergence")  # that need no further episodes
-SIGNALS = (*FREE_SIGNALS, "agreement")
+FREE_SIGNALS = ("quality", "stability", "convergence")  # that every episode has
+SIGNALS = (*FREE_SIGNALS, "belief", "agreement")
 JITTERS = 3
 JITTER = 0.05  # of the mask's mean side: how far a click, or an edge of a box, is moved at most
 SAMPLING_TEMPERATURE = 0.8
@@ -67,15 +68,17 @@ def signals(
     segmenter: Segmenter,
     *,
     others: Sequence[Episode] = (),
+    beliefs: Mapping[str, np.ndarray] | None = None,
     seed: int = 0,
 ) -> dict[str, float]:
     """The signals of an episode that `segmenter` drew on `image`; all 0 where it handed out nothing.
 
-    others: further episodes of the same case, for the agreement; without any it is left out. seed: of the jitter.
-    Raises SegmenterError.
+    others: further episodes of the same case, for the agreement; without any it is left out. beliefs: see
+    `beliefs_of`; the belief is left out without them. seed: of the jitter. Raises SegmenterError.
     """
     kept = _shown(episode.answer_masks)
-    found = dict.fromkeys(SIGNALS if others else FREE_SIGNALS, 0.0)
+    left_out = {"belief": beliefs is None, "agreement": not others}
+    found = {name: 0.0 for name in SIGNALS if not left_out.get(name)}
     if not kept:
         return found
     found["quality"] = episode.answer_score or 0.0
@@ -85,9 +88,17 @@ def signals(
     found["stability"] = float(np.mean([_likeness(kept, masks) for masks in moved]))
     steps = [(before.after, after.after) for before, after in pairwise(episode.turns) if after.after]
     found["convergence"] = min((_likeness(after, before) for before, after in steps), default=1.0)
+    if beliefs:
+        anyhow = next(iter(beliefs.values()))  # a mask that was brought has a name of its own
+        found["belief"] = float(np.mean([expected_iou(mask, beliefs.get(name, anyhow)) for name, mask in kept.items()]))
     if others:
         found["agreement"] = float(np.mean([_likeness(kept, _shown(other.answer_masks)) for other in others]))
     return found
+
+
+def beliefs_of(policy: Policy | None, image: Image, query: str) -> Mapping[str, np.ndarray] | None:
+    """Where `policy` believes the objects of a query to be, see `Knowing.believe`; None where it never says so."""
+    return policy.believe(image, query) if isinstance(policy, Knowing) and policy.vocabulary is not None else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +129,12 @@ class Reviewer:
         names = {"policy": self.policy.name, "segmenter": self.segmenter.name}
         return {**names, "mask_selection": mask_choice(self.policy, self.mask_selection), **hashes}
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the signals that it gives."""
+        believes = isinstance(self.policy, Knowing) and self.policy.vocabulary is not None
+        return (*FREE_SIGNALS, *(["belief"] if believes else []), *(["agreement"] if self.samples else []))
+
     def signals(self, episode: Episode, case: Case) -> dict[str, float]:
         """The signals of an episode of `case`. Raises PolicyError and SegmenterError."""
         others: list[Episode] = []
@@ -135,7 +152,8 @@ class Reviewer:
                 for _ in range(self.samples)
             ]
             others = rollout(drawing, envs)
-        return signals(episode, case.image, self.segmenter, others=others, seed=self.seed)
+        believed = beliefs_of(self.policy, case.image, case.query)
+        return signals(episode, case.image, self.segmenter, others=others, beliefs=believed, seed=self.seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,11 +217,10 @@ class Queue:
 
     def __init__(self, reviewer: Reviewer, reliability: Reliability | None = None) -> None:
         """reliability: None scores by the plain mean of the signals. ConfigError if it was made for something else."""
-        names = SIGNALS if reviewer.samples else FREE_SIGNALS
         self._reviewer = reviewer
-        self._reliability = reliability or Reliability.plain(names)
+        self._reliability = reliability or Reliability.plain(reviewer.names)
         self._reliability.check(reviewer.identity)
-        if unknown := set(self._reliability.weights) - set(names):
+        if unknown := set(self._reliability.weights) - set(reviewer.names):
             raise ConfigError(
                 f"the calibration needs the signal {min(unknown)}: give --samples as for 'eval calibrate'"
             )
@@ -228,8 +245,7 @@ class Queue:
             for episode, case in episodes
             if any(mask.any() for mask in episode.answer_masks.values())
         ]
-        names = SIGNALS if self._reviewer.samples else FREE_SIGNALS
-        means = {name: float(np.mean([one[name] for one in found])) if found else 0.0 for name in names}
+        means = {name: float(np.mean([one[name] for one in found])) if found else 0.0 for name in self._reviewer.names}
         score = self._reliability.score(means)
         rounded = {name: round(value, 4) for name, value in means.items()}
         self._entries.append({"image": image, "score": round(score, 4), **rounded})

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import cv2
 import numpy as np
 from pycocotools import mask as coco
 
@@ -67,6 +68,16 @@ def overlap(mask: Mask, target: Mask) -> Overlap:
 def iou(a: Mask, b: Mask) -> float:
     """Intersection over union in [0, 1]; two empty masks agree fully (1.0)."""
     return overlap(a, b).iou
+
+
+def expected_iou(mask: Mask, belief: np.ndarray) -> float:
+    """The IoU in [0, 1] of a mask (H, W) with an object of which only the belief is known: probabilities (L, M) that
+    places of the same image belong to it. Expected intersection over expected union; the mask is reduced by area.
+    """
+    share = cv2.resize(mask.astype(np.float32), belief.shape[::-1], interpolation=cv2.INTER_AREA)
+    shared = float((share * belief).sum())
+    union = float(share.sum() + belief.sum()) - shared
+    return shared / union if union > 0 else 1.0
 
 
 def dice(a: Mask, b: Mask) -> float:

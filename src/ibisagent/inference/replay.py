@@ -54,7 +54,7 @@ def replay(episode: Episode, image: Image, segmenter: Segmenter) -> Masks:
         raise ConfigError(f"the record was made with segmenter {recorded}, not {segmenter.name}; load that one")
     prompt_state = PromptState(image, segmenter, episode.start, episode.provenance.get("dialect", ""))
     for turn in episode.turns:
-        prompt_state.apply(turn.reply.actions)
+        prompt_state.apply(turn.reply.actions, turn.completion.drafts)
     return dict(prompt_state.masks)
 
 

@@ -33,7 +33,7 @@ from ibisagent.domain import (
     standing_by_turn,
 )
 from ibisagent.environment import PromptState, package_version, read_reply, stop_reason, turn_limit
-from ibisagent.errors import ConfigError, DataError, IbisError, PolicyError
+from ibisagent.errors import ConfigError, DataError, IbisError
 from ibisagent.files import make_folder, png_bytes, write_whole
 from ibisagent.imaging.images import read_image
 from ibisagent.imaging.masks import encode_rle
@@ -41,7 +41,7 @@ from ibisagent.inference.corrections import add_to_data_set, to_learn_from
 from ibisagent.inference.image import Outputs, asked_facts, export, provenance_of
 from ibisagent.inference.rounds import SESSION_FILE, Author, Round, State, Step, read_round, state_of
 from ibisagent.inference.session_report import session_report
-from ibisagent.policies.base import Knowing, Policy
+from ibisagent.policies.base import Knowing, Policy, Proposal, proposals
 from ibisagent.protocol import write
 from ibisagent.query import target_of
 from ibisagent.segmenters import Segmenter
@@ -490,17 +490,15 @@ class Session:
             self._check_room()
             seen, changes = self.observation, self._changes
         completions = policy.refine(seen) if isinstance(policy, Knowing) and not seen.turns else []
-        if not completions:
-            completions = policy.respond([seen])
-            if len(completions) != 1:
-                raise PolicyError(f"policy {policy.name}: gave {len(completions)} completions for 1 observation")
+        proposal = Proposal(completions) if completions else proposals(policy, [seen])[0]
         with self._lock:
             if changes != self._changes:
                 return None
             target = target_of(seen.query)
-            read = [read_reply(one, self.image.size, policy.dialect, target) for one in completions]
             prompt_state = self._prompt_state()
-            turn, is_new = prompt_state.take_best(read)
+            turn, is_new = prompt_state.take_best(
+                proposal, lambda one: read_reply(one, self.image.size, policy.dialect, target)
+            )
             return self._extend(turn, "agent", prompt_state), is_new
 
     def _act(self, action: Action) -> Step:
@@ -530,7 +528,7 @@ class Session:
             return last.prompt_state.copy()
         prompt_state = PromptState(self.image, self.segmenter, last.start)
         for turn in last.turns:
-            prompt_state.apply(turn.reply.actions)
+            prompt_state.apply(turn.reply.actions, turn.completion.drafts)
         if not _same(prompt_state.masks, last.masks):
             raise DataError(
                 f"session {self.id}: its segmenter is not what it was, the clicks give other masks now;"

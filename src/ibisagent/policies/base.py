@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from ibisagent.domain import Completion, Image, Observation
+from ibisagent.errors import PolicyError
 from ibisagent.policies.vocabulary import Asked, Vocabulary
 from ibisagent.protocol import Message
 
@@ -63,22 +64,40 @@ class Knowing(Protocol):
         """
         ...
 
+    def believe(self, image: Image, query: str) -> Mapping[str, np.ndarray]:
+        """Where it believes each object that a query asks for, by its name, to be: as `Proposal.belief`; none where it
+        makes no claim or none is named. ConfigError as `about`."""
+        ...
+
     def refine(self, observation: Observation) -> list[Completion]:
         """First turns to try where a mask was brought; none where `respond` is to begin."""
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class Proposal:
+    """Replies to one observation, of which the best is to be taken: that of `respond` first, at least that one.
+
+    belief: (L, L) probabilities that the places of the image, squashed to a square, belong to the object that these
+    replies are about, as the policy sees it without any mask; None where it cannot say.
+    """
+
+    completions: Sequence[Completion]
+    belief: np.ndarray | None = None
+
+
 @runtime_checkable
 class Proposer(Protocol):
-    """A policy that can offer several replies to one observation; `environment.rollout` keeps the best first turn."""
+    """A policy that can offer several replies to one observation; whoever asks takes the best (`proposals`)."""
 
     @property
     def candidates(self) -> int:
-        """How many replies `propose` gives for each observation; 1: there is nothing to choose from."""
+        """How many replies `propose` gives at most; 1: there is nothing to choose from."""
         ...
 
-    def propose(self, observations: Sequence[Observation]) -> list[list[Completion]]:
-        """`candidates` completions per observation, in order, that of `respond` first. Raises as `respond` does."""
+    def propose(self, observations: Sequence[Observation]) -> list[Proposal]:
+        """One proposal per observation, in order; with several replies where an object is begun. Raises as
+        `respond`."""
         ...
 
 
@@ -136,3 +155,15 @@ class LanguageModel(Protocol):
     def describe(self) -> dict[str, str]:
         """Facts for records: device, numbers, versions."""
         ...
+
+
+def proposals(policy: Policy, observations: Sequence[Observation]) -> list[Proposal]:
+    """What `policy` offers for each of `observations`, in order. Raises as `Policy.respond`, and PolicyError where
+    their numbers differ."""
+    if isinstance(policy, Proposer) and policy.candidates > 1:
+        found = policy.propose(observations)
+    else:
+        found = [Proposal([completion]) for completion in policy.respond(observations)]
+    if len(found) != len(observations):
+        raise PolicyError(f"policy {policy.name}: gave {len(found)} completions for {len(observations)} observations")
+    return found

@@ -20,7 +20,7 @@ import numpy as np
 from ibisagent.domain import Completion, Image, Observation, Wording
 from ibisagent.errors import ConfigError, PolicyError
 from ibisagent.files import one_line, weights_sha256
-from ibisagent.policies.base import MAX_NEW_TOKENS, Generation, LanguageModel, is_public
+from ibisagent.policies.base import MAX_NEW_TOKENS, Generation, LanguageModel, Proposal, is_public
 from ibisagent.policies.one_by_one import OneByOne
 from ibisagent.policies.vocabulary import Look, Vocabulary
 from ibisagent.policies.wording import read_wording, wording_facts
@@ -46,8 +46,8 @@ class MllmPolicy(OneByOne):
     batch_size: conversations per forward pass. min_pixels, max_pixels: bounds of the area that an image is resized to,
     for models with a free image size (Qwen); None takes the dialect's own where it has any. prompts: a TOML file with
     what the model is told (`policies.wording`); None takes `config.wording`, else the dialect's own words.
-    candidates: replies that `propose` gives; None takes `config.candidates`, else 1. name: how `load_policy` was asked
-    for it.
+    candidates: replies that `propose` gives at most; None takes `config.candidates` where it has a vocabulary, else 1.
+    name: how `load_policy` was asked for it.
 
     With a vocabulary (`objects.json` beside the weights) the model is asked for one object after another, see
     `one_by_one`. Safe to call from several threads; calls queue. Raises ConfigError for options that do not exist or
@@ -98,11 +98,12 @@ class MllmPolicy(OneByOne):
         self.history: History = history or config.get("history") or default.history
         self.max_new_tokens = max_new_tokens or int(config.get("reply_tokens", MAX_NEW_TOKENS))
         self.max_turns: int | None = config.get("max_turns")
-        self.candidates: int = candidates or int(config.get("candidates", 1))
         self.style: OverlayStyle = style or config.get("mask_style") or default.style
         kept = config.get("wording")
         self.wording = read_wording(prompts) if prompts is not None else Wording(**kept) if kept else None
         self.vocabulary = Vocabulary.read(self._folder)
+        usual = 1 if self.vocabulary is None else int(config.get("candidates", 1))
+        self.candidates: int = candidates or usual
         self._looks: OrderedDict[tuple[str, str], Look] = OrderedDict()
 
     def see(self, image: Image, query: str) -> tuple[np.ndarray, np.ndarray]:
@@ -136,23 +137,33 @@ class MllmPolicy(OneByOne):
             completions += [Completion(written.text, written.tokens, seconds) for written in generations]
         return completions
 
-    def propose(self, observations: Sequence[Observation]) -> list[list[Completion]]:
-        """`candidates` completions per observation, in order: what `respond` gives, then drawn ones.
+    def propose(self, observations: Sequence[Observation]) -> list[Proposal]:
+        """What `respond` gives for each observation, and where an object is begun `candidates` replies at most.
 
-        They are drawn at PROPOSAL_TEMPERATURE: at 1, a small model explores far worse replies than its likeliest.
+        With a vocabulary there is one more, from the model's own map of the object (`one_by_one.proposed`). Without one
+        they are drawn at PROPOSAL_TEMPERATURE: at 1, a small model explores far worse replies than its likeliest.
         """
-        conversations = [self._ask(observation) for observation in observations]
-        proposals: list[list[Completion]] = []
+        if self.vocabulary is not None:
+            return super().propose(observations)
+        said = self.respond(observations)
+        begun = [bool(one.turns) or any(mask.any() for mask in one.masks.values()) for one in observations]
+        drawn = self._draw([one for one, has_begun in zip(observations, begun, strict=True) if not has_begun])
+        return [
+            Proposal([completion] if has_begun else [completion, *next(drawn)])
+            for completion, has_begun in zip(said, begun, strict=True)
+        ]
+
+    def _draw(self, observations: Sequence[Observation]) -> Iterator[list[Completion]]:
+        """One less than `candidates` replies to each of `observations`, drawn at PROPOSAL_TEMPERATURE."""
         draws = self.candidates - 1
+        conversations = [self._ask(observation) for observation in observations]
         for batch in _batches(conversations, max(1, self._batch_size // self.candidates)):
             started = time.perf_counter()
-            likeliest = self.generate(batch, temperature=0.0)
-            drawn = self.generate(batch, temperature=PROPOSAL_TEMPERATURE, draws=draws) if draws else []
-            seconds = (time.perf_counter() - started) / len(batch) / self.candidates
-            for number, first in enumerate(likeliest):
-                written = [first, *drawn[number * draws : (number + 1) * draws]]
-                proposals.append([Completion(one.text, one.tokens, seconds) for one in written])
-        return proposals
+            written = self.generate(batch, temperature=PROPOSAL_TEMPERATURE, draws=draws)
+            seconds = (time.perf_counter() - started) / len(written)
+            replies = [Completion(one.text, one.tokens, seconds) for one in written]
+            for start in range(0, len(replies), draws):
+                yield replies[start : start + draws]
 
     def _ask(self, observation: Observation) -> list[Message]:
         return render(observation, dialect=self.dialect, history=self.history, style=self.style, wording=self.wording)

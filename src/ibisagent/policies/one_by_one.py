@@ -14,8 +14,20 @@ from dataclasses import replace
 import cv2
 import numpy as np
 
-from ibisagent.domain import Box, Click, Completion, Image, Mask, Observation, Reply, Stop, Undo, standing
+from ibisagent.domain import (
+    Box,
+    Click,
+    Completion,
+    Image,
+    Mask,
+    Observation,
+    Reply,
+    Stop,
+    Undo,
+    standing,
+)
 from ibisagent.imaging.clicks import bounding_box, next_click
+from ibisagent.policies.base import Proposal
 from ibisagent.policies.vocabulary import Asked, Look, Vocabulary
 from ibisagent.protocol import parse, write
 from ibisagent.query import Request, target_of
@@ -32,6 +44,7 @@ ABSENT_HERE = "There is no {} here."
 
 MAX_TURNS_OF_ONE = 5  # for each of several objects, where the policy states no limit
 
+INSIDE = 0.5  # probability: what of a map is a draft
 _NOTHING = np.zeros((1, 1), dtype=bool)
 
 Answering = Generator[Observation, Completion, Completion]
@@ -84,6 +97,21 @@ class OneByOne:
         requests = understood(image, query, vocabulary, self.look)
         return tuple(vocabulary.asked(one, self.look(image, sentence_for(one))) for one in requests)
 
+    def believe(self, image: Image, query: str) -> dict[str, np.ndarray]:
+        """Where each object that a query asks for seems to be, by its name, see `Proposal.belief`; none where no object
+        is named, or the model declares no names. ConfigError as `respond`."""
+        return {} if self.vocabulary is None else beliefs(image, query, self.vocabulary, self.look)
+
+    def propose(self, observations: Sequence[Observation]) -> list[Proposal]:
+        """What `respond` gives for each observation, and where an object is begun one reply more, see `proposed`."""
+        said, vocabulary = self.respond(observations), self.vocabulary
+        if vocabulary is None:
+            return [Proposal([completion]) for completion in said]
+        return [
+            proposed(observation, completion, vocabulary, self.look, self.dialect)
+            for observation, completion in zip(observations, said, strict=True)
+        ]
+
     def _answered(self, answers: Sequence[Answering]) -> list[Completion]:
         """Run them to their ends, asking the model for all that wait at once."""
         done: dict[int, Completion] = {}
@@ -131,6 +159,41 @@ def answering(observation: Observation, vocabulary: Vocabulary, look: Looking, d
             return completion
         return replace(completion, text=write(said, size, dialect=dialect))
     return Completion(write(_end(observation, asked), size, dialect=dialect))
+
+
+def beliefs(image: Image, query: str, vocabulary: Vocabulary, look: Looking) -> dict[str, np.ndarray]:
+    """Of each object that a query asks for, by its name, where the model believes it to be, see `Proposal.belief`."""
+    asked = understood(image, query, vocabulary, look)
+    return {one.name: 1 / (1 + np.exp(-look(image, sentence_for(one)).region)) for one in asked}
+
+
+def proposed(
+    observation: Observation, said: Completion, vocabulary: Vocabulary, look: Looking, dialect: str
+) -> Proposal:
+    """What `answering` gave, and where that begins an object another way to begin it; with what the policy believes of
+    the object that it prompts for.
+
+    The other way: the clicks alone, on what the policy's map of the object shows, as a draft. A click and a box say
+    little of vessels, membranes or twenty nuclei; the map shows them (docs/experiments).
+    """
+    size = observation.image.size
+    reply = parse(said.text, size, dialect=dialect, default_target=target_of(observation.query))
+    targets = {prompt.target for prompt in reply.prompts}
+    believed = beliefs(observation.image, observation.query, vocabulary, look)
+    if len(targets) != 1 or not believed:
+        return Proposal([said])
+    [target] = targets
+    belief = believed.get(target, next(iter(believed.values())))  # a mask that was brought has a name of its own
+    prompted = any(prompt.target == target for prompt in standing(observation.turns))
+    if prompted or reply.prompts != reply.actions or observation.masks.get(target, _NOTHING).any():
+        return Proposal([said], belief)
+
+    clicks = tuple(action for action in reply.actions if isinstance(action, Click))
+    inside = cv2.resize(belief.astype(np.float32), size[::-1], interpolation=cv2.INTER_LINEAR) > INSIDE
+    if not clicks or not inside.any():
+        return Proposal([said], belief)
+    drafted = write(replace(reply, actions=clicks), size, dialect=dialect)
+    return Proposal([said, Completion(drafted, drafts={target: inside})], belief)
 
 
 def refinements(

@@ -46,14 +46,6 @@ class TaughtPolicy(OneByOne):
             for one, expert in zip(observations, experts, strict=True)
         ]
 
-    def propose(self, observations: Sequence[Observation]) -> list[list[Completion]]:
-        """As `MllmPolicy.propose`; an expert has one reply to propose."""
-        experts = [self._expert_for(one.query) for one in observations]
-        others = iter(self.base.propose([one for one, expert in zip(observations, experts, strict=True) if not expert]))
-        return [
-            self.respond([one]) if expert else next(others) for one, expert in zip(observations, experts, strict=True)
-        ]
-
     def look(self, image: Image, query: str) -> Look:
         """What the one that answers for the object sees of it."""
         return (self._expert_for(query) or self.base).look(image, query)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+
+import numpy as np
 
 from ibisagent.domain import Completion, Image, Observation
 from ibisagent.environment import turn_limit
 from ibisagent.errors import PolicyError
-from ibisagent.policies.base import Knowing, Policy
+from ibisagent.policies.base import Knowing, Policy, Proposal, Proposer, proposals
 from ibisagent.policies.vocabulary import Asked, Vocabulary
 
 MAX_BATCH = 16
@@ -41,7 +43,7 @@ class SharedPolicy:
         self.name, self.dialect = policy.name, policy.dialect
         self.max_turns = min(turn_limit(policy), max_turns or turn_limit(policy))
         self._max_batch, self._on_batch = max_batch, on_batch
-        self._waiting: deque[tuple[Observation, Future[Completion]]] = deque()
+        self._waiting: deque[tuple[Observation, Future[Proposal]]] = deque()
         self._arrived = threading.Condition()
         self._company = 1  # turns of the last batch, and those that came meanwhile
         self._closed = False
@@ -55,7 +57,16 @@ class SharedPolicy:
 
     def respond(self, observations: Sequence[Observation]) -> list[Completion]:
         """As the policy itself; blocks until all are answered. PolicyError also after `close`."""
-        futures = [Future[Completion]() for _ in observations]
+        return [proposal.completions[0] for proposal in self.propose(observations)]
+
+    @property
+    def candidates(self) -> int:
+        """As the policy itself; 1 where it proposes nothing."""
+        return self.inner.candidates if isinstance(self.inner, Proposer) else 1
+
+    def propose(self, observations: Sequence[Observation]) -> list[Proposal]:
+        """As `policies.base.proposals` of the policy itself; blocks as `respond`, and raises as that."""
+        futures = [Future[Proposal]() for _ in observations]
         with self._arrived:
             if self._closed:
                 raise PolicyError("the server is stopping: ask again when it is back")
@@ -71,6 +82,10 @@ class SharedPolicy:
     def about(self, image: Image, query: str) -> tuple[Asked, ...]:
         """As the policy itself, apart from the batches."""
         return self.inner.about(image, query) if isinstance(self.inner, Knowing) else ()
+
+    def believe(self, image: Image, query: str) -> Mapping[str, np.ndarray]:
+        """As the policy itself, apart from the batches."""
+        return self.inner.believe(image, query) if isinstance(self.inner, Knowing) else {}
 
     def refine(self, observation: Observation) -> list[Completion]:
         """As the policy itself, apart from the batches."""
@@ -110,11 +125,9 @@ class SharedPolicy:
             if not self._arrived.wait(PATIENCE):
                 return
 
-    def _answer(self, batch: Sequence[tuple[Observation, Future[Completion]]]) -> None:
+    def _answer(self, batch: Sequence[tuple[Observation, Future[Proposal]]]) -> None:
         try:
-            completions = self.inner.respond([observation for observation, _ in batch])
-            if len(completions) != len(batch):
-                raise PolicyError(f"policy {self.name}: gave {len(completions)} completions for {len(batch)}")
+            offered = proposals(self.inner, [observation for observation, _ in batch])
         except Exception as error:  # noqa: BLE001 - whoever waits must be told, whatever it was
             if len(batch) == 1:
                 batch[0][1].set_exception(error)
@@ -122,5 +135,5 @@ class SharedPolicy:
             for one in batch:
                 self._answer([one])
             return
-        for (_, future), completion in zip(batch, completions, strict=True):
-            future.set_result(completion)
+        for (_, future), proposal in zip(batch, offered, strict=True):
+            future.set_result(proposal)

@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import APIRouter, Body, HTTPException, Query, Response
 
 from ibisagent.errors import ConfigError
-from ibisagent.evaluation.reliability import FREE_SIGNALS, Reliability, signals
+from ibisagent.evaluation.reliability import Reliability, beliefs_of, signals
 from ibisagent.server.app import AgentThreads
 from ibisagent.server.monai_store import ImageStore, Stored, volume_ending
 from ibisagent.server.service import MissingError, Service, Teaching
@@ -102,9 +102,11 @@ class _Offers:
         images = [one for one in kept if not volume_ending(one.file) and not one.path.is_dir()]
         for stored in [one for one in images if one.reliability is None][:SCORED_AT_ONCE]:
             image = self._service.read_upload(stored.path.read_bytes(), stored.file)
-            [episode] = self._service.segment(image, self._query).episodes()
-            found = signals(episode, image, self._service.segmenter)
-            stored.reliability = round(Reliability.plain(FREE_SIGNALS).score(found), 4)
+            session = self._service.segment(image, self._query)
+            [episode] = session.episodes()
+            believed = beliefs_of(session.policy, image, self._query)
+            found = signals(episode, image, self._service.segmenter, beliefs=believed)
+            stored.reliability = round(Reliability.plain(tuple(found)).score(found), 4)
             self._images.keep(stored)
         return kept
 

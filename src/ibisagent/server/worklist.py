@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 
 from ibisagent.errors import ConfigError, DataError
-from ibisagent.evaluation.reliability import FREE_SIGNALS, Reliability, signals
+from ibisagent.evaluation.reliability import Reliability, beliefs_of, signals
 from ibisagent.files import file_names, make_folder, write_whole
 from ibisagent.imaging.masks import rle_area, rle_box
 from ibisagent.inference.rounds import SESSION_FILE, SessionSummary, State, summary_of
@@ -89,8 +89,9 @@ class Worklist:
         known = None if session.folder is None else _kept_score(session.folder, turns)
         if known is not None:
             return known
-        found = signals(session.episodes()[-1], session.image, self._service.segmenter)
-        score = round(Reliability.plain(FREE_SIGNALS).score(found), 4)
+        believed = beliefs_of(session.policy, session.image, session.query)
+        found = signals(session.episodes()[-1], session.image, self._service.segmenter, beliefs=believed)
+        score = round(Reliability.plain(tuple(found)).score(found), 4)
         if session.folder is not None:
             write_whole(json.dumps({"turns": turns, "score": score}).encode(), session.folder / _RELIABILITY)
         return score
