@@ -74,7 +74,7 @@ def test_the_work_of_yesterday_is_there_tomorrow(worked: str, tmp_path: Path) ->
 
 
 def test_a_page_that_idles_goes_on_where_it_was(tmp_path: Path) -> None:
-    service = service_in(tmp_path, sessions=2, idle_seconds=100)
+    service = service_in(tmp_path, sessions=1, idle_seconds=100)
     session = opened(service, owner="somebody")
     session.click(20, 20)
     untouched = opened(service, owner="somebody")

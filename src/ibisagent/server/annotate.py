@@ -84,8 +84,12 @@ class FindRequest(StrictBody):
 
 
 class ItemView(BaseModel):
-    """An image (a session) or a scan to label. reliability: the expected IoU where only the agent has acted, if it was
-    asked for. state: "new", "agent", "corrected" or "accepted". created: seconds since 1970."""
+    """An image (a session) or a scan to label.
+
+    reliability: the expected IoU where only the agent has acted, if it was asked for. state: "new", "agent",
+    "corrected" or "accepted". created: seconds since 1970. opened: False where the operator only offers it so far; it
+    is opened by looking at it. given: what came with it of a data set: nothing (""), its "query", its "masks" as well.
+    """
 
     id: str
     kind: str
@@ -97,6 +101,8 @@ class ItemView(BaseModel):
     reliability: float | None
     running: bool
     created: float
+    opened: bool
+    given: str
 
 
 class AxisView(BaseModel):

@@ -32,6 +32,7 @@ from ibisagent.inference.session import BusyError, Session
 from ibisagent.inference.volume import RECHECK, run_volume
 from ibisagent.policies.base import Policy
 from ibisagent.policies.scripted import ScriptedPolicy
+from ibisagent.server.offers import OfferedScan
 from ibisagent.server.service import VOLUME_SUFFIXES, FullError, MissingError, Service, plain_name, remove
 from ibisagent.server.storage import note_use, used
 from ibisagent.volumes import SliceView, Volume, read_volume
@@ -108,7 +109,7 @@ class Scans:
         """Scans of an earlier run come back. DataError where the data folder cannot be written."""
         self._service = service
         self._folder = service.private_folder("scans")
-        self._lock = threading.RLock()
+        self._lock, self._taking_up = threading.RLock(), threading.Lock()
         self._loaded: OrderedDict[str, _Loaded] = OrderedDict()
         self._scans: dict[str, Scan] = {}
         for folder in self._folder.iterdir():
@@ -121,20 +122,19 @@ class Scans:
 
     # Coming and going.
 
-    def open(self, files: Sequence[tuple[str, bytes]], query: str, owner: str | None) -> Scan:
-        """A new scan. files: name and content, several for the DICOM files of one series.
+    def open(self, files: Sequence[tuple[str, bytes]], query: str, owner: str | None, id_: str | None = None) -> Scan:
+        """A new scan. files: name and content, several for the DICOM files of one series. id_: of what is offered.
 
         Raises FullError, TooLargeError, and DataError for what is no volume.
         """
         service = self._service
         if service.volumes is None:
             raise DataError("this server reads images, not scans; send a slice as PNG")
-        with self._lock:
-            if len(self._scans) >= service.limits.sessions:
-                raise FullError(f"there are {len(self._scans)} scans, more are not taken: delete one")
+        if id_ not in service.offers and (in_use := self._in_use()) >= service.limits.sessions:
+            raise FullError(f"there are {in_use} scans in use, more are not taken: delete one, or wait")
         if not 1 <= len(files) <= MAX_FILES:
             raise DataError(f"a scan of {len(files)} files: give 1 to {MAX_FILES}, one series at a time")
-        id_, name = uuid.uuid4().hex, plain_name(files[0][0])
+        id_, name = id_ or uuid.uuid4().hex, plain_name(files[0][0])
         folder = self._folder / id_
         make_folder(folder / "in")
         try:
@@ -159,7 +159,10 @@ class Scans:
         return scan
 
     def get(self, id_: str, visitor: str | None) -> Scan:
-        """A scan. MissingError where there is none, or it is of another visitor."""
+        """A scan, or one that is offered, which is opened by that. MissingError where there is none, or it is of
+        another visitor."""
+        if id_ not in self._scans:
+            self._take_up(id_)
         with self._lock:
             scan = self._scans.get(id_)
         if scan is None or (scan.owner is not None and scan.owner != visitor):
@@ -167,11 +170,30 @@ class Scans:
         note_use(self._folder / id_)
         return scan
 
+    def _take_up(self, id_: str) -> None:
+        """Open what is offered under an id, once, whoever asks first."""
+        offer = self._service.offers.get(id_)
+        if not isinstance(offer, OfferedScan):
+            return
+        with self._taking_up:
+            if id_ in self._scans:
+                return
+            try:
+                self.open(offer.contents(), offer.query, None, id_)
+            except DataError as error:
+                raise offer.without_paths(error) from error
+
     def of(self, visitor: str | None) -> list[Scan]:
         """The scans that a visitor may see, oldest first."""
         with self._lock:
             own = [scan for scan in self._scans.values() if scan.owner is None or scan.owner == visitor]
         return sorted(own, key=lambda scan: scan.created)
+
+    def _in_use(self) -> int:
+        idle = time.time() - self._service.limits.idle_seconds
+        with self._lock:
+            kept = [id_ for id_ in self._scans if id_ not in self._service.offers]
+        return sum(used(self._folder / id_) >= idle for id_ in kept)
 
     def close(self, scan: Scan) -> None:
         """Delete a scan with its slices' sessions and files. BusyError while it is worked on."""
@@ -183,6 +205,7 @@ class Scans:
                 if self._stamp(session) is not None:
                     self._service.close_session(session)
             remove(self._folder / scan.id)
+            self._service.offers.pop(scan.id, None)
 
     def expire(self, _idle: float, asked: float) -> int:
         """Delete the scans that were last used before `asked`, in seconds since 1970; how many. For `Service.expire`:

@@ -36,6 +36,7 @@ from ibisagent.query import target_of
 from ibisagent.segmenters import Segmenter
 from ibisagent.server.batching import SharedPolicy
 from ibisagent.server.jobs import Job, Jobs
+from ibisagent.server.offers import OfferedImage, OfferedScan
 from ibisagent.server.storage import Ownership, note_use, trouble, used
 
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".dcm", ".mha", ".mhd", ".nrrd")
@@ -45,6 +46,7 @@ PASSING_FILE = "passing"  # in that of another program, which does not come back
 READERS = 2  # uploads that are decoded at once: each may take some hundred megabytes for a moment
 LARGE_RUNS = 4  # one-shot runs at once on images as large as the limit; of smaller ones, accordingly more
 LOADED_IMAGES = 16  # as large as the limit, or accordingly more smaller ones: those of sessions that stay in memory
+IMAGES_PER_VISITOR = 50  # of a visitor of the page, for each session that the server takes
 IN_HAND_SECONDS = 60.0  # after its last use, in which a session is not put away to make room
 
 
@@ -60,7 +62,8 @@ class FullError(ConfigError):
 class Limits:
     """What one server takes. Sizes in bytes, pixels and voxels (see `limits`), times in seconds.
 
-    sessions: in use at a time. idle_seconds: without a use, after which something is idle, see `Service.expire`.
+    sessions: in use at a time; all that a visitor of the page opens count as one, and what is offered does not.
+    idle_seconds: without a use, after which something is idle, see `Service.expire`.
     delete_seconds: without a use, after which everything goes, whoever made it; None: never.
     """
 
@@ -181,14 +184,17 @@ class Service:
         limits: Limits | None = None,
         volumes: VolumeFormats | None = None,
         address: str = "",
+        offers: Mapping[str, OfferedImage | OfferedScan] | None = None,
     ) -> None:
         """folder: where everything is kept; sessions and jobs of an earlier run that are in it come back.
 
         volumes: None where this server reads images alone. address: where it will be found, for whoever wants the
-        folder as well. Raises DataError where the folder cannot be written, ConfigError where another server has it.
+        folder as well. offers: what is there to be labelled, see `offers_of`. Raises DataError where the folder cannot
+        be written, ConfigError where another server has it.
         """
         self.limits = limits or Limits()
         self.segmenter, self.volumes = segmenter, volumes
+        self.offers = dict(offers or {})
         self.batches: list[int] = [0, 0]  # how many, and turns in them
         self.folder = Path(folder)
         if not self.folder.exists():
@@ -214,7 +220,7 @@ class Service:
                     self._owners[kept.name] = owner.read_text(errors="replace")
             else:
                 remove(kept)  # killed while it was opened
-        self._lock = threading.Lock()
+        self._lock, self._taking_up = threading.Lock(), threading.Lock()
         self._readers = threading.BoundedSemaphore(READERS)
         self._room = _Room(LARGE_RUNS * self.limits.pixels)
         self._jobs = Jobs(self.folder / "jobs", self._segment_for_job)
@@ -356,7 +362,9 @@ class Service:
             raise _missing(id_)
 
     def session(self, id_: str) -> Session:
-        """An open session. MissingError where there is none (any more)."""
+        """An open session, or one of `offers`, which is opened by that. MissingError where there is none (any more)."""
+        if id_ not in self._sessions:
+            self._take_up(id_)
         with self._lock:
             if id_ not in self._sessions:
                 raise _missing(id_)
@@ -369,6 +377,26 @@ class Service:
             note_use(self._folder_of(id_))
             return session
 
+    def _take_up(self, id_: str) -> None:
+        """Open what is offered under an id, once, whoever asks first."""
+        offer = self.offers.get(id_)
+        if not isinstance(offer, OfferedImage):
+            return
+        with self._taking_up:
+            if id_ in self._sessions:
+                return
+            with self.reading():
+                image, masks = offer.image()
+            folder = self._folder_of(id_)
+            try:
+                session = self._new(id_, image, offer.query, masks, folder)
+            except BaseException:
+                remove(folder)
+                raise
+            with self._lock:
+                self._sessions[id_], self._touched[id_] = session, time.time()
+                self._make_room()
+
     def loaded(self, id_: str) -> Session | None:
         """A session if it is in memory; this does not count as a use of it."""
         with self._lock:
@@ -379,7 +407,12 @@ class Service:
         return self._folder_of(id_)
 
     def close_session(self, id_: str) -> None:
-        """Take over where it runs, forget it, and delete its files. MissingError where there is none."""
+        """Take over where it runs, forget it, and delete its files; what it was offered from stays, and is offered no
+        more. MissingError where there is none."""
+        self._delete_session(id_)
+        self.offers.pop(id_, None)
+
+    def _delete_session(self, id_: str) -> None:
         with self._lock:
             if id_ not in self._sessions:
                 raise MissingError(f"no session '{id_[:40]}' here")
@@ -422,7 +455,7 @@ class Service:
         for id_ in left:
             if self._touched.get(id_, now) < asked or self._goes_when_idle(id_):
                 with suppress(MissingError):  # somebody closed it meanwhile
-                    self.close_session(id_)
+                    self._delete_session(id_)
                     deleted += 1
             else:
                 self._put_away(id_, idle)
@@ -498,9 +531,13 @@ class Service:
         marks = {OWNER_FILE: owner, PASSING_FILE: "" if passing else None}
         with self._lock:
             idle = time.time() - self.limits.idle_seconds
-            in_use = sum(last >= idle for last in self._touched.values())
+            recent = (one for one, last in self._touched.items() if last >= idle and one not in self.offers)
+            in_use = len({self._owners.get(one, one) for one in recent} - {owner})
             if in_use >= self.limits.sessions:
                 raise FullError(f"there are {in_use} sessions in use, more are not taken: close one, or wait")
+            most = IMAGES_PER_VISITOR * self.limits.sessions
+            if owner is not None and sum(one == owner for one in self._owners.values()) >= most:
+                raise FullError(f"this browser has {most} images here, more are not taken: delete one")
             self._sessions[id_] = None  # its place
             self._touched[id_] = time.time()
             if owner is not None:

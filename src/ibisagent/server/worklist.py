@@ -9,7 +9,7 @@ import json
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,6 +22,7 @@ from ibisagent.files import file_names, make_folder, write_whole
 from ibisagent.imaging.masks import rle_area, rle_box
 from ibisagent.inference.rounds import SESSION_FILE, SessionSummary, State, summary_of
 from ibisagent.inference.session import IMAGE_FILE, Session
+from ibisagent.server.offers import Given
 from ibisagent.server.scans import Scan, Scans
 from ibisagent.server.service import Service, remove
 
@@ -33,7 +34,8 @@ _THUMBNAIL, _RELIABILITY = "thumbnail.jpg", "reliability.json"
 @dataclass(frozen=True, slots=True)
 class Item:
     """One image or scan to label. reliability: the expected IoU of what the agent made of it, in [0, 1]; None where
-    that was not asked for, or a user has acted since. created: seconds since 1970."""
+    that was not asked for, or a user has acted since. created: seconds since 1970. opened: False where it is only
+    offered so far. given: what came with it, of a data set."""
 
     id: str
     kind: Literal["image", "scan"]
@@ -45,6 +47,8 @@ class Item:
     reliability: float | None
     running: bool
     created: float
+    opened: bool = True
+    given: Given = ""
 
 
 class Worklist:
@@ -59,7 +63,13 @@ class Worklist:
         slices = self._scans.slice_sessions
         own = [id_ for id_ in self._service.ids_for(visitor) if id_ not in slices]
         images = [item for item in map(self._image, own) if item is not None]
-        return sorted([*images, *map(self._scan, self._scans.of(visitor))], key=lambda item: item.created)
+        opened = {item.id: item for item in (*images, *map(self._scan, self._scans.of(visitor)))}
+        for id_, offer in list(self._service.offers.items()):
+            item = opened.get(id_) or Item(
+                id_, offer.kind, offer.name, offer.query, "new", 0, (), None, False, offer.created, opened=False
+            )
+            opened[id_] = replace(item, created=offer.created, given=offer.given)
+        return sorted(opened.values(), key=lambda item: item.created)
 
     def _image(self, id_: str) -> Item | None:
         folder = self._service.session_folder(id_)

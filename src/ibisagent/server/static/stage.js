@@ -1,11 +1,13 @@
 // The image, its masks over it, and marks over both. The image and the masks are laid out at the size that they are
-// seen at and only moved by a transform, so that moving about is the compositor's work alone.
+// seen at, the marks are drawn some way beyond the edges; all are only moved by a transform, so that moving about is the
+// compositor's work alone.
 
 import { bars, fill, outline } from "/static/masks.js";
 
 const LARGEST = 64; // screen pixels of an image pixel
 const SHARP = 3; // from here on pixels are seen as squares
 const HANDLE = 7;
+const BEYOND = 256; // screen pixels on each side that marks are drawn beyond what is seen
 
 export class Stage {
   constructor(root) {
@@ -13,6 +15,7 @@ export class Stage {
     this.stage = root.appendChild(Object.assign(document.createElement("div"), { className: "stage" }));
     this.overlay = document.createElement("canvas");
     this.marks = root.appendChild(document.createElement("canvas"));
+    this.drawn = { x: 0, y: 0 }; // where the image was when the marks were drawn
     this.shapes = new Map(); // by run lengths: bars and outline
     this.targets = [];
     this.prompts = [];
@@ -129,7 +132,9 @@ export class Stage {
 
   resized() {
     const { clientWidth, clientHeight } = this.root, ratio = window.devicePixelRatio || 1;
-    Object.assign(this.marks, { width: clientWidth * ratio, height: clientHeight * ratio });
+    const [width, height] = [clientWidth + 2 * BEYOND, clientHeight + 2 * BEYOND];
+    Object.assign(this.marks, { width: width * ratio, height: height * ratio });
+    Object.assign(this.marks.style, { width: `${width}px`, height: `${height}px`, left: `${-BEYOND}px`, top: `${-BEYOND}px` });
     if (this.fitted || !this.width) this.fit();
     this.draw();
   }
@@ -141,33 +146,43 @@ export class Stage {
       part.classList.toggle("sharp", this.scale >= SHARP);
     }
     this.moved();
+    this.draw();
   }
 
-  moved() { this.stage.style.transform = `translate(${Math.round(this.x)}px, ${Math.round(this.y)}px)`; this.draw(); }
+  moved() {
+    const [x, y] = [Math.round(this.x), Math.round(this.y)], [dx, dy] = [x - this.drawn.x, y - this.drawn.y];
+    this.stage.style.transform = `translate(${x}px, ${y}px)`;
+    this.marks.style.transform = `translate(${dx}px, ${dy}px)`;
+    if (Math.max(Math.abs(dx), Math.abs(dy)) > BEYOND) this.draw();
+  }
+
   draw() { this.frame ??= requestAnimationFrame(() => { this.frame = null; this.drawMarks(); }); }
 
   drawMarks() {
-    const context = this.marks.getContext("2d"), ratio = window.devicePixelRatio || 1, { scale } = this;
+    const { preview, stroke: line, draft, cursor, cross, prompts, targets, scale } = this;
+    const outlined = this.opacity ? targets.filter((one) => !one.hidden) : [];
+    this.drawn = { x: Math.round(this.x), y: Math.round(this.y) };
+    this.marks.style.transform = "";
+    this.marks.hidden = !this.width || !(preview || line || draft || cursor || cross || prompts.length || outlined.length);
+    if (this.marks.hidden) return; // an empty canvas is something to be laid over the image as well
+    const context = this.marks.getContext("2d"), ratio = window.devicePixelRatio || 1;
     context.setTransform(1, 0, 0, 1, 0, 0);
     context.clearRect(0, 0, this.marks.width, this.marks.height);
-    if (!this.width) return;
-    const [left, top] = [ratio * Math.round(this.x), ratio * Math.round(this.y)];
+    const [left, top] = [ratio * (this.drawn.x + BEYOND), ratio * (this.drawn.y + BEYOND)];
     context.setTransform(ratio * scale, 0, 0, ratio * scale, left, top); // in pixels of the image
     context.lineCap = context.lineJoin = "round";
-    for (const { mask, colour, hidden } of this.opacity ? this.targets : []) {
-      if (!hidden) stroke(context, this.shape(mask).outline, colour, 1.5 / scale);
-    }
-    if (this.preview) stroke(context, this.preview.path, this.preview.colour, 2 / scale, [5 / scale, 4 / scale]);
-    if (this.stroke) stroke(context, way(this.stroke.points), this.stroke.colour, Math.max(1, 2 * this.stroke.radius));
+    for (const { mask, colour } of outlined) stroke(context, this.shape(mask).outline, colour, 1.5 / scale);
+    if (preview) stroke(context, preview.path, preview.colour, 2 / scale, [5 / scale, 4 / scale]);
+    if (line) stroke(context, way(line.points), line.colour, Math.max(1, 2 * line.radius));
     context.setTransform(ratio, 0, 0, ratio, left, top); // in those of the screen
-    for (const prompt of this.prompts) {
+    for (const prompt of prompts) {
       if (prompt.kind === "box") this.drawBox(context, prompt, prompt === this.editable);
       else this.drawClick(context, prompt);
     }
-    if (this.draft) this.drawBox(context, this.draft, false);
-    if (this.cursor) clear(context, disc(this.cursor.x * scale, this.cursor.y * scale, Math.max(1, this.cursor.radius * scale)), "#fff");
-    if (this.cross) {
-      const [x, y] = [(this.cross.x + 0.5) * scale, (this.cross.y + 0.5) * scale];
+    if (draft) this.drawBox(context, draft, false);
+    if (cursor) clear(context, disc(cursor.x * scale, cursor.y * scale, Math.max(1, cursor.radius * scale)), "#fff");
+    if (cross) {
+      const [x, y] = [(cross.x + 0.5) * scale, (cross.y + 0.5) * scale];
       const arms = [[1, 0], [-1, 0], [0, 1], [0, -1]].map(([dx, dy]) => [[x + dx * 4, y + dy * 4], [x + dx * 14, y + dy * 14]]);
       for (const arm of arms) clear(context, way(arm), "#fde047");
     }
