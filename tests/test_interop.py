@@ -183,6 +183,9 @@ def test_the_datastore(url: str) -> None:
     assert (
         httpx.get(f"{url}/datastore/?output=all").json()["objects"]["../brain"]["labels"]["final"]["ext"] == ".nii.gz"
     )
+    httpx.put(f"{url}/datastore/?image=..%2Fbrain", files={"file": ("b.nii.gz", volume_file())})
+    again = httpx.get(f"{url}/datastore/label?label=..%2Fbrain&tag=final")
+    assert again.content == b"label", "an image that is sent again takes its labels along"
     _, content = infer(url, "image=..%2Fbrain", {"query": "bright box"})
     assert np.load(io.BytesIO(content)).any()
     assert httpx.delete(f"{url}/datastore/image?id=..%2Fbrain").status_code == 200

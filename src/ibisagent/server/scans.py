@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import threading
 import time
 import uuid
@@ -24,7 +25,7 @@ import numpy as np
 from ibisagent.domain import Image, Mask, check_query
 from ibisagent.environment import package_version
 from ibisagent.errors import DataError, TooLargeError
-from ibisagent.files import file_names, make_folder, safe_name, write_whole
+from ibisagent.files import make_folder, safe_name, write_whole
 from ibisagent.inference.corrections import add_to_data_set
 from ibisagent.inference.image import provenance_of
 from ibisagent.inference.rounds import SESSION_FILE, State, summary_of
@@ -33,12 +34,14 @@ from ibisagent.inference.volume import RECHECK, run_volume
 from ibisagent.policies.base import Policy
 from ibisagent.policies.scripted import ScriptedPolicy
 from ibisagent.server.offers import OfferedScan
-from ibisagent.server.service import VOLUME_SUFFIXES, FullError, MissingError, Service, plain_name, remove
-from ibisagent.server.storage import note_use, used
+from ibisagent.server.service import VOLUME_SUFFIXES, FullError, MissingError, Service, plain_name
+from ibisagent.server.storage import clock, note_use, remove, used
 from ibisagent.volumes import SliceView, Volume, read_volume
 from ibisagent.volumes.grid import DicomOrigin, scratch
 from ibisagent.volumes.windows import HOUNSFIELD
 from ibisagent.volumes.writing import write_nifti
+
+log = logging.getLogger(__name__)
 
 SCAN_FILE, MASKS_FILE = "scan.json", "masks.npz"
 _FORMAT, _VERSION = "ibisagent scan", 1
@@ -114,11 +117,16 @@ class Scans:
         self._scans: dict[str, Scan] = {}
         for folder in self._folder.iterdir():
             if (folder / SCAN_FILE).is_file():
-                scan = _read(folder / SCAN_FILE)
+                try:
+                    scan = _read(folder / SCAN_FILE)
+                except DataError as error:  # damaged: not shown, and not deleted either
+                    log.warning("%s", error)
+                    continue
                 self._scans[scan.id] = scan
             else:
                 remove(folder)  # killed while it was opened
         service.also_expire.append(self.expire)
+        service.held.append(lambda: self.slice_sessions)
 
     # Coming and going.
 
@@ -190,7 +198,7 @@ class Scans:
         return sorted(own, key=lambda scan: scan.created)
 
     def _in_use(self) -> int:
-        idle = time.time() - self._service.limits.idle_seconds
+        idle = clock() - self._service.limits.idle_seconds
         with self._lock:
             kept = [id_ for id_ in self._scans if id_ not in self._service.offers]
         return sum(used(self._folder / id_) >= idle for id_ in kept)
@@ -284,16 +292,20 @@ class Scans:
         if session is None:
             image = self.image(scan, axis, index, window)
             session = self._service.open(image, scan.query, masks, owner=scan.owner)
-            with scan.lock:
-                scan.slices[axis, index] = session.id
-                self._save(scan)
+            try:
+                with self._changing(scan):
+                    scan.slices[axis, index] = session.id
+                    self._save(scan)
+            except BaseException:
+                self._service.close_session(session.id)
+                raise
         elif not self._agrees(scan, (axis, index), session):
             session.edit(masks, CARRIED)
         return session
 
     def ask(self, scan: Scan, query: str) -> None:
         """Another request for the whole scan, for slices that are opened from now on."""
-        with scan.lock:
+        with self._changing(scan):
             scan.query = check_query(query)
             self._save(scan)
 
@@ -317,8 +329,6 @@ class Scans:
             if not start:
                 raise DataError(f"{scan.name}: there is no mask here to carry on; make one first")
             self._through(scan, axis, ScriptedPolicy(_AS_IT_IS), keys, start)
-            scan.carried = True
-            self._save(scan)
 
     def find(self, scan: Scan, axis: str) -> None:
         """Let the agent look for what the scan's query names, in the whole volume; corrected slices stay as they are.
@@ -327,12 +337,10 @@ class Scans:
         """
         with self._at_work(scan, self._view(scan, axis).count):
             self._through(scan, axis, self._service.policy, None, None)
-            scan.found = True
-            self._save(scan)
 
     def undo(self, scan: Scan) -> None:
         """Take back what was carried or found last. DataError where there is nothing."""
-        with self._at_work(scan, 0), scan.lock:
+        with self._at_work(scan, 0), self._changing(scan):
             loaded = self._load(scan)
             if loaded.before is None:
                 raise DataError("nothing was carried on or found since the scan was loaded")
@@ -341,24 +349,24 @@ class Scans:
 
     def accept(self, scan: Scan) -> None:
         """A user says that the masks of the whole scan are right."""
-        with scan.lock:
+        with self._changing(scan):
             self._settled(scan)
             scan.accepted = self._stamps(scan)
             self._save(scan)
 
     # What comes of it.
 
-    def export(self, scan: Scan, folder: Path, kind: str) -> None:
-        """Write the masks into `folder`. kind: "nifti", one file a target; "seg", DICOM; "training", a data set.
+    def export(self, scan: Scan, folder: Path, name: str, kind: str) -> None:
+        """Write the masks that show something into `folder`. name: what files begin with. kind: "nifti", one file a
+        target; "seg", DICOM; "training", a data set.
 
-        DataError where the source is not DICOM and "seg" is asked for, or there is no mask.
+        DataError where the source is not DICOM and "seg" is asked for.
         """
         with scan.lock:
             loaded = self._settled(scan)
             masks = {name: mask for name, mask in loaded.masks.items() if mask.any()}
             if not masks:
-                raise DataError(f"{scan.name}: has no mask to export")
-            name = file_names([scan.name.removesuffix(".gz")])[0]
+                return
             make_folder(folder)
             if kind == "training":
                 view = self._view(scan, scan.axes[0].name)
@@ -404,7 +412,7 @@ class Scans:
             found = run_volume(
                 view, scan.query, policy, segmenter, keys=keys, recheck=recheck, start=start, on_slice=count
             )
-        with scan.lock:
+        with self._changing(scan):
             loaded = self._settled(scan)
             loaded.before = loaded.masks, dict(loaded.written)
             loaded.masks = {name: mask for name, mask in {**loaded.masks, **found.masks}.items() if mask.any()}
@@ -414,7 +422,24 @@ class Scans:
                 self._settled(scan)
             scan.doubted = sorted({(axis, one.slice) for one in found.carried if one.doubted})
             scan.accepted = None
+            scan.found, scan.carried = scan.found or start is None, scan.carried or start is not None
             self._save_masks(scan, loaded)
+
+    @contextmanager
+    def _changing(self, scan: Scan) -> Iterator[None]:
+        """Locked; what was changed in memory is as it was before where the block fails, as where the disk is full."""
+        with scan.lock:
+            loaded = self._load(scan)
+            facts = {name: getattr(scan, name) for name in _PLAIN} | {"slices": dict(scan.slices)}
+            held = {name: getattr(loaded, name) for name in ("masks", "written", "before")}
+            held["written"] = dict(loaded.written)
+            try:
+                yield
+            except BaseException:
+                for thing, values in ((scan, facts), (loaded, held)):
+                    for name, value in values.items():
+                        setattr(thing, name, value)
+                raise
 
     @contextmanager
     def _at_work(self, scan: Scan, count: int) -> Iterator[None]:

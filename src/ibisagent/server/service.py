@@ -7,15 +7,11 @@ time, and what is deleted by itself follows one rule, see `Service.expire`.
 
 from __future__ import annotations
 
-import io
 import json
 import re
-import shutil
 import threading
-import time
 import uuid
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -37,7 +33,8 @@ from ibisagent.segmenters import Segmenter
 from ibisagent.server.batching import SharedPolicy
 from ibisagent.server.jobs import Job, Jobs
 from ibisagent.server.offers import OfferedImage, OfferedScan
-from ibisagent.server.storage import Ownership, note_use, trouble, used
+from ibisagent.server.storage import Ownership, clock, note_use, remove, trouble, used
+from ibisagent.server.zips import zipped
 
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".dcm", ".mha", ".mhd", ".nrrd")
 _ID = re.compile(r"[0-9a-f]{32}")
@@ -209,6 +206,7 @@ class Service:
         self._sessions: dict[str, Session | None] = {}
         self._touched: dict[str, float] = {}
         self._owners: dict[str, str] = {}  # of sessions that visitors of the page opened
+        self._unasked: set[str] = set()  # sessions that were opened, and that nobody has asked for since
         self._worked: set[str] = set()  # sessions that are known to hold somebody's work
         for kept in (self.folder / "sessions").iterdir():
             if not _ID.fullmatch(kept.name):
@@ -226,6 +224,8 @@ class Service:
         self._jobs = Jobs(self.folder / "jobs", self._segment_for_job)
         self.teaching: Teaching | None = None
         """What teaches the models, where they can be taught here."""
+        self.held: list[Callable[[], Collection[str]]] = []
+        """Sessions that are parts of something else, with which they stay and go."""
         self.also_expire: list[Callable[[float, float], int]] = []
         """Called by `expire` with two times, what was not used since goes: by the rule, and as was asked for."""
 
@@ -368,7 +368,8 @@ class Service:
         with self._lock:
             if id_ not in self._sessions:
                 raise _missing(id_)
-            self._touched[id_] = time.time()
+            self._touched[id_] = clock()
+            self._unasked.discard(id_)
             session = self._sessions[id_]
             if session is None:
                 session = Session.load(self._folder_of(id_), self.segmenter, self.policy)
@@ -394,7 +395,7 @@ class Service:
                 remove(folder)
                 raise
             with self._lock:
-                self._sessions[id_], self._touched[id_] = session, time.time()
+                self._sessions[id_], self._touched[id_] = session, clock()
                 self._make_room()
 
     def loaded(self, id_: str) -> Session | None:
@@ -419,6 +420,7 @@ class Service:
             session = self._sessions.pop(id_)
             del self._touched[id_]
             self._owners.pop(id_, None)
+            self._unasked.discard(id_)
             self._worked.discard(id_)
         if session is not None:
             session.discard()
@@ -442,7 +444,7 @@ class Service:
         sessions of programs that nobody has acted in, or that are `passing`; jobs whose results were fetched; uploads
         that were never opened.
         """
-        now = time.time() if now is None else now
+        now = clock() if now is None else now
         idle = now - self.limits.idle_seconds
         asked = float("-inf") if self.limits.delete_seconds is None else now - self.limits.delete_seconds
         deleted = 0
@@ -452,8 +454,9 @@ class Service:
                 for id_, session in self._sessions.items()
                 if self._touched[id_] < max(idle, asked) and not (session is not None and session.running)
             ]
+        parts = {id_ for held in self.held for id_ in held()}
         for id_ in left:
-            if self._touched.get(id_, now) < asked or self._goes_when_idle(id_):
+            if id_ not in parts and (self._touched.get(id_, now) < asked or self._goes_when_idle(id_)):
                 with suppress(MissingError):  # somebody closed it meanwhile
                     self._delete_session(id_)
                     deleted += 1
@@ -492,12 +495,13 @@ class Service:
     def _make_room(self) -> None:
         """Put away the sessions used longest ago where their images take too much memory. Under the lock."""
         room = LOADED_IMAGES * self.limits.pixels
-        in_hand = time.time() - IN_HAND_SECONDS
+        in_hand = clock() - IN_HAND_SECONDS
         for id_ in sorted(self._sessions, key=self._touched.__getitem__, reverse=True):
             session = self._sessions[id_]
             if session is not None:
                 room -= session.image.size[0] * session.image.size[1]
-                if room < 0 and self._touched[id_] < in_hand and not session.running:
+                unused = id_ in self._unasked or self._touched[id_] < in_hand
+                if room < 0 and unused and not session.running:
                     self._sessions[id_] = None
 
     def segment(self, image: Image, query: str, max_turns: int | None = None, start: Mask | None = None) -> Session:
@@ -530,7 +534,7 @@ class Service:
         id_ = uuid.uuid4().hex
         marks = {OWNER_FILE: owner, PASSING_FILE: "" if passing else None}
         with self._lock:
-            idle = time.time() - self.limits.idle_seconds
+            idle = clock() - self.limits.idle_seconds
             recent = (one for one, last in self._touched.items() if last >= idle and one not in self.offers)
             in_use = len({self._owners.get(one, one) for one in recent} - {owner})
             if in_use >= self.limits.sessions:
@@ -539,7 +543,7 @@ class Service:
             if owner is not None and sum(one == owner for one in self._owners.values()) >= most:
                 raise FullError(f"this browser has {most} images here, more are not taken: delete one")
             self._sessions[id_] = None  # its place
-            self._touched[id_] = time.time()
+            self._touched[id_] = clock()
             if owner is not None:
                 self._owners[id_] = owner
         try:
@@ -557,6 +561,7 @@ class Service:
             raise
         with self._lock:
             self._sessions[id_] = session
+            self._unasked.add(id_)
             self._make_room()
         return session
 
@@ -601,6 +606,10 @@ class Service:
     def results(self, id_: str) -> bytes:
         """A zip of what a job has made so far: masks, overlays, records."""
         return zipped(self._jobs.results(self.job(id_)))
+
+    def note_fetched(self, id_: str) -> None:
+        """Somebody has taken all results of a job that is over: from now on they go when they are idle."""
+        self._jobs.note_fetched(self.job(id_))
 
     def _segment_for_job(self, content: bytes, shown: str, job: Job, folder: Path, name: str) -> None:
         image = self.read_upload(content, shown)
@@ -656,45 +665,3 @@ def plain_name(name: str) -> str:
     """A client's file name, fit to be shown and recorded: its last part, one line of its last 100 characters."""
     last = name.replace("\\", "/").rpartition("/")[2]
     return "".join(letter if letter.isprintable() else "_" for letter in last)[-100:].strip() or "image"
-
-
-def zipped(folder: Path) -> bytes:
-    """The files of a folder and those below it as a zip, without hidden ones (what is being written)."""
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in sorted(folder.rglob("*")):
-            name = path.relative_to(folder)
-            if path.is_file() and not any(part.startswith(".") for part in name.parts):
-                archive.write(path, name)
-    return packed.getvalue()
-
-
-def export_zip(service: Service, session: Session) -> bytes:
-    """Masks, overlay, records and report of a session."""
-    folder = service.scratch()
-    try:
-        name = file_names([session.image.source or "image"])[0]
-        session.export(folder, name)
-        write_whole(session.report().encode(), folder / f"{name}_report.html")
-        return zipped(folder)
-    finally:
-        remove(folder)
-
-
-def training_zip(service: Service, session: Session) -> bytes:
-    """What `Session.export_training` writes. ConfigError where no user has corrected anything."""
-    folder = service.scratch()
-    try:
-        if not session.export_training(folder):
-            raise ConfigError("there is nothing to learn from: no turn of this session is a user's")
-        return zipped(folder)
-    finally:
-        remove(folder)
-
-
-def remove(path: Path) -> None:
-    """Delete a file or a folder with all in it, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

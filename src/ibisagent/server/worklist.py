@@ -24,7 +24,8 @@ from ibisagent.inference.rounds import SESSION_FILE, SessionSummary, State, summ
 from ibisagent.inference.session import IMAGE_FILE, Session
 from ibisagent.server.offers import Given
 from ibisagent.server.scans import Scan, Scans
-from ibisagent.server.service import Service, remove
+from ibisagent.server.service import Service
+from ibisagent.server.storage import keep_if_possible, remove
 
 ExportKind = Literal["coco", "png", "nifti", "seg", "training"]
 THUMBNAIL_SIDE = 160  # pixels
@@ -62,6 +63,8 @@ class Worklist:
         """What a visitor may see, oldest first."""
         slices = self._scans.slice_sessions
         own = [id_ for id_ in self._service.ids_for(visitor) if id_ not in slices]
+        for gone in self._context.keys() - set(self._service.session_ids):
+            self._context.pop(gone, None)
         images = [item for item in map(self._image, own) if item is not None]
         opened = {item.id: item for item in (*images, *map(self._scan, self._scans.of(visitor)))}
         for id_, offer in list(self._service.offers.items()):
@@ -102,19 +105,21 @@ class Worklist:
         found = signals(session.episodes()[-1], session.image, self._service.segmenter)
         score = round(Reliability.plain(FREE_SIGNALS).score(found), 4)
         if session.folder is not None:
-            write_whole(json.dumps({"turns": turns, "score": score}).encode(), session.folder / _RELIABILITY)
+            keep_if_possible(json.dumps({"turns": turns, "score": score}).encode(), session.folder / _RELIABILITY)
         return score
 
     def thumbnail(self, folder: Path, pixels: Callable[[], np.ndarray]) -> bytes:
         """A small JPEG of an image, made once. pixels: gives the image (H, W, 3)."""
         path = folder / _THUMBNAIL
-        if not path.is_file():
-            whole = pixels()
-            scale = THUMBNAIL_SIDE / max(whole.shape[:2])
-            size = [max(1, round(side * scale)) for side in whole.shape[1::-1]]
-            small = cv2.resize(whole, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-            write_whole(cv2.imencode(".jpg", small[..., ::-1])[1].tobytes(), path)
-        return path.read_bytes()
+        if path.is_file():
+            return path.read_bytes()
+        whole = pixels()
+        scale = THUMBNAIL_SIDE / max(whole.shape[:2])
+        size = [max(1, round(side * scale)) for side in whole.shape[1::-1]]
+        small = cv2.resize(whole, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+        content = cv2.imencode(".jpg", small[..., ::-1])[1].tobytes()
+        keep_if_possible(content, path)
+        return content
 
     # All that was accepted.
 
@@ -124,7 +129,8 @@ class Worklist:
 
         "coco": images, and annotations.json with run lengths; "png": masks, overlay and record of each image;
         "training": what `read_cases` and `sft` read. Of scans: "seg" is DICOM where the source is, all but "training"
-        give NIfTI for the others. ConfigError for another kind, or where nothing is accepted.
+        give NIfTI for the others; nothing of one in which nothing was found. ConfigError for another kind, or where
+        nothing is accepted.
         """
         if kind not in get_args(ExportKind):
             raise ConfigError(f"unknown format '{kind[:20]}': give one of {', '.join(get_args(ExportKind))}")
@@ -138,10 +144,12 @@ class Worklist:
         try:
             make_folder(folder)
             self._write_images(folder, [self._service.session(item.id) for item in images], kind)
-            for item in scans:
-                scan = self._scans.get(item.id, visitor)
+            opened = [self._scans.get(item.id, visitor) for item in scans]
+            for name, scan in zip(file_names([one.name.removesuffix(".gz") for one in opened]), opened, strict=True):
                 form = kind if kind == "training" or (kind == "seg" and scan.dicom) else "nifti"
-                self._scans.export(scan, folder if form == "training" else folder / "scans", form)
+                self._scans.export(scan, folder if form == "training" else folder / "scans", name, form)
+            if not any(folder.iterdir()):
+                raise ConfigError("nothing that is accepted shows a mask: there is nothing to export")
             yield _zip(folder, folder.with_suffix(".zip"))
         finally:
             remove(folder)

@@ -30,7 +30,7 @@ async function open(item, push = true) {
   const address = item ? `/s/${item.id}` : "/";
   if (push && location.pathname !== address) history.pushState(null, "", address);
   queue.render();
-  if (!item) { stage.clear(); panel.render(); return say("Open an image to begin."); }
+  if (!item) { stage.clear(); panel.render(); return say(app.items.length ? "Choose an image to go on with, or open more." : "Open an image to begin."); }
   if (item.kind === "scan") await scan.openScan(item);
   else {
     const [image, view] = await Promise.all([fetchImage(`${queue.base(item)}/image`), get(queue.base(item))]);
@@ -331,4 +331,4 @@ async function begin() {
   queue.workAhead();
 }
 
-begin().catch(report);
+begin().catch((error) => { panel.render(); report(error); });
