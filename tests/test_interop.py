@@ -71,14 +71,14 @@ class NumpyVolumes:
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: is no volume ({error})") from error
 
-    def segment(self, volume: Any, query: str, policy: Policy, segmenter: Segmenter) -> dict[str, Mask]:
+    def segment(self, volume: Any, query: str, policy: Policy, segmenter: Segmenter, on_slice: Any) -> dict[str, Mask]:
         masks = np.zeros(volume.shape, dtype=bool)
         for index in range(volume.shape[2]):
             episode = run_case(Case(str(index), volume.slice(2, index, "auto"), query), policy, segmenter)
             masks[..., index] = episode.masks["bright box"]
         return {"bright box": masks}
 
-    def click(self, volume: Any, clicks: Any, segmenter: Segmenter, *, through: bool) -> dict[str, Mask]:
+    def click(self, volume: Any, clicks: Any, segmenter: Segmenter, on_slice: Any, *, through: bool) -> dict[str, Mask]:
         raise NotImplementedError
 
     def write_masks(

@@ -23,7 +23,8 @@ import pytest
 from loopback import Slow, png
 from volume_phantoms import GRIDS, blob, hounsfield
 
-from ibisagent.errors import ConfigError, DataError
+from ibisagent.domain import Image
+from ibisagent.errors import ConfigError, DataError, PolicyError
 from ibisagent.inference.session import Session
 from ibisagent.policies.scripted import ScriptedPolicy
 from ibisagent.segmenters.region import RegionSegmenter
@@ -193,7 +194,8 @@ def test_results_wait_until_they_are_fetched(tmp_path: Path) -> None:
 
 
 def test_half_a_download_is_none(tmp_path: Path) -> None:
-    with loopback.serving(create_app(service_in(tmp_path, jobs=1))) as url, httpx.Client(base_url=url) as web:
+    app = create_app(service_in(tmp_path, jobs=1))
+    with loopback.serving(app) as url, httpx.Client(base_url=url, timeout=120) as web:
         job = web.post("/v1/jobs", data={"query": "box"}, files={"images": ("a.png", png(noise=1600))}).json()["id"]
         wait(lambda: web.get(f"/v1/jobs/{job}").json()["state"] == "done")
         for take_all in (False, True):
@@ -261,6 +263,33 @@ def test_scans_of_the_same_name_are_all_exported_and_empty_ones_stop_nothing(tmp
     for kind in ("nifti", "coco", "seg"):
         with worklist.exported(None, kind) as path, zipfile.ZipFile(path) as archive:
             assert len([name for name in archive.namelist() if name.endswith(".nii.gz")]) == 2, kind
+    service.close()
+
+
+def test_a_stop_ends_what_goes_through_a_scan(tmp_path: Path) -> None:
+    class Stopping(RegionSegmenter):
+        """Somebody stops the server as it opens its fifth image."""
+
+        opened = 0
+
+        def open(self, image: Image) -> Any:
+            Stopping.opened += 1
+            if Stopping.opened == 5:
+                service.stop()
+            return super().open(image)
+
+    service = Service(ScriptedPolicy([CLICK, STOP]), Stopping(), tmp_path, volumes=PackageVolumes())
+    scans = Scans(service)
+    volume = nibabel.Nifti1Image(hounsfield(blob((30, 28, 60))), GRIDS["RAS-uneven"])
+    scan = scans.open([("ct.nii", volume.to_bytes())], "blob", None)
+    scans.session_to_act_in(scan, "axial", 30, "auto").click(12, 28)
+    before = scans.masks(scan, "axial", 30)
+    with pytest.raises(PolicyError, match="the server stops"):
+        scans.propagate(scan, "axial", 30)
+    assert Stopping.opened < 10
+    assert scan.progress is None
+    assert np.array_equal(scans.masks(scan, "axial", 30)["blob"], before["blob"])
+    assert not scans.masks(scan, "axial", 31)
     service.close()
 
 

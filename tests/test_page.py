@@ -516,7 +516,7 @@ def test_objects_boxes_and_what_a_click_would_give(page: Any, served: tuple[str,
     page.mouse.move(*at(page, 64, 60))
     page.mouse.wheel(0, -600)
     image = page.locator("#image img")
-    until(page, lambda: image.bounding_box()["width"] > 2000, "the wheel does not bring it closer")
+    until(page, lambda: image.bounding_box()["width"] > 1800, "the wheel does not bring it closer")
     wide = image.bounding_box()
     page.keyboard.press("m")
     x, y = at(page, 64, 60)

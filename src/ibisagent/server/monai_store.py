@@ -120,9 +120,10 @@ class ImageStore:
             write(stored.path)
             with self._lock:
                 old = self._kept.get(id_)
-                for tag, label in {} if old is None else old.labels.items():
-                    shutil.copyfile(old.folder / label.file, stored.folder / label.file)
-                    stored.labels[tag] = label
+                if old is not None:  # what people drew stays
+                    for tag, label in old.labels.items():
+                        shutil.copyfile(old.folder / label.file, stored.folder / label.file)
+                        stored.labels[tag] = label
                 self.keep(stored)
                 self._kept[id_] = stored
         except BaseException as error:

@@ -98,7 +98,7 @@ def offers_of(
             f"{len(found)} images are too many for one list, at most {MAX_OFFERS}: name a part of them, or give --split"
         )
     began = time.time()
-    return {id_: replace(one, created=began + number / 1000) for number, (id_, one) in enumerate(found.items())}
+    return {id_: replace(one, created=began + number * 1e-6) for number, (id_, one) in enumerate(found.items())}
 
 
 def _at(place: Path, split: str | None, ground_truth: bool) -> Iterator[OfferedImage | OfferedScan]:

@@ -403,6 +403,7 @@ class Scans:
         view = self._view(scan, axis)
 
         def count(_index: int) -> None:
+            self._service.go_on()
             done, of = scan.progress or (0, view.count)
             scan.progress = (min(done + 1, of), of)
 

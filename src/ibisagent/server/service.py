@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from ibisagent.domain import Case, Image, Mask, Masks, check_query
 from ibisagent.environment import MAX_TURNS, package_version, turn_limit
-from ibisagent.errors import ConfigError, DataError, TooLargeError
+from ibisagent.errors import ConfigError, DataError, PolicyError, TooLargeError
 from ibisagent.files import file_names, make_folder, write_whole
 from ibisagent.imaging import limits
 from ibisagent.imaging.images import read_image, read_masks
@@ -113,12 +113,20 @@ class VolumeFormats(Protocol):
         """The volume in a file. DataError where it cannot be used."""
         ...
 
-    def segment(self, volume: VolumeLike, query: str, policy: Policy, segmenter: Segmenter) -> dict[str, Mask]:
-        """The masks of a volume on its own grid, by target."""
+    def segment(
+        self, volume: VolumeLike, query: str, policy: Policy, segmenter: Segmenter, on_slice: Callable[[int], None]
+    ) -> dict[str, Mask]:
+        """The masks of a volume on its own grid, by target. on_slice: called with slices that are done; may raise."""
         ...
 
     def click(
-        self, volume: VolumeLike, clicks: Sequence[VoxelClick], segmenter: Segmenter, *, through: bool
+        self,
+        volume: VolumeLike,
+        clicks: Sequence[VoxelClick],
+        segmenter: Segmenter,
+        on_slice: Callable[[int], None],
+        *,
+        through: bool,
     ) -> dict[str, Mask]:
         """The masks that a user's clicks ask for, by target. through: also beyond the slices that were clicked on."""
         ...
@@ -220,6 +228,7 @@ class Service:
                 remove(kept)  # killed while it was opened
         self._lock, self._taking_up = threading.Lock(), threading.Lock()
         self._readers = threading.BoundedSemaphore(READERS)
+        self._stopping = threading.Event()
         self._room = _Room(LARGE_RUNS * self.limits.pixels)
         self._jobs = Jobs(self.folder / "jobs", self._segment_for_job)
         self.teaching: Teaching | None = None
@@ -230,12 +239,19 @@ class Service:
         """Called by `expire` with two times, what was not used since goes: by the rule, and as was asked for."""
 
     def stop(self) -> None:
-        """Take over wherever the agent is at work, and begin no image of a job any more: what is done so far stays."""
+        """Take over wherever the agent is at work, and begin no image of a job, and no slice, any more: what is done so
+        far stays."""
+        self._stopping.set()
         self._jobs.stop()
         with self._lock:
             loaded = [session for session in self._sessions.values() if session is not None]
         for session in loaded:
             session.interrupt()
+
+    def go_on(self, _slice: int = 0) -> None:
+        """PolicyError where the server stops: asked between the slices of a volume."""
+        if self._stopping.is_set():
+            raise PolicyError("the server stops: the scan is as it was before")
 
     def close(self) -> None:
         """Stop the runs, the jobs and the model's thread, and let another server have the folder."""
