@@ -91,12 +91,12 @@ def timed(page: Any, event: str, changes: str, act: Callable[[], None]) -> float
 
 def browser_seconds(server: int) -> float:
     """CPU time of all processes that this one has started, but for the server."""
-    parents, used = {}, {}
+    parents, used = dict[int, int](), dict[int, int]()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has ended meanwhile
             values = stat.read_text().rpartition(")")[2].split()
             process = int(stat.parent.name)
-            parents[process], used[process] = int(values[1]), (int(values[11]) + int(values[12]))
+            parents[process], used[process] = int(values[1]), int(values[11]) + int(values[12])
     ours, found = {os.getpid()}, set[int]()
     while ours:
         ours = {process for process, parent in parents.items() if parent in ours and process != server}

@@ -168,7 +168,7 @@ def drag(page: Any, start: tuple[float, float], end: tuple[float, float]) -> Non
 
 
 def shown(page: Any) -> np.ndarray:
-    """The mask as it is on the screen, (H, W) bool: where the canvas over the image is painted."""
+    """The masks that the screen is painted with, (H, W) bool."""
     code = page.locator("#image .stage canvas").evaluate(
         """canvas => {
             const {width, height} = canvas, pixels = canvas.getContext("2d").getImageData(0, 0, width, height).data;
@@ -503,6 +503,13 @@ def test_objects_boxes_and_what_a_click_would_give(page: Any, served: tuple[str,
     assert (session.prompts[-1].x0, session.prompts[-1].y0) == (117, 16)
     assert session.prompts[-1].x1 > 153
     page.locator("#objects input[type=color]").nth(1).fill("#ff00ff")
+    page.evaluate("() => new Promise(requestAnimationFrame).then(() => new Promise(requestAnimationFrame))")
+    screen = np.array(PIL.Image.open(io.BytesIO(page.screenshot())).convert("RGB")).astype(int)
+    places = [(round(y), round(x)) for x, y in (at(page, 140, 25), at(page, 5, 5))]
+    (red, green, blue), ground = (screen[place] for place in places)
+    assert red > green + 60, "the mask is not seen"
+    assert blue > green + 60
+    assert np.ptp(ground) < 30
     page.locator("#objects input[type=checkbox]").nth(0).uncheck()
     colours = page.locator("#image .stage canvas").evaluate(
         "canvas => [[64, 60], [135, 30]].map(([x, y]) => [...canvas.getContext('2d').getImageData(x, y, 1, 1).data])"

@@ -315,8 +315,12 @@ def _add_scan_acts(router: APIRouter, scans: Scans, threads: AgentThreads) -> No
     @router.post("/{id}/find")
     async def find(scan: OwnScan, asked: FindRequest) -> ScanView:
         """Let the agent look for an object in the whole scan."""
-        scans.ask(scan, asked.query)
-        await threads(lambda: scans.find(scan, asked.axis or scan.axes[0].name))
+
+        def work() -> None:
+            scans.ask(scan, asked.query)
+            scans.find(scan, asked.axis or scan.axes[0].name)
+
+        await threads(work)
         return _scan_view(scans, scan)
 
     @router.post("/{id}/query")

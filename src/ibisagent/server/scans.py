@@ -430,16 +430,18 @@ class Scans:
     def _changing(self, scan: Scan) -> Iterator[None]:
         """Locked; what was changed in memory is as it was before where the block fails, as where the disk is full."""
         with scan.lock:
-            loaded = self._load(scan)
+            loaded = self._loaded.get(scan.id)
             facts = {name: getattr(scan, name) for name in _PLAIN} | {"slices": dict(scan.slices)}
-            held = {name: getattr(loaded, name) for name in ("masks", "written", "before")}
-            held["written"] = dict(loaded.written)
+            held = None if loaded is None else (loaded.masks, dict(loaded.written), loaded.before)
             try:
                 yield
             except BaseException:
-                for thing, values in ((scan, facts), (loaded, held)):
-                    for name, value in values.items():
-                        setattr(thing, name, value)
+                for name, value in facts.items():
+                    setattr(scan, name, value)
+                if loaded is not None and held is not None:
+                    loaded.masks, loaded.written, loaded.before = held
+                else:  # it is read again
+                    self._loaded.pop(scan.id, None)
                 raise
 
     @contextmanager
