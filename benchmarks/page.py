@@ -231,7 +231,7 @@ def main() -> None:
                 return False
 
             wait(ready, 900)
-            page = driver.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page(
+            page = driver.chromium.launch(executable_path=browser, args=["--no-sandbox"], timeout=300_000).new_page(
                 viewport={"width": 1440, "height": 900}
             )
             page.set_default_timeout(300_000)

@@ -90,7 +90,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Serv
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        chromium = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"], timeout=180_000)
         yield chromium
         chromium.close()
 
