@@ -90,7 +90,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Serv
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"], timeout=180_000)
+        chromium = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"], timeout=600_000)
         yield chromium
         chromium.close()
 
@@ -99,7 +99,7 @@ def browser() -> Iterator[Any]:
 def opened(browser: Any, address: str) -> Iterator[Any]:
     """A browser of its own at the page, which loads nothing from elsewhere and fails nowhere."""
     one = browser.new_page(viewport={"width": 1280, "height": 800})
-    one.set_default_timeout(60_000)
+    one.set_default_timeout(180_000)
     outside: list[str] = []
     failed: list[str] = []
     one.on("request", lambda request: None if "127.0.0.1" in request.url else outside.append(request.url))
@@ -124,7 +124,7 @@ def snap(page: Any, name: str) -> None:
         page.screenshot(path=str(Path(SCREENSHOTS) / f"page-{name}.png"))
 
 
-def until(page: Any, holds: Callable[[], Any], what: str, seconds: float = 60) -> None:
+def until(page: Any, holds: Callable[[], Any], what: str, seconds: float = 180) -> None:
     """The page forbids scripts made of text, and so Playwright's own way to wait for one."""
     deadline = time.monotonic() + seconds
     while not holds():
@@ -213,7 +213,7 @@ class Server:
     def start(self) -> None:
         environment = {name: value for name, value in os.environ.items() if name != "IBIS_TOKEN"}
         self.process = subprocess.Popen(self.command, env=environment, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while True:
             with suppress(httpx.HTTPError):
                 if httpx.get(f"{self.url}/ready").status_code == 200:
