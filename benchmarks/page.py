@@ -73,7 +73,7 @@ def draw(number: int, side: int) -> np.ndarray:
     return pixels.clip(0, 255).astype(np.uint8)
 
 
-def wait(holds: Callable[[], bool], seconds: float = 180) -> None:
+def wait(holds: Callable[[], bool], seconds: float = 900) -> None:
     """Until it holds, looked at every 2 ms."""
     deadline = time.monotonic() + seconds
     while not holds():
@@ -156,14 +156,14 @@ def screenshots(page: Any, files: list[Path], scan: Path, folder: Path) -> None:
         cv2.imwrite(str(folder / f"page-{name}.webp"), pixels, [cv2.IMWRITE_WEBP_QUALITY, 82])
 
     def says(text: str) -> None:
-        wait(lambda: text in page.inner_text("#status"), 900)
+        wait(lambda: text in page.inner_text("#status"))
 
     page.set_viewport_size({"width": 1280, "height": 800})
     page.click("#sample")
     says("Say what to segment")
     page.press("#query", "Enter")
     says("The agent")
-    wait(lambda: page.inner_text("#run").startswith("Run"), 900)
+    wait(lambda: page.inner_text("#run").startswith("Run"))
     box = page.locator("#image img").bounding_box()
     for _ in range(2):
         page.mouse.move(box["x"] + 0.17 * box["width"], box["y"] + 0.48 * box["height"])
@@ -172,9 +172,9 @@ def screenshots(page: Any, files: list[Path], scan: Path, folder: Path) -> None:
     says("pixels. Correct it")
     page.uncheck("#ahead")
     page.set_input_files("#file input", [str(file) for file in [*files, scan]])
-    wait(lambda: page.locator("#strip li").count() == len(files) + 2, 900)
+    wait(lambda: page.locator("#strip li").count() == len(files) + 2)
     page.locator("#strip button").first.click()
-    wait(lambda: page.title().startswith("eye"), 900)
+    wait(lambda: page.title().startswith("eye"))
     snap("image")
     page.locator("#strip button").last.click()
     says("slices")
@@ -230,7 +230,7 @@ def main() -> None:
                     return bool(urllib.request.urlopen(f"{url}/ready").status == 200)
                 return False
 
-            wait(ready, 900)
+            wait(ready)
             page = driver.chromium.launch(executable_path=browser, args=["--no-sandbox"], timeout=300_000).new_page(
                 viewport={"width": 1440, "height": 900}
             )
