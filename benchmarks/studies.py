@@ -18,15 +18,10 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +29,7 @@ import numpy as np
 import pydicom
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from orthanc import MISSING, orthanc
 from volume_phantoms import affine_of, blob, hounsfield, slice_files
 
 from ibisagent.volumes import dicomweb, read_volume
@@ -96,42 +92,6 @@ def finished(out: Path) -> int:
     return len([file for file in out.glob("*_record.json") if "_slice-" not in file.name]) if out.is_dir() else 0
 
 
-@contextmanager
-def orthanc(folder: Path) -> Iterator[str]:
-    """An Orthanc on loopback with an empty database."""
-    ports = []
-    for _ in range(2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            ports.append(free.getsockname()[1])
-    settings = {
-        "StorageDirectory": str(folder / "orthanc"),
-        "IndexDirectory": str(folder / "orthanc"),
-        "HttpPort": ports[0],
-        "DicomPort": ports[1],
-        "RemoteAccessAllowed": False,
-        "AuthenticationEnabled": False,
-        "Plugins": [str(next(Path("/usr/share/orthanc/plugins").glob("libOrthancDicomWeb*")))],
-    }
-    (folder / "orthanc.json").write_text(json.dumps(settings))
-    program = shutil.which("Orthanc", path="/usr/sbin:/usr/bin:/usr/local/sbin")
-    if program is None:
-        raise SystemExit("Orthanc is not installed: apt install orthanc orthanc-dicomweb")
-    with (folder / "orthanc.log").open("wb") as log:
-        process = subprocess.Popen([program, str(folder / "orthanc.json")], stdout=log, stderr=log)
-        try:
-            for _ in range(150):
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{ports[0]}/dicom-web/studies", timeout=2).close()
-                    break
-                except (urllib.error.URLError, ConnectionError):
-                    time.sleep(0.2)
-            yield f"http://127.0.0.1:{ports[0]}/dicom-web"
-        finally:
-            process.terminate()
-            process.wait(timeout=20)
-
-
 def round_trip(root: Path, out: Path, folder: Path) -> dict[str, Any]:
     """The objects of the first study to Orthanc and back: the same bytes of meaning, the same masks; and dciodvfy."""
     study = sorted(root.iterdir())[0]
@@ -175,6 +135,8 @@ def main() -> None:
     parser.add_argument("--orthanc", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.orthanc and MISSING:
+        raise SystemExit(MISSING)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -60,14 +60,14 @@ class NumpyVolumes:
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: is no volume ({error})") from error
 
-    def segment(self, volume: Any, query: str, policy: Policy, segmenter: Segmenter) -> dict[str, Mask]:
+    def segment(self, volume: Any, query: str, policy: Policy, segmenter: Segmenter, on_slice: Any) -> dict[str, Mask]:
         masks = np.zeros(volume.shape, dtype=bool)
         for index in range(volume.shape[2]):
             episode = run_case(Case(str(index), volume.slice(2, index, "auto"), query), policy, segmenter)
             masks[..., index] = episode.masks["bright box"]
         return {"bright box": masks}
 
-    def click(self, volume: Any, clicks: Any, segmenter: Segmenter, *, through: bool) -> dict[str, Mask]:
+    def click(self, volume: Any, clicks: Any, segmenter: Segmenter, on_slice: Any, *, through: bool) -> dict[str, Mask]:
         raise NotImplementedError
 
     def write_masks(
@@ -172,6 +172,9 @@ def test_the_datastore(url: str) -> None:
     assert (
         httpx.get(f"{url}/datastore/?output=all").json()["objects"]["../brain"]["labels"]["final"]["ext"] == ".nii.gz"
     )
+    httpx.put(f"{url}/datastore/?image=..%2Fbrain", files={"file": ("b.nii.gz", volume_file())})
+    again = httpx.get(f"{url}/datastore/label?label=..%2Fbrain&tag=final")
+    assert again.content == b"label", "an image that is sent again takes its labels along"
     _, content = infer(url, "image=..%2Fbrain", {"query": "bright box"})
     assert np.load(io.BytesIO(content)).any()
     assert httpx.delete(f"{url}/datastore/image?id=..%2Fbrain").status_code == 200

@@ -34,6 +34,7 @@ from ibisagent.inference.session import Session
 from ibisagent.policies.scripted import ScriptedPolicy
 from ibisagent.segmenters import load_segmenter
 from ibisagent.server.app import create_app, standard_mounts
+from ibisagent.server.offers import offers_of
 from ibisagent.server.service import Limits, Service
 from ibisagent.server.volumes import PackageVolumes
 from ibisagent.volumes import SliceView, read_volume
@@ -80,8 +81,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Serv
 @contextmanager
 def opened(browser: Any, address: str) -> Iterator[Any]:
     """A browser of its own at the page, which loads nothing from elsewhere and fails nowhere."""
-    one = browser.new_page(viewport={"width": 1366, "height": 850})
-    one.set_default_timeout(20_000)
+    one = browser.new_page(viewport={"width": 1280, "height": 800})
+    one.set_default_timeout(180_000)
     outside: list[str] = []
     failed: list[str] = []
     one.on("request", lambda request: None if "127.0.0.1" in request.url else outside.append(request.url))
@@ -106,7 +107,7 @@ def snap(page: Any, name: str) -> None:
         page.screenshot(path=str(Path(SCREENSHOTS) / f"page-{name}.png"))
 
 
-def until(page: Any, holds: Callable[[], Any], what: str, seconds: float = 20) -> None:
+def until(page: Any, holds: Callable[[], Any], what: str, seconds: float = 180) -> None:
     """The page forbids scripts made of text, and so Playwright's own way to wait for one."""
     deadline = time.monotonic() + seconds
     while not holds():
@@ -150,7 +151,7 @@ def drag(page: Any, start: tuple[float, float], end: tuple[float, float]) -> Non
 
 
 def shown(page: Any) -> np.ndarray:
-    """The mask as it is on the screen, (H, W) bool: where the canvas over the image is painted."""
+    """The masks that the screen is painted with, (H, W) bool."""
     code = page.locator("#image .stage canvas").evaluate(
         """canvas => {
             const {width, height} = canvas, pixels = canvas.getContext("2d").getImageData(0, 0, width, height).data;
@@ -215,15 +216,18 @@ def states(page: Any) -> list[str]:
 
 def test_a_whole_day(browser: Any, server: Server, tmp_path: Path) -> None:
     """A folder and a scan: asked, corrected in every way, reloaded, killed, accepted, exported as it was shown."""
+    (tmp_path / "cells").mkdir()
     for number in range(12):
-        write_png(cell(number), tmp_path / f"cell-{number:02d}.png")
+        write_png(cell(number), tmp_path / "cells" / f"cell-{number:02d}.png")
     with opened(browser, server.url) as page:
-        take(page, *sorted(tmp_path.glob("cell-*.png")))
+        page.locator("#welcome").wait_for()
+        snap(page, "welcome")
+        page.set_input_files("#folder input", str(tmp_path / "cells"))
         until(page, lambda: page.locator("#strip li").count() == 12, "the folder is not open")
         says(page, "12 opened")
         page.fill("#query", "Segment the bright cell.")
         page.press("#query", "Enter")
-        until(page, lambda: states(page) == ["agent"] * 12, "the agent did not work ahead", 40)
+        until(page, lambda: states(page) == ["agent"] * 12, "the agent did not work ahead")
         says(page, "The agent says that it is done.")
         until(page, lambda: page.locator("#strip .score:visible").count() == 12, "it is not said how sure each is")
         snap(page, "agent")
@@ -238,6 +242,10 @@ def test_a_whole_day(browser: Any, server: Server, tmp_path: Path) -> None:
             )
 
         accept()
+        wait_for_turns(page, 2)
+        page.keyboard.press(",")
+        until(page, lambda: page.title().startswith("cell-00"), "it does not go back")
+        page.keyboard.press(".")
         wait_for_turns(page, 2)
         click(page, 64, 60, button="right")
         wait_for_turns(page, 3)
@@ -266,6 +274,9 @@ def test_a_whole_day(browser: Any, server: Server, tmp_path: Path) -> None:
         wait_for_turns(page, 6)
         assert np.array_equal(shown(page), painted)
         snap(page, "corrected")
+        page.click("#help")
+        snap(page, "keys")
+        page.keyboard.press("Escape")
 
         page.reload()
         wait_for_turns(page, 6)
@@ -284,6 +295,11 @@ def test_a_whole_day(browser: Any, server: Server, tmp_path: Path) -> None:
         for _ in range(10):
             accept()
         assert states(page) == ["accepted"] * 12
+        page.click("#export summary")
+        snap(page, "accepted")
+        page.click("#home")
+        page.locator("#welcome").wait_for()
+        snap(page, "list")
 
         inside = blob((46, 34, 20))
         nibabel.save(nibabel.Nifti1Image(hounsfield(inside), GRIDS["RAS-uneven"]), tmp_path / "scan.nii.gz")
@@ -325,6 +341,35 @@ def test_a_whole_day(browser: Any, server: Server, tmp_path: Path) -> None:
 def export(page: Any, kind: str) -> bytes:
     page.click("#export summary")
     return downloaded(page, f"#export a[href$={kind}]")
+
+
+def test_a_data_set_on_the_list_brings_its_requests(browser: Any, tmp_path: Path) -> None:
+    """The agent works ahead with the request of each, and not on masks that wait for a user."""
+    (tmp_path / "set").mkdir()
+    for number in range(3):
+        write_png(cell(number), tmp_path / "set" / f"cell-{number}.png")
+    write_png(
+        np.repeat(np.arange(160)[None, :, None] > 100, 120, 0).repeat(3, 2) * np.uint8(255), tmp_path / "half.png"
+    )
+    rows = [f"set/cell-{number}.png,half.png,bright cell {number}" for number in range(3)]
+    (tmp_path / "index.csv").write_text("\n".join(["image,mask,object", *rows]))
+    for ground_truth in (False, True):
+        offers = offers_of([tmp_path], ground_truth=ground_truth)
+        models = ScriptedPolicy(REPLIES), load_segmenter("region")
+        service = Service(*models, tmp_path / f"data-{ground_truth}", offers=offers)
+        with (
+            serving(create_app(service, mounts=standard_mounts(page=True))) as address,
+            opened(browser, address) as page,
+        ):
+            until(page, lambda: page.locator("#strip img").count() == 3, "the data set is not there")
+            if not ground_truth:
+                until(page, lambda: states(page) == ["agent"] * 3, "the agent did not work ahead")
+            page.locator("#strip button").nth(1).click()
+            until(page, lambda: page.input_value("#query").endswith("bright cell 1."), "it has not its own request")
+            if ground_truth:
+                until(page, lambda: shown(page).sum() == 120 * 59, "the mask of the data set is not shown")
+                assert states(page) == ["new"] * 3
+            snap(page, f"data-set-{ground_truth}")
 
 
 # ------------------------------------------------------------------------------------------------------------ in parts
@@ -432,6 +477,13 @@ def test_objects_boxes_and_what_a_click_would_give(page: Any, served: tuple[str,
     assert (session.prompts[-1].x0, session.prompts[-1].y0) == (117, 16)
     assert session.prompts[-1].x1 > 153
     page.locator("#objects input[type=color]").nth(1).fill("#ff00ff")
+    page.evaluate("() => new Promise(requestAnimationFrame).then(() => new Promise(requestAnimationFrame))")
+    screen = np.array(PIL.Image.open(io.BytesIO(page.screenshot())).convert("RGB")).astype(int)
+    places = [(round(y), round(x)) for x, y in (at(page, 140, 25), at(page, 5, 5))]
+    (red, green, blue), ground = (screen[place] for place in places)
+    assert red > green + 60, "the mask is not seen"
+    assert blue > green + 60
+    assert np.ptp(ground) < 30
     page.locator("#objects input[type=checkbox]").nth(0).uncheck()
     colours = page.locator("#image .stage canvas").evaluate(
         "canvas => [[64, 60], [135, 30]].map(([x, y]) => [...canvas.getContext('2d').getImageData(x, y, 1, 1).data])"
@@ -445,7 +497,7 @@ def test_objects_boxes_and_what_a_click_would_give(page: Any, served: tuple[str,
     page.mouse.move(*at(page, 64, 60))
     page.mouse.wheel(0, -600)
     image = page.locator("#image img")
-    until(page, lambda: image.bounding_box()["width"] > 2000, "the wheel does not bring it closer")
+    until(page, lambda: image.bounding_box()["width"] > 1800, "the wheel does not bring it closer")
     wide = image.bounding_box()
     page.keyboard.press("m")
     x, y = at(page, 64, 60)

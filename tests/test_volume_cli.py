@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +11,7 @@ import numpy as np
 import pydicom
 import pytest
 from commands import assert_one_line, ibisagent
-from loopback import free_port
+from orthanc import MISSING, orthanc
 from typer.testing import Result
 from volume_phantoms import GRIDS, blob, hounsfield, slice_files
 
@@ -233,41 +228,14 @@ def test_addresses_are_checked(tmp_path: Path, script: str) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ Orthanc
 
-ORTHANC = shutil.which("Orthanc", path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin")
-PLUGIN = next(Path("/usr/share/orthanc/plugins").glob("libOrthancDicomWeb*"), None)
-
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    """An Orthanc on loopback with an empty database; ended with the test."""
-    if ORTHANC is None or PLUGIN is None:
-        pytest.skip("Orthanc is not installed (Debian packages orthanc and orthanc-dicomweb)")
-    ports = [free_port() for _ in range(2)]
-    settings = {
-        "StorageDirectory": str(tmp_path / "orthanc"),
-        "IndexDirectory": str(tmp_path / "orthanc"),
-        "HttpPort": ports[0],
-        "DicomPort": ports[1],
-        "RemoteAccessAllowed": False,
-        "AuthenticationEnabled": False,
-        "Plugins": [str(PLUGIN)],
-    }
-    (tmp_path / "orthanc.json").write_text(json.dumps(settings))
-    with (tmp_path / "orthanc.log").open("wb") as log:
-        process = subprocess.Popen([ORTHANC, str(tmp_path / "orthanc.json")], stdout=log, stderr=log)
-        try:
-            for _ in range(150):
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{ports[0]}/dicom-web/studies", timeout=2).close()
-                    break
-                except (urllib.error.URLError, ConnectionError):
-                    time.sleep(0.2)
-            else:
-                pytest.fail(f"Orthanc did not start: {(tmp_path / 'orthanc.log').read_text()[-500:]}")
-            yield f"http://127.0.0.1:{ports[0]}/dicom-web"
-        finally:
-            process.terminate()
-            process.wait(timeout=20)
+    """Its DICOMweb address; ended with the test."""
+    if MISSING:
+        pytest.skip(MISSING)
+    with orthanc(tmp_path) as address:
+        yield address
 
 
 def test_from_a_server_and_back(tmp_path: Path, script: str, server: str) -> None:

@@ -26,6 +26,11 @@ from ibisagent.cli.options import (
 from ibisagent.cli.output import status, stderr
 from ibisagent.errors import ConfigError
 
+SplitOption = Annotated[str | None, typer.Option(help="Of a data set: only the rows of this split.")]
+GroundTruthOption = Annotated[
+    bool, typer.Option("--ground-truth", help="Of a data set: begin with its masks, to look through and correct them.")
+]
+
 
 class _ApiByDefault(TyperGroup):
     """`serve` alone, or with options, is `serve api`."""
@@ -103,6 +108,12 @@ def api(
         list[str] | None, typer.Option(help="Web page that may use it as OHIF does: http://viewer:3000; repeat it.")
     ] = None,
     page: Annotated[bool, typer.Option(help="Also serve the web page.")] = False,
+    open_: Annotated[
+        list[Path] | None,
+        typer.Option("--open", help="Images, scans, a folder of them or a data set, to be labelled by all; repeat it."),
+    ] = None,
+    split: SplitOption = None,
+    ground_truth: GroundTruthOption = False,
     open_browser: Annotated[bool, typer.Option("--open-browser", hidden=True)] = False,
 ) -> None:
     """Serve sessions, one-shot segmentation and batch jobs over HTTP, for programs, 3D Slicer, OHIF and agents (MCP).
@@ -116,6 +127,7 @@ def api(
         from ibisagent.segmenters import load_segmenter
         from ibisagent.server import app as server
         from ibisagent.server.auth import url_of
+        from ibisagent.server.offers import offers_of
         from ibisagent.server.service import Limits, Service
         from ibisagent.server.volumes import PackageVolumes
 
@@ -131,9 +143,12 @@ def api(
         )
         folder = data or Path(platformdirs.user_data_dir("ibisagent")) / "server"
         server.check_host(host)
+        offers = offers_of(open_ or [], split=split, ground_truth=ground_truth)
         engine = load_segmenter(segmenter, device=choice.device)
         address = url_of(host, port)
-        service = Service(writer, engine, folder, limits=limits, volumes=PackageVolumes(), address=address)
+        service = Service(
+            writer, engine, folder, limits=limits, volumes=PackageVolumes(), address=address, offers=offers
+        )
     stderr.print(f"{address}{'' if page else '/docs'} - sessions in {folder} - stop with Ctrl+C")
     stderr.print(
         f"after {idle_minutes:g} minutes without use: what nobody worked on and what was fetched is deleted;"
@@ -148,15 +163,26 @@ def api(
 
 
 def ui(
+    sources: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[SOURCE]...", help="What to label: images, scans, folders of them, or a data set."),
+    ] = None,
     policy: PolicyOption = "ibis-nano",
     segmenter: SegmenterOption = "ibis-click",
     device: DeviceOption = "auto",
     data: DataFolderOption = None,
     host: HostOption = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8002,
+    max_upload: UploadOption = 64,
     browser: Annotated[bool, typer.Option(help="Open the page in the web browser.")] = True,
+    split: SplitOption = None,
+    ground_truth: GroundTruthOption = False,
 ) -> None:
-    """The web page: open an image, say what to segment, watch the agent, correct it with your own clicks."""
+    """The web page: open an image, say what to segment, watch the agent, correct it with your own clicks.
+
+    Each SOURCE is in its list from the beginning; of a data set every row, with its object as the request. The files
+    are only read, and copied when they are opened.
+    """
     api(
         policy=policy,
         segmenter=segmenter,
@@ -164,7 +190,11 @@ def ui(
         data=data,
         host=host,
         port=port,
+        max_upload=max_upload,
         page=True,
+        open_=sources,
+        split=split,
+        ground_truth=ground_truth,
         open_browser=browser,
     )
 

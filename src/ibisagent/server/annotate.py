@@ -84,8 +84,12 @@ class FindRequest(StrictBody):
 
 
 class ItemView(BaseModel):
-    """An image (a session) or a scan to label. reliability: the expected IoU where only the agent has acted, if it was
-    asked for. state: "new", "agent", "corrected" or "accepted". created: seconds since 1970."""
+    """An image (a session) or a scan to label.
+
+    reliability: the expected IoU where only the agent has acted, if it was asked for. state: "new", "agent",
+    "corrected" or "accepted". created: seconds since 1970. opened: False where the operator only offers it so far; it
+    is opened by looking at it. given: what came with it of a data set: nothing (""), its "query", its "masks" as well.
+    """
 
     id: str
     kind: str
@@ -97,6 +101,8 @@ class ItemView(BaseModel):
     reliability: float | None
     running: bool
     created: float
+    opened: bool
+    given: str
 
 
 class AxisView(BaseModel):
@@ -309,8 +315,12 @@ def _add_scan_acts(router: APIRouter, scans: Scans, threads: AgentThreads) -> No
     @router.post("/{id}/find")
     async def find(scan: OwnScan, asked: FindRequest) -> ScanView:
         """Let the agent look for an object in the whole scan."""
-        scans.ask(scan, asked.query)
-        await threads(lambda: scans.find(scan, asked.axis or scan.axes[0].name))
+
+        def work() -> None:
+            scans.ask(scan, asked.query)
+            scans.find(scan, asked.axis or scan.axes[0].name)
+
+        await threads(work)
         return _scan_view(scans, scan)
 
     @router.post("/{id}/query")

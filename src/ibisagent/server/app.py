@@ -65,8 +65,9 @@ from ibisagent.server.schemas import (
     session_view,
     turn_view,
 )
-from ibisagent.server.service import FullError, MissingError, Service, export_zip, training_zip
+from ibisagent.server.service import FullError, MissingError, Service
 from ibisagent.server.storage import no_room
+from ibisagent.server.zips import export_zip, training_zip
 from ibisagent.store import record_json
 
 Returned = TypeVar("Returned")

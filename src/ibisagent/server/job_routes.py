@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import suppress
 from enum import Enum
 from typing import Annotated, Any, TypeAlias
 
-from fastapi import FastAPI, File, Form, Response, UploadFile
+from fastapi import FastAPI, File, Form, Request, Response, UploadFile
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from ibisagent.domain import MAX_QUERY_CHARS
 from ibisagent.server.jobs import Job, JobState
-from ibisagent.server.service import Service
+from ibisagent.server.service import MissingError, Service
+
+PART_BYTES = 2**18  # of an answer, sent at once
 
 Tags: TypeAlias = list[str | Enum]  # as FastAPI wants them
 
@@ -74,6 +79,16 @@ def add_jobs(app: FastAPI, service: Service) -> None:
         service.remove_job(id)
 
     @app.get("/v1/jobs/{id}/results", tags=tags, response_class=Response, responses=file_answer("application/zip"))
-    def results(id: str) -> Response:  # noqa: A002
-        """A zip of what is done so far: masks, overlays, records."""
-        return Response(service.results(id), media_type="application/zip")
+    def results(id: str, request: Request) -> Response:  # noqa: A002
+        """A zip of what is done so far: masks, overlays, records. It is fetched once all of it has been taken."""
+        whole, content = service.job(id).over, service.results(id)
+
+        async def parts() -> AsyncIterator[bytes]:
+            for start in range(0, len(content), PART_BYTES):
+                yield content[start : start + PART_BYTES]
+            if whole and not await request.is_disconnected():  # whoever hung up comes back
+                with suppress(MissingError):
+                    await run_in_threadpool(service.note_fetched, id)
+
+        headers = {"content-length": str(len(content))}
+        return StreamingResponse(parts(), media_type="application/zip", headers=headers)

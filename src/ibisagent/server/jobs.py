@@ -132,15 +132,19 @@ class Jobs:
             raise ConfigError(f"job {job.id} is {job.state}: cancel it first")
         with self._lock:
             self._jobs.pop(job.id, None)
+            self._cancelled.discard(job.id)
         shutil.rmtree(self._folder / job.id, ignore_errors=True)
 
     def results(self, job: Job) -> Path:
-        """The folder of what a job has made so far; where that is all, it counts as fetched."""
+        """The folder of what a job has made so far."""
+        return self._folder / job.id / "out"
+
+    def note_fetched(self, job: Job) -> None:
+        """Somebody has the results of a job that is over."""
         with self._lock:
-            if job.over and not job.fetched:
+            if not job.fetched:
                 job.fetched = True
                 self._keep(job)
-        return self._folder / job.id / "out"
 
     def last_use(self, job: Job) -> float:
         """In seconds since 1970."""

@@ -23,7 +23,8 @@ from ibisagent.inference.session import Session
 from ibisagent.protocol import overlay
 from ibisagent.server.app import AgentThreads
 from ibisagent.server.schemas import session_view
-from ibisagent.server.service import MissingError, Service, export_zip
+from ibisagent.server.service import MissingError, Service
+from ibisagent.server.zips import export_zip
 
 Image = Annotated[str, Field(description="the image file (PNG, JPEG, TIFF, BMP) in base64")]
 Query = Annotated[str, Field(description='what to segment, such as "Segment the optic disc."')]

@@ -163,10 +163,10 @@ class Inference:
             raise ConfigError("a point of a volume is [i, j, k]: send three numbers")
         clicks = asked.clicks(self._labels)
         if clicks:
-            return formats.click(volume, clicks, segmenter, through=asked.carried)
+            return formats.click(volume, clicks, segmenter, self._service.go_on, through=asked.carried)
         found: dict[str, Any] = {}
         for query in self._queries(asked):
-            found |= formats.segment(volume, query, self._service.policy, segmenter)
+            found |= formats.segment(volume, query, self._service.policy, segmenter, self._service.go_on)
         return found
 
     def _queries(self, asked: InferParameters) -> Sequence[str]:

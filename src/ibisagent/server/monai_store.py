@@ -96,7 +96,7 @@ class ImageStore:
         return found
 
     def add(self, id_: str, content: bytes, name: str) -> Stored:
-        """Keep an image; one of the same id is replaced, with its labels. DataError unless it can be read."""
+        """Keep an image; one of the same id is replaced, and its labels stay. DataError unless it can be read."""
         read = read_upload(self._service, content, name)
         file = f"image{IMAGE if isinstance(read, Image) else volume_ending(name)}"
         return self._add(id_, plain_name(name), file, lambda path: write_whole(content, path), fetched=False)
@@ -118,12 +118,19 @@ class ImageStore:
         try:
             stored.folder.mkdir()
             write(stored.path)
-            self.keep(stored)
-        except BaseException:
+            with self._lock:
+                old = self._kept.get(id_)
+                if old is not None:  # what people drew stays
+                    for tag, label in old.labels.items():
+                        shutil.copyfile(old.folder / label.file, stored.folder / label.file)
+                        stored.labels[tag] = label
+                self.keep(stored)
+                self._kept[id_] = stored
+        except BaseException as error:
             shutil.rmtree(stored.folder, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise DataError(f"'{name}': cannot be kept ({error.strerror})") from error
             raise
-        with self._lock:
-            old, self._kept[id_] = self._kept.get(id_), stored
         if old is not None:
             shutil.rmtree(old.folder, ignore_errors=True)
         return stored

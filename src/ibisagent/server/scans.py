@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import threading
 import time
 import uuid
@@ -24,7 +25,7 @@ import numpy as np
 from ibisagent.domain import Image, Mask, check_query
 from ibisagent.environment import package_version
 from ibisagent.errors import DataError, TooLargeError
-from ibisagent.files import file_names, make_folder, safe_name, write_whole
+from ibisagent.files import make_folder, safe_name, write_whole
 from ibisagent.inference.corrections import add_to_data_set
 from ibisagent.inference.image import provenance_of
 from ibisagent.inference.rounds import SESSION_FILE, State, summary_of
@@ -32,12 +33,15 @@ from ibisagent.inference.session import BusyError, Session
 from ibisagent.inference.volume import RECHECK, run_volume
 from ibisagent.policies.base import Policy
 from ibisagent.policies.scripted import ScriptedPolicy
-from ibisagent.server.service import VOLUME_SUFFIXES, FullError, MissingError, Service, plain_name, remove
-from ibisagent.server.storage import note_use, used
+from ibisagent.server.offers import OfferedScan
+from ibisagent.server.service import VOLUME_SUFFIXES, FullError, MissingError, Service, plain_name
+from ibisagent.server.storage import clock, note_use, remove, used
 from ibisagent.volumes import SliceView, Volume, read_volume
 from ibisagent.volumes.grid import DicomOrigin, scratch
 from ibisagent.volumes.windows import HOUNSFIELD
 from ibisagent.volumes.writing import write_nifti
+
+log = logging.getLogger(__name__)
 
 SCAN_FILE, MASKS_FILE = "scan.json", "masks.npz"
 _FORMAT, _VERSION = "ibisagent scan", 1
@@ -108,33 +112,37 @@ class Scans:
         """Scans of an earlier run come back. DataError where the data folder cannot be written."""
         self._service = service
         self._folder = service.private_folder("scans")
-        self._lock = threading.RLock()
+        self._lock, self._taking_up = threading.RLock(), threading.Lock()
         self._loaded: OrderedDict[str, _Loaded] = OrderedDict()
         self._scans: dict[str, Scan] = {}
         for folder in self._folder.iterdir():
             if (folder / SCAN_FILE).is_file():
-                scan = _read(folder / SCAN_FILE)
+                try:
+                    scan = _read(folder / SCAN_FILE)
+                except DataError as error:  # damaged: not shown, and not deleted either
+                    log.warning("%s", error)
+                    continue
                 self._scans[scan.id] = scan
             else:
                 remove(folder)  # killed while it was opened
         service.also_expire.append(self.expire)
+        service.held.append(lambda: self.slice_sessions)
 
     # Coming and going.
 
-    def open(self, files: Sequence[tuple[str, bytes]], query: str, owner: str | None) -> Scan:
-        """A new scan. files: name and content, several for the DICOM files of one series.
+    def open(self, files: Sequence[tuple[str, bytes]], query: str, owner: str | None, id_: str | None = None) -> Scan:
+        """A new scan. files: name and content, several for the DICOM files of one series. id_: of what is offered.
 
         Raises FullError, TooLargeError, and DataError for what is no volume.
         """
         service = self._service
         if service.volumes is None:
             raise DataError("this server reads images, not scans; send a slice as PNG")
-        with self._lock:
-            if len(self._scans) >= service.limits.sessions:
-                raise FullError(f"there are {len(self._scans)} scans, more are not taken: delete one")
+        if id_ not in service.offers and (in_use := self._in_use()) >= service.limits.sessions:
+            raise FullError(f"there are {in_use} scans in use, more are not taken: delete one, or wait")
         if not 1 <= len(files) <= MAX_FILES:
             raise DataError(f"a scan of {len(files)} files: give 1 to {MAX_FILES}, one series at a time")
-        id_, name = uuid.uuid4().hex, plain_name(files[0][0])
+        id_, name = id_ or uuid.uuid4().hex, plain_name(files[0][0])
         folder = self._folder / id_
         make_folder(folder / "in")
         try:
@@ -159,7 +167,10 @@ class Scans:
         return scan
 
     def get(self, id_: str, visitor: str | None) -> Scan:
-        """A scan. MissingError where there is none, or it is of another visitor."""
+        """A scan, or one that is offered, which is opened by that. MissingError where there is none, or it is of
+        another visitor."""
+        if id_ not in self._scans:
+            self._take_up(id_)
         with self._lock:
             scan = self._scans.get(id_)
         if scan is None or (scan.owner is not None and scan.owner != visitor):
@@ -167,11 +178,30 @@ class Scans:
         note_use(self._folder / id_)
         return scan
 
+    def _take_up(self, id_: str) -> None:
+        """Open what is offered under an id, once, whoever asks first."""
+        offer = self._service.offers.get(id_)
+        if not isinstance(offer, OfferedScan):
+            return
+        with self._taking_up:
+            if id_ in self._scans:
+                return
+            try:
+                self.open(offer.contents(), offer.query, None, id_)
+            except DataError as error:
+                raise offer.without_paths(error) from error
+
     def of(self, visitor: str | None) -> list[Scan]:
         """The scans that a visitor may see, oldest first."""
         with self._lock:
             own = [scan for scan in self._scans.values() if scan.owner is None or scan.owner == visitor]
         return sorted(own, key=lambda scan: scan.created)
+
+    def _in_use(self) -> int:
+        idle = clock() - self._service.limits.idle_seconds
+        with self._lock:
+            kept = [id_ for id_ in self._scans if id_ not in self._service.offers]
+        return sum(used(self._folder / id_) >= idle for id_ in kept)
 
     def close(self, scan: Scan) -> None:
         """Delete a scan with its slices' sessions and files. BusyError while it is worked on."""
@@ -183,6 +213,7 @@ class Scans:
                 if self._stamp(session) is not None:
                     self._service.close_session(session)
             remove(self._folder / scan.id)
+            self._service.offers.pop(scan.id, None)
 
     def expire(self, _idle: float, asked: float) -> int:
         """Delete the scans that were last used before `asked`, in seconds since 1970; how many. For `Service.expire`:
@@ -261,16 +292,20 @@ class Scans:
         if session is None:
             image = self.image(scan, axis, index, window)
             session = self._service.open(image, scan.query, masks, owner=scan.owner)
-            with scan.lock:
-                scan.slices[axis, index] = session.id
-                self._save(scan)
+            try:
+                with self._changing(scan):
+                    scan.slices[axis, index] = session.id
+                    self._save(scan)
+            except BaseException:
+                self._service.close_session(session.id)
+                raise
         elif not self._agrees(scan, (axis, index), session):
             session.edit(masks, CARRIED)
         return session
 
     def ask(self, scan: Scan, query: str) -> None:
         """Another request for the whole scan, for slices that are opened from now on."""
-        with scan.lock:
+        with self._changing(scan):
             scan.query = check_query(query)
             self._save(scan)
 
@@ -294,8 +329,6 @@ class Scans:
             if not start:
                 raise DataError(f"{scan.name}: there is no mask here to carry on; make one first")
             self._through(scan, axis, ScriptedPolicy(_AS_IT_IS), keys, start)
-            scan.carried = True
-            self._save(scan)
 
     def find(self, scan: Scan, axis: str) -> None:
         """Let the agent look for what the scan's query names, in the whole volume; corrected slices stay as they are.
@@ -304,12 +337,10 @@ class Scans:
         """
         with self._at_work(scan, self._view(scan, axis).count):
             self._through(scan, axis, self._service.policy, None, None)
-            scan.found = True
-            self._save(scan)
 
     def undo(self, scan: Scan) -> None:
         """Take back what was carried or found last. DataError where there is nothing."""
-        with self._at_work(scan, 0), scan.lock:
+        with self._at_work(scan, 0), self._changing(scan):
             loaded = self._load(scan)
             if loaded.before is None:
                 raise DataError("nothing was carried on or found since the scan was loaded")
@@ -318,24 +349,24 @@ class Scans:
 
     def accept(self, scan: Scan) -> None:
         """A user says that the masks of the whole scan are right."""
-        with scan.lock:
+        with self._changing(scan):
             self._settled(scan)
             scan.accepted = self._stamps(scan)
             self._save(scan)
 
     # What comes of it.
 
-    def export(self, scan: Scan, folder: Path, kind: str) -> None:
-        """Write the masks into `folder`. kind: "nifti", one file a target; "seg", DICOM; "training", a data set.
+    def export(self, scan: Scan, folder: Path, name: str, kind: str) -> None:
+        """Write the masks that show something into `folder`. name: what files begin with. kind: "nifti", one file a
+        target; "seg", DICOM; "training", a data set.
 
-        DataError where the source is not DICOM and "seg" is asked for, or there is no mask.
+        DataError where the source is not DICOM and "seg" is asked for.
         """
         with scan.lock:
             loaded = self._settled(scan)
             masks = {name: mask for name, mask in loaded.masks.items() if mask.any()}
             if not masks:
-                raise DataError(f"{scan.name}: has no mask to export")
-            name = file_names([scan.name.removesuffix(".gz")])[0]
+                return
             make_folder(folder)
             if kind == "training":
                 view = self._view(scan, scan.axes[0].name)
@@ -372,6 +403,7 @@ class Scans:
         view = self._view(scan, axis)
 
         def count(_index: int) -> None:
+            self._service.go_on()
             done, of = scan.progress or (0, view.count)
             scan.progress = (min(done + 1, of), of)
 
@@ -381,7 +413,7 @@ class Scans:
             found = run_volume(
                 view, scan.query, policy, segmenter, keys=keys, recheck=recheck, start=start, on_slice=count
             )
-        with scan.lock:
+        with self._changing(scan):
             loaded = self._settled(scan)
             loaded.before = loaded.masks, dict(loaded.written)
             loaded.masks = {name: mask for name, mask in {**loaded.masks, **found.masks}.items() if mask.any()}
@@ -391,7 +423,26 @@ class Scans:
                 self._settled(scan)
             scan.doubted = sorted({(axis, one.slice) for one in found.carried if one.doubted})
             scan.accepted = None
+            scan.found, scan.carried = scan.found or start is None, scan.carried or start is not None
             self._save_masks(scan, loaded)
+
+    @contextmanager
+    def _changing(self, scan: Scan) -> Iterator[None]:
+        """Locked; what was changed in memory is as it was before where the block fails, as where the disk is full."""
+        with scan.lock:
+            loaded = self._loaded.get(scan.id)
+            facts = {name: getattr(scan, name) for name in _PLAIN} | {"slices": dict(scan.slices)}
+            held = None if loaded is None else (loaded.masks, dict(loaded.written), loaded.before)
+            try:
+                yield
+            except BaseException:
+                for name, value in facts.items():
+                    setattr(scan, name, value)
+                if loaded is not None and held is not None:
+                    loaded.masks, loaded.written, loaded.before = held
+                else:  # it is read again
+                    self._loaded.pop(scan.id, None)
+                raise
 
     @contextmanager
     def _at_work(self, scan: Scan, count: int) -> Iterator[None]:

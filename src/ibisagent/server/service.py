@@ -7,15 +7,11 @@ time, and what is deleted by itself follows one rule, see `Service.expire`.
 
 from __future__ import annotations
 
-import io
 import json
 import re
-import shutil
 import threading
-import time
 import uuid
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -24,7 +20,7 @@ from typing import Any, Protocol
 
 from ibisagent.domain import Case, Image, Mask, Masks, check_query
 from ibisagent.environment import MAX_TURNS, package_version, turn_limit
-from ibisagent.errors import ConfigError, DataError, TooLargeError
+from ibisagent.errors import ConfigError, DataError, PolicyError, TooLargeError
 from ibisagent.files import file_names, make_folder, write_whole
 from ibisagent.imaging import limits
 from ibisagent.imaging.images import read_image, read_masks
@@ -36,7 +32,9 @@ from ibisagent.query import target_of
 from ibisagent.segmenters import Segmenter
 from ibisagent.server.batching import SharedPolicy
 from ibisagent.server.jobs import Job, Jobs
-from ibisagent.server.storage import Ownership, note_use, trouble, used
+from ibisagent.server.offers import OfferedImage, OfferedScan
+from ibisagent.server.storage import Ownership, clock, note_use, remove, trouble, used
+from ibisagent.server.zips import zipped
 
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".dcm", ".mha", ".mhd", ".nrrd")
 _ID = re.compile(r"[0-9a-f]{32}")
@@ -45,6 +43,7 @@ PASSING_FILE = "passing"  # in that of another program, which does not come back
 READERS = 2  # uploads that are decoded at once: each may take some hundred megabytes for a moment
 LARGE_RUNS = 4  # one-shot runs at once on images as large as the limit; of smaller ones, accordingly more
 LOADED_IMAGES = 16  # as large as the limit, or accordingly more smaller ones: those of sessions that stay in memory
+IMAGES_PER_VISITOR = 50  # of a visitor of the page, for each session that the server takes
 IN_HAND_SECONDS = 60.0  # after its last use, in which a session is not put away to make room
 
 
@@ -60,7 +59,8 @@ class FullError(ConfigError):
 class Limits:
     """What one server takes. Sizes in bytes, pixels and voxels (see `limits`), times in seconds.
 
-    sessions: in use at a time. idle_seconds: without a use, after which something is idle, see `Service.expire`.
+    sessions: in use at a time; all that a visitor of the page opens count as one, and what is offered does not.
+    idle_seconds: without a use, after which something is idle, see `Service.expire`.
     delete_seconds: without a use, after which everything goes, whoever made it; None: never.
     """
 
@@ -113,12 +113,20 @@ class VolumeFormats(Protocol):
         """The volume in a file. DataError where it cannot be used."""
         ...
 
-    def segment(self, volume: VolumeLike, query: str, policy: Policy, segmenter: Segmenter) -> dict[str, Mask]:
-        """The masks of a volume on its own grid, by target."""
+    def segment(
+        self, volume: VolumeLike, query: str, policy: Policy, segmenter: Segmenter, on_slice: Callable[[int], None]
+    ) -> dict[str, Mask]:
+        """The masks of a volume on its own grid, by target. on_slice: called with slices that are done; may raise."""
         ...
 
     def click(
-        self, volume: VolumeLike, clicks: Sequence[VoxelClick], segmenter: Segmenter, *, through: bool
+        self,
+        volume: VolumeLike,
+        clicks: Sequence[VoxelClick],
+        segmenter: Segmenter,
+        on_slice: Callable[[int], None],
+        *,
+        through: bool,
     ) -> dict[str, Mask]:
         """The masks that a user's clicks ask for, by target. through: also beyond the slices that were clicked on."""
         ...
@@ -181,14 +189,17 @@ class Service:
         limits: Limits | None = None,
         volumes: VolumeFormats | None = None,
         address: str = "",
+        offers: Mapping[str, OfferedImage | OfferedScan] | None = None,
     ) -> None:
         """folder: where everything is kept; sessions and jobs of an earlier run that are in it come back.
 
         volumes: None where this server reads images alone. address: where it will be found, for whoever wants the
-        folder as well. Raises DataError where the folder cannot be written, ConfigError where another server has it.
+        folder as well. offers: what is there to be labelled, see `offers_of`. Raises DataError where the folder cannot
+        be written, ConfigError where another server has it.
         """
         self.limits = limits or Limits()
         self.segmenter, self.volumes = segmenter, volumes
+        self.offers = dict(offers or {})
         self.batches: list[int] = [0, 0]  # how many, and turns in them
         self.folder = Path(folder)
         if not self.folder.exists():
@@ -203,6 +214,7 @@ class Service:
         self._sessions: dict[str, Session | None] = {}
         self._touched: dict[str, float] = {}
         self._owners: dict[str, str] = {}  # of sessions that visitors of the page opened
+        self._unasked: set[str] = set()  # sessions that were opened, and that nobody has asked for since
         self._worked: set[str] = set()  # sessions that are known to hold somebody's work
         for kept in (self.folder / "sessions").iterdir():
             if not _ID.fullmatch(kept.name):
@@ -214,22 +226,32 @@ class Service:
                     self._owners[kept.name] = owner.read_text(errors="replace")
             else:
                 remove(kept)  # killed while it was opened
-        self._lock = threading.Lock()
+        self._lock, self._taking_up = threading.Lock(), threading.Lock()
         self._readers = threading.BoundedSemaphore(READERS)
+        self._stopping = threading.Event()
         self._room = _Room(LARGE_RUNS * self.limits.pixels)
         self._jobs = Jobs(self.folder / "jobs", self._segment_for_job)
         self.teaching: Teaching | None = None
         """What teaches the models, where they can be taught here."""
+        self.held: list[Callable[[], Collection[str]]] = []
+        """Sessions that are parts of something else, with which they stay and go."""
         self.also_expire: list[Callable[[float, float], int]] = []
         """Called by `expire` with two times, what was not used since goes: by the rule, and as was asked for."""
 
     def stop(self) -> None:
-        """Take over wherever the agent is at work, and begin no image of a job any more: what is done so far stays."""
+        """Take over wherever the agent is at work, and begin no image of a job, and no slice, any more: what is done so
+        far stays."""
+        self._stopping.set()
         self._jobs.stop()
         with self._lock:
             loaded = [session for session in self._sessions.values() if session is not None]
         for session in loaded:
             session.interrupt()
+
+    def go_on(self, _slice: int = 0) -> None:
+        """PolicyError where the server stops: asked between the slices of a volume."""
+        if self._stopping.is_set():
+            raise PolicyError("the server stops: the scan is as it was before")
 
     def close(self) -> None:
         """Stop the runs, the jobs and the model's thread, and let another server have the folder."""
@@ -356,11 +378,14 @@ class Service:
             raise _missing(id_)
 
     def session(self, id_: str) -> Session:
-        """An open session. MissingError where there is none (any more)."""
+        """An open session, or one of `offers`, which is opened by that. MissingError where there is none (any more)."""
+        if id_ not in self._sessions:
+            self._take_up(id_)
         with self._lock:
             if id_ not in self._sessions:
                 raise _missing(id_)
-            self._touched[id_] = time.time()
+            self._touched[id_] = clock()
+            self._unasked.discard(id_)
             session = self._sessions[id_]
             if session is None:
                 session = Session.load(self._folder_of(id_), self.segmenter, self.policy)
@@ -368,6 +393,26 @@ class Service:
                 self._make_room()
             note_use(self._folder_of(id_))
             return session
+
+    def _take_up(self, id_: str) -> None:
+        """Open what is offered under an id, once, whoever asks first."""
+        offer = self.offers.get(id_)
+        if not isinstance(offer, OfferedImage):
+            return
+        with self._taking_up:
+            if id_ in self._sessions:
+                return
+            with self.reading():
+                image, masks = offer.image()
+            folder = self._folder_of(id_)
+            try:
+                session = self._new(id_, image, offer.query, masks, folder)
+            except BaseException:
+                remove(folder)
+                raise
+            with self._lock:
+                self._sessions[id_], self._touched[id_] = session, clock()
+                self._make_room()
 
     def loaded(self, id_: str) -> Session | None:
         """A session if it is in memory; this does not count as a use of it."""
@@ -379,13 +424,19 @@ class Service:
         return self._folder_of(id_)
 
     def close_session(self, id_: str) -> None:
-        """Take over where it runs, forget it, and delete its files. MissingError where there is none."""
+        """Take over where it runs, forget it, and delete its files; what it was offered from stays, and is offered no
+        more. MissingError where there is none."""
+        self._delete_session(id_)
+        self.offers.pop(id_, None)
+
+    def _delete_session(self, id_: str) -> None:
         with self._lock:
             if id_ not in self._sessions:
                 raise MissingError(f"no session '{id_[:40]}' here")
             session = self._sessions.pop(id_)
             del self._touched[id_]
             self._owners.pop(id_, None)
+            self._unasked.discard(id_)
             self._worked.discard(id_)
         if session is not None:
             session.discard()
@@ -409,7 +460,7 @@ class Service:
         sessions of programs that nobody has acted in, or that are `passing`; jobs whose results were fetched; uploads
         that were never opened.
         """
-        now = time.time() if now is None else now
+        now = clock() if now is None else now
         idle = now - self.limits.idle_seconds
         asked = float("-inf") if self.limits.delete_seconds is None else now - self.limits.delete_seconds
         deleted = 0
@@ -419,10 +470,11 @@ class Service:
                 for id_, session in self._sessions.items()
                 if self._touched[id_] < max(idle, asked) and not (session is not None and session.running)
             ]
+        parts = {id_ for held in self.held for id_ in held()}
         for id_ in left:
-            if self._touched.get(id_, now) < asked or self._goes_when_idle(id_):
+            if id_ not in parts and (self._touched.get(id_, now) < asked or self._goes_when_idle(id_)):
                 with suppress(MissingError):  # somebody closed it meanwhile
-                    self.close_session(id_)
+                    self._delete_session(id_)
                     deleted += 1
             else:
                 self._put_away(id_, idle)
@@ -459,12 +511,13 @@ class Service:
     def _make_room(self) -> None:
         """Put away the sessions used longest ago where their images take too much memory. Under the lock."""
         room = LOADED_IMAGES * self.limits.pixels
-        in_hand = time.time() - IN_HAND_SECONDS
+        in_hand = clock() - IN_HAND_SECONDS
         for id_ in sorted(self._sessions, key=self._touched.__getitem__, reverse=True):
             session = self._sessions[id_]
             if session is not None:
                 room -= session.image.size[0] * session.image.size[1]
-                if room < 0 and self._touched[id_] < in_hand and not session.running:
+                unused = id_ in self._unasked or self._touched[id_] < in_hand
+                if room < 0 and unused and not session.running:
                     self._sessions[id_] = None
 
     def segment(self, image: Image, query: str, max_turns: int | None = None, start: Mask | None = None) -> Session:
@@ -497,12 +550,16 @@ class Service:
         id_ = uuid.uuid4().hex
         marks = {OWNER_FILE: owner, PASSING_FILE: "" if passing else None}
         with self._lock:
-            idle = time.time() - self.limits.idle_seconds
-            in_use = sum(last >= idle for last in self._touched.values())
+            idle = clock() - self.limits.idle_seconds
+            recent = (one for one, last in self._touched.items() if last >= idle and one not in self.offers)
+            in_use = len({self._owners.get(one, one) for one in recent} - {owner})
             if in_use >= self.limits.sessions:
                 raise FullError(f"there are {in_use} sessions in use, more are not taken: close one, or wait")
+            most = IMAGES_PER_VISITOR * self.limits.sessions
+            if owner is not None and sum(one == owner for one in self._owners.values()) >= most:
+                raise FullError(f"this browser has {most} images here, more are not taken: delete one")
             self._sessions[id_] = None  # its place
-            self._touched[id_] = time.time()
+            self._touched[id_] = clock()
             if owner is not None:
                 self._owners[id_] = owner
         try:
@@ -520,6 +577,7 @@ class Service:
             raise
         with self._lock:
             self._sessions[id_] = session
+            self._unasked.add(id_)
             self._make_room()
         return session
 
@@ -564,6 +622,10 @@ class Service:
     def results(self, id_: str) -> bytes:
         """A zip of what a job has made so far: masks, overlays, records."""
         return zipped(self._jobs.results(self.job(id_)))
+
+    def note_fetched(self, id_: str) -> None:
+        """Somebody has taken all results of a job that is over: from now on they go when they are idle."""
+        self._jobs.note_fetched(self.job(id_))
 
     def _segment_for_job(self, content: bytes, shown: str, job: Job, folder: Path, name: str) -> None:
         image = self.read_upload(content, shown)
@@ -619,45 +681,3 @@ def plain_name(name: str) -> str:
     """A client's file name, fit to be shown and recorded: its last part, one line of its last 100 characters."""
     last = name.replace("\\", "/").rpartition("/")[2]
     return "".join(letter if letter.isprintable() else "_" for letter in last)[-100:].strip() or "image"
-
-
-def zipped(folder: Path) -> bytes:
-    """The files of a folder and those below it as a zip, without hidden ones (what is being written)."""
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in sorted(folder.rglob("*")):
-            name = path.relative_to(folder)
-            if path.is_file() and not any(part.startswith(".") for part in name.parts):
-                archive.write(path, name)
-    return packed.getvalue()
-
-
-def export_zip(service: Service, session: Session) -> bytes:
-    """Masks, overlay, records and report of a session."""
-    folder = service.scratch()
-    try:
-        name = file_names([session.image.source or "image"])[0]
-        session.export(folder, name)
-        write_whole(session.report().encode(), folder / f"{name}_report.html")
-        return zipped(folder)
-    finally:
-        remove(folder)
-
-
-def training_zip(service: Service, session: Session) -> bytes:
-    """What `Session.export_training` writes. ConfigError where no user has corrected anything."""
-    folder = service.scratch()
-    try:
-        if not session.export_training(folder):
-            raise ConfigError("there is nothing to learn from: no turn of this session is a user's")
-        return zipped(folder)
-    finally:
-        remove(folder)
-
-
-def remove(path: Path) -> None:
-    """Delete a file or a folder with all in it, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from ibisagent.files import one_line, write_whole
 
 LOCK_FILE, OWNER_FILE = "server.lock", "server.json"
 LEAST_FREE = 2**20  # bytes below which no work is taken
+_STARTED = time.time() - time.monotonic()
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -62,6 +63,14 @@ def _owner(file: Path) -> str:
     return one_line(said, 200)
 
 
+def clock() -> float:
+    """Seconds since 1970, by which ages are counted: what the machine's clock said at the start, and the time since.
+
+    So whoever sets the clock of a running server forward makes nothing old.
+    """
+    return _STARTED + time.monotonic()
+
+
 def used(folder: Path) -> float:
     """When `folder` was last used, in seconds since 1970; 0 where it is gone. Its own time on the disk says so, which
     survives restarts."""
@@ -73,9 +82,18 @@ def used(folder: Path) -> float:
 
 def note_use(folder: Path) -> None:
     """`folder` is used now; one that is gone meanwhile stays gone."""
+    now = clock()
     try:
-        os.utime(folder)
+        os.utime(folder, (now, now))
     except FileNotFoundError:
+        return
+
+
+def keep_if_possible(content: bytes, path: Path) -> None:
+    """Write what can be made again at any time; where that fails, it is made again."""
+    try:
+        write_whole(content, path)
+    except DataError:
         return
 
 
@@ -100,3 +118,11 @@ def no_room(error: BaseException | None) -> str | None:
             return f"the server's disk cannot be written ({reason}): nothing was changed; try again when there is room"
         error = error.__cause__ or error.__context__
     return None
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder with all in it, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

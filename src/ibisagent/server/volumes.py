@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,12 +52,20 @@ class PackageVolumes:
         """As `volumes.read_volume`."""
         return ShownVolume(read_volume(path))
 
-    def segment(self, volume: VolumeLike, query: str, policy: Policy, segmenter: Segmenter) -> dict[str, Mask]:
+    def segment(
+        self, volume: VolumeLike, query: str, policy: Policy, segmenter: Segmenter, on_slice: Callable[[int], None]
+    ) -> dict[str, Mask]:
         """As `inference.volume.run_volume`, searching for the object."""
-        return dict(run_volume(SliceView(_package(volume)), query, policy, segmenter).masks)
+        return dict(run_volume(SliceView(_package(volume)), query, policy, segmenter, on_slice=on_slice).masks)
 
     def click(
-        self, volume: VolumeLike, clicks: Sequence[VoxelClick], segmenter: Segmenter, *, through: bool
+        self,
+        volume: VolumeLike,
+        clicks: Sequence[VoxelClick],
+        segmenter: Segmenter,
+        on_slice: Callable[[int], None],
+        *,
+        through: bool,
     ) -> dict[str, Mask]:
         """The clicks of a slice make its masks; through the others `inference.volume` carries them, where `through`."""
         view = SliceView(_package(volume))
@@ -72,6 +80,7 @@ class PackageVolumes:
             found = run_volume(
                 view, clicks[0].target, policy, segmenter,
                 keys=sorted(given), recheck=0, max_turns=longest, mask_selection="last",
+                on_slice=on_slice,
             )  # fmt: skip
             return dict(found.masks)
         masks: dict[str, Mask] = {}

@@ -9,7 +9,7 @@ import json
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,8 +22,10 @@ from ibisagent.files import file_names, make_folder, write_whole
 from ibisagent.imaging.masks import rle_area, rle_box
 from ibisagent.inference.rounds import SESSION_FILE, SessionSummary, State, summary_of
 from ibisagent.inference.session import IMAGE_FILE, Session
+from ibisagent.server.offers import Given
 from ibisagent.server.scans import Scan, Scans
-from ibisagent.server.service import Service, remove
+from ibisagent.server.service import Service
+from ibisagent.server.storage import keep_if_possible, remove
 
 ExportKind = Literal["coco", "png", "nifti", "seg", "training"]
 THUMBNAIL_SIDE = 160  # pixels
@@ -33,7 +35,8 @@ _THUMBNAIL, _RELIABILITY = "thumbnail.jpg", "reliability.json"
 @dataclass(frozen=True, slots=True)
 class Item:
     """One image or scan to label. reliability: the expected IoU of what the agent made of it, in [0, 1]; None where
-    that was not asked for, or a user has acted since. created: seconds since 1970."""
+    that was not asked for, or a user has acted since. created: seconds since 1970. opened: False where it is only
+    offered so far. given: what came with it, of a data set."""
 
     id: str
     kind: Literal["image", "scan"]
@@ -45,6 +48,8 @@ class Item:
     reliability: float | None
     running: bool
     created: float
+    opened: bool = True
+    given: Given = ""
 
 
 class Worklist:
@@ -58,8 +63,16 @@ class Worklist:
         """What a visitor may see, oldest first."""
         slices = self._scans.slice_sessions
         own = [id_ for id_ in self._service.ids_for(visitor) if id_ not in slices]
+        for gone in self._context.keys() - set(self._service.session_ids):
+            self._context.pop(gone, None)
         images = [item for item in map(self._image, own) if item is not None]
-        return sorted([*images, *map(self._scan, self._scans.of(visitor))], key=lambda item: item.created)
+        opened = {item.id: item for item in (*images, *map(self._scan, self._scans.of(visitor)))}
+        for id_, offer in list(self._service.offers.items()):
+            item = opened.get(id_) or Item(
+                id_, offer.kind, offer.name, offer.query, "new", 0, (), None, False, offer.created, opened=False
+            )
+            opened[id_] = replace(item, created=offer.created, given=offer.given)
+        return sorted(opened.values(), key=lambda item: item.created)
 
     def _image(self, id_: str) -> Item | None:
         folder = self._service.session_folder(id_)
@@ -93,19 +106,21 @@ class Worklist:
         found = signals(session.episodes()[-1], session.image, self._service.segmenter, beliefs=believed)
         score = round(Reliability.plain(tuple(found)).score(found), 4)
         if session.folder is not None:
-            write_whole(json.dumps({"turns": turns, "score": score}).encode(), session.folder / _RELIABILITY)
+            keep_if_possible(json.dumps({"turns": turns, "score": score}).encode(), session.folder / _RELIABILITY)
         return score
 
     def thumbnail(self, folder: Path, pixels: Callable[[], np.ndarray]) -> bytes:
         """A small JPEG of an image, made once. pixels: gives the image (H, W, 3)."""
         path = folder / _THUMBNAIL
-        if not path.is_file():
-            whole = pixels()
-            scale = THUMBNAIL_SIDE / max(whole.shape[:2])
-            size = [max(1, round(side * scale)) for side in whole.shape[1::-1]]
-            small = cv2.resize(whole, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-            write_whole(cv2.imencode(".jpg", small[..., ::-1])[1].tobytes(), path)
-        return path.read_bytes()
+        if path.is_file():
+            return path.read_bytes()
+        whole = pixels()
+        scale = THUMBNAIL_SIDE / max(whole.shape[:2])
+        size = [max(1, round(side * scale)) for side in whole.shape[1::-1]]
+        small = cv2.resize(whole, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+        content = cv2.imencode(".jpg", small[..., ::-1])[1].tobytes()
+        keep_if_possible(content, path)
+        return content
 
     # All that was accepted.
 
@@ -115,7 +130,8 @@ class Worklist:
 
         "coco": images, and annotations.json with run lengths; "png": masks, overlay and record of each image;
         "training": what `read_cases` and `sft` read. Of scans: "seg" is DICOM where the source is, all but "training"
-        give NIfTI for the others. ConfigError for another kind, or where nothing is accepted.
+        give NIfTI for the others; nothing of one in which nothing was found. ConfigError for another kind, or where
+        nothing is accepted.
         """
         if kind not in get_args(ExportKind):
             raise ConfigError(f"unknown format '{kind[:20]}': give one of {', '.join(get_args(ExportKind))}")
@@ -129,10 +145,12 @@ class Worklist:
         try:
             make_folder(folder)
             self._write_images(folder, [self._service.session(item.id) for item in images], kind)
-            for item in scans:
-                scan = self._scans.get(item.id, visitor)
+            opened = [self._scans.get(item.id, visitor) for item in scans]
+            for name, scan in zip(file_names([one.name.removesuffix(".gz") for one in opened]), opened, strict=True):
                 form = kind if kind == "training" or (kind == "seg" and scan.dicom) else "nifti"
-                self._scans.export(scan, folder if form == "training" else folder / "scans", form)
+                self._scans.export(scan, folder if form == "training" else folder / "scans", name, form)
+            if not any(folder.iterdir()):
+                raise ConfigError("nothing that is accepted shows a mask: there is nothing to export")
             yield _zip(folder, folder.with_suffix(".zip"))
         finally:
             remove(folder)

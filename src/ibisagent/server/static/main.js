@@ -30,7 +30,7 @@ async function open(item, push = true) {
   const address = item ? `/s/${item.id}` : "/";
   if (push && location.pathname !== address) history.pushState(null, "", address);
   queue.render();
-  if (!item) { stage.clear(); panel.render(); return say("Open an image to begin."); }
+  if (!item) { stage.clear(); panel.render(); return say(app.items.length ? "Choose an image to go on with, or open more." : "Open an image to begin."); }
   if (item.kind === "scan") await scan.openScan(item);
   else {
     const [image, view] = await Promise.all([fetchImage(`${queue.base(item)}/image`), get(queue.base(item))]);
@@ -40,6 +40,7 @@ async function open(item, push = true) {
     show(view);
   }
   if (turn !== opening) return;
+  item.opened = true;
   $("query").value = asked((app.scan || app.view).query) || $("query").value;
   levels.set(app.scan ? "auto" : "full", false);
   if (document.activeElement.matches("button, input[type=file]")) $("image").focus({ preventScroll: true });
@@ -114,7 +115,7 @@ async function run(turns) {
   if (item.running) return act("interrupt", {}, "You have taken over: click, or let the agent work again.");
   if (!$("query").value.trim()) { $("query").focus(); return say("Say what is to be segmented first.", "bad"); }
   const here = standing();
-  queue.askedFor(request());
+  if (!item.given) queue.askedFor(request());
   say("The agent is thinking ...", "busy");
   try {
     const { id } = await sessionOf(item, place);
@@ -330,4 +331,4 @@ async function begin() {
   queue.workAhead();
 }
 
-begin().catch(report);
+begin().catch((error) => { panel.render(); report(error); });

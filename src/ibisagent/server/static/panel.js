@@ -11,6 +11,7 @@ export function render() {
   const { view, item } = app, open = Boolean(item);
   $("welcome").hidden = open;
   document.body.classList.toggle("idle", !open);
+  document.body.classList.remove("loading");
   document.title = open ? `${item.name} - ibisagent` : "ibisagent";
   renderObjects();
   renderTurns();
@@ -84,16 +85,16 @@ function renderTurns() {
 const line = (by, what) => make("li", { className: by }, make("div", {}, make("b", { textContent: "You " }), make("span", { className: "act", textContent: what })));
 
 function turnLine(turn) {
-  const act = turn.problem ? `could not be read: ${turn.problem}` : turn.actions.map(described).join("; ");
+  const act = turn.problem ? `could not be read: ${turn.problem}` : turn.actions.map((action) => described(action, turn.by)).join("; ");
   const button = make("button", { title: "See the masks after this turn", onclick: () => acts.look(turn.number) });
   if (turn.predicted_quality !== null) button.append(make("span", { className: "score", title: "predicted quality", textContent: turn.predicted_quality.toFixed(2) }));
   button.append(make("b", { textContent: turn.by === "agent" ? "Agent " : "You " }), turn.thought, make("span", { className: "act", textContent: act }));
   return make("li", { className: `${turn.by}${app.looking === turn.number ? " looked" : ""}` }, button);
 }
 
-function described(action) {
+function described(action, by) {
   if (action.kind === "click") return `click ${action.positive ? "+" : "-"} (${action.x}, ${action.y}) ${action.target}`;
   if (action.kind === "box") return `box (${action.x0}, ${action.y0}) (${action.x1}, ${action.y1}) ${action.target}`;
   if (action.kind === "undo") return `undo ${action.steps}`;
-  return ["stop", ...action.absent.map((name) => `absent: ${name}`)].join(", ");
+  return [by === "user" ? "accepted" : "stop", ...action.absent.map((name) => `absent: ${name}`)].join(", ");
 }

@@ -34,18 +34,21 @@ export function listen(stage, acts) {
   }
 
   root.addEventListener("pointermove", (event) => {
-    const place = stage.at(event), tool = acts.tool();
-    if (pointers.has(event.pointerId)) {
-      const before = pointers.get(event.pointerId);
+    const before = pointers.get(event.pointerId), tool = acts.tool();
+    if (before && drag?.kind === "pan") { // nothing is asked of the layout, so that a frame stays cheap
+      pointers.set(event.pointerId, event);
+      return stage.pan(event.clientX - before.clientX, event.clientY - before.clientY);
+    }
+    const place = stage.at(event);
+    if (before) {
       if (drag?.kind === "pinch" && pointers.size === 2) pinch(event);
-      else if (drag?.kind === "pan") stage.pan(event.clientX - before.clientX, event.clientY - before.clientY);
       else if (drag?.kind === "levels") acts.levels(event.clientX - drag.x, event.clientY - drag.y, false);
       else if (drag?.kind === "box") stage.setMarks({ draft: boxed(drag.corner, place) });
       else if (drag?.kind === "stroke") for (const one of event.getCoalescedEvents()) stroke(drag, stage.at(one));
       pointers.set(event.pointerId, event);
     }
     const brush = tool === "brush" || tool === "eraser";
-    stage.setMarks({ cursor: brush && event.pointerType !== "touch" ? { ...place, radius: acts.radius() } : null });
+    if (brush || stage.cursor) stage.setMarks({ cursor: brush && event.pointerType !== "touch" ? { ...place, radius: acts.radius() } : null });
     acts.hover(!drag && stage.inside(place) ? place : null);
   });
 

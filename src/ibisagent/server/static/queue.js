@@ -102,7 +102,7 @@ async function send(kind, files) {
   const view = await call("POST", kind === "scan" ? "/v1/scans" : "/v1/sessions", form);
   const name = kind === "scan" ? view.name : view.image;
   const created = Date.now() / 1000;
-  return { id: view.id, kind, name, query: view.query, state: "new", turns: 0, reliability: null, running: false, created };
+  return { id: view.id, kind, name, query: view.query, state: "new", turns: 0, reliability: null, running: false, created, opened: true };
 }
 
 export async function openSample() {
@@ -163,14 +163,17 @@ export function render() {
 
 function thumb(item, element) {
   if (!element) {
-    const image = make("img", { src: `${base(item)}/thumbnail`, alt: "", loading: "lazy" });
+    const image = make("img", { alt: "", loading: "lazy" });
     const button = make("button", { onclick: () => open(item) }, image, make("span", { className: "state" }));
     if (item.kind === "scan") button.append(make("span", { className: "kind", textContent: "3D" }));
     button.append(make("span", { className: "name", textContent: item.name }), make("span", { className: "score" }));
     element = make("li", {}, button);
     element.dataset.id = item.id;
   }
-  const button = element.firstElementChild, busy = item.running ? " busy" : "";
+  const button = element.firstElementChild, small = button.firstElementChild;
+  // A scan is not read for its thumbnail alone, and is never copied for that.
+  if (!small.src && (item.opened || item.kind === "image")) small.src = `${base(item)}/thumbnail`;
+  const busy = item.running ? " busy" : "";
   const sure = item.reliability === null ? "" : Math.round(item.reliability * 100);
   const label = `${item.name}: ${item.running ? "the agent is at work" : STATES[item.state]}${sure === "" ? "" : `, reliability ${sure} %`}`;
   Object.assign(button, { className: item.state + busy, title: label, ariaLabel: label });
@@ -185,9 +188,10 @@ function thumb(item, element) {
 
 export function askedFor(query) { app.request = query; keep("request", query); }
 
-// The agent takes new images one after another, as long as they are there, with the last request.
+// The agent takes new images one after another, as long as they are there, with their own request, or the last one.
+// Masks that came with an image are for a user to correct, not for the agent.
 export function workAhead() {
-  while (ahead < AT_ONCE && $("ahead").checked && app.request) {
+  while (ahead < AT_ONCE && $("ahead").checked) {
     const next = row().concat(app.items).find((item) => isWaiting(item));
     if (!next) return;
     ahead += 1;
@@ -198,10 +202,10 @@ export function workAhead() {
   }
 }
 
-const isWaiting = (item) => item.kind === "image" && item.state === "new" && item !== app.item && !item.running && !item.failed;
+const isWaiting = (item) => item.kind === "image" && item.state === "new" && (item.given === "query" || (!item.given && app.request)) && item !== app.item && !item.running && !item.failed;
 
 async function runAhead(item) {
-  const { session } = await work(item, item.id, { query: app.request });
+  const { session } = await work(item, item.id, item.given ? {} : { query: app.request });
   if (app.item === item) changed(session);
   else update(item, session);
   if (item.state === "agent") await judge(item);

@@ -1,18 +1,22 @@
-// The image, its masks over it, and marks over both. The image and the masks are laid out at the size that they are
-// seen at and only moved by a transform, so that moving about is the compositor's work alone.
+// The image, its masks over it, and marks over both. The image is laid out at the size that it is seen at; masks and marks
+// are drawn at that size, some way beyond what is seen. All are only moved by a transform, so that moving about is the
+// compositor's work alone, and none of it is scaled at every frame.
 
 import { bars, fill, outline } from "/static/masks.js";
 
 const LARGEST = 64; // screen pixels of an image pixel
 const SHARP = 3; // from here on pixels are seen as squares
 const HANDLE = 7;
+const BEYOND = 256; // screen pixels on each side that masks and marks are drawn beyond what is seen
 
 export class Stage {
   constructor(root) {
     this.root = root;
     this.stage = root.appendChild(Object.assign(document.createElement("div"), { className: "stage" }));
-    this.overlay = document.createElement("canvas");
+    this.overlay = Object.assign(document.createElement("canvas"), { hidden: true }); // the masks, pixel by pixel
+    this.paint = root.appendChild(document.createElement("canvas"));
     this.marks = root.appendChild(document.createElement("canvas"));
+    this.drawn = { x: 0, y: 0 }; // where the image was when both were drawn
     this.shapes = new Map(); // by run lengths: bars and outline
     this.targets = [];
     this.prompts = [];
@@ -40,7 +44,7 @@ export class Stage {
   clear() {
     this.stage.replaceChildren();
     Object.assign(this, { image: null, width: 0, height: 0, targets: [], prompts: [] });
-    this.draw();
+    this.draw(true);
   }
 
   // targets: [{ name, mask, colour, hidden }]
@@ -55,8 +59,7 @@ export class Stage {
       if (!hidden) fill(context, shape.bars, colour);
     }
     this.shapes = used;
-    this.overlay.hidden = targets.every((one) => one.hidden); // nothing to move about
-    this.draw();
+    this.draw(true);
   }
 
   shape(mask) {
@@ -65,7 +68,7 @@ export class Stage {
     return shape;
   }
 
-  setOpacity(share) { this.opacity = share; this.overlay.style.opacity = share; this.draw(); }
+  setOpacity(share) { this.opacity = share; this.draw(true); }
 
   // What lies over the masks: prompts, draft (a box), stroke ({ points, radius, colour }), cursor ({ x, y, radius }),
   // cross ({ x, y }), preview ({ mask, colour }); those not named stay.
@@ -129,45 +132,85 @@ export class Stage {
 
   resized() {
     const { clientWidth, clientHeight } = this.root, ratio = window.devicePixelRatio || 1;
-    Object.assign(this.marks, { width: clientWidth * ratio, height: clientHeight * ratio });
+    const [width, height] = [clientWidth + 2 * BEYOND, clientHeight + 2 * BEYOND];
+    for (const canvas of [this.paint, this.marks]) {
+      Object.assign(canvas, { width: width * ratio, height: height * ratio });
+      Object.assign(canvas.style, { width: `${width}px`, height: `${height}px`, left: `${-BEYOND}px`, top: `${-BEYOND}px` });
+    }
     if (this.fitted || !this.width) this.fit();
-    this.draw();
+    this.draw(true);
   }
 
   laidOut() {
-    for (const part of [this.image, this.overlay]) {
-      part.style.width = `${this.width * this.scale}px`;
-      part.style.height = `${this.height * this.scale}px`;
-      part.classList.toggle("sharp", this.scale >= SHARP);
-    }
+    this.image.style.width = `${this.width * this.scale}px`;
+    this.image.style.height = `${this.height * this.scale}px`;
+    this.image.classList.toggle("sharp", this.scale >= SHARP);
     this.moved();
+    this.draw(true);
   }
 
-  moved() { this.stage.style.transform = `translate(${Math.round(this.x)}px, ${Math.round(this.y)}px)`; this.draw(); }
-  draw() { this.frame ??= requestAnimationFrame(() => { this.frame = null; this.drawMarks(); }); }
+  moved() {
+    const [x, y] = [Math.round(this.x), Math.round(this.y)], [dx, dy] = [x - this.drawn.x, y - this.drawn.y];
+    this.stage.style.transform = `translate(${x}px, ${y}px)`;
+    this.paint.style.transform = this.marks.style.transform = `translate(${dx}px, ${dy}px)`;
+    if (Math.max(Math.abs(dx), Math.abs(dy)) > BEYOND) this.draw();
+  }
+
+  // masks: whether they have changed as well, or how large they are seen.
+  draw(masks = false) {
+    this.stale ||= masks;
+    this.frame ??= requestAnimationFrame(() => {
+      const [x, y] = [Math.round(this.x), Math.round(this.y)];
+      this.stale ||= x !== this.drawn.x || y !== this.drawn.y;
+      this.drawn = { x, y };
+      this.paint.style.transform = this.marks.style.transform = "";
+      if (this.stale) this.drawMasks();
+      this.drawMarks();
+      this.frame = this.stale = null;
+    });
+  }
+
+  // A canvas with nothing on it, ready to be drawn on; or hidden, as even an empty one is laid over the image.
+  cleared(canvas, empty) {
+    canvas.hidden = empty;
+    const context = canvas.getContext("2d");
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    if (!empty) context.clearRect(0, 0, canvas.width, canvas.height);
+    return context;
+  }
+
+  drawMasks() {
+    const ratio = window.devicePixelRatio || 1, size = ratio * this.scale;
+    const empty = !this.width || !this.opacity || this.targets.every((one) => one.hidden);
+    const context = this.cleared(this.paint, empty);
+    if (empty) return;
+    context.globalAlpha = this.opacity;
+    context.imageSmoothingEnabled = this.scale < SHARP;
+    const [left, top] = [ratio * (this.drawn.x + BEYOND), ratio * (this.drawn.y + BEYOND)];
+    context.drawImage(this.overlay, left, top, this.width * size, this.height * size);
+  }
 
   drawMarks() {
-    const context = this.marks.getContext("2d"), ratio = window.devicePixelRatio || 1, { scale } = this;
-    context.setTransform(1, 0, 0, 1, 0, 0);
-    context.clearRect(0, 0, this.marks.width, this.marks.height);
-    if (!this.width) return;
-    const [left, top] = [ratio * Math.round(this.x), ratio * Math.round(this.y)];
+    const { preview, stroke: line, draft, cursor, cross, prompts, targets, scale } = this;
+    const outlined = this.opacity ? targets.filter((one) => !one.hidden) : [];
+    const empty = !this.width || !(preview || line || draft || cursor || cross || prompts.length || outlined.length);
+    const context = this.cleared(this.marks, empty), ratio = window.devicePixelRatio || 1;
+    if (empty) return;
+    const [left, top] = [ratio * (this.drawn.x + BEYOND), ratio * (this.drawn.y + BEYOND)];
     context.setTransform(ratio * scale, 0, 0, ratio * scale, left, top); // in pixels of the image
     context.lineCap = context.lineJoin = "round";
-    for (const { mask, colour, hidden } of this.opacity ? this.targets : []) {
-      if (!hidden) stroke(context, this.shape(mask).outline, colour, 1.5 / scale);
-    }
-    if (this.preview) stroke(context, this.preview.path, this.preview.colour, 2 / scale, [5 / scale, 4 / scale]);
-    if (this.stroke) stroke(context, way(this.stroke.points), this.stroke.colour, Math.max(1, 2 * this.stroke.radius));
+    for (const { mask, colour } of outlined) stroke(context, this.shape(mask).outline, colour, 1.5 / scale);
+    if (preview) stroke(context, preview.path, preview.colour, 2 / scale, [5 / scale, 4 / scale]);
+    if (line) stroke(context, way(line.points), line.colour, Math.max(1, 2 * line.radius));
     context.setTransform(ratio, 0, 0, ratio, left, top); // in those of the screen
-    for (const prompt of this.prompts) {
+    for (const prompt of prompts) {
       if (prompt.kind === "box") this.drawBox(context, prompt, prompt === this.editable);
       else this.drawClick(context, prompt);
     }
-    if (this.draft) this.drawBox(context, this.draft, false);
-    if (this.cursor) clear(context, disc(this.cursor.x * scale, this.cursor.y * scale, Math.max(1, this.cursor.radius * scale)), "#fff");
-    if (this.cross) {
-      const [x, y] = [(this.cross.x + 0.5) * scale, (this.cross.y + 0.5) * scale];
+    if (draft) this.drawBox(context, draft, false);
+    if (cursor) clear(context, disc(cursor.x * scale, cursor.y * scale, Math.max(1, cursor.radius * scale)), "#fff");
+    if (cross) {
+      const [x, y] = [(cross.x + 0.5) * scale, (cross.y + 0.5) * scale];
       const arms = [[1, 0], [-1, 0], [0, 1], [0, -1]].map(([dx, dy]) => [[x + dx * 4, y + dy * 4], [x + dx * 14, y + dy * 14]]);
       for (const arm of arms) clear(context, way(arm), "#fde047");
     }
