@@ -15,6 +15,7 @@ from ibisagent.cli.options import (
     DeviceOption,
     HostOption,
     IdleOption,
+    LearnOption,
     PolicyChoice,
     PolicyOption,
     SegmenterOption,
@@ -103,6 +104,7 @@ def api(
         list[str] | None, typer.Option(help="Web page that may use it as OHIF does: http://viewer:3000; repeat it.")
     ] = None,
     page: Annotated[bool, typer.Option(help="Also serve the web page.")] = False,
+    learn_every: LearnOption = None,
     open_browser: Annotated[bool, typer.Option("--open-browser", hidden=True)] = False,
 ) -> None:
     """Serve sessions, one-shot segmentation and batch jobs over HTTP, for programs, 3D Slicer, OHIF and agents (MCP).
@@ -119,7 +121,7 @@ def api(
         from ibisagent.server.service import Limits, Service
         from ibisagent.server.volumes import PackageVolumes
 
-        mounts = server.standard_mounts(page=page, labels=label or ["target"], studies=studies)
+        mounts = server.standard_mounts(page=page, labels=label or ["target"], studies=studies, learn_every=learn_every)
         writer = choice.load()
         limits = Limits(
             sessions=max_sessions,
@@ -155,6 +157,7 @@ def ui(
     host: HostOption = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8002,
     browser: Annotated[bool, typer.Option(help="Open the page in the web browser.")] = True,
+    learn_every: LearnOption = None,
 ) -> None:
     """The web page: open an image, say what to segment, watch the agent, correct it with your own clicks."""
     api(
@@ -165,6 +168,7 @@ def ui(
         host=host,
         port=port,
         page=True,
+        learn_every=learn_every,
         open_browser=browser,
     )
 

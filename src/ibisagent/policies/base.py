@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+
 from ibisagent.domain import Completion, Image, Observation
 from ibisagent.policies.vocabulary import Asked, Vocabulary
 
@@ -61,6 +63,15 @@ class Knowing(Protocol):
 
     def refine(self, observation: Observation) -> list[Completion]:
         """First turns to try where a mask was brought; none where `respond` is to begin."""
+        ...
+
+
+@runtime_checkable
+class Seeing(Protocol):
+    """A policy that may tell how it sees an image, so that images can be compared."""
+
+    def features(self, image: Image) -> np.ndarray | None:
+        """Mean features (F,) float32 of an image, whatever is asked of it; None where the model shows none."""
         ...
 
 

@@ -183,6 +183,10 @@ class MllmPolicy:
             seen: tuple[np.ndarray, np.ndarray] = self._model.see(**inputs.to(self._device, dtype=self._dtype))
         return seen
 
+    def features(self, image: Image) -> np.ndarray | None:
+        """The second of what `see` gives, which no query changes; None for other models than an ibis-nano."""
+        return self.see(image, "Segment the object.")[1] if hasattr(self._model, "see") else None
+
     def _answer(self, answers: Sequence[Answering]) -> list[Completion]:
         """Run them to their ends, asking the model for all that wait at once."""
         done: dict[int, Completion] = {}

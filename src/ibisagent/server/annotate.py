@@ -85,7 +85,8 @@ class FindRequest(StrictBody):
 
 class ItemView(BaseModel):
     """An image (a session) or a scan to label. reliability: the expected IoU where only the agent has acted, if it was
-    asked for. state: "new", "agent", "corrected" or "accepted". created: seconds since 1970."""
+    asked for. rank: its place among those that are most worth labelling, from 1. state: "new", "agent", "corrected" or
+    "accepted". created: seconds since 1970."""
 
     id: str
     kind: str
@@ -97,6 +98,7 @@ class ItemView(BaseModel):
     reliability: float | None
     running: bool
     created: float
+    rank: int | None
 
 
 class AxisView(BaseModel):
@@ -149,10 +151,10 @@ OwnScan = Annotated[Scan, Depends(_own_scan)]
 def mount_annotate(app: FastAPI, service: Service, threads: AgentThreads) -> None:
     """Add the addresses to the application."""
     scans = app.state.scans = Scans(service)
-    worklist = Worklist(service, scans)
+    worklist = app.state.worklist = Worklist(service, scans)
     _add_session_acts(app, service, worklist)
     _add_worklist(app, worklist)
-    _add_scans(app, scans, worklist, threads)
+    _add_scans(app, service, scans, worklist, threads)
 
 
 def _targets(masks: Masks) -> list[TargetView]:
@@ -241,7 +243,7 @@ def _scan_view(scans: Scans, scan: Scan) -> ScanView:
     return ScanView(axes=axes, state=scans.state(scan), can_undo=scans.can_undo(scan), **plain)
 
 
-def _add_scans(app: FastAPI, scans: Scans, worklist: Worklist, threads: AgentThreads) -> None:
+def _add_scans(app: FastAPI, service: Service, scans: Scans, worklist: Worklist, threads: AgentThreads) -> None:
     router = APIRouter(prefix="/v1/scans", tags=["scans"])
 
     @router.post("", status_code=201)
@@ -290,11 +292,11 @@ def _add_scans(app: FastAPI, scans: Scans, worklist: Worklist, threads: AgentThr
         pixels = lambda: scans.image(scan, main.name, main.count // 2, "auto").pixels  # noqa: E731
         return Response(worklist.thumbnail(scans.folder(scan), pixels), media_type="image/jpeg", headers=KEPT)
 
-    _add_scan_acts(router, scans, threads)
+    _add_scan_acts(router, service, scans, threads)
     app.include_router(router)
 
 
-def _add_scan_acts(router: APIRouter, scans: Scans, threads: AgentThreads) -> None:
+def _add_scan_acts(router: APIRouter, service: Service, scans: Scans, threads: AgentThreads) -> None:
     @router.post("/{id}/session")
     def session(scan: OwnScan, asked: PlaceRequest) -> SessionView:
         """The session of a slice, to act in; opened if need be, with the masks that the volume has there."""
@@ -329,4 +331,5 @@ def _add_scan_acts(router: APIRouter, scans: Scans, threads: AgentThreads) -> No
     def accept(scan: OwnScan) -> ScanView:
         """A user says that the masks of the whole scan are right."""
         scans.accept(scan)
+        service.note_label()
         return _scan_view(scans, scan)

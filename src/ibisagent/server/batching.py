@@ -7,10 +7,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
+import numpy as np
+
 from ibisagent.domain import Completion, Image, Observation
 from ibisagent.environment import turn_limit
 from ibisagent.errors import PolicyError
-from ibisagent.policies.base import Knowing, Policy
+from ibisagent.policies.base import Knowing, Policy, Seeing
 from ibisagent.policies.vocabulary import Asked, Vocabulary
 
 MAX_BATCH = 16
@@ -37,9 +39,8 @@ class SharedPolicy:
     ) -> None:
         """max_turns: bounds the policy's own limit of turns. on_batch: called with the size of
         every batch."""
-        self.inner = policy
-        self.name, self.dialect = policy.name, policy.dialect
-        self.max_turns = min(turn_limit(policy), max_turns or turn_limit(policy))
+        self._most_turns = max_turns
+        self.switch(policy)
         self._max_batch, self._on_batch = max_batch, on_batch
         self._waiting: deque[tuple[Observation, Future[Completion]]] = deque()
         self._arrived = threading.Condition()
@@ -47,6 +48,11 @@ class SharedPolicy:
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="policy", daemon=True)
         self._thread.start()
+
+    def switch(self, policy: Policy) -> None:
+        """Let another policy answer from the next batch on; what waits goes to it, and nobody is refused."""
+        self.inner, self.name, self.dialect = policy, policy.name, policy.dialect
+        self.max_turns = min(turn_limit(policy), self._most_turns or turn_limit(policy))
 
     @property
     def waiting(self) -> int:
@@ -75,6 +81,10 @@ class SharedPolicy:
     def refine(self, observation: Observation) -> list[Completion]:
         """As the policy itself, apart from the batches."""
         return self.inner.refine(observation) if isinstance(self.inner, Knowing) else []
+
+    def features(self, image: Image) -> np.ndarray | None:
+        """As the policy itself, apart from the batches; None where it shows none."""
+        return self.inner.features(image) if isinstance(self.inner, Seeing) else None
 
     def describe(self) -> dict[str, str]:
         """As the policy itself."""

@@ -9,15 +9,17 @@ import json
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import cv2
 import numpy as np
 
+from ibisagent.environment import package_version
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.evaluation.reliability import FREE_SIGNALS, Reliability, signals
+from ibisagent.evaluation.selection import Candidate, choose, features_of
 from ibisagent.files import file_names, make_folder, write_whole
 from ibisagent.imaging.masks import rle_area, rle_box
 from ibisagent.inference.rounds import SESSION_FILE, SessionSummary, State, summary_of
@@ -27,13 +29,16 @@ from ibisagent.server.service import Service, remove
 
 ExportKind = Literal["coco", "png", "nifti", "seg", "training"]
 THUMBNAIL_SIDE = 160  # pixels
+RANKED = 50  # of the images that the agent has done: the most that one labels before they are ranked anew
 _THUMBNAIL, _RELIABILITY = "thumbnail.jpg", "reliability.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
     """One image or scan to label. reliability: the expected IoU of what the agent made of it, in [0, 1]; None where
-    that was not asked for, or a user has acted since. created: seconds since 1970."""
+    that was not asked for, or a user has acted since. rank: its place, from 1, among those that are most worth
+    labelling, see `selection`; None for others. created: seconds since 1970. stamp: when it was last changed, in
+    nanoseconds."""
 
     id: str
     kind: Literal["image", "scan"]
@@ -45,6 +50,8 @@ class Item:
     reliability: float | None
     running: bool
     created: float
+    stamp: int
+    rank: int | None = None
 
 
 class Worklist:
@@ -53,13 +60,34 @@ class Worklist:
     def __init__(self, service: Service, scans: Scans) -> None:
         self._service, self._scans = service, scans
         self._context: dict[str, tuple[int, SessionSummary]] = {}
+        self._eye = service.policy.inner  # by whose features images are compared, whatever is taught meanwhile
+        self._eye_is = f"{self._eye.name} {package_version()}"
+        self._features: dict[str, np.ndarray] = {}
 
     def items(self, visitor: str | None) -> list[Item]:
         """What a visitor may see, oldest first."""
+        return self._ranked(self._items(self._service.ids_for(visitor), self._scans.of(visitor)))
+
+    def of_everybody(self) -> list[Item]:
+        """All that there is, oldest first."""
+        return self._items(self._service.session_ids, self._scans.all)
+
+    def _items(self, ids: Sequence[str], scans: Sequence[Scan]) -> list[Item]:
         slices = self._scans.slice_sessions
-        own = [id_ for id_ in self._service.ids_for(visitor) if id_ not in slices]
-        images = [item for item in map(self._image, own) if item is not None]
-        return sorted([*images, *map(self._scan, self._scans.of(visitor))], key=lambda item: item.created)
+        images = [item for id_ in ids if id_ not in slices and (item := self._image(id_)) is not None]
+        return sorted([*images, *map(self._scan, scans)], key=lambda item: item.created)
+
+    def _ranked(self, items: Sequence[Item]) -> list[Item]:
+        known = {item.id: self._features[item.id] for item in items if item.id in self._features}
+        candidates = [
+            Candidate(item.id, item.reliability, known[item.id])
+            for item in items
+            if item.reliability is not None and item.id in known
+        ]
+        labelled = [known[item.id] for item in items if item.state in ("corrected", "accepted") and item.id in known]
+        chosen = choose(candidates, RANKED, labelled)
+        ranks = {one.name: rank for rank, one in enumerate(chosen, 1)}
+        return [replace(item, rank=ranks.get(item.id)) for item in items]
 
     def _image(self, id_: str) -> Item | None:
         folder = self._service.session_folder(id_)
@@ -74,26 +102,40 @@ class Worklist:
         seen = known[1]
         session = self._service.loaded(id_)
         running = session is not None and session.running
-        score = _kept_score(folder, seen.turns) if seen.state == "agent" else None
+        kept = self._kept_score(id_, stamp)
+        score = kept if seen.state == "agent" else None
         return Item(
-            id_, "image", seen.source, seen.query, seen.state, seen.turns, seen.objects, score, running, created
+            id_, "image", seen.source, seen.query, seen.state, seen.turns, seen.objects, score, running, created, stamp
         )
 
     def _scan(self, scan: Scan) -> Item:
         state, running = self._scans.state(scan), scan.progress is not None
-        return Item(scan.id, "scan", scan.name, scan.query, state, len(scan.slices), (), None, running, scan.created)
+        turns, stamp = len(scan.slices), self._scans.changed(scan)
+        return Item(scan.id, "scan", scan.name, scan.query, state, turns, (), None, running, scan.created, stamp)
 
     def reliability(self, session: Session) -> float:
-        """The expected IoU of the masks of a session, see `reliability`; kept until its next turn. SegmenterError."""
-        turns = len(session.steps)
-        known = None if session.folder is None else _kept_score(session.folder, turns)
+        """The expected IoU of the masks of a session, see `reliability`; kept until it changes. SegmenterError."""
+        stamp = 0 if session.folder is None else (session.folder / SESSION_FILE).stat().st_mtime_ns
+        known = None if session.folder is None else self._kept_score(session.id, stamp)
         if known is not None:
             return known
         found = signals(session.episodes()[-1], session.image, self._service.segmenter)
         score = round(Reliability.plain(FREE_SIGNALS).score(found), 4)
         if session.folder is not None:
-            write_whole(json.dumps({"turns": turns, "score": score}).encode(), session.folder / _RELIABILITY)
+            self._features[session.id] = features = features_of(self._eye, session.image)
+            kept = {"stamp": stamp, "score": score, "by": self._eye_is, "features": features.tolist()}
+            write_whole(json.dumps(kept).encode(), session.folder / _RELIABILITY)
         return score
+
+    def _kept_score(self, id_: str, stamp: int) -> float | None:
+        """The score as it was when the session's file was of `stamp`. What the image looks like is remembered."""
+        try:
+            kept = json.loads((self._service.session_folder(id_) / _RELIABILITY).read_bytes())
+            if kept["by"] == self._eye_is:
+                self._features.setdefault(id_, np.array(kept["features"], dtype=np.float32))
+            return float(kept["score"]) if kept["stamp"] == stamp else None
+        except (OSError, ValueError, KeyError, TypeError):  # never asked for, or cut off
+            return None
 
     def thumbnail(self, folder: Path, pixels: Callable[[], np.ndarray]) -> bytes:
         """A small JPEG of an image, made once. pixels: gives the image (H, W, 3)."""
@@ -175,14 +217,6 @@ def _coco(names: Sequence[str], sessions: Sequence[Session]) -> dict[str, Any]:
                 )
     named = [{"id": number, "name": name} for name, number in categories.items()]
     return {"images": images, "annotations": annotations, "categories": named}
-
-
-def _kept_score(folder: Path, turns: int) -> float | None:
-    try:
-        kept = json.loads((folder / _RELIABILITY).read_bytes())
-        return float(kept["score"]) if kept["turns"] == turns else None
-    except (OSError, ValueError, KeyError, TypeError):  # never asked for, or cut off
-        return None
 
 
 def _zip(folder: Path, path: Path) -> Path:
