@@ -356,7 +356,7 @@ def _verdict_on(one: dict[str, Any]) -> str:
         images = f"{one['images']} image{'s' * (one['images'] != 1)}"
         if one["kept"]:
             return f"{name}: learned from {images}, not checked; the new agent is used."
-        return f"{name}: {images} are too few to tell; the old agent is kept."
+        return f"{name}: {images}, too little to tell; the old agent is kept."
     if one["kept"]:
         return f"{name}: {before:.2f} -> {after:.2f} on your images; the new agent is used."
     return f"{name}: not better on your images ({before:.2f} -> {after:.2f}); the old agent is kept."

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from fastapi import FastAPI
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
+from ibisagent.policies import Policy, load_policy
 from ibisagent.server.app import AgentThreads
 from ibisagent.server.lessons import Lessons
 from ibisagent.server.service import Service
-from ibisagent.server.teaching import LEAST, Teacher, TeachingState
+from ibisagent.server.teaching import LEAST, PROCESS, Teacher, TeachingState
 
 
 class TeachingView(BaseModel):
@@ -37,15 +38,21 @@ class TeachingView(BaseModel):
 
 
 def mount_teaching(
-    app: FastAPI, service: Service, _threads: AgentThreads, *, learn_every: int | None = None
+    app: FastAPI,
+    service: Service,
+    _threads: AgentThreads,
+    *,
+    learn_every: int | None = None,
+    process: Sequence[str] = PROCESS,
+    load: Callable[[str], Policy] = load_policy,
 ) -> Callable[[], AbstractAsyncContextManager[None]]:
     """Add the addresses, and the teacher as `service.teaching`; after the mounts of the page's API and MONAI Label.
 
-    What it returns takes up what an earlier run of the server left. learn_every: see `Teacher`.
+    What it returns takes up what an earlier run of the server left. learn_every, process, load: see `Teacher`.
     """
     state = app.state
     lessons = Lessons(service, state.worklist, state.scans, state.monai_images)
-    teacher = service.teaching = Teacher(service, lessons, learn_every=learn_every)
+    teacher = service.teaching = Teacher(service, lessons, learn_every=learn_every, process=process, load=load)
 
     def view() -> TeachingView:
         now, step = teacher.now, teacher.progress
