@@ -15,7 +15,7 @@ from ibisagent.imaging.masks import iou
 from ibisagent.inference.image import asked_facts, asked_objects, run_case
 from ibisagent.inference.session import Session
 from ibisagent.policies.one_by_one import answering, refinements, sentence_for, understood
-from ibisagent.policies.vocabulary import Asked, Look, Vocabulary
+from ibisagent.policies.vocabulary import Asked, Look, Presence, Vocabulary
 from ibisagent.segmenters import load_segmenter
 
 SIZE = 64
@@ -29,9 +29,7 @@ VOCABULARY = Vocabulary(
     possible={"optic disc": (0,), "optic cup": (0,), "soft exudate": (0,), "liver": (1,)},
     weights=np.zeros((2, 1), np.float32),
     biases=np.array([8.0, 0.0], np.float32),
-    slope=1.0,
-    shift=0.0,
-    absent_below=0.2,
+    usual=Presence(slope=1.0, shift=0.0, absent_below=0.2),
 )
 
 

@@ -135,17 +135,17 @@ def test_what_was_accepted_teaches_and_the_new_agent_answers(world: World) -> No
         assert told["state"] == "done"
         assert told["said"] == "bright box: 0.41 -> 0.67 on your images; the new agent is used."
         assert Path(told["folder"]) == world.folder / "data" / "agents" / "1"
-        assert service.policy.name == told["folder"]
+        assert (service.policy.name, world.loaded) == ("agents/1", [told["folder"]])
         assert world.seen == {"bright box": 4}
         assert not (world.folder / "data" / "teaching" / "data").exists()  # no copy of anybody's images stays
         ended = web.post(f"/v1/sessions/{open_session}/run", json={"query": "bright box"})
         assert ended.json()["ended"] == "stopped"  # by the new agent, in the session that was open
         assert (told["labelled"], told["new"]) == (4, 0)
     with world.served() as (web, service):  # it is still there tomorrow
-        assert service.policy.name == told["folder"]
+        assert service.policy.name == "agents/1"
         assert web.get("/v1/teaching").json()["agent"] == 1
         assert web.delete("/v1/teaching/agent").json()["agent"] == 0
-        assert service.policy.name != told["folder"]
+        assert service.policy.name == "scripted"
         assert web.delete("/v1/teaching/agent").status_code == 422
 
 
@@ -156,7 +156,7 @@ def test_the_old_agent_is_kept_where_the_new_one_is_not_better(world: World) -> 
         before = service.policy.name
         web.post("/v1/teaching")
         told = after(web)
-        assert "not better on your images (0.41 -> 0.67); the old agent is kept" in told["said"]
+        assert "not surely better on your images (0.41 -> 0.67); the old agent is kept" in told["said"]
         assert (told["agent"], service.policy.name) == (0, before)
         assert not list((world.folder / "data" / "agents").iterdir())
 
@@ -289,7 +289,7 @@ def test_the_queue_ranks_what_teaches_most_and_old_scores_go_with_the_old_masks(
     ("changes", "said"),
     [
         ({}, "lesion: 0.41 -> 0.67 on your images; the new agent is used."),
-        ({"kept": False}, "lesion: not better on your images (0.41 -> 0.67); the old agent is kept."),
+        ({"kept": False}, "lesion: not surely better on your images (0.41 -> 0.67); the old agent is kept."),
         ({"before": None, "after": None}, "lesion: learned from 3 images, not checked; the new agent is used."),
         ({"before": None, "kept": False, "images": 1}, "lesion: 1 image, too little to tell; the old agent is kept."),
     ],

@@ -235,8 +235,16 @@ def _request(phrase: str, names: Collection[str]) -> Request:
     return Request(name, _spelling(name.lower()), known=False, nearest=_nearest(name, names))
 
 
+def known_as(name: str, names: Collection[str]) -> str | None:
+    """Which of `names` a name means: itself, a synonym's, or one written otherwise; None where it means none."""
+    found = _lookup(" ".join(name.split()), names)
+    return found[0] if found else None
+
+
 def _lookup(phrase: str, names: Collection[str]) -> tuple[str, str] | None:
     """(the learned name that a phrase means, the phrase without words around it); None where it means none."""
+    if phrase in names:
+        return phrase, phrase
     table = _table()
     for surface in _surfaces(phrase, table):
         if surface in table["abbreviations"] and (name := table["abbreviations"][surface]) in names:

@@ -23,7 +23,7 @@ from ibisagent.datasets import biomedparse, coco, decathlon, medsegbench, samed2
 from ibisagent.datasets.biomedparse import IMAGE_SUFFIXES
 from ibisagent.datasets.manifests import COLUMNS, read_manifest
 from ibisagent.datasets.members import read_json
-from ibisagent.datasets.rows import CaseRow, CaseSource, refuse_duplicates, split_by_patient, split_kind
+from ibisagent.datasets.rows import CaseRow, CaseSource, EmptyMaskError, refuse_duplicates, split_by_patient, split_kind
 from ibisagent.errors import ConfigError, DataError
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "INDEX_NAME",
     "CaseRow",
     "CaseSource",
+    "EmptyMaskError",
     "Layout",
     "cases_to_judge",
     "layout_of",

@@ -31,6 +31,10 @@ _NOT_SAID = ("image", "mask", "where", "licence", "area")
 """Fields of a row from which nothing follows but where its files are, and what can be measured on them."""
 
 
+class EmptyMaskError(DataError):
+    """A mask that shows nothing: either a slip, or what its maker means by "absent"."""
+
+
 @dataclass(frozen=True, slots=True)
 class CaseRow:
     """One image-mask pair before any pixel is read. Texts are "" and `area` is None where nothing is known.
@@ -244,7 +248,9 @@ def _read_ground_truth(row: CaseRow, size: tuple[int, int] | None = None) -> Mas
     size = size or (int(mask.shape[0]), int(mask.shape[1]))
     if mask.shape == size and not mask.any():
         value = "" if row.label is None else f" (label {row.label})"
-        raise DataError(f"{where}: shows no '{row.object}'{value}; empty its mask cell in a manifest if it is absent")
+        raise EmptyMaskError(
+            f"{where}: shows no '{row.object}'{value}; empty its mask cell in a manifest if it is absent"
+        )
     if mask.shape != size:
         (height, width), (image_height, image_width) = mask.shape, size
         raise DataError(

@@ -20,6 +20,7 @@ import wrapt
 
 from ibisagent.domain import Case
 from ibisagent.errors import ConfigError
+from ibisagent.policies.agents import AGENT_FILE
 from ibisagent.policies.base import Policy
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ POLICIES: Mapping[str, str] = MappingProxyType(
         "ibis-nano": "our small model; its weights come with the package",
         "mllm:<folder or hub id>": "any Hugging Face image-text-to-text model: mllm:Qwen/Qwen2.5-VL-7B-Instruct, "
         "mllm:manglu3935/IBIS/qwen2_5vl-7b-RL; a bare folder or hub id means the same",
+        "<folder of an agent>": "what `ibisagent teach` made: experts for taught objects, the old policy for all others",
         "endpoint:<base url>#<model>": "any OpenAI-compatible chat server; its key is read from IBIS_API_KEY",
         "oracle": "clicks where an expert who sees the ground truth would (the ceiling)",
         "oracle-box": "the true bounding box, nothing else; with the segmenter ellipse: what a box alone is worth",
@@ -80,6 +82,8 @@ def load_policy(
     kind, _, rest = spec.partition(":")
     sampling: dict[str, Any] = {"dialect": dialect, "history": history, "max_new_tokens": max_new_tokens}
     sampling |= {"temperature": temperature, "seed": seed}
+    loading: dict[str, Any] = {"device": device, "dtype": dtype, "adapter": adapter, "batch_size": batch_size}
+    loading |= {"max_pixels": max_pixels, "prompts": prompts, **sampling}
     if (candidates or 1) > 1 and (kind in ("endpoint", "scripted", "one-shot") or spec in _WITHOUT_PROPOSALS):
         raise ConfigError(f"policy '{spec}' proposes no first turns to choose from: leave candidates out")
     if kind == "endpoint":
@@ -100,19 +104,7 @@ def load_policy(
     if kind == "one-shot" and rest:
         from ibisagent.policies.baselines import OneShotPolicy
 
-        return OneShotPolicy(
-            load_policy(
-                rest,
-                device=device,
-                dtype=dtype,
-                adapter=adapter,
-                batch_size=batch_size,
-                max_pixels=max_pixels,
-                prompts=prompts,
-                cases=cases,
-                **sampling,
-            )
-        )
+        return OneShotPolicy(load_policy(rest, cases=cases, **loading))
     if spec in ("oracle", "oracle-box"):
         from ibisagent.policies.oracle import OraclePolicy
 
@@ -127,21 +119,19 @@ def load_policy(
     is_model = spec == "ibis-nano" or kind == "mllm" or _HUB_ID.fullmatch(spec) or Path(spec).is_dir()
     if not spec or not is_model:
         raise ConfigError(f"unknown policy '{spec}': give one of {', '.join(POLICIES)}")
+    source = source_of(spec)
+    if (Path(source) / AGENT_FILE).is_file():
+        from ibisagent.policies.taught import load_agent
+
+        return load_agent(Path(source), spec, candidates=candidates, **loading)
     from ibisagent.policies.mllm import MllmPolicy
 
-    source = str(NANO_FOLDER) if spec == "ibis-nano" else rest if kind == "mllm" else spec
-    return MllmPolicy(
-        source,
-        name=spec,
-        adapter=adapter,
-        device=device,
-        dtype=dtype,
-        batch_size=batch_size,
-        max_pixels=max_pixels,
-        candidates=candidates,
-        prompts=prompts,
-        **sampling,
-    )
+    return MllmPolicy(source, name=spec, candidates=candidates, **loading)
+
+
+def source_of(spec: str) -> str:
+    """The folder or hub id of the model that `spec` names: "ibis-nano", "mllm:FOLDER", or FOLDER."""
+    return str(NANO_FOLDER) if spec == "ibis-nano" else spec.removeprefix("mllm:")
 
 
 _ENTRANCES = {

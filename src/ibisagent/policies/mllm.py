@@ -33,14 +33,13 @@ from ibisagent.domain import Completion, Image, Observation, Wording
 from ibisagent.errors import ConfigError, IbisError, PolicyError
 from ibisagent.files import one_line
 from ibisagent.policies.base import MAX_NEW_TOKENS, is_public
-from ibisagent.policies.one_by_one import Answering, answering, refinements, sentence_for, understood
-from ibisagent.policies.vocabulary import Asked, Look, Vocabulary
+from ibisagent.policies.one_by_one import OneByOne
+from ibisagent.policies.vocabulary import Look, Vocabulary
 from ibisagent.policies.wording import read_wording, wording_facts
 from ibisagent.protocol import DIALECTS, History, Message, OverlayStyle, render
 
 PROPOSAL_TEMPERATURE = 0.5
 KEPT_LOOKS = 64
-MAX_TURNS_OF_ONE = 5  # for each of several objects, where the model states no limit
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
@@ -63,7 +62,7 @@ class Generation:
     finished: bool
 
 
-class MllmPolicy:
+class MllmPolicy(OneByOne):
     """A multimodal language model from a folder or the Hugging Face hub, batched and left-padded.
 
     source: a folder that `save_pretrained` wrote, or a hub id ("owner/name", "owner/name/sub/folder"). adapter: a PEFT
@@ -79,8 +78,9 @@ class MllmPolicy:
     candidates: replies that `propose` gives; None takes `config.candidates`, else 1. name: how `load_policy` was asked
     for it.
 
-    Safe to call from several threads; calls queue. Raises ConfigError for options that do not exist or fit and
-    PolicyError for missing or damaged weights and for lack of memory.
+    With a vocabulary (`objects.json` beside the weights) the model is asked for one object after another, see
+    `one_by_one`. Safe to call from several threads; calls queue. Raises ConfigError for options that do not exist or fit
+    and PolicyError for missing or damaged weights and for lack of memory.
     """
 
     def __init__(
@@ -141,39 +141,6 @@ class MllmPolicy:
         self.vocabulary = Vocabulary.read(self._folder)
         self._looks: OrderedDict[tuple[str, str], Look] = OrderedDict()
 
-    def respond(self, observations: Sequence[Observation]) -> list[Completion]:
-        """One completion per observation, in order; `seconds` is the time of the batch divided by its size.
-
-        With a vocabulary (`objects.json` beside the weights) the model is asked for one object after another, see
-        `one_by_one`. ConfigError for a query that does not settle what is asked for.
-        """
-        vocabulary = self.vocabulary
-        if vocabulary is None:
-            return self._write(observations)
-        limit = self.max_turns or MAX_TURNS_OF_ONE
-        return self._answer(
-            [answering(observation, vocabulary, self._look, self.dialect, limit) for observation in observations]
-        )
-
-    def refine(self, observation: Observation) -> list[Completion]:
-        """First turns to try where a mask was brought, see `one_by_one.refinements`; none where there is no choice.
-
-        Raises as `respond`.
-        """
-        if self.vocabulary is None:
-            return []
-        found = refinements(observation, self.vocabulary, self._look, self.dialect)
-        return [] if found is None else [found[0], *self._answer([found[1]])]
-
-    def about(self, image: Image, query: str) -> tuple[Asked, ...]:
-        """What is known of the objects that a query asks for, before any turn; none where no object is named, or the
-        model declares no names. ConfigError as `respond`."""
-        vocabulary = self.vocabulary
-        if vocabulary is None:
-            return ()
-        requests = understood(image, query, vocabulary, self._look)
-        return tuple(vocabulary.asked(one, self._look(image, sentence_for(one))) for one in requests)
-
     def see(self, image: Image, query: str) -> tuple[np.ndarray, np.ndarray]:
         """What an ibis-nano sees in an image before any turn: the map of the object that `query` asks for, as logits
         (L, L), and the image's mean features (F,). PolicyError when the model fails."""
@@ -187,23 +154,7 @@ class MllmPolicy:
         """The second of what `see` gives, which no query changes; None for other models than an ibis-nano."""
         return self.see(image, "Segment the object.")[1] if hasattr(self._model, "see") else None
 
-    def _answer(self, answers: Sequence[Answering]) -> list[Completion]:
-        """Run them to their ends, asking the model for all that wait at once."""
-        done: dict[int, Completion] = {}
-        waiting: dict[int, Observation] = {}
-        said: dict[int, Completion | None] = dict.fromkeys(range(len(answers)))
-        while said:
-            for number, completion in said.items():
-                try:
-                    answer = answers[number]
-                    waiting[number] = next(answer) if completion is None else answer.send(completion)
-                except StopIteration as end:
-                    done[number] = end.value
-            said = dict(zip(waiting, self._write(list(waiting.values())), strict=True))
-            waiting = {}
-        return [done[number] for number in range(len(answers))]
-
-    def _look(self, image: Image, query: str) -> Look:
+    def look(self, image: Image, query: str) -> Look:
         """What the model sees of one object, without any mask; kept for a while."""
         assert self.vocabulary is not None  # noqa: S101 - who looks has one
         key = (image.sha256, query)
@@ -215,8 +166,9 @@ class MllmPolicy:
                 self._looks.popitem(last=False)
         return look
 
-    def _write(self, observations: Sequence[Observation]) -> list[Completion]:
-        """What the model writes, for `respond`."""
+    def write(self, observations: Sequence[Observation]) -> list[Completion]:
+        """What the model itself writes, one completion per observation, in order; `seconds` is the time of the batch
+        divided by its size."""
         conversations = [self._ask(observation) for observation in observations]
         completions = []
         for batch in _batches(conversations, self._batch_size):

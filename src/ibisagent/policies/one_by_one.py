@@ -8,7 +8,7 @@ that was not asked for. All of this follows from the observation alone, so it ho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 
 import cv2
@@ -16,7 +16,7 @@ import numpy as np
 
 from ibisagent.domain import Box, Click, Completion, Image, Mask, Observation, Reply, Stop, Undo, standing
 from ibisagent.imaging.clicks import bounding_box, next_click
-from ibisagent.policies.vocabulary import Look, Vocabulary
+from ibisagent.policies.vocabulary import Asked, Look, Vocabulary
 from ibisagent.protocol import parse, write
 from ibisagent.query import Request, target_of
 
@@ -30,12 +30,75 @@ TAKEN_BACK = "That was wrong."
 SEGMENTED = "The {} is segmented."
 ABSENT_HERE = "There is no {} here."
 
+MAX_TURNS_OF_ONE = 5  # for each of several objects, where the policy states no limit
+
 _NOTHING = np.zeros((1, 1), dtype=bool)
 
 Answering = Generator[Observation, Completion, Completion]
 """Yields what to ask the model, is sent what it wrote, returns the completion for the observation."""
 Looking = Callable[[Image, str], Look]
 """What the model sees in an image of the object that a query asks for."""
+
+
+class OneByOne:
+    """A policy that is asked for one object after another, where it has a vocabulary. A subclass writes and looks."""
+
+    dialect: str
+    max_turns: int | None
+    vocabulary: Vocabulary | None
+
+    def write(self, observations: Sequence[Observation]) -> list[Completion]:
+        """What the model writes of each observation, whose query is as `sentence_for` or the user's own."""
+        raise NotImplementedError
+
+    def look(self, image: Image, query: str) -> Look:
+        """What the model sees of one object, without any mask; where there is a vocabulary."""
+        raise NotImplementedError
+
+    def respond(self, observations: Sequence[Observation]) -> list[Completion]:
+        """One completion per observation, in order.
+
+        ConfigError for a query that does not settle what is asked for, PolicyError when the model fails.
+        """
+        vocabulary, limit = self.vocabulary, self.max_turns or MAX_TURNS_OF_ONE
+        if vocabulary is None:
+            return self.write(observations)
+        return self._answered([answering(one, vocabulary, self.look, self.dialect, limit) for one in observations])
+
+    def refine(self, observation: Observation) -> list[Completion]:
+        """First turns to try where a mask was brought, see `refinements`; none where there is no choice.
+
+        Raises as `respond`.
+        """
+        if self.vocabulary is None:
+            return []
+        found = refinements(observation, self.vocabulary, self.look, self.dialect)
+        return [] if found is None else [found[0], *self._answered([found[1]])]
+
+    def about(self, image: Image, query: str) -> tuple[Asked, ...]:
+        """What is known of the objects that a query asks for, before any turn; none where no object is named, or the
+        model declares no names. ConfigError as `respond`."""
+        vocabulary = self.vocabulary
+        if vocabulary is None:
+            return ()
+        requests = understood(image, query, vocabulary, self.look)
+        return tuple(vocabulary.asked(one, self.look(image, sentence_for(one))) for one in requests)
+
+    def _answered(self, answers: Sequence[Answering]) -> list[Completion]:
+        """Run them to their ends, asking the model for all that wait at once."""
+        done: dict[int, Completion] = {}
+        waiting: dict[int, Observation] = {}
+        said: dict[int, Completion | None] = dict.fromkeys(range(len(answers)))
+        while said:
+            for number, completion in said.items():
+                try:
+                    answer = answers[number]
+                    waiting[number] = next(answer) if completion is None else answer.send(completion)
+                except StopIteration as end:
+                    done[number] = end.value
+            said = dict(zip(waiting, self.write(list(waiting.values())), strict=True)) if waiting else {}
+            waiting = {}
+        return [done[number] for number in range(len(answers))]
 
 
 def answering(observation: Observation, vocabulary: Vocabulary, look: Looking, dialect: str, limit: int) -> Answering:
@@ -51,7 +114,7 @@ def answering(observation: Observation, vocabulary: Vocabulary, look: Looking, d
     for number, request in enumerate(asked[begun:], begun):
         own, target = _about(observation, asked, request, begun == number)
         first = not own.turns and not any(mask.any() for mask in own.masks.values())
-        if first and vocabulary.presence(request, look(own.image, own.query)) < vocabulary.absent_below:
+        if first and vocabulary.refuses(request, look(own.image, own.query)):
             continue
         if len(asked) > 1 and len(own.turns) >= limit:
             continue

@@ -8,8 +8,8 @@ highest logit of the policy's map of that object. `training.nano.vocabulary` wri
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,12 +46,23 @@ class Look:
     region: np.ndarray
 
 
+@dataclass(frozen=True, slots=True)
+class Presence:
+    """From the highest logit of an object's map to how likely the object is there: a logistic function of this slope
+    and shift. absent_below: what is less likely is called absent."""
+
+    slope: float
+    shift: float
+    absent_below: float
+
+
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
     """The names that a policy learned, and what it takes for presence.
 
     kinds: (modality, site) of each kind of image. learned, possible: by name, the kinds whose images taught it, and
-    those that can show it. weights (K, F), biases (K,): kinds from image features. slope, shift: of presence.
+    those that can show it. weights (K, F), biases (K,): kinds from image features. usual: what is taken for presence,
+    own: of the names that have their own.
     """
 
     kinds: tuple[tuple[str, str], ...]
@@ -59,9 +70,8 @@ class Vocabulary:
     possible: Mapping[str, tuple[int, ...]]
     weights: np.ndarray
     biases: np.ndarray
-    slope: float
-    shift: float
-    absent_below: float
+    usual: Presence
+    own: Mapping[str, Presence] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> Vocabulary | None:
@@ -78,9 +88,7 @@ class Vocabulary:
                 {name: tuple(one["possible"]) for name, one in objects.items()},
                 np.array(said["weights"], dtype=np.float32),
                 np.array(said["biases"], dtype=np.float32),
-                float(presence["slope"]),
-                float(presence["shift"]),
-                float(presence["absent_below"]),
+                Presence(*(float(presence[name]) for name in ("slope", "shift", "absent_below"))),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise PolicyError(f"{path}: is damaged ({error}): download or copy the folder again") from error
@@ -88,6 +96,11 @@ class Vocabulary:
     def requests(self, query: str, kinds: Callable[[], np.ndarray]) -> tuple[Request, ...]:
         """As `query.requests`. kinds: of the image, for "everything": all objects that its likeliest kind taught."""
         return requests(query, self.learned, lambda: self._shown_by(kinds()))
+
+    def named(self, query: str) -> Request | None:
+        """The one object that a query names; None where it names none or several."""
+        found = requests(query, self.learned, lambda: ())
+        return found[0] if len(found) == 1 else None
 
     def count(self, query: str) -> int:
         """How many objects a query asks for at most; at least 1."""
@@ -100,14 +113,47 @@ class Vocabulary:
         probabilities: np.ndarray = shares / shares.sum()
         return probabilities
 
+    def meant(self, request: Request) -> str | None:
+        """The learned name that a request is about: itself, the one that it misspells, or the one that it is a kind of,
+        as a left kidney is where kidneys are; None for what was never learned."""
+        nearest = request.nearest
+        if request.known:
+            return request.asked
+        if nearest is None or not (request.asked == nearest or request.name.lower().endswith(f" {nearest.lower()}")):
+            return None
+        return nearest
+
     def presence(self, request: Request, look: Look) -> float:
         """How likely the image shows what is asked for, in [0, 1]."""
-        name, nearest = request.asked if request.known else None, request.nearest
-        if nearest is not None and (request.asked == nearest or request.name.lower().endswith(f" {nearest.lower()}")):
-            name = nearest  # misspelt, or a kind of it: a left kidney is where kidneys are
+        name = self.meant(request)
         possible = 1.0 if name is None else float(look.kinds[list(self.possible[name])].sum())
-        peak = float(look.region.max())
-        return min(possible, 1.0) / (1.0 + float(np.exp(-(self.slope * peak + self.shift))))
+        line = self._line(name)
+        return min(possible, 1.0) / (1.0 + float(np.exp(-(line.slope * float(look.region.max()) + line.shift))))
+
+    def refuses(self, request: Request, look: Look) -> bool:
+        """Whether what is asked for is called absent without any turn."""
+        return self.presence(request, look) < self._line(self.meant(request)).absent_below
+
+    def _line(self, name: str | None) -> Presence:
+        return self.own.get(name, self.usual) if name is not None else self.usual
+
+    def with_taught(self, other: Vocabulary, names: Collection[str]) -> Vocabulary:
+        """This vocabulary, in which `names` mean what they mean in `other`, with its presence.
+
+        Images of every kind can show them: no map of kinds was fitted with theirs in mind.
+        """
+        here = {kind: number for number, kind in enumerate(self.kinds)}
+        learned = {
+            name: tuple(here[other.kinds[kind]] for kind in other.learned[name] if other.kinds[kind] in here)
+            for name in names
+        }
+        everywhere = tuple(range(len(self.kinds)))
+        return replace(
+            self,
+            learned={**self.learned, **learned},
+            possible={**self.possible, **dict.fromkeys(names, everywhere)},
+            own={**self.own, **dict.fromkeys(names, other.usual)},
+        )
 
     def asked(self, request: Request, look: Look) -> Asked:
         """What can be said of a request."""

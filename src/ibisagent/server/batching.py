@@ -49,9 +49,12 @@ class SharedPolicy:
         self._thread = threading.Thread(target=self._work, name="policy", daemon=True)
         self._thread.start()
 
-    def switch(self, policy: Policy) -> None:
-        """Let another policy answer from the next batch on; what waits goes to it, and nobody is refused."""
-        self.inner, self.name, self.dialect = policy, policy.name, policy.dialect
+    def switch(self, policy: Policy, name: str = "") -> None:
+        """Let another policy answer from the next batch on; what waits goes to it, and nobody is refused.
+
+        name: what it is called in records; default its own.
+        """
+        self.inner, self.name, self.dialect = policy, name or policy.name, policy.dialect
         self.max_turns = min(turn_limit(policy), self._most_turns or turn_limit(policy))
 
     @property
@@ -87,9 +90,9 @@ class SharedPolicy:
         return self.inner.features(image) if isinstance(self.inner, Seeing) else None
 
     def describe(self) -> dict[str, str]:
-        """As the policy itself."""
+        """As the policy itself, under the name that it has here."""
         facts: dict[str, str] = getattr(self.inner, "describe", dict)()
-        return facts
+        return facts | {"policy": self.name} if "policy" in facts else facts
 
     def close(self) -> None:
         """Refuse whatever waits, and end the thread after the batch under way."""

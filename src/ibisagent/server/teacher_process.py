@@ -20,18 +20,19 @@ from pathlib import Path
 from ibisagent.errors import DataError, IbisError
 from ibisagent.files import one_line, write_whole
 from ibisagent.server.teaching import PROGRESS_FILE, RESULT_FILE
-from ibisagent.training.teach import TeachProgress, teach
+from ibisagent.training.teach import TeachProgress, TeachRecipe, teach
 
 NICENESS = 10
 SAID_EVERY = 0.5  # seconds
 
 
-def main(argument: str) -> None:
-    """Teach, and write what came of it."""
+def main(argument: str, recipe: TeachRecipe | None = None) -> None:
+    """Teach, and write what came of it. recipe: see `teach`."""
     asked = json.loads(argument)
     if hasattr(os, "nice"):
         os.nice(NICENESS)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is for the server, which ends this as well
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the processes that teaching began are ended with it
     threading.Thread(target=_end_with_the_server, daemon=True).start()
     say, said = Path(asked["say"]), 0.0
 
@@ -45,7 +46,7 @@ def main(argument: str) -> None:
     names = {name: asked[name] for name in ("policy", "segmenter")}
     result: dict[str, object]
     try:
-        taught = teach([Path(asked["data"])], Path(asked["out"]), report=report, **names)
+        taught = teach([Path(asked["data"])], Path(asked["out"]), recipe=recipe, report=report, **names)
         result = {"objects": [asdict(one) for one in taught.objects]}
     except IbisError as error:
         result = {"error": one_line(error, 600)}
@@ -54,7 +55,7 @@ def main(argument: str) -> None:
 
 def _end_with_the_server() -> None:
     sys.stdin.buffer.read()  # to its end
-    os._exit(1)
+    signal.raise_signal(signal.SIGTERM)
 
 
 if __name__ == "__main__":

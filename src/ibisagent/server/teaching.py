@@ -108,7 +108,7 @@ class Teacher:
                 return
             if last.agent:
                 try:
-                    self._service.policy.switch(self._load(str(self._agent(last.agent))))
+                    self._use(last.agent)
                     _log.info("the taught agent %s answers", self._agent(last.agent))
                 except IbisError as error:
                     said = f"The taught agent cannot be loaded, the policy answers as it came: {one_line(error)}"
@@ -220,6 +220,10 @@ class Teacher:
     def _agent(self, number: int) -> Path:
         return self._agents / str(number)
 
+    def _use(self, number: int) -> None:
+        """Let an agent answer; records call it by its place in the data folder, as they name no folder of a machine."""
+        self._service.policy.switch(self._load(str(self._agent(number))), f"agents/{number}")
+
     def _begin(self, lessons: Sequence[Lesson]) -> None:
         self._ending = ""
         for name in (PROGRESS_FILE, RESULT_FILE):
@@ -280,7 +284,7 @@ class Teacher:
         if "error" in result:
             raise DataError(result["error"])
         if any(one["kept"] for one in result["objects"]):
-            self._service.policy.switch(self._load(str(self._agent(number))))
+            self._use(number)
             with self._lock:
                 self._tidy(keep=(number, self._status.agent))
                 self._status = replace(self._status, agent=number)
@@ -359,7 +363,7 @@ def _verdict_on(one: dict[str, Any]) -> str:
         return f"{name}: {images}, too little to tell; the old agent is kept."
     if one["kept"]:
         return f"{name}: {before:.2f} -> {after:.2f} on your images; the new agent is used."
-    return f"{name}: not better on your images ({before:.2f} -> {after:.2f}); the old agent is kept."
+    return f"{name}: not surely better on your images ({before:.2f} -> {after:.2f}); the old agent is kept."
 
 
 def _in_words(seconds: float) -> str:

@@ -47,8 +47,11 @@ class TrainingImages:
     present: Mapping[int, Sequence[int]]
 
     @classmethod
-    def of(cls, source: CaseSource) -> TrainingImages:
-        """Decode all cases of `source` that can be; those whose squashed mask is empty are left out."""
+    def of(cls, source: CaseSource, *, absent: bool = False) -> TrainingImages:
+        """Decode all cases of `source` that can be; those whose squashed mask is empty are left out.
+
+        absent: keep those of objects that are known to be absent, with their empty masks.
+        """
         numbers: dict[str, int] = {}
         pixels: list[np.ndarray] = []
         rows: list[CaseRow] = []
@@ -58,7 +61,7 @@ class TrainingImages:
             if not case.targets:
                 continue
             mask = squash(case.targets[row.object])
-            if not mask.any():
+            if not mask.any() and not (absent and row.mask is None):
                 continue
             number = numbers.setdefault(case.image.sha256, len(numbers))
             if number == len(pixels):

@@ -88,10 +88,18 @@ class Pair:
         """Of the object."""
         return self.row.object
 
+    @property
+    def absent(self) -> bool:
+        """Whether the image is known not to show it."""
+        return self.row.mask is None
+
 
 def pairs_of(images: TrainingImages) -> list[Pair]:
     """All pairs, in order."""
-    names = {image: tuple(images.rows[pair].object for pair in pairs) for image, pairs in images.present.items()}
+    names = {
+        image: tuple(images.rows[pair].object for pair in pairs if images.rows[pair].mask is not None)
+        for image, pairs in images.present.items()
+    }
     return [
         Pair(number, int(image), row, names[int(image)])
         for number, (image, row) in enumerate(zip(images.image, images.rows, strict=True))
@@ -183,6 +191,8 @@ def _square(turn: np.ndarray) -> np.ndarray:
 class Curriculum:
     """Draws examples: a view of a pair, a question, a state, and the right reply to it."""
 
+    words, absent, first = WORDS, ABSENT, FIRST
+
     def __init__(
         self,
         images: TrainingImages,
@@ -219,11 +229,13 @@ class Curriculum:
                 example = Example(pair.image, pixels, ground_truth, turn)
                 examples.append(example)
                 kind = self._random.random()
-                if not ground_truth.any() or kind < WORDS:
+                if pair.absent:
+                    self._ask_for_absent(example, pair.name)
+                elif not ground_truth.any() or kind < self.words:
                     self._ask_for_words(example, pair)
-                elif kind < WORDS + ABSENT and (absent := self._absent(pair)):
+                elif kind < self.words + self.absent and (absent := self._absent(pair)):
                     self._ask_for_absent(example, absent)
-                elif kind < WORDS + ABSENT + FIRST or self._segmenter is None:
+                elif kind < self.words + self.absent + self.first or self._segmenter is None:
                     self._first_turn(example, pair)
                 else:
                     unseen.append((example, pair))

@@ -199,6 +199,20 @@ def losses(
 
 
 @torch.no_grad()
+def believed(
+    model: IbisNanoForConditionalGeneration, processor: IbisNanoProcessor, examples: Sequence[Example]
+) -> np.ndarray:
+    """Where the model takes the objects of examples to be, (N, LOCATIONS, LOCATIONS) in [0, 1]."""
+    batch, _ = collate(examples, processor)
+    del batch["labels"]
+    batch["image_features"] = seen_features(model, batch, examples)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        region = model(**batch, logits_to_keep=1, use_cache=False).region_logits
+    assert region is not None
+    return region.float().sigmoid().numpy()
+
+
+@torch.no_grad()
 def validate(
     model: IbisNanoForConditionalGeneration,
     processor: IbisNanoProcessor,
@@ -386,14 +400,8 @@ class _Run(TrainingRun):
     def _validate(self) -> dict[str, float] | None:
         return validate(self.average, self.processor, self.held_out, self.images) if self.held_out else None
 
-    @torch.no_grad()
     def _believe(self, examples: Sequence[Example]) -> np.ndarray:
-        batch, _ = collate(examples, self.processor)
-        del batch["labels"]
-        batch["image_features"] = seen_features(self.average, batch, examples)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            region = self.average(**batch, logits_to_keep=1, use_cache=False).region_logits
-        return region.float().sigmoid().numpy()
+        return believed(self.average, self.processor, examples)
 
     def _learn(self) -> dict[str, float]:
         loss, parts = losses(self.network, self.curriculum.draw(self.recipe.batch_size), self.processor)

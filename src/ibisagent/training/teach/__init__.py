@@ -1,64 +1,53 @@
 """Teach an agent objects of the user's own from a handful of labelled images: `ibisagent teach DATA -o AGENT`.
 
 An agent is a folder: the weights that learned the taught objects, answering for their names alone, and `agent.json`,
-which says what taught it and which policy answers for everything else (`policies.taught`). So what the old policy knew
+which says what taught it and which policy answers for everything else (`policies.agents`). So what the old policy knew
 is not forgotten, and an object for which a check on the user's own images shows no gain stays with the old policy.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from ibisagent.environment import package_version
+from ibisagent.errors import ConfigError, PolicyError
+from ibisagent.files import claim, make_folder, one_line, same_run, try_folder, weights_sha256
+from ibisagent.policies import is_hub_id, source_of
+from ibisagent.policies.agents import AGENT_FILE, Agent
+from ibisagent.policies.vocabulary import Vocabulary
+from ibisagent.training.finetune.recipes import require_libraries
+from ibisagent.training.teach.agents import found_of, lesson_record, objects_of, write_agent
+from ibisagent.training.teach.part import Compared, Task, result_of
+from ibisagent.training.teach.reading import Found, Lesson, folds_of, read_lesson
+from ibisagent.training.teach.recipe import PartRecipe, TeachRecipe
+from ibisagent.training.teach.running import run_all
+from ibisagent.training.teach.self_check import TaughtObject, decide, decide_together
+
+__all__ = ["Found", "Taught", "TaughtObject", "TeachProgress", "TeachRecipe", "teach"]
+
+WORK = ".teaching"  # folder of what is under way, in that of the agent
 
 
 @dataclass(frozen=True, slots=True)
 class TeachProgress:
     """How far the teaching is.
 
-    stage: "reading", "learning", "checking" or "writing". done, total: of this stage, in units of its own. seconds_left:
-    of all stages together, None until it can be told.
+    stage: "reading", "learning", "checking" (which learns as well) or "writing". done, total: of this stage, in units
+    of its own. seconds_left: of all stages together, None until it can be told.
     """
 
     stage: str
     done: int
     total: int
     seconds_left: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class TaughtObject:
-    """One object that was taught.
-
-    images: how many show it. before, after: mean IoU of the old and the taught agent on the user's own images, each
-    judged by weights that had not seen its patient; None where nothing was checked. interval: 95% of after - before,
-    None where fewer than two patients show the object. kept: the taught weights answer for it; else the old agent does.
-    """
-
-    name: str
-    images: int
-    before: float | None
-    after: float | None
-    interval: tuple[float, float] | None
-    kept: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What the data holds, told before any teaching.
-
-    objects: images that show each object, by name. absent: images that are known not to show it, by name. sizes: of the
-    images, (height, width), the commonest first. duplicates: images that are there more than once, counted once.
-    unreadable: pairs left out, each with its reason in one line.
-    """
-
-    objects: dict[str, int]
-    absent: dict[str, int]
-    images: int
-    patients: int
-    sizes: tuple[tuple[int, int], ...]
-    duplicates: int
-    unreadable: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +75,7 @@ def teach(
     segmenter: str = "ibis-click",
     check: bool = True,
     seed: int = 0,
+    recipe: TeachRecipe | None = None,
     report: Callable[[TeachProgress], None] = ignore_progress,
     on_found: Callable[[Found], None] = ignore_found,
 ) -> Taught:
@@ -98,14 +88,162 @@ def teach(
         data: labelled images, in any layout that `datasets.read_cases` reads.
         out: folder of the agent; it must be new, or hold the same teaching.
         policy: who is taught: "ibis-nano", the folder of an ibis-nano or of an agent, or any model for `mllm`.
-        segmenter: who turns its clicks into masks, in teaching and in the check.
+        segmenter: who turns its clicks into masks in the check.
         check: compare with the old agent by cross-validation, and keep the old one where the taught is not better.
         seed: of whatever is drawn.
+        recipe: other settings than those that were measured to be good.
         report: told of the progress, often.
         on_found: told once what the data holds, before anything is learned.
 
     Raises:
         DataError: for data that cannot be read, or is too little.
         ConfigError: for a folder that holds something else, and unknown policies.
+        PolicyError: for weights that are missing, and where a process dies.
     """
-    raise NotImplementedError
+    out, recipe = Path(out), recipe or TeachRecipe.model_validate({})
+    try_folder(out)
+    report(TeachProgress("reading", 0, 1, None))
+    old = _old_agent(policy)
+    lesson = read_lesson([Path(one) for one in data], _known_names(old))
+    facts = _facts(data, lesson, policy, old, segmenter, check, seed, recipe)
+    if (out / AGENT_FILE).exists():
+        return _finished(out, facts, on_found)
+    on_found(lesson.found)
+    if not _is_nano(old.base):
+        require_libraries()
+    claim(out / WORK / "run.json", facts, free=_FREE)
+    tasks = _tasks(out / WORK, lesson, old, policy, segmenter, check, seed, recipe)
+    _run(tasks, recipe, report)
+    report(TeachProgress("writing", 0, 1, 0.0))
+    objects = _decided(tasks, lesson, old, check=check)
+    write_agent(out, old, tasks[-1].recipe.out, objects, lesson_record(lesson.found, objects, facts))
+    shutil.rmtree(out / WORK, ignore_errors=True)
+    report(TeachProgress("writing", 1, 1, 0.0))
+    return Taught(out, objects, lesson.found)
+
+
+_FREE = {"ibisagent", "data", "workers", "policy"}
+"""Facts that may differ between two starts of a teaching: where things are, and what they run on."""
+
+
+def _old_agent(policy: str) -> Agent:
+    """Who is taught, as an agent; one without experts where it is a bare policy. ConfigError for what cannot be."""
+    folder = Path(source_of(policy))
+    if not (folder / AGENT_FILE).is_file():
+        return Agent(policy, (), None, ())
+    old = Agent.read(folder)
+    if old.adapter is not None:
+        raise ConfigError(f"policy '{policy}' is an adapter for {old.base}: teach {old.base} with the data of both")
+    return old
+
+
+def _is_nano(base: str) -> bool:
+    """Whether experts are made of a policy, in place of adapters. ConfigError for none that can be taught."""
+    folder = Path(source_of(base))
+    if not folder.is_dir() and is_hub_id(str(folder)):
+        return False
+    try:
+        return bool(json.loads((folder / "config.json").read_bytes())["model_type"] == "ibis_nano")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"policy '{base}' cannot be taught ({one_line(error)}): give ibis-nano, or the folder of a model or agent"
+        ) from error
+
+
+def _known_names(old: Agent) -> set[str]:
+    """What the old agent learned by name; none where it makes no claim."""
+    folder = Path(source_of(old.base))
+    vocabulary = Vocabulary.read(folder)
+    if vocabulary is None and _is_nano(old.base):
+        raise ConfigError(f"{folder}: declares no names (objects.json), so nothing can be taught beside them")
+    return {*(vocabulary.learned if vocabulary else ()), *old.names}
+
+
+def _facts(
+    data: Sequence[Path],
+    lesson: Lesson,
+    policy: str,
+    old: Agent,
+    segmenter: str,
+    check: bool,
+    seed: int,
+    recipe: TeachRecipe,
+) -> dict[str, Any]:
+    """What makes a teaching: all that must be the same for it to be resumed, and where it came from."""
+    folders = (Path(source_of(old.base)), *(one.folder for one in old.experts))
+    weights = [weights_sha256(folder) if folder.is_dir() else str(folder) for folder in folders]
+    return {
+        "ibisagent": package_version(),
+        "data": [str(path) for path in data],
+        "content_sha256": lesson.sha256,
+        "policy": policy,
+        "policy_weights_sha256": hashlib.sha256(" ".join(weights).encode()).hexdigest(),
+        "segmenter": segmenter,
+        "check": check,
+        "seed": seed,
+        "recipe": recipe.model_dump(mode="json"),
+    }
+
+
+def _finished(out: Path, facts: dict[str, Any], on_found: Callable[[Found], None]) -> Taught:
+    """The agent that is there already. ConfigError where another teaching made it."""
+    lessons = Agent.read(out).lessons
+    if not lessons:
+        raise PolicyError(f"{out / AGENT_FILE}: tells of no teaching; choose another folder")
+    same_run({name: lessons[-1].get(name) for name in facts}, facts, out / AGENT_FILE, free=_FREE | {"recipe"})
+    found = found_of(lessons[-1])
+    on_found(found)
+    return Taught(out, objects_of(lessons[-1]), found)
+
+
+def _tasks(
+    work: Path,
+    lesson: Lesson,
+    old: Agent,
+    policy: str,
+    segmenter: str,
+    check: bool,
+    seed: int,
+    recipe: TeachRecipe,
+) -> list[Task]:
+    """The runs: one for each fold of the check, and the last on everything."""
+    folds = folds_of(lesson, recipe.folds) if check else []
+    begun = [one.folder for one in old.experts if set(lesson.names) & set(one.names)]
+    start = str([Path(source_of(old.base)), *begun][-1]) if _is_nano(old.base) else ""
+
+    def task(name: str, held_out: Sequence[str]) -> Task:
+        make_folder(work / name)
+        made = PartRecipe.model_validate({**recipe.model_dump(), "out": work / name, "seed": seed})
+        learned = [row for row in lesson.rows if lesson.patient[row.id] not in held_out]
+        judged = [row for row in lesson.rows if lesson.patient[row.id] in held_out]
+        task = Task(made, tuple(learned), tuple(judged), lesson.patient, start, policy, segmenter)
+        task.write()
+        return task
+
+    checks = [task(f"fold-{number}", held_out) for number, held_out in enumerate(folds, 1) if len(folds) > 1]
+    return [*checks, task("all", ())]
+
+
+def _run(tasks: Sequence[Task], recipe: TeachRecipe, report: Callable[[TeachProgress], None]) -> None:
+    total = sum(task.steps for task in tasks)
+    stage = "checking" if len(tasks) > 1 else "learning"
+    started = time.monotonic()
+    first: int | None = None
+
+    def told(done: int) -> None:
+        nonlocal first
+        first = done if first is None else first
+        passed = time.monotonic() - started
+        left = passed / (done - first) * (total - done) if done > first else None
+        report(TeachProgress(stage, done, total, left))
+
+    run_all(tasks, min(recipe.workers, os.cpu_count() or 1), told)
+
+
+def _decided(tasks: Sequence[Task], lesson: Lesson, old: Agent, *, check: bool) -> tuple[TaughtObject, ...]:
+    compared: list[Compared] = [one for task in tasks for one in result_of(task.recipe.out)]
+    known = _known_names(old)
+    found = [
+        decide(name, images, name in known, compared, check=check) for name, images in lesson.found.objects.items()
+    ]
+    return tuple(found if tasks[-1].start else decide_together(found, compared))

@@ -1,0 +1,69 @@
+"""A taught agent: experts that answer for the names that they were taught, and a base policy for everything else.
+
+Its folder, which `training.teach` writes:
+
+    agent.json    what taught it, which names each expert answers for, and which policy is the base
+    README.md     the same for people
+    experts/N/    the weights of an expert, a normal ibis-nano
+    base/         the base policy, where it was a folder of an ibis-nano; the packaged one is named only
+    adapter/      of a large model, a PEFT adapter for the base in place of experts
+
+So what the base knew it still knows: for a name that no expert answers for, every reply is the base's own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ibisagent.errors import PolicyError
+from ibisagent.files import one_line
+
+AGENT_FILE, EXPERTS, BASE, ADAPTER = "agent.json", "experts", "base", "adapter"
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """Weights of an agent, in `folder`, and the names that they answer for."""
+
+    folder: Path
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Agent:
+    """What `agent.json` says. base: the policy that answers for every other name, as `load_policy` takes it; adapter: a
+    PEFT folder for it. lessons: what taught the agent, oldest first, as `training.teach` records it."""
+
+    base: str
+    experts: tuple[Expert, ...]
+    adapter: Path | None
+    lessons: tuple[Mapping[str, Any], ...]
+
+    @classmethod
+    def read(cls, folder: Path) -> Agent:
+        """The agent in `folder`. PolicyError for a damaged one, and for one of a later version."""
+        path = folder / AGENT_FILE
+        try:
+            said = json.loads(path.read_bytes())
+            if said["schema"] != SCHEMA:
+                raise PolicyError(f"{path}: has schema {said['schema']}, this version reads {SCHEMA}: teach it again")
+            return cls(
+                str(folder / BASE) if said["base"] == BASE else str(said["base"]),
+                tuple(Expert(folder / one["folder"], tuple(one["names"])) for one in said["experts"]),
+                folder / said["adapter"] if said["adapter"] else None,
+                tuple(said["lessons"]),
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PolicyError(
+                f"{path}: is damaged ({one_line(error)}): copy the folder again, or teach anew"
+            ) from error
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that its experts answer for."""
+        return tuple(name for expert in self.experts for name in expert.names)

@@ -1,0 +1,101 @@
+"""A taught agent as a policy, see `agents`: each reply is that of the one who answers for the object asked for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ibisagent.domain import Completion, Image, Observation
+from ibisagent.errors import ConfigError
+from ibisagent.policies import source_of
+from ibisagent.policies.agents import Agent
+from ibisagent.policies.mllm import MllmPolicy
+from ibisagent.policies.one_by_one import OneByOne, sentence_for
+from ibisagent.policies.vocabulary import Look, Vocabulary
+from ibisagent.query import Request
+
+
+class TaughtPolicy(OneByOne):
+    """An agent with experts. Safe to call from several threads; raises as `MllmPolicy`."""
+
+    def __init__(self, name: str, base: MllmPolicy, experts: Sequence[tuple[MllmPolicy, Sequence[str]]]) -> None:
+        """name: how `load_policy` was asked for it. experts: each with the names that it answers for, which no other
+        one does. ConfigError for a base without a vocabulary."""
+        if base.vocabulary is None:
+            raise ConfigError(f"{base.name}: declares no names (objects.json), so nothing can be taught beside them")
+        self.name, self.dialect, self.max_turns, self.candidates = name, base.dialect, base.max_turns, base.candidates
+        self.base = base
+        self.vocabulary: Vocabulary = base.vocabulary
+        self._experts = {taught: expert for expert, names in experts for taught in names}
+        for expert, names in experts:
+            assert expert.vocabulary is not None  # noqa: S101 - `training.teach` writes one
+            self.vocabulary = self.vocabulary.with_taught(expert.vocabulary, names)
+        self._by_sentence = {sentence_for(Request(name, name, True)): one for name, one in self._experts.items()}
+
+    def write(self, observations: Sequence[Observation]) -> list[Completion]:
+        """What the one that answers for each observation's object writes."""
+        written: dict[int, Completion] = {}
+        for model, numbers in self._shared_out([one.query for one in observations]):
+            answers = model.write([observations[number] for number in numbers])
+            written |= dict(zip(numbers, answers, strict=True))
+        return [written[number] for number in range(len(observations))]
+
+    def propose(self, observations: Sequence[Observation]) -> list[list[Completion]]:
+        """As `MllmPolicy.propose`, of the one that answers for each observation's object."""
+        proposed: dict[int, list[Completion]] = {}
+        for model, numbers in self._shared_out([one.query for one in observations]):
+            answers = model.propose([observations[number] for number in numbers])
+            proposed |= dict(zip(numbers, answers, strict=True))
+        return [proposed[number] for number in range(len(observations))]
+
+    def look(self, image: Image, query: str) -> Look:
+        """What the one that answers for the object sees of it."""
+        return self._answers_for(query).look(image, query)
+
+    def features(self, image: Image) -> np.ndarray | None:
+        """As `MllmPolicy.features`, of the base."""
+        return self.base.features(image)
+
+    def describe(self) -> dict[str, str]:
+        """As `MllmPolicy.describe`, of the base; the hash is that of all weights, and the taught names are told."""
+        facts = self.base.describe()
+        models = [self.base, *dict.fromkeys(self._experts.values())]
+        hashes = "".join(f"{model.describe()['policy_weights_sha256']}\n" for model in models)
+        return facts | {
+            "policy": self.name,
+            "policy_base": self.base.name,
+            "policy_taught": ", ".join(sorted(self._experts)),
+            "policy_weights_sha256": hashlib.sha256(hashes.encode()).hexdigest(),
+        }
+
+    def _shared_out(self, queries: Sequence[str]) -> list[tuple[MllmPolicy, list[int]]]:
+        """Each model that is to answer some of the queries, with their numbers."""
+        numbers: dict[int, list[int]] = {}
+        models = [self._answers_for(query) for query in queries]
+        for number, model in enumerate(models):
+            numbers.setdefault(id(model), []).append(number)
+        return [(models[these[0]], these) for these in numbers.values()]
+
+    def _answers_for(self, query: str) -> MllmPolicy:
+        """The expert that knows what a sentence of `sentence_for`, or a user's, is about; else the base."""
+        if (expert := self._by_sentence.get(query)) is not None:
+            return expert
+        asked = self.vocabulary.named(query)
+        name = self.vocabulary.meant(asked) if asked is not None else None
+        return self._experts.get(name, self.base) if name is not None else self.base
+
+
+def load_agent(folder: Path, name: str, *, adapter: str | Path | None, **options: Any) -> MllmPolicy | TaughtPolicy:
+    """The agent in `folder`. options: as for `MllmPolicy`. ConfigError for another adapter, PolicyError as `Agent`."""
+    agent = Agent.read(folder)
+    if adapter is not None:
+        raise ConfigError(f"{folder}: is a taught agent, which takes no adapter; give the adapter to its base")
+    if agent.adapter is not None:
+        return MllmPolicy(source_of(agent.base), name=name, adapter=agent.adapter, **options)
+    base = MllmPolicy(source_of(agent.base), name=agent.base, **options)
+    experts = [(MllmPolicy(one.folder, **options), one.names) for one in agent.experts]
+    return TaughtPolicy(name, base, experts)

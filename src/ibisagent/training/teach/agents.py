@@ -1,0 +1,134 @@
+"""The folder of an agent, see `policies.agents`: written whole, `agent.json` last."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ibisagent.files import markdown_cell, weights_sha256, write_whole
+from ibisagent.policies import NANO_FOLDER, source_of
+from ibisagent.policies.agents import ADAPTER, AGENT_FILE, BASE, EXPERTS, SCHEMA, Agent
+from ibisagent.training.teach.reading import Found
+from ibisagent.training.teach.self_check import TaughtObject
+
+CARD = "README.md"
+
+
+def write_agent(
+    out: Path,
+    old: Agent,
+    run: Path,
+    objects: Sequence[TaughtObject],
+    lesson: Mapping[str, Any],
+) -> None:
+    """Write the agent that what was taught and `old` make together into `out`.
+
+    run: folder of the run on everything, with the weights that were taught; they answer for the objects that are kept.
+    lesson: what taught it, for the record.
+    """
+    names = tuple(one.name for one in objects if one.kept)
+    sources = [(one.folder, tuple(name for name in one.names if name not in names)) for one in old.experts]
+    sources.append((run / "expert", names if (run / "expert").is_dir() else ()))
+    sources = [(folder, kept) for folder, kept in sources if kept]
+    experts = []
+    for number, (folder, kept) in enumerate(sources, start=1):
+        place = f"{EXPERTS}/{number}"
+        _copy(folder, out / place)
+        experts.append({"folder": place, "names": kept, "weights_sha256": weights_sha256(out / place)})
+    base, adapter = old.base, None
+    if (run / "sft" / ADAPTER).is_dir() and names:
+        _copy(run / "sft" / ADAPTER, out / ADAPTER)
+        adapter = ADAPTER
+    if Path(source_of(base)).is_dir():
+        base = str(Path(source_of(base)).resolve()) if Path(source_of(base)) != NANO_FOLDER else "ibis-nano"
+    if (run / "expert").is_dir() and base != "ibis-nano":
+        _copy(Path(base), out / BASE)
+        base = BASE
+    lessons = [*old.lessons, lesson]
+    said = {"schema": SCHEMA, "base": base, "experts": experts, "adapter": adapter, "lessons": lessons}
+    write_whole(_card(out.name, names, objects, lessons).encode(), out / CARD)
+    write_whole((json.dumps(said, indent=1) + "\n").encode(), out / AGENT_FILE)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A copy of a folder of weights, which appears whole."""
+    part = target.with_name(f"{target.name}.part")
+    for left in (part, target):
+        shutil.rmtree(left, ignore_errors=True)
+    shutil.copytree(source, part)
+    part.rename(target)
+
+
+def lesson_record(found: Found, objects: Sequence[TaughtObject], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What one teaching leaves in `agent.json`. facts: what made it."""
+    return {**facts, "found": asdict(found), "objects": [asdict(one) for one in objects]}
+
+
+def objects_of(lesson: Mapping[str, Any]) -> tuple[TaughtObject, ...]:
+    """The objects of a lesson's record."""
+    return tuple(
+        TaughtObject(
+            **{
+                **one,
+                "interval": tuple(one["interval"]) if one["interval"] else None,
+                "doubtful": tuple(one["doubtful"]),
+            }
+        )
+        for one in lesson["objects"]
+    )
+
+
+def found_of(lesson: Mapping[str, Any]) -> Found:
+    """What the data of a lesson held."""
+    said = lesson["found"]
+    sizes = tuple((int(height), int(width)) for height, width in said["sizes"])
+    return Found(**{**said, "sizes": sizes, "unreadable": tuple(said["unreadable"])})
+
+
+def _card(
+    name: str, names: Sequence[str], objects: Sequence[TaughtObject], lessons: Sequence[Mapping[str, Any]]
+) -> str:
+    """The agent's card."""
+    last = lessons[-1]
+    found = found_of(last)
+    rows = [
+        f"| {markdown_cell(one.name)} | {one.images} | {_figure(one.before)} | {_figure(one.after)} |"
+        f" {_span(one.interval)} | {'taught' if one.kept else 'old'} | {one.reason} |"
+        for one in objects
+    ]
+    told = f" It was taught {len(lessons)} times; this is the last." if len(lessons) > 1 else ""
+    taught = ", ".join(map(markdown_cell, names)) or "nothing that is better than what was there"
+    made = f"policy {markdown_cell(last['policy'])}, seed {last['seed']}, {last['recipe']['examples']} turns"
+    return "\n".join(
+        [
+            f"# {markdown_cell(name)}: an agent that was taught objects",
+            "",
+            f"Give this folder to `--policy`, wherever ibisagent takes one.{told}",
+            "",
+            f"- **Taught**: {taught}. For every other name it answers as the policy that was taught.",
+            f"- **From**: {found.images} images of {found.patients} patients,",
+            f"  {markdown_cell(', '.join(last['data']))}; content {last['content_sha256'][:16]}.",
+            f"- **By**: ibisagent {last['ibisagent']}, {made} at {last['recipe']['learning_rate']:g}.",
+            "- **Limits**: it knows images like those that taught it. Judged on few images, its figures are rough: see",
+            "  the intervals. Not for clinical use.",
+            "",
+            "Mean IoU on the user's own images, each judged by weights that had not seen its patient:",
+            "",
+            "| object | images | before | after | 95% of the gain | who answers | why |",
+            "|---|---|---|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _span(interval: tuple[float, float] | None) -> str:
+    return "-" if interval is None else f"{interval[0]:+.3f} to {interval[1]:+.3f}"

@@ -1,0 +1,79 @@
+"""Whether what was taught is better than what was there: cross-validation over patients, decided object by object."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ibisagent.evaluation.statistics import Interval, patient_interval
+from ibisagent.training.teach.part import Compared
+
+RESAMPLES = 2_000
+SURE_NEW, SURE_KNOWN = 0.5, 0.8
+"""Share of the resamplings of the patients in which the expert must be better: of an object that the old policy never
+learned, and of one that it did, where there is something to lose."""
+DOUBTED, AGREED = 0.2, 0.6
+"""IoU below which a mask may be wrong, where half of the masks of that object are met by the other one."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaughtObject:
+    """One object that was taught.
+
+    images: how many show it. known: the old agent had learned an object of this name. before, after: mean IoU of the
+    old and the taught agent on the user's own images, each judged by weights that had not seen its patient; None where
+    nothing could be checked. interval: 95% of after - before, None where fewer than two patients show the object. kept:
+    the taught weights answer for it; else the old agent does. reason: why, in words. doubtful: image files whose masks
+    are unlike what the others teach: worth a look.
+    """
+
+    name: str
+    images: int
+    known: bool
+    before: float | None
+    after: float | None
+    interval: tuple[float, float] | None
+    kept: bool
+    reason: str
+    doubtful: tuple[str, ...] = ()
+
+
+def decide(name: str, images: int, known: bool, compared: Sequence[Compared], *, check: bool) -> TaughtObject:
+    """Whether the expert is to answer for `name`. compared: its pairs that could be judged; check: they should be."""
+    own = [one for one in compared if one.object == name]
+    if not own:
+        if not check:
+            return TaughtObject(name, images, known, None, None, None, True, "not checked")
+        kept = not known
+        told = "taught, unchecked" if kept else "left as it was, as the old agent knows this name"
+        return TaughtObject(
+            name, images, known, None, None, None, kept, f"too few images to check it on others than it learned: {told}"
+        )
+    gains = [(one.patient, one.after - one.before) for one in own]
+    sure, needed = _sureness(gains), SURE_KNOWN if known else SURE_NEW
+    before, after = (round(float(np.mean([getattr(one, side) for one in own])), 4) for side in ("before", "after"))
+    interval: Interval | None = patient_interval(gains)
+    kept = after > before and sure >= needed
+    reason = "better on images that it had not seen" if kept else "not surely better: left as it was"
+    met = float(np.median([one.after for one in own])) >= AGREED
+    doubtful = tuple(sorted(one.image for one in own if met and one.after < DOUBTED))
+    return TaughtObject(name, images, known, before, after, interval, kept, reason, doubtful)
+
+
+def decide_together(found: Sequence[TaughtObject], compared: Sequence[Compared]) -> list[TaughtObject]:
+    """The same objects, kept all or none: an adapter answers for everything."""
+    kept = _sureness([(one.patient, one.after - one.before) for one in compared]) >= SURE_KNOWN if compared else True
+    reason = "better on the whole" if kept else "not surely better on the whole: left as it was"
+    return [replace(one, kept=kept, reason=reason if compared else one.reason) for one in found]
+
+
+def _sureness(gains: Collection[tuple[str, float]]) -> float:
+    """Share of the resampled patients for whom the mean gain is above 0; a draw counts half."""
+    patients = sorted({patient for patient, _ in gains})
+    sums = np.array([sum(gain for whose, gain in gains if whose == patient) for patient in patients])
+    counts = np.array([sum(whose == patient for whose, _ in gains) for patient in patients])
+    draws = np.random.default_rng(0).integers(len(patients), size=(RESAMPLES, len(patients)))
+    means = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
+    return float((means > 0).mean() + 0.5 * (means == 0).mean())
