@@ -47,6 +47,9 @@ from .server.client import Client as Client
 from .store import EpisodeStore as EpisodeStore
 from .store import read_record as read_record
 from .store import write_record as write_record
+from .training.teach import Taught as Taught
+from .training.teach import TeachProgress as TeachProgress
+from .training.teach import teach as teach
 from .volumes import SliceView as SliceView
 from .volumes import Volume as Volume
 from .volumes import read_volume as read_volume

@@ -167,6 +167,17 @@ class FileHashes:
         write_whole((json.dumps(self._now, indent=0, sort_keys=True) + "\n").encode(), self._path)
 
 
+def weights_sha256(folder: Path) -> str:
+    """Hash of the safetensors in `folder`: of the file itself where it is one, else of their "hash  name" lines."""
+    hashes = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    if len(hashes) == 1:
+        return next(iter(hashes.values()))
+    return hashlib.sha256("".join(f"{sha}  {name}\n" for name, sha in hashes.items()).encode()).hexdigest()
+
+
 def _differences(old: Any, new: Any, free: Collection[str], name: str = "") -> Iterable[tuple[str, Any, Any]]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted({*old, *new}.difference(free)):

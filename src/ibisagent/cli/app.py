@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ibisagent.cli import data, evaluate, segment, serve, train
+from ibisagent.cli import data, evaluate, segment, serve, teach, train
 from ibisagent.cli.options import JsonOption
 from ibisagent.cli.output import EXIT_ERROR, print_error, print_json, stdout
 from ibisagent.errors import IbisError
@@ -44,6 +44,7 @@ app = typer.Typer(
 )
 
 app.command()(segment.segment)
+app.command()(teach.teach)
 app.command()(segment.replay)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(data.app, name="data")

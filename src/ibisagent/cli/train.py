@@ -12,7 +12,6 @@ import typer
 
 from ibisagent.cli.options import ChangesOption, JsonOption
 from ibisagent.cli.output import EXIT_ERROR, new_table, print_json, progress, status, stderr, stdout
-from ibisagent.errors import ConfigError
 from ibisagent.files import one_line
 
 if TYPE_CHECKING:
@@ -100,8 +99,10 @@ def sft(
     Several GPUs: accelerate launch --config_file recipes/accelerate/8-gpu-fsdp.yaml -m ibisagent train sft RECIPE. A
     stopped run resumes from its last checkpoint.
     """
-    _require_training()
     with status("reading recipe, model and data", quiet=as_json):
+        from ibisagent.training.finetune.recipes import require_libraries
+
+        require_libraries()
         from ibisagent.training.finetune.sft import SftRecipe, train
 
         plan = SftRecipe.read(recipe, changes or ())
@@ -119,8 +120,10 @@ def rl(
     Start from a policy that `sft` made: one that never hits learns not to click. More GPUs and stopped runs: as for
     `sft`.
     """
-    _require_training()
     with status("reading recipe, model and data", quiet=as_json):
+        from ibisagent.training.finetune.recipes import require_libraries
+
+        require_libraries()
         from ibisagent.training.finetune.recipes import RlRecipe
         from ibisagent.training.finetune.rl import train
 
@@ -169,13 +172,6 @@ def check_rewards(
         raise typer.Exit(EXIT_CONSTANT)
     if report.failures:
         raise typer.Exit(EXIT_ERROR)
-
-
-def _require_training() -> None:
-    from importlib.util import find_spec
-
-    if missing := [name for name in ("trl", "peft", "accelerate", "datasets") if not find_spec(name)]:
-        raise ConfigError(f"fine-tuning needs {', '.join(missing)}: pip install 'ibisagent[train]'")
 
 
 def _told(*, quiet: bool) -> Callable[[int, int, Mapping[str, float]], None]:

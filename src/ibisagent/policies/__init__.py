@@ -33,7 +33,7 @@ POLICIES: Mapping[str, str] = MappingProxyType(
         "ibis-nano": "our small model; its weights come with the package",
         "mllm:<folder or hub id>": "any Hugging Face image-text-to-text model: mllm:Qwen/Qwen2.5-VL-7B-Instruct, "
         "mllm:manglu3935/IBIS/qwen2_5vl-7b-RL; a bare folder or hub id means the same",
-        "<folder of an agent>": "what `ibisagent teach` made: experts for taught objects, the old policy for all others",
+        "<folder of an agent>": "what `ibisagent teach` made: experts for taught objects, the old policy for all else",
         "endpoint:<base url>#<model>": "any OpenAI-compatible chat server; its key is read from IBIS_API_KEY",
         "oracle": "clicks where an expert who sees the ground truth would (the ceiling)",
         "oracle-box": "the true bounding box, nothing else; with the segmenter ellipse: what a box alone is worth",
@@ -116,7 +116,7 @@ def load_policy(
         return OraclePolicy(cases, dialect=dialect or "ibis", seed=seed, name=spec, **boxed)
     if spec == "location-prior":
         raise ConfigError("location-prior learns from training masks: `ibisagent eval run` prints it beside any policy")
-    is_model = spec == "ibis-nano" or kind == "mllm" or _HUB_ID.fullmatch(spec) or Path(spec).is_dir()
+    is_model = spec == "ibis-nano" or kind == "mllm" or is_hub_id(spec) or Path(spec).is_dir()
     if not spec or not is_model:
         raise ConfigError(f"unknown policy '{spec}': give one of {', '.join(POLICIES)}")
     source = source_of(spec)
@@ -127,6 +127,11 @@ def load_policy(
     from ibisagent.policies.mllm import MllmPolicy
 
     return MllmPolicy(source, name=spec, candidates=candidates, **loading)
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a source is written as a hub id is; a relative folder may be as well."""
+    return _HUB_ID.fullmatch(source) is not None
 
 
 def source_of(spec: str) -> str:

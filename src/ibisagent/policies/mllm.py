@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from ibisagent.domain import Completion, Image, Observation, Wording
 from ibisagent.errors import ConfigError, IbisError, PolicyError
-from ibisagent.files import one_line
+from ibisagent.files import one_line, weights_sha256
 from ibisagent.policies.base import MAX_NEW_TOKENS, is_public
 from ibisagent.policies.one_by_one import OneByOne
 from ibisagent.policies.vocabulary import Look, Vocabulary
@@ -79,8 +79,8 @@ class MllmPolicy(OneByOne):
     for it.
 
     With a vocabulary (`objects.json` beside the weights) the model is asked for one object after another, see
-    `one_by_one`. Safe to call from several threads; calls queue. Raises ConfigError for options that do not exist or fit
-    and PolicyError for missing or damaged weights and for lack of memory.
+    `one_by_one`. Safe to call from several threads; calls queue. Raises ConfigError for options that do not exist or
+    fit and PolicyError for missing or damaged weights and for lack of memory.
     """
 
     def __init__(
@@ -260,12 +260,12 @@ class MllmPolicy(OneByOne):
             "torch": version("torch"),
         }
         if self._adapter:
-            facts |= {"policy_adapter": str(self._adapter), "policy_adapter_sha256": _sha256(self._adapter)}
+            facts |= {"policy_adapter": str(self._adapter), "policy_adapter_sha256": weights_sha256(self._adapter)}
         return facts
 
     @cached_property
     def _weights_sha256(self) -> str:
-        return _sha256(self._folder)
+        return weights_sha256(self._folder)
 
     def _tokenize(self, conversations: Sequence[Sequence[Message]]) -> Any:
         """Left-padded model inputs of one batch, on the CPU."""
@@ -505,14 +505,3 @@ def _seeded(seed: int, inputs: Any, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int.from_bytes(digest.digest()[:7], "big"))
         yield
-
-
-def _sha256(folder: Path) -> str:
-    """Hash of the safetensors in `folder`: of the file itself where it is one, else of their "hash  name" lines."""
-    hashes = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    if len(hashes) == 1:
-        return next(iter(hashes.values()))
-    return hashlib.sha256("".join(f"{sha}  {name}\n" for name, sha in hashes.items()).encode()).hexdigest()

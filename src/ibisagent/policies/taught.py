@@ -94,7 +94,7 @@ def load_agent(folder: Path, name: str, *, adapter: str | Path | None, **options
     agent = Agent.read(folder)
     if adapter is not None:
         raise ConfigError(f"{folder}: is a taught agent, which takes no adapter; give the adapter to its base")
-    if agent.adapter is not None:
+    if not agent.experts:
         return MllmPolicy(source_of(agent.base), name=name, adapter=agent.adapter, **options)
     base = MllmPolicy(source_of(agent.base), name=agent.base, **options)
     experts = [(MllmPolicy(one.folder, **options), one.names) for one in agent.experts]

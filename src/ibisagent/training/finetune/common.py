@@ -368,7 +368,8 @@ def without_library_warnings() -> Iterator[None]:
 
 @without_library_warnings()
 def run(trainer: Trainer, student: Student, recipe: StageRecipe, stage: str) -> Path:
-    """Train, resuming from the last checkpoint if there is one, and write the result; returns OUT/policy.
+    """Train, resuming from the last checkpoint if there is one, and write the result; returns OUT/policy,
+    or OUT/adapter where that is not merged.
 
     ConfigError if OUT holds a run of another recipe.
     """
@@ -391,12 +392,15 @@ def claim(student: Student, recipe: StageRecipe, stage: str, *, write: bool) -> 
 
 
 def save_result(trainer: Trainer, student: Student, recipe: StageRecipe) -> Path:
-    """Write OUT/policy (and OUT/adapter), each whole or not at all. Every process of a run must call it."""
+    """Write OUT/policy (and OUT/adapter), each whole or not at all; returns the one to use. Every process of a run must
+    call it."""
     first = trainer.is_world_process_zero()
     student.processor.tokenizer.response_template = None  # TRL's, not the policy's
     kind = "policy" if recipe.train == "full" else "adapter"
     _replace(recipe.out / kind, lambda folder: trainer.save_model(str(folder)), first)
     trainer.accelerator.wait_for_everyone()
+    if not recipe.merge and kind == "adapter":
+        return recipe.out / kind
     if kind == "adapter" and first:
         _merge_in_a_process_of_its_own(recipe, student.history)
     trainer.accelerator.wait_for_everyone()

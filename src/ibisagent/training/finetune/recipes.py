@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -10,6 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ibisagent.config import Recipe
 from ibisagent.errors import ConfigError
 from ibisagent.rewards import PAPER, RewardWeights
+
+
+def require_libraries() -> None:
+    """ConfigError where what fine-tuning needs is not installed."""
+    if missing := [name for name in ("trl", "peft", "accelerate", "datasets") if not find_spec(name)]:
+        raise ConfigError(f"fine-tuning needs {', '.join(missing)}: pip install 'ibisagent[train]'")
 
 
 class LoraSettings(BaseModel):
@@ -43,6 +50,8 @@ class StageRecipe(Recipe):
 
     train: Literal["full", "lora"] = "full"
     lora: LoraSettings = LoraSettings()
+    merge: bool = True
+    """Also write the policy with its adapter merged, as large as the start; only with train = "lora"."""
     freeze_vision: bool = True
     num_train_epochs: float = Field(1.0, gt=0)
     max_steps: int = Field(0, ge=0)
