@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from ibisagent.datasets import read_cases
 from ibisagent.errors import DataError
-from ibisagent.evaluation.reliability import Reviewer
-from ibisagent.evaluation.selection import Candidate, choose, images_in, judged
+from ibisagent.evaluation.selection import Candidate, choose, images_in, suggest
 from ibisagent.imaging.images import write_png
 from ibisagent.policies.scripted import ScriptedPolicy
 from ibisagent.segmenters import load_segmenter
@@ -66,13 +67,20 @@ def test_the_agent_looks_at_every_image_of_a_folder(tmp_path: Path) -> None:
         write_png(pixels, tmp_path / "inner" / f"{number}.png")
     (tmp_path / "broken.png").write_bytes(b"nothing")
     replies = ["<action>click + (0.35, 0.5) bright box</action>", "<action>stop</action>"]
-    reviewer = Reviewer(ScriptedPolicy(replies), load_segmenter("region"))
-    found = list(judged(images_in(tmp_path), tmp_path, "bright box", reviewer))
-    assert isinstance(found[0], DataError)
-    assert "broken.png" in str(found[0])
-    candidates = [one for one in found if isinstance(one, Candidate)]
-    assert [one.name for one in candidates] == ["inner/0.png", "inner/1.png"]
-    assert all(0 <= one.reliability <= 1 for one in candidates)
+    models: dict[str, Any] = {"policy": ScriptedPolicy(replies), "segmenter": load_segmenter("region")}
+    told: dict[str, str] = {}
+    chosen = suggest(
+        tmp_path, "bright box", 9, **models, on_image=lambda path, error: told.update({path.name: str(error or "")})
+    )
+    assert sorted(one.name for one in chosen) == ["inner/0.png", "inner/1.png"]
+    assert all(0 <= one.reliability <= 1 for one in chosen)
+    assert (told["0.png"], told["1.png"]) == ("", "")
+    assert "broken.png" in told["broken.png"]
+    labelled = tmp_path / "labelled.csv"
+    labelled.write_text("image,mask,object\ninner/0.png,,bright box\n")
+    unlike, like = suggest(tmp_path, "bright box", 2, labelled=read_cases(labelled), **models)
+    assert (unlike.name, like.name) == ("inner/1.png", "inner/0.png")
+    assert like.distance == 0
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no images"):
         images_in(tmp_path / "empty")

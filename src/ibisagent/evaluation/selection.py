@@ -8,19 +8,22 @@ images of one hard case are chosen nor outliers that the agent masters. Ties go 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from ibisagent.datasets import IMAGE_SUFFIXES
+from ibisagent.datasets import IMAGE_SUFFIXES, CaseSource
 from ibisagent.domain import Image
-from ibisagent.errors import DataError
+from ibisagent.errors import DataError, IbisError
 from ibisagent.evaluation.reliability import Queue, Reviewer
+from ibisagent.inference.api import DEFAULT_POLICY, DEFAULT_SEGMENTER
 from ibisagent.inference.image import read_case, run_case
+from ibisagent.policies import load_policy
 from ibisagent.policies.base import Policy, Seeing
+from ibisagent.segmenters import Segmenter, load_segmenter
 
 MIN_DOUBT = 0.05  # of a mask that seems perfect: between two of those, the one that is more unlike the rest comes first
 _THUMBNAIL_SIDE = 16
@@ -102,21 +105,50 @@ def images_in(folder: Path) -> list[Path]:
     return found
 
 
-def judged(paths: Iterable[Path], folder: Path, query: str, reviewer: Reviewer) -> Iterator[Candidate | DataError]:
-    """Of each image what `choose` asks: the agent is run on it once; the error of one that cannot be read.
+def suggest(
+    folder: str | Path,
+    query: str,
+    count: int,
+    *,
+    policy: str | Policy = DEFAULT_POLICY,
+    segmenter: str | Segmenter = DEFAULT_SEGMENTER,
+    labelled: CaseSource | None = None,
+    on_image: Callable[[Path, IbisError | None], None] = lambda _path, _error: None,
+) -> list[Suggestion]:
+    """The `count` images of a folder of unlabelled ones to label next: the agent is run on each once, then `choose`.
 
-    Names are relative to `folder`. Raises ConfigError, PolicyError and SegmenterError.
+    Args:
+        folder: images, also in folders below it; suggestions name them as seen from it.
+        query: what is to be labelled.
+        count: how many, at least 1.
+        policy: who clicks, as for `load_policy`, or a loaded one.
+        segmenter: what turns clicks into masks, as for `load_segmenter`, or a loaded one.
+        labelled: images that have labels; like them none is needed.
+        on_image: told of each image when it is done, with the error of one that cannot be used and is left out.
+
+    Raises:
+        DataError: for a folder without images, and where none can be used.
+        ConfigError, PolicyError, SegmenterError: as the agent raises them.
     """
-    queue = Queue(reviewer)
+    folder, paths = Path(folder), images_in(Path(folder))
+    agent = load_policy(policy) if isinstance(policy, str) else policy
+    engine = load_segmenter(segmenter) if isinstance(segmenter, str) else segmenter
+    queue, candidates = Queue(Reviewer(agent, engine)), []
     for path in paths:
         try:
             case = read_case(path, query)
         except DataError as error:
-            yield error
+            on_image(path, error)
             continue
-        episode = run_case(case, reviewer.policy, reviewer.segmenter)
-        score = queue.add(str(path), episode, case)
-        yield Candidate(path.relative_to(folder).as_posix(), score, features_of(reviewer.policy, case.image))
+        episode = run_case(case, agent, engine)
+        name = path.relative_to(folder).as_posix()
+        candidates.append(Candidate(name, queue.add(name, episode, case), features_of(agent, case.image)))
+        on_image(path, None)
+    if not candidates:
+        raise DataError(f"{folder}: none of its images can be used; convert them first")
+    rows = () if labelled is None else {row.image: row for row in labelled.rows}.values()
+    known = [features_of(agent, labelled.decode(row).image) for row in rows if labelled is not None]
+    return choose(candidates, count, known)
 
 
 def _comparable(points: np.ndarray) -> np.ndarray:
