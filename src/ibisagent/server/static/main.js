@@ -46,6 +46,7 @@ async function open(item, push = true) {
   levels.set(app.scan ? "auto" : "full", false);
   if (document.activeElement.matches("button, input[type=file]")) $("image").focus({ preventScroll: true });
   say(summary());
+  teach.look().catch(report); // what was corrected meanwhile may be enough to learn from
   const here = standing();
   if (item.running) watch(item, item.id, here).then(() => here() && say(summary())).catch(report);
   const next = queue.beside(1);
