@@ -5,11 +5,12 @@
 The annotator is simulated. The agent makes the mask of each object of an image; one of IoU >= 0.85 is accepted, another
 is corrected by an expert's clicks (`imaging.clicks.next_click`, on ibis-click) until it is as good or has had 20. In
 one of two arms the agent is taught after every so many images, on the masks as they were left, never on the ground
-truth, and judged by its own check, as on the page. Both arms see the same images in the same order; images of one patient may
-come before and after a teaching, as they do in a clinic's folder.
+truth, and judged by its own check, as on the page. Both arms see the same images in the same order; images of one
+patient may come before and after a teaching, as they do in a clinic's folder.
 
 Minutes of the annotator are an estimate: LOOK_SECONDS for each mask and CLICK_SECONDS for each click. Those of the
-machine are measured, of a teaching that was stopped from its last start on. A stopped run resumes. Goal: at least 40% fewer clicks and 30% fewer corrected images.
+machine are measured; of a teaching that was stopped, from its last start on. A stopped run resumes. Goal: at least 40%
+fewer clicks and 30% fewer corrected images.
 """
 
 from __future__ import annotations

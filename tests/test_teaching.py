@@ -22,11 +22,14 @@ from loopback import png, serving
 from volume_phantoms import GRIDS
 
 from ibisagent.datasets import read_cases
+from ibisagent.domain import Image
 from ibisagent.errors import ConfigError, PolicyError
+from ibisagent.inference.corrections import add_to_data_set
 from ibisagent.policies.scripted import ScriptedPolicy
 from ibisagent.segmenters.region import RegionSegmenter
 from ibisagent.server.annotate import mount_annotate
 from ibisagent.server.app import create_app
+from ibisagent.server.lessons import Lesson
 from ibisagent.server.monai import mount_monai
 from ibisagent.server.service import Service
 from ibisagent.server.teaching import Teacher, verdict
@@ -133,7 +136,9 @@ def test_what_was_accepted_teaches_and_the_new_agent_answers(world: World) -> No
         assert begun.status_code == 202
         told = after(web)
         assert told["state"] == "done"
-        assert told["said"] == "bright box: 0.41 -> 0.67 on your images; the new agent is used."
+        verdict_told, _, place = told["said"].partition(" It is ")
+        assert verdict_told == "bright box: 0.41 -> 0.67 on your images; the new agent is used."
+        assert place == "agents/1 in the data folder, for --policy."
         assert Path(told["folder"]) == world.folder / "data" / "agents" / "1"
         assert (service.policy.name, world.loaded) == ("agents/1", [told["folder"]])
         assert world.seen == {"bright box": 4}
@@ -310,4 +315,38 @@ def test_the_policy_that_was_taught_is_not_another_one(world: World) -> None:
     assert teacher.folder is None
     with pytest.raises(ConfigError, match="nothing is being learned"):
         teacher.stop()
+    service.close()
+
+
+BRIEF = """
+import sys
+from ibisagent.server.teacher_process import main
+from ibisagent.training.teach import TeachRecipe
+main(sys.argv[1], TeachRecipe(examples=16, batch_size=8, eval_every=8, folds=2, workers=0))
+"""
+
+
+def test_the_process_itself_teaches_the_packaged_weights_and_checks(tmp_path: Path) -> None:
+    """Too short to learn anything: what counts here is that all parts fit together."""
+
+    def lesson(number: int) -> Lesson:
+        pixels = np.random.default_rng(number).integers(60, 90, (48, 64, 3), dtype=np.uint8)
+        mask = np.zeros((48, 64), bool)
+        mask[10 + number : 30, 20 : 44 - number] = True
+        pixels[mask] = 220
+        return Lesson(
+            str(number), True, lambda folder: bool(add_to_data_set(folder, Image(pixels), {"plaque": mask}, ""))
+        )
+
+    (tmp_path / "brief.py").write_text(BRIEF)
+    service = Service(ScriptedPolicy([], name="ibis-nano"), RegionSegmenter(), tmp_path / "data")
+    process = (sys.executable, str(tmp_path / "brief.py"))
+    teacher = Teacher(service, [lesson(number) for number in range(4)], process=process)
+    teacher.start()
+    while teacher.now.state == "running":
+        time.sleep(0.2)
+    assert teacher.now.state == "done", teacher.said
+    assert "plaque: " in teacher.said
+    assert "on your images" in teacher.said
+    assert (teacher.folder is None) == ("old agent is kept" in teacher.said)
     service.close()

@@ -15,7 +15,7 @@ from ibisagent.inference.corrections import add_to_data_set
 from ibisagent.inference.session import Session
 from ibisagent.server.monai_store import IMAGE, ImageStore, Label, Stored, volume_ending
 from ibisagent.server.scans import Scan, Scans
-from ibisagent.server.service import Service, remove
+from ibisagent.server.service import PASSING_FILE, Service, remove
 from ibisagent.server.worklist import Item, Worklist
 from ibisagent.volumes import SliceView, read_volume
 from ibisagent.volumes.writing import masks_on
@@ -47,11 +47,15 @@ class Lessons:
     def __iter__(self) -> Iterator[Lesson]:
         """As they stand now, oldest first; nothing is decoded."""
         for item in self._worklist.of_everybody():
-            if item.state in ("accepted", "corrected"):
+            if item.state in ("accepted", "corrected") and not self._is_of_a_program(item):
                 yield self._of_scan(item) if item.kind == "scan" else self._of_session(item)
         for stored in self._images.all:
             if (label := stored.labels.get(FINAL)) is not None:
                 yield Lesson(f"{stored.id} {label.file}", True, _Submitted(self._service, stored, label).write)
+
+    def _is_of_a_program(self, item: Item) -> bool:
+        """Whether another agent acted there, over MCP: it is no user, and may be wrong as the agent itself is."""
+        return item.kind == "image" and (self._service.session_folder(item.id) / PASSING_FILE).exists()
 
     def _of_session(self, item: Item) -> Lesson:
         accepted = item.state == "accepted"

@@ -283,14 +283,15 @@ class Teacher:
         result = self._result()
         if "error" in result:
             raise DataError(result["error"])
+        said = verdict(result["objects"])
         if any(one["kept"] for one in result["objects"]):
             self._use(number)
             with self._lock:
                 self._tidy(keep=(number, self._status.agent))
                 self._status = replace(self._status, agent=number)
-        else:
-            remove(self._agent(number))
-        return verdict(result["objects"])
+            return f"{said} It is agents/{number} in the data folder, for --policy."
+        remove(self._agent(number))
+        return said
 
     def _run(self, out: Path) -> None:
         names = {"policy": self._base.name, "segmenter": self._service.segmenter.name}

@@ -63,6 +63,7 @@ class Worklist:
         self._eye = service.policy.inner  # by whose features images are compared, whatever is taught meanwhile
         self._eye_is = f"{self._eye.name} {package_version()}"
         self._features: dict[str, np.ndarray] = {}
+        self._scores: dict[str, tuple[int, float]] = {}  # with the stamps that they are of
 
     def items(self, visitor: str | None) -> list[Item]:
         """What a visitor may see, oldest first."""
@@ -115,27 +116,32 @@ class Worklist:
 
     def reliability(self, session: Session) -> float:
         """The expected IoU of the masks of a session, see `reliability`; kept until it changes. SegmenterError."""
-        stamp = 0 if session.folder is None else (session.folder / SESSION_FILE).stat().st_mtime_ns
-        known = None if session.folder is None else self._kept_score(session.id, stamp)
+        folder = session.folder
+        stamp = 0 if folder is None else _changed(folder)
+        known = self._kept_score(session.id, stamp) if stamp else None
         if known is not None:
             return known
         found = signals(session.episodes()[-1], session.image, self._service.segmenter)
         score = round(Reliability.plain(FREE_SIGNALS).score(found), 4)
-        if session.folder is not None:
-            self._features[session.id] = features = features_of(self._eye, session.image)
+        if folder is not None and stamp:
+            features = features_of(self._eye, session.image)
             kept = {"stamp": stamp, "score": score, "by": self._eye_is, "features": features.tolist()}
-            write_whole(json.dumps(kept).encode(), session.folder / _RELIABILITY)
+            write_whole(json.dumps(kept).encode(), folder / _RELIABILITY)
+            self._features[session.id], self._scores[session.id] = features, (stamp, score)
         return score
 
     def _kept_score(self, id_: str, stamp: int) -> float | None:
-        """The score as it was when the session's file was of `stamp`. What the image looks like is remembered."""
-        try:
-            kept = json.loads((self._service.session_folder(id_) / _RELIABILITY).read_bytes())
-            if kept["by"] == self._eye_is:
-                self._features.setdefault(id_, np.array(kept["features"], dtype=np.float32))
-            return float(kept["score"]) if kept["stamp"] == stamp else None
-        except (OSError, ValueError, KeyError, TypeError):  # never asked for, or cut off
-            return None
+        """The score as it was when the session's file was of `stamp`; what an earlier server kept is remembered."""
+        if id_ not in self._scores:
+            try:
+                kept = json.loads((self._service.session_folder(id_) / _RELIABILITY).read_bytes())
+                self._scores[id_] = int(kept["stamp"]), float(kept["score"])
+                if kept["by"] == self._eye_is:
+                    self._features[id_] = np.array(kept["features"], dtype=np.float32)
+            except (OSError, ValueError, KeyError, TypeError):  # never asked for, or cut off
+                return None
+        known, score = self._scores[id_]
+        return score if known == stamp else None
 
     def thumbnail(self, folder: Path, pixels: Callable[[], np.ndarray]) -> bytes:
         """A small JPEG of an image, made once. pixels: gives the image (H, W, 3)."""
@@ -217,6 +223,14 @@ def _coco(names: Sequence[str], sessions: Sequence[Session]) -> dict[str, Any]:
                 )
     named = [{"id": number, "name": name} for name, number in categories.items()]
     return {"images": images, "annotations": annotations, "categories": named}
+
+
+def _changed(folder: Path) -> int:
+    """When a session was last changed, in nanoseconds; 0 where it is gone."""
+    try:
+        return (folder / SESSION_FILE).stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _zip(folder: Path, path: Path) -> Path:
