@@ -545,7 +545,7 @@ import numpy as np
 from ibisagent.datasets import read_cases
 asked = json.loads(sys.argv[1])
 say, out = Path(asked["say"]), Path(asked["out"])
-masks = [mask for case in read_cases(Path(asked["data"]) / "manifest.csv") for mask in case.targets.values()]
+masks = [mask for case in read_cases(asked["data"]) for mask in case.targets.values()]
 rows, columns = np.mean([np.argwhere(mask).mean(axis=0) / mask.shape for mask in masks], axis=0)
 out.mkdir(parents=True)
 (out / "place.json").write_text(json.dumps([round(columns, 3), round(rows, 3)]))

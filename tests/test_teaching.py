@@ -45,7 +45,7 @@ told = json.loads(Path(r"PLAN").read_text())
 out.mkdir(parents=True, exist_ok=True)
 runs = out / "runs"
 runs.write_text(str(int(runs.read_text()) + 1 if runs.exists() else 1))
-shutil.copytree(asked["data"], Path(r"PLAN").parent / "seen", dirs_exist_ok=True)
+shutil.copytree(Path(asked["data"]).parent, Path(r"PLAN").parent / "seen", dirs_exist_ok=True)
 step = {"stage": "learning", "done": 1, "total": 4, "seconds_left": 100.0}
 (say / "progress.json").write_text(json.dumps(step))
 while not Path(r"PLAN").with_name("go").exists():

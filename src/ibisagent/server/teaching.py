@@ -25,6 +25,7 @@ from typing import Any, Literal, TypeVar
 
 from ibisagent.errors import ConfigError, DataError, IbisError
 from ibisagent.files import make_folder, one_line, write_whole
+from ibisagent.inference.corrections import MANIFEST_NAME
 from ibisagent.inference.session import BusyError
 from ibisagent.policies import Policy, load_policy
 from ibisagent.server.lessons import Lesson
@@ -295,7 +296,7 @@ class Teacher:
 
     def _run(self, out: Path) -> None:
         names = {"policy": self._base.name, "segmenter": self._service.segmenter.name}
-        asked = {"data": str(self._folder / "data"), "out": str(out), "say": str(self._folder), **names}
+        asked = {"data": str(self._folder / "data" / MANIFEST_NAME), "out": str(out), "say": str(self._folder), **names}
         log = self._folder / "log.txt"
         with log.open("wb") as output:
             process = subprocess.Popen(
