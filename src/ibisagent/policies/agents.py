@@ -37,12 +37,12 @@ class Expert:
 @dataclass(frozen=True, slots=True)
 class Agent:
     """What `agent.json` says. base: the policy that answers for every other name, as `load_policy` takes it; adapter: a
-    PEFT folder for it. lessons: what taught the agent, oldest first, as `training.teach` records it."""
+    PEFT folder for it. records: what taught the agent, oldest first, as `training.teach` records it."""
 
     base: str
     experts: tuple[Expert, ...]
     adapter: Path | None
-    lessons: tuple[Mapping[str, Any], ...]
+    records: tuple[Mapping[str, Any], ...]
 
     @classmethod
     def read(cls, folder: Path) -> Agent:
@@ -56,7 +56,7 @@ class Agent:
                 str(folder / BASE) if said["base"] == BASE else str(said["base"]),
                 tuple(Expert(folder / one["folder"], tuple(one["names"])) for one in said["experts"]),
                 folder / said["adapter"] if said["adapter"] else None,
-                tuple(said["lessons"]),
+                tuple(said["records"]),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise PolicyError(

@@ -123,6 +123,8 @@ def answering(observation: Observation, vocabulary: Vocabulary, look: Looking, d
         if reply.problem is not None:
             return completion
         said = _within(_told(reply, request.name, target, own), own, target)
+        if len(asked) > 1 and said.stop is not None and said.prompts:  # it ends this object's part, not the episode
+            said = replace(said, actions=said.actions[:-1])
         if len(asked) > 1 and (said.stop is not None or _says_nothing_new(said, observation)):
             continue
         if said == reply and target == target_of(observation.query):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from ibisagent.domain import Completion, Image, Observation
 from ibisagent.errors import ConfigError
 from ibisagent.policies import source_of
 from ibisagent.policies.agents import Agent
+from ibisagent.policies.following import follow
 from ibisagent.policies.mllm import MllmPolicy
 from ibisagent.policies.one_by_one import OneByOne, sentence_for
 from ibisagent.policies.vocabulary import Look, Vocabulary
-from ibisagent.query import Request
+from ibisagent.protocol import write
+from ibisagent.query import Request, target_of
 
 
 class TaughtPolicy(OneByOne):
@@ -38,23 +41,24 @@ class TaughtPolicy(OneByOne):
 
     def write(self, observations: Sequence[Observation]) -> list[Completion]:
         """What the one that answers for each observation's object writes."""
-        written: dict[int, Completion] = {}
-        for model, numbers in self._shared_out([one.query for one in observations]):
-            answers = model.write([observations[number] for number in numbers])
-            written |= dict(zip(numbers, answers, strict=True))
-        return [written[number] for number in range(len(observations))]
+        experts = [self._expert_for(one.query) for one in observations]
+        others = iter(self.base.write([one for one, expert in zip(observations, experts, strict=True) if not expert]))
+        return [
+            _followed(one, expert, self.dialect) if expert else next(others)
+            for one, expert in zip(observations, experts, strict=True)
+        ]
 
     def propose(self, observations: Sequence[Observation]) -> list[list[Completion]]:
-        """As `MllmPolicy.propose`, of the one that answers for each observation's object."""
-        proposed: dict[int, list[Completion]] = {}
-        for model, numbers in self._shared_out([one.query for one in observations]):
-            answers = model.propose([observations[number] for number in numbers])
-            proposed |= dict(zip(numbers, answers, strict=True))
-        return [proposed[number] for number in range(len(observations))]
+        """As `MllmPolicy.propose`; an expert has one reply to propose."""
+        experts = [self._expert_for(one.query) for one in observations]
+        others = iter(self.base.propose([one for one, expert in zip(observations, experts, strict=True) if not expert]))
+        return [
+            self.respond([one]) if expert else next(others) for one, expert in zip(observations, experts, strict=True)
+        ]
 
     def look(self, image: Image, query: str) -> Look:
         """What the one that answers for the object sees of it."""
-        return self._answers_for(query).look(image, query)
+        return (self._expert_for(query) or self.base).look(image, query)
 
     def features(self, image: Image) -> np.ndarray | None:
         """As `MllmPolicy.features`, of the base."""
@@ -72,21 +76,19 @@ class TaughtPolicy(OneByOne):
             "policy_weights_sha256": hashlib.sha256(hashes.encode()).hexdigest(),
         }
 
-    def _shared_out(self, queries: Sequence[str]) -> list[tuple[MllmPolicy, list[int]]]:
-        """Each model that is to answer some of the queries, with their numbers."""
-        numbers: dict[int, list[int]] = {}
-        models = [self._answers_for(query) for query in queries]
-        for number, model in enumerate(models):
-            numbers.setdefault(id(model), []).append(number)
-        return [(models[these[0]], these) for these in numbers.values()]
-
-    def _answers_for(self, query: str) -> MllmPolicy:
-        """The expert that knows what a sentence of `sentence_for`, or a user's, is about; else the base."""
+    def _expert_for(self, query: str) -> MllmPolicy | None:
+        """The expert that knows what a sentence of `sentence_for`, or a user's, is about; None: the base answers."""
         if (expert := self._by_sentence.get(query)) is not None:
             return expert
         asked = self.vocabulary.named(query)
         name = self.vocabulary.meant(asked) if asked is not None else None
-        return self._experts.get(name, self.base) if name is not None else self.base
+        return self._experts.get(name) if name is not None else None
+
+
+def _followed(seen: Observation, expert: MllmPolicy, dialect: str) -> Completion:
+    started = time.perf_counter()
+    reply = follow(seen, expert.look(seen.image, seen.query).region, target_of(seen.query))
+    return Completion(write(reply, seen.image.size, dialect=dialect), None, time.perf_counter() - started)
 
 
 def load_agent(folder: Path, name: str, *, adapter: str | Path | None, **options: Any) -> MllmPolicy | TaughtPolicy:

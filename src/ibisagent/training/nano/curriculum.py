@@ -191,7 +191,7 @@ def _square(turn: np.ndarray) -> np.ndarray:
 class Curriculum:
     """Draws examples: a view of a pair, a question, a state, and the right reply to it."""
 
-    words, absent, first = WORDS, ABSENT, FIRST
+    words, absent, first, questions = WORDS, ABSENT, FIRST, QUESTIONS
 
     def __init__(
         self,
@@ -216,13 +216,13 @@ class Curriculum:
         self._offered = {kind: [text for _, text in phrasings(kind, held_out=False)] for kind in KINDS}
 
     def draw(self, count: int) -> list[Example]:
-        """`count` fresh examples, QUESTIONS of each view, about other objects of it where there are any."""
+        """`count` fresh examples, several of each view, about other objects of it where there are any."""
         examples: list[Example] = []
         unseen: list[tuple[Example, Pair]] = []
-        for index in self._random.choice(len(self._pairs), -(-count // QUESTIONS), p=self._weights):
+        for index in self._random.choice(len(self._pairs), -(-count // self.questions), p=self._weights):
             pixels, turn = self._view(self._pairs[index])
             others = [other for other in self._of_image[self._pairs[index].image] if other != index]
-            for number in range(min(QUESTIONS, count - len(examples))):
+            for number in range(min(self.questions, count - len(examples))):
                 pair = self._pairs[self._pick(others) if number and others else index]
                 mask = self._images.mask(pair.number).astype(np.uint8)
                 ground_truth = cv2.warpAffine(mask, turn, VIEW, flags=cv2.INTER_NEAREST) > 0

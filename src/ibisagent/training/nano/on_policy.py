@@ -70,8 +70,6 @@ class _State:
 class OnPolicyStates(Curriculum):
     """Draws examples whose later turns go on from the policy's own."""
 
-    gain = GAIN
-
     def __init__(
         self,
         images: TrainingImages,
@@ -175,13 +173,9 @@ class OnPolicyStates(Curriculum):
                 given.append(click)
         corrected = self._predict(planes, features, prompts)
         return [
-            goal if not e.current.any() or self._gains(corrected_, e) else e.current
+            goal if not e.current.any() or _gains(corrected_, e) else e.current
             for e, goal, corrected_ in zip(examples, goals, corrected, strict=True)
         ]
-
-    def _gains(self, mask: Mask, example: Example) -> bool:
-        assert example.ground_truth is not None
-        return iou(mask, example.ground_truth) >= iou(example.current, example.ground_truth) + self.gain
 
     def _opening(self, example: Example, belief: np.ndarray) -> list[Click | Box]:
         """The prompts of a first turn, the policy's own or an expert's corrupted ones; none for a mask that the user
@@ -238,3 +232,8 @@ def sure_part(ground_truth: Mask, mask: Mask, belief: np.ndarray) -> Mask:
     inside = cv2.resize(belief, VIEW, interpolation=cv2.INTER_LINEAR)
     sure = np.where(ground_truth, inside, 1 - inside) >= SURE
     return np.where(sure | ~mask.any(), ground_truth, mask)
+
+
+def _gains(mask: Mask, example: Example) -> bool:
+    assert example.ground_truth is not None
+    return iou(mask, example.ground_truth) >= iou(example.current, example.ground_truth) + GAIN

@@ -179,23 +179,30 @@ def losses(
     place_logprobs = logprobs[is_place][:, words:]
     wanted = np.array([place.ravel() for example in examples for place in example.places], np.float32)
     cross = -(torch.from_numpy(wanted).view_as(place_logprobs) * place_logprobs).sum() / max(len(wanted), 1)
+    region, overlap = region_losses(output.region_logits, examples)
+    total = word_loss + 0.5 * cross + region + overlap
+    parts = {
+        "words": word_loss.item(),
+        "places": cross.item(),
+        "region": region.item(),
+        "overlap": overlap.item(),
+    }
+    return total, parts
+
+
+def region_losses(region_logits: torch.Tensor, examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the maps of the objects asked for, (N, LOCATIONS, LOCATIONS) logits: cross-entropy of each cell, and overlap,
+    1 less soft Dice. Examples that ask for no region count nothing."""
     regions = [cv2.resize(e.ground_truth.astype(np.float32), (LOCATIONS,) * 2, interpolation=cv2.INTER_AREA)
                if e.ground_truth is not None else np.full((LOCATIONS,) * 2, -1, np.float32)
                for e in examples]  # fmt: skip
     target = torch.from_numpy(np.stack(regions))
     known = target[:, 0, 0] >= 0
-    region_logits, target = output.region_logits.float()[known], target[known]
+    region_logits, target = region_logits.float()[known], target[known]
     region = F.binary_cross_entropy_with_logits(region_logits, target)
     inside = region_logits.sigmoid()
     overlap = 1 - (2 * (inside * target).sum((1, 2)) + 1) / (inside.sum((1, 2)) + target.sum((1, 2)) + 1)
-    total = word_loss + 0.5 * cross + region + overlap.mean()
-    parts = {
-        "words": word_loss.item(),
-        "places": cross.item(),
-        "region": region.item(),
-        "overlap": overlap.mean().item(),
-    }
-    return total, parts
+    return region, overlap.mean()
 
 
 @torch.no_grad()

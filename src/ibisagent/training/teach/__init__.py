@@ -24,9 +24,9 @@ from ibisagent.policies import is_hub_id, source_of
 from ibisagent.policies.agents import AGENT_FILE, Agent
 from ibisagent.policies.vocabulary import Vocabulary
 from ibisagent.training.finetune.recipes import require_libraries
-from ibisagent.training.teach.agents import found_of, lesson_record, objects_of, write_agent
+from ibisagent.training.teach.agents import found_of, objects_of, record_of, write_agent
 from ibisagent.training.teach.part import Compared, Task, result_of
-from ibisagent.training.teach.reading import Found, Lesson, folds_of, read_lesson
+from ibisagent.training.teach.reading import Found, TeachingData, folds_of, read_teaching_data
 from ibisagent.training.teach.recipe import PartRecipe, TeachRecipe
 from ibisagent.training.teach.running import run_all
 from ibisagent.training.teach.self_check import TaughtObject, decide, decide_together
@@ -104,22 +104,22 @@ def teach(
     try_folder(out)
     report(TeachProgress("reading", 0, 1, None))
     old = _old_agent(policy)
-    lesson = read_lesson([Path(one) for one in data], _known_names(old))
-    facts = _facts(data, lesson, policy, old, segmenter, check, seed, recipe)
+    material = read_teaching_data([Path(one) for one in data], _known_names(old))
+    facts = _facts(data, material, policy, old, segmenter, check, seed, recipe)
     if (out / AGENT_FILE).exists():
         return _finished(out, facts, on_found)
-    on_found(lesson.found)
+    on_found(material.found)
     if not _is_nano(old.base):
         require_libraries()
     claim(out / WORK / "run.json", facts, free=_FREE)
-    tasks = _tasks(out / WORK, lesson, old, policy, segmenter, check, seed, recipe)
+    tasks = _tasks(out / WORK, material, old, policy, segmenter, check, seed, recipe)
     _run(tasks, recipe, report)
     report(TeachProgress("writing", 0, 1, 0.0))
-    objects = _decided(tasks, lesson, old, check=check)
-    write_agent(out, old, tasks[-1].recipe.out, objects, lesson_record(lesson.found, objects, facts))
+    objects = _decided(tasks, material, old, check=check)
+    write_agent(out, old, tasks[-1].recipe.out, objects, record_of(material.found, objects, facts))
     shutil.rmtree(out / WORK, ignore_errors=True)
     report(TeachProgress("writing", 1, 1, 0.0))
-    return Taught(out, objects, lesson.found)
+    return Taught(out, objects, material.found)
 
 
 _FREE = {"ibisagent", "data", "workers", "policy"}
@@ -161,7 +161,7 @@ def _known_names(old: Agent) -> set[str]:
 
 def _facts(
     data: Sequence[Path],
-    lesson: Lesson,
+    material: TeachingData,
     policy: str,
     old: Agent,
     segmenter: str,
@@ -175,7 +175,7 @@ def _facts(
     return {
         "ibisagent": package_version(),
         "data": [str(path) for path in data],
-        "content_sha256": lesson.sha256,
+        "content_sha256": material.sha256,
         "policy": policy,
         "policy_weights_sha256": hashlib.sha256(" ".join(weights).encode()).hexdigest(),
         "segmenter": segmenter,
@@ -187,18 +187,18 @@ def _facts(
 
 def _finished(out: Path, facts: dict[str, Any], on_found: Callable[[Found], None]) -> Taught:
     """The agent that is there already. ConfigError where another teaching made it."""
-    lessons = Agent.read(out).lessons
-    if not lessons:
+    records = Agent.read(out).records
+    if not records:
         raise PolicyError(f"{out / AGENT_FILE}: tells of no teaching; choose another folder")
-    same_run({name: lessons[-1].get(name) for name in facts}, facts, out / AGENT_FILE, free=_FREE | {"recipe"})
-    found = found_of(lessons[-1])
+    same_run({name: records[-1].get(name) for name in facts}, facts, out / AGENT_FILE, free=_FREE | {"recipe"})
+    found = found_of(records[-1])
     on_found(found)
-    return Taught(out, objects_of(lessons[-1]), found)
+    return Taught(out, objects_of(records[-1]), found)
 
 
 def _tasks(
     work: Path,
-    lesson: Lesson,
+    material: TeachingData,
     old: Agent,
     policy: str,
     segmenter: str,
@@ -207,16 +207,16 @@ def _tasks(
     recipe: TeachRecipe,
 ) -> list[Task]:
     """The runs: one for each fold of the check, and the last on everything."""
-    folds = folds_of(lesson, recipe.folds) if check else []
-    begun = [one.folder for one in old.experts if set(lesson.names) & set(one.names)]
+    folds = folds_of(material, recipe.folds) if check else []
+    begun = [one.folder for one in old.experts if set(material.names) & set(one.names)]
     start = str([Path(source_of(old.base)), *begun][-1]) if _is_nano(old.base) else ""
 
     def task(name: str, held_out: Sequence[str]) -> Task:
         make_folder(work / name)
         made = PartRecipe.model_validate({**recipe.model_dump(), "out": work / name, "seed": seed})
-        learned = [row for row in lesson.rows if lesson.patient[row.id] not in held_out]
-        judged = [row for row in lesson.rows if lesson.patient[row.id] in held_out]
-        task = Task(made, tuple(learned), tuple(judged), lesson.patient, start, policy, segmenter)
+        learned = [row for row in material.rows if material.patient[row.id] not in held_out]
+        judged = [row for row in material.rows if material.patient[row.id] in held_out]
+        task = Task(made, tuple(learned), tuple(judged), material.patient, start, policy, segmenter)
         task.write()
         return task
 
@@ -240,10 +240,10 @@ def _run(tasks: Sequence[Task], recipe: TeachRecipe, report: Callable[[TeachProg
     run_all(tasks, min(recipe.workers, os.cpu_count() or 1), told)
 
 
-def _decided(tasks: Sequence[Task], lesson: Lesson, old: Agent, *, check: bool) -> tuple[TaughtObject, ...]:
+def _decided(tasks: Sequence[Task], material: TeachingData, old: Agent, *, check: bool) -> tuple[TaughtObject, ...]:
     compared: list[Compared] = [one for task in tasks for one in result_of(task.recipe.out)]
     known = _known_names(old)
     found = [
-        decide(name, images, name in known, compared, check=check) for name, images in lesson.found.objects.items()
+        decide(name, images, name in known, compared, check=check) for name, images in material.found.objects.items()
     ]
     return tuple(found if tasks[-1].start else decide_together(found, compared))

@@ -23,12 +23,12 @@ def write_agent(
     old: Agent,
     run: Path,
     objects: Sequence[TaughtObject],
-    lesson: Mapping[str, Any],
+    record: Mapping[str, Any],
 ) -> None:
     """Write the agent that what was taught and `old` make together into `out`.
 
     run: folder of the run on everything, with the weights that were taught; they answer for the objects that are kept.
-    lesson: what taught it, for the record.
+    record: what taught it.
     """
     names = tuple(one.name for one in objects if one.kept)
     sources = [(one.folder, tuple(name for name in one.names if name not in names)) for one in old.experts]
@@ -48,9 +48,9 @@ def write_agent(
     if (run / "expert").is_dir() and base != "ibis-nano":
         _copy(Path(base), out / BASE)
         base = BASE
-    lessons = [*old.lessons, lesson]
-    said = {"schema": SCHEMA, "base": base, "experts": experts, "adapter": adapter, "lessons": lessons}
-    write_whole(_card(out.name, names, objects, lessons).encode(), out / CARD)
+    records = [*old.records, record]
+    said = {"schema": SCHEMA, "base": base, "experts": experts, "adapter": adapter, "records": records}
+    write_whole(_card(out.name, names, objects, records).encode(), out / CARD)
     write_whole((json.dumps(said, indent=1) + "\n").encode(), out / AGENT_FILE)
 
 
@@ -63,13 +63,13 @@ def _copy(source: Path, target: Path) -> None:
     part.rename(target)
 
 
-def lesson_record(found: Found, objects: Sequence[TaughtObject], facts: Mapping[str, Any]) -> dict[str, Any]:
+def record_of(found: Found, objects: Sequence[TaughtObject], facts: Mapping[str, Any]) -> dict[str, Any]:
     """What one teaching leaves in `agent.json`. facts: what made it."""
     return {**facts, "found": asdict(found), "objects": [asdict(one) for one in objects]}
 
 
-def objects_of(lesson: Mapping[str, Any]) -> tuple[TaughtObject, ...]:
-    """The objects of a lesson's record."""
+def objects_of(record: Mapping[str, Any]) -> tuple[TaughtObject, ...]:
+    """The objects of a record."""
     return tuple(
         TaughtObject(
             **{
@@ -78,29 +78,29 @@ def objects_of(lesson: Mapping[str, Any]) -> tuple[TaughtObject, ...]:
                 "doubtful": tuple(one["doubtful"]),
             }
         )
-        for one in lesson["objects"]
+        for one in record["objects"]
     )
 
 
-def found_of(lesson: Mapping[str, Any]) -> Found:
-    """What the data of a lesson held."""
-    said = lesson["found"]
+def found_of(record: Mapping[str, Any]) -> Found:
+    """What the data of a teaching held."""
+    said = record["found"]
     sizes = tuple((int(height), int(width)) for height, width in said["sizes"])
     return Found(**{**said, "sizes": sizes, "unreadable": tuple(said["unreadable"])})
 
 
 def _card(
-    name: str, names: Sequence[str], objects: Sequence[TaughtObject], lessons: Sequence[Mapping[str, Any]]
+    name: str, names: Sequence[str], objects: Sequence[TaughtObject], records: Sequence[Mapping[str, Any]]
 ) -> str:
     """The agent's card."""
-    last = lessons[-1]
+    last = records[-1]
     found = found_of(last)
     rows = [
         f"| {markdown_cell(one.name)} | {one.images} | {_figure(one.before)} | {_figure(one.after)} |"
         f" {_span(one.interval)} | {'taught' if one.kept else 'old'} | {one.reason} |"
         for one in objects
     ]
-    told = f" It was taught {len(lessons)} times; this is the last." if len(lessons) > 1 else ""
+    told = f" It was taught {len(records)} times; this is the last." if len(records) > 1 else ""
     taught = ", ".join(map(markdown_cell, names)) or "nothing that is better than what was there"
     made = f"policy {markdown_cell(last['policy'])}, seed {last['seed']}, {last['recipe']['examples']} turns"
     return "\n".join(

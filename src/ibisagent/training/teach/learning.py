@@ -1,9 +1,8 @@
 """How an expert learns a few objects from a few images: from the weights of a policy that knows others.
 
-An expert is only ever asked "Segment the NAME." for its own names (`policies.taught`), so it learns no other sentence,
-and no words. Most of the turns are first ones, which are worth most; the others go on from its own states
-(`training.nano.on_policy`), from which it learns when to correct and when to stop. docs/experiments says what else was
-tried.
+An expert is asked for maps of its own objects alone (`policies.following`), so that is all it learns: where an object
+is, for every cell of an image, of which few images tell much, rather than what to say about it. docs/experiments says
+what else was tried.
 """
 
 from __future__ import annotations
@@ -15,58 +14,43 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from ibisagent.datasets import CaseSource
-from ibisagent.domain import Stop
-from ibisagent.files import write_whole
+from ibisagent.files import make_folder, write_whole
 from ibisagent.policies.mllm import MllmPolicy
 from ibisagent.policies.nano import IbisNanoForConditionalGeneration
-from ibisagent.policies.one_by_one import ABSENT_HERE, NOT_THERE, sentence_for
+from ibisagent.policies.one_by_one import sentence_for
 from ibisagent.policies.vocabulary import FILE as VOCABULARY_FILE
-from ibisagent.protocol import START_LINE
 from ibisagent.query import Request
-from ibisagent.segmenters.ibis_click import PACKAGED_WEIGHTS, read_click_network
-from ibisagent.training.images import TrainingImages, context_features
+from ibisagent.training.images import TrainingImages
 from ibisagent.training.loop import TrainingRun
-from ibisagent.training.nano.curriculum import VIEW, Example, Pair, pairs_of
-from ibisagent.training.nano.on_policy import OnPolicyStates
-from ibisagent.training.nano.trainer import believed, load, losses, save
+from ibisagent.training.nano.curriculum import QUESTIONS, VIEW, Curriculum, Example, Pair, pairs_of
+from ibisagent.training.nano.trainer import FEATURE_DROPOUT, collate, load, region_losses, save, seen_features
 from ibisagent.training.teach.recipe import PartRecipe
 
-VIEWS_TRIED = 5  # for one that still shows the object
 AVERAGE_DECAY = 0.98
-GAIN = 0.05  # IoU that a correction must gain to be taught: few images teach to see small mistakes that are none
 
 
-class _Lessons(OnPolicyStates):
-    """A curriculum for named objects alone."""
+class _MapCurriculum(Curriculum):
+    """A curriculum for named objects alone: views, and where the object is in them."""
 
-    words, absent, gain = 0.0, 0.0, GAIN
-    first = 1.0
+    words, absent, first = 0.0, 0.0, 1.0
 
-    def _view(self, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
-        mask = self._images.mask(pair.number).astype(np.uint8)
-        for _ in range(VIEWS_TRIED):
-            pixels, turn = super()._view(pair)
-            if pair.absent or cv2.warpAffine(mask, turn, VIEW, flags=cv2.INTER_NEAREST).any():
-                break
-        return pixels, turn
+    def __init__(self, images: TrainingImages, seed: int) -> None:
+        super().__init__(images, pairs_of(images), None, np.empty(0), seed)
+        self.questions = min(QUESTIONS, max(map(len, images.present.values())))
 
-    def _question(self, pair: Pair) -> tuple[str, str, str]:
-        return "referring", _sentence(pair.name), pair.name
-
-    def _show_as_brought(self, example: Example, kind: str, name: str, pair: Pair) -> None:
-        example.query += "\n" + START_LINE
+    def _first_turn(self, example: Example, pair: Pair) -> None:
+        example.query = _sentence(pair.name)
 
     def _ask_for_words(self, example: Example, pair: Pair) -> None:
         self._ask_for_absent(example, pair.name)  # the view no longer shows the object
 
     def _ask_for_absent(self, example: Example, name: str) -> None:
         example.query, example.ground_truth = _sentence(name), np.zeros(VIEW, bool)
-        example.answer(NOT_THERE.format(name), Stop(ABSENT_HERE.format(name), (name,)))
 
 
 def _sentence(name: str) -> str:
@@ -80,7 +64,7 @@ class _Run(TrainingRun):
     network: IbisNanoForConditionalGeneration
     average: IbisNanoForConditionalGeneration
     average_decay = AVERAGE_DECAY
-    free = frozenset({"out", "workers", "folds"})
+    free = frozenset({"out", "workers", "folds", "adapter"})
 
     def __init__(self, recipe: PartRecipe, source: CaseSource, start: Path) -> None:
         self.recipe, self.goal = recipe, recipe.examples
@@ -93,24 +77,26 @@ class _Run(TrainingRun):
             learned, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98)
         )
         self.resume()
-        images = TrainingImages.of(source, absent=True)
-        segmenter = read_click_network(PACKAGED_WEIGHTS).eval()
-        context = context_features(images, recipe.out)
-        seed = recipe.seed + self.step
-        self.lessons = _Lessons(images, pairs_of(images), segmenter, context, seed, believe=self._believe)
-        self.lessons.first = 1 - recipe.later
-
-    def _believe(self, examples: Sequence[Example]) -> np.ndarray:
-        return believed(self.average, self.processor, examples)
+        self.curriculum = _MapCurriculum(TrainingImages.of(source, absent=True), recipe.seed + self.step)
 
     def go(self, report: Callable[[int], None]) -> None:
         """Learn to the end."""
         while self.examples < self.goal:
-            loss, _ = losses(self.network, self.lessons.draw(self.recipe.batch_size), self.processor)
-            self.descend(loss)
+            self.descend(self._loss(self.curriculum.draw(self.recipe.batch_size)))
             report(self.examples)
             if self.due:
                 self.save_checkpoint()
+
+    def _loss(self, examples: Sequence[Example]) -> torch.Tensor:
+        batch, _ = collate(examples, self.processor)
+        del batch["labels"]
+        features = seen_features(self.network, batch, examples)
+        batch["image_features"] = F.dropout2d(features, FEATURE_DROPOUT)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            region = self.network(**batch, logits_to_keep=1, use_cache=False).region_logits
+        assert region is not None
+        cells, overlap = region_losses(region, examples)
+        return cells + overlap
 
 
 def learn(recipe: PartRecipe, source: CaseSource, start: Path, report: Callable[[int], None]) -> Path:
@@ -119,6 +105,7 @@ def learn(recipe: PartRecipe, source: CaseSource, start: Path, report: Callable[
     start: folder of the ibis-nano whose weights it begins with. report: told how many examples it has learned from.
     """
     folder = recipe.out / "expert"
+    make_folder(recipe.out)
     if not folder.is_dir():
         run = _Run(recipe, source, start)
         run.go(report)
@@ -127,8 +114,7 @@ def learn(recipe: PartRecipe, source: CaseSource, start: Path, report: Callable[
         save(run.average, run.processor, part)
         _write_vocabulary(part, start, source)
         part.rename(folder)
-    for left in (recipe.out / "checkpoint.pt", *recipe.out.glob("context-*")):
-        left.unlink(missing_ok=True)
+    (recipe.out / "checkpoint.pt").unlink(missing_ok=True)
     return folder
 
 

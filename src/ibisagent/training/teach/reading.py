@@ -43,7 +43,7 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Lesson:
+class TeachingData:
     """Pairs to learn from: readable, of distinct image and object; `row.mask` is None where the object is absent.
 
     patient: whom each row's image is of, by the row's id; images with the same pixels are of the same one. sha256: hash
@@ -70,7 +70,7 @@ class Lesson:
         return CaseSource([row for row in self.rows if self.patient[row.id] in patients], "the data to teach from")
 
 
-def read_lesson(data: Sequence[Path], known: Collection[str]) -> Lesson:
+def read_teaching_data(data: Sequence[Path], known: Collection[str]) -> TeachingData:
     """All that can be learned from the data sets at `data`.
 
     known: names that the policy learned. Pairs for validation or testing are left aside where there are others, so that
@@ -84,7 +84,7 @@ def read_lesson(data: Sequence[Path], known: Collection[str]) -> Lesson:
     reader = _Reader(known)
     for row in kept:
         reader.add(row)
-    return reader.lesson(", ".join(map(str, data)), left_aside)
+    return reader.finished(", ".join(map(str, data)), left_aside)
 
 
 class _Reader:
@@ -130,7 +130,7 @@ class _Reader:
             raise DataError(f"object '{one_line(name)}': no sentence can ask for this name; rename it in the data")
         return taught
 
-    def lesson(self, where: str, left_aside: int) -> Lesson:
+    def finished(self, where: str, left_aside: int) -> TeachingData:
         """All that was read. DataError where no object is shown."""
         shown = Counter(name for (_, name), row in self._rows.items() if row.mask is not None)
         absent = Counter(name for (_, name), row in self._rows.items() if row.mask is None)
@@ -152,7 +152,7 @@ class _Reader:
             self._duplicates,
             tuple(self._unreadable),
         )
-        return Lesson(tuple(rows.values()), patient, self._content.hexdigest(), found)
+        return TeachingData(tuple(rows.values()), patient, self._content.hexdigest(), found)
 
 
 def _decoded(row: CaseRow) -> tuple[CaseRow, Case]:
@@ -164,11 +164,11 @@ def _decoded(row: CaseRow) -> tuple[CaseRow, Case]:
         return row, CaseSource([row], row.where)[0]
 
 
-def folds_of(lesson: Lesson, count: int) -> list[list[str]]:
+def folds_of(material: TeachingData, count: int) -> list[list[str]]:
     """`count` groups of patients, each object spread over them as evenly as can be; fewer where there are fewer."""
     rows: dict[str, list[CaseRow]] = defaultdict(list)
-    for row in lesson.rows:
-        rows[lesson.patient[row.id]].append(row)
+    for row in material.rows:
+        rows[material.patient[row.id]].append(row)
     folds: list[list[str]] = [[] for _ in range(min(count, len(rows)))]
     shown: list[Counter[str]] = [Counter() for _ in folds]
     for patient in sorted(rows, key=lambda one: (-len(rows[one]), one)):

@@ -14,9 +14,7 @@ class TeachRecipe(Recipe):
     """How an expert learns. Chosen by experiment; nobody needs to change it, tests shorten it."""
 
     examples: int = Field(1_600, ge=1)
-    """Turns to learn from: the length of the run."""
-    later: float = Field(0.3, ge=0, le=1)
-    """Share of them that go on from the expert's own states; the others are first turns."""
+    """Maps to learn from, each of an object in a fresh view of an image: the length of the run."""
     batch_size: int = Field(16, ge=1)
     learning_rate: float = Field(3e-4, gt=0)
     weight_decay: float = Field(0.05, ge=0)
