@@ -5,8 +5,8 @@
 The annotator is simulated. The agent makes the mask of each object of an image; one of IoU >= 0.85 is accepted, another
 is corrected by an expert's clicks (`imaging.clicks.next_click`, on ibis-click) until it is as good or has had 20. In
 one of two arms the agent is taught after every so many images, on the masks as they were left, never on the ground
-truth, and judged by its own check, as on the page. Both arms see the same images in the same order; images of one
-patient may come before and after a teaching, as they do in a clinic's folder.
+truth, and judged by its own check, as on the page. Both arms see the same images in the same order; images of
+one patient may come before and after a teaching, as they do in a clinic's folder.
 
 Minutes of the annotator are an estimate: LOOK_SECONDS for each mask and CLICK_SECONDS for each click. Those of the
 machine are measured; of a teaching that was stopped, from its last start on. A stopped run resumes. Goal: at least 40%
@@ -48,23 +48,25 @@ def stream(data: Path, name: str, images: int, seed: int) -> list[list[CaseRow]]
     return [every[number] for number in order[:images]]
 
 
-def corrected(case: Case, name: str, truth: Mask, agent: Policy, engine: Segmenter) -> tuple[Mask, dict[str, Any]]:
+def corrected(
+    case: Case, name: str, ground_truth: Mask, agent: Policy, engine: Segmenter
+) -> tuple[Mask, dict[str, Any]]:
     """The mask of one object as the annotator leaves it, and what that took."""
     session = Session(case, engine, agent)
     began = time.monotonic()
     session.run()
     seconds = time.monotonic() - began
-    made = session.masks.get(name, np.zeros(truth.shape, bool))
+    made = session.masks.get(name, np.zeros(ground_truth.shape, bool))
     first = mask = made
     clicks: list[Click] = []
-    while iou(mask, truth) < GOOD and len(clicks) < MOST_CLICKS:
-        click = next_click(truth, mask, name, clicks)
+    while iou(mask, ground_truth) < GOOD and len(clicks) < MOST_CLICKS:
+        click = next_click(ground_truth, mask, name, clicks)
         if click is None:
             break
         session.click(click.x, click.y, positive=click.positive, target=name)
         clicks.append(click)
         mask = session.masks[name]
-    facts = {"object": name, "agent_iou": float(iou(first, truth)), "iou": float(iou(mask, truth))}
+    facts = {"object": name, "agent_iou": float(iou(first, ground_truth)), "iou": float(iou(mask, ground_truth))}
     return mask, {**facts, "clicks": len(clicks), "agent_seconds": seconds}
 
 
@@ -81,15 +83,15 @@ class Arm:
         """Go on until the end of the stream."""
         agent = load_policy(self._taught(len(self.done)))
         for number in range(len(self.done), len(images)):
-            if self._is_lesson(number):
+            if self._is_due(number):
                 agent = load_policy(self._taught(number))
             rows = images[number]
             masks, facts = dict[str, Mask](), []
             for row in rows:
                 case = source.decode(row)
-                truth = (case.targets or {})[row.object]  # rows without masks were left out
+                ground_truth = (case.targets or {})[row.object]  # rows without masks were left out
                 asked = Case(case.id, case.image, f"Segment the {row.object}.")
-                masks[row.object], fact = corrected(asked, row.object, truth, agent, engine)
+                masks[row.object], fact = corrected(asked, row.object, ground_truth, agent, engine)
                 facts.append(fact)
             add_to_data_set(self.folder / "data", case.image, masks, "", case.patient)
             self.done.append({"image": rows[0].id, "objects": facts})
@@ -98,27 +100,28 @@ class Arm:
                 f"{self.folder.name}: {number + 1}/{len(images)}, {sum(f['clicks'] for f in facts)} clicks", flush=True
             )
 
-    def _is_lesson(self, number: int) -> bool:
+    def _is_due(self, number: int) -> bool:
         return self.every is not None and number > 0 and number % self.every == 0
 
     def _taught(self, number: int) -> str:
-        """The agent for image `number`: that of the last lesson before it, taught now if it is not there yet."""
-        lesson = 0 if self.every is None else number // self.every * self.every
-        if not lesson:
+        """The agent for image `number`: that of the last taught_at before it, taught now if it is not there yet."""
+        taught_at = 0 if self.every is None else number // self.every * self.every
+        if not taught_at:
             return self.policy
-        out, data = self.folder / f"agent-{lesson}", self.folder / f"data-{lesson}"
+        out, data = self.folder / f"agent-{taught_at}", self.folder / f"data-{taught_at}"
         if not data.exists():  # as far as the annotator was then
             (self.folder / "data").rename(data)  # whole, and of one moment
         parts = [
-            self.folder / f"data-{one}" / MANIFEST_NAME for one in range(self.every or 1, lesson + 1, self.every or 1)
+            self.folder / f"data-{one}" / MANIFEST_NAME
+            for one in range(self.every or 1, taught_at + 1, self.every or 1)
         ]
         began = time.monotonic()
         taught = teach(parts, out, policy=self.policy)
-        note = self.folder / f"lesson-{lesson}.json"
+        note = self.folder / f"teaching-{taught_at}.json"
         if not note.exists():
             kept = [one.name for one in taught.objects if one.kept]
             write_whole(json.dumps({"seconds": time.monotonic() - began, "kept": kept}).encode(), note)
-            print(f"{self.folder.name}: taught on {lesson} images, kept: {', '.join(kept) or 'nothing'}", flush=True)
+            print(f"{self.folder.name}: taught on {taught_at} images, kept: {', '.join(kept) or 'nothing'}", flush=True)
         return str(out)
 
     @property
@@ -126,7 +129,7 @@ class Arm:
         """What the arm took. corrected: share of the images of which any mask needed a click."""
         objects = [one for image in self.done for one in image["objects"]]
         clicks = sum(one["clicks"] for one in objects)
-        notes = [json.loads(file.read_bytes()) for file in sorted(self.folder.glob("lesson-*.json"))]
+        notes = [json.loads(file.read_bytes()) for file in sorted(self.folder.glob("teaching-*.json"))]
         return {
             "images": len(self.done),
             "masks": len(objects),

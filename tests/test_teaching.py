@@ -29,7 +29,7 @@ from ibisagent.policies.scripted import ScriptedPolicy
 from ibisagent.segmenters.region import RegionSegmenter
 from ibisagent.server.annotate import mount_annotate
 from ibisagent.server.app import create_app
-from ibisagent.server.lessons import Lesson
+from ibisagent.server.labelled import Labelled
 from ibisagent.server.monai import mount_monai
 from ibisagent.server.service import Service
 from ibisagent.server.teaching import Teacher, verdict
@@ -329,19 +329,19 @@ main(sys.argv[1], TeachRecipe(examples=8, batch_size=8, eval_every=8, folds=2, w
 def test_the_process_itself_teaches_the_packaged_weights_and_checks(tmp_path: Path) -> None:
     """Too short to learn anything: what counts here is that all parts fit together."""
 
-    def lesson(number: int) -> Lesson:
+    def example(number: int) -> Labelled:
         pixels = np.random.default_rng(number).integers(60, 90, (48, 64, 3), dtype=np.uint8)
         mask = np.zeros((48, 64), bool)
         mask[10 + number : 30, 20 : 44 - number] = True
         pixels[mask] = 220
-        return Lesson(
+        return Labelled(
             str(number), True, lambda folder: bool(add_to_data_set(folder, Image(pixels), {"plaque": mask}, ""))
         )
 
     (tmp_path / "brief.py").write_text(BRIEF)
     service = Service(ScriptedPolicy([], name="ibis-nano"), RegionSegmenter(), tmp_path / "data")
     process = (sys.executable, str(tmp_path / "brief.py"))
-    teacher = Teacher(service, [lesson(number) for number in range(4)], process=process)
+    teacher = Teacher(service, [example(number) for number in range(4)], process=process)
     teacher.start()
     while teacher.now.state == "running":
         time.sleep(0.2)

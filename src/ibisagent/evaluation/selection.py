@@ -43,7 +43,7 @@ class Candidate:
 @dataclass(frozen=True, slots=True)
 class Suggestion:
     """An image to label. distance: to the nearest that is labelled or comes before it, in [0, 1]; None where there is
-    none. reason: both numbers in words."""
+    none. reason: both numbers as text."""
 
     name: str
     reliability: float

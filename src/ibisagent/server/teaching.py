@@ -28,7 +28,7 @@ from ibisagent.files import make_folder, one_line, write_whole
 from ibisagent.inference.corrections import MANIFEST_NAME
 from ibisagent.inference.session import BusyError
 from ibisagent.policies import Policy, load_policy
-from ibisagent.server.lessons import Lesson
+from ibisagent.server.labelled import Labelled
 from ibisagent.server.service import Service, remove
 from ibisagent.server.storage import no_room
 
@@ -46,7 +46,7 @@ _log = logging.getLogger("ibisagent.server")
 class Status:
     """How far the teaching is, or how the last one ended. It is kept on the disk as it stands.
 
-    number: of this teaching, from 1. images: that teach; counted as they are written. lessons: keys of what teaches.
+    number: of this teaching, from 1. images: that teach; counted as they are written. examples: keys of what teaches.
     began, ended: seconds since 1970. said: for users, in sentences. base: the policy that is taught. agent: number of
     the agent that answers; 0 is the base itself.
     """
@@ -54,7 +54,7 @@ class Status:
     state: TeachingState = "none"
     number: int = 0
     images: int = 0
-    lessons: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
     began: float = 0.0
     ended: float = 0.0
     said: str = ""
@@ -81,16 +81,16 @@ class Teacher:
     def __init__(
         self,
         service: Service,
-        lessons: Iterable[Lesson],
+        examples: Iterable[Labelled],
         *,
         learn_every: int | None = None,
         process: Sequence[str] = PROCESS,
         load: Callable[[str], Policy] = load_policy,
     ) -> None:
-        """lessons: what there is to learn from, each time they are gone through. learn_every: start by itself after so
+        """examples: what there is to learn from, each time they are gone through. learn_every: start by itself after so
         many newly accepted images; None: when asked. process: command that teaches, see `teacher_process`. load: makes
         a policy of an agent's folder."""
-        self._service, self._lessons, self.learn_every = service, lessons, learn_every
+        self._service, self._sources, self.learn_every = service, examples, learn_every
         self._command, self._load = tuple(process), load
         self._base = service.policy.inner
         self._folder, self._agents = service.private_folder("teaching"), service.private_folder("agents")
@@ -116,7 +116,7 @@ class Teacher:
                     self._set(replace(last, agent=0, said=said))
             if self._status.state == "running":
                 _log.info("the teaching that was under way goes on")
-                self._begin([] if (self._folder / "data").is_dir() else list(self._lessons))
+                self._begin([] if (self._folder / "data").is_dir() else list(self._sources))
 
     # What there is to see.
 
@@ -153,8 +153,8 @@ class Teacher:
     @property
     def labelled_count(self) -> tuple[int, int]:
         """How many images and scans can teach, and how many of these were accepted since the last teaching."""
-        lessons, known = list(self._lessons), set(self._status.lessons)
-        return len(lessons), sum(one.accepted and one.key not in known for one in lessons)
+        examples, known = list(self._sources), set(self._status.examples)
+        return len(examples), sum(one.accepted and one.key not in known for one in examples)
 
     @property
     def folder(self) -> Path | None:
@@ -170,17 +170,17 @@ class Teacher:
             if last.state == "running":
                 raise BusyError(f"it is learning already, from {last.images} images: wait, or stop it")
             self._wait()
-            lessons = list(self._lessons)
-            if len(lessons) < LEAST:
-                raise ConfigError(f"{len(lessons)} images are accepted or corrected, it takes {LEAST}: do more first")
-            keys = tuple(lesson.key for lesson in lessons)
-            same = last.state in ("failed", "stopped") and (keys, self._base.name) == (last.lessons, last.base)
+            examples = list(self._sources)
+            if len(examples) < LEAST:
+                raise ConfigError(f"{len(examples)} images are accepted or corrected, it takes {LEAST}: do more first")
+            keys = tuple(example.key for example in examples)
+            same = last.state in ("failed", "stopped") and (keys, self._base.name) == (last.examples, last.base)
             number = last.number if same else last.number + 1
             if not same and last.number != last.agent:
                 remove(self._agent(last.number))  # what is not finished
-            now = Status("running", number, len(lessons), keys, began=time.time(), base=self._base.name)
+            now = Status("running", number, len(examples), keys, began=time.time(), base=self._base.name)
             self._set(replace(now, agent=last.agent))
-            self._begin(lessons)
+            self._begin(examples)
         return self.status() or {}
 
     def stop(self) -> dict[str, Any]:
@@ -225,22 +225,22 @@ class Teacher:
         """Let an agent answer; records call it by its place in the data folder, as they name no folder of a machine."""
         self._service.policy.switch(self._load(str(self._agent(number))), f"agents/{number}")
 
-    def _begin(self, lessons: Sequence[Lesson]) -> None:
+    def _begin(self, examples: Sequence[Labelled]) -> None:
         self._ending = ""
         for name in (PROGRESS_FILE, RESULT_FILE):
             (self._folder / name).unlink(missing_ok=True)
-        self._thread = threading.Thread(target=self._work, args=(lessons,), name="teacher", daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(examples,), name="teacher", daemon=True)
         self._thread.start()
 
     def _wait(self) -> None:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
-    def _work(self, lessons: Sequence[Lesson]) -> None:
-        """From the labels to the new agent; without any lessons from the data that an earlier run wrote."""
+    def _work(self, examples: Sequence[Labelled]) -> None:
+        """From the labels to the new agent; without any examples from the data that an earlier run wrote."""
         try:
-            if lessons:
-                self._collect(lessons)
+            if examples:
+                self._collect(examples)
             said = self._taught()
         except (IbisError, OSError) as error:
             self._over("failed", f"It could not learn, and nothing has changed: {no_room(error) or one_line(error)}")
@@ -252,18 +252,18 @@ class Teacher:
         else:
             self._over("done", said)
 
-    def _collect(self, lessons: Sequence[Lesson]) -> None:
+    def _collect(self, examples: Sequence[Labelled]) -> None:
         """Write what teaches; it is there whole or not at all."""
         folder, part = self._folder / "data", self._folder / "data.part"
         for old in (folder, part):
             remove(old)
         make_folder(part)
         images = 0
-        for lesson in lessons:
+        for example in examples:
             if self._ending:
                 return
             try:
-                images += lesson.write(part)
+                images += example.write(part)
             except DataError as error:
                 if no_room(error) is not None:
                     raise
@@ -319,7 +319,7 @@ class Teacher:
         why = f"signal {-process.returncode}" if process.returncode < 0 else f"code {process.returncode}"
         last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
         last = one_line(last) or "memory may have run out"
-        raise DataError(f"the teacher was ended from outside ({why}; {last}); start again to go on where it was")
+        raise DataError(f"the teacher was ended from outside ({why}; {last}); start again to resume")
 
     def _result(self) -> dict[str, Any]:
         try:
@@ -384,4 +384,4 @@ def _read(kind: type[_Kept], file: Path) -> _Kept:
         read = kind(**{one.name: plain[one.name] for one in fields(kind)})
     except (OSError, ValueError, KeyError, TypeError):
         return kind()
-    return replace(read, lessons=tuple(read.lessons)) if isinstance(read, Status) else read
+    return replace(read, examples=tuple(read.examples)) if isinstance(read, Status) else read

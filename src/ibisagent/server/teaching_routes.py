@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from ibisagent.policies import Policy, load_policy
 from ibisagent.server.app import AgentThreads
-from ibisagent.server.lessons import Lessons
+from ibisagent.server.labelled import LabelledImages
 from ibisagent.server.service import Service
 from ibisagent.server.teaching import LEAST, PROCESS, Teacher, TeachingState
 
@@ -51,8 +51,8 @@ def mount_teaching(
     What it returns takes up what an earlier run of the server left. learn_every, process, load: see `Teacher`.
     """
     state = app.state
-    lessons = Lessons(service, state.worklist, state.scans, state.monai_images)
-    teacher = service.teaching = Teacher(service, lessons, learn_every=learn_every, process=process, load=load)
+    examples = LabelledImages(service, state.worklist, state.scans, state.monai_images)
+    teacher = service.teaching = Teacher(service, examples, learn_every=learn_every, process=process, load=load)
 
     def view() -> TeachingView:
         now, step = teacher.now, teacher.progress

@@ -32,8 +32,8 @@ function show(view) {
   const running = view.state === "running", missing = view.least - view.labelled;
   $("learn").textContent = running ? "Stop learning" : "Learn from my corrections";
   $("learn").disabled = !running && missing > 0;
-  $("lesson").hidden = !running;
-  $("lesson").value = view.share ?? 0;
+  $("learning").hidden = !running;
+  $("learning").value = view.share ?? 0;
   $("learned").textContent = view.said || (missing > 0 ? `${missing} more to correct or accept before it can learn` : "");
   $("learned").title = view.folder ? `${view.said} The taught agent: ${view.folder}` : view.said;
   clearTimeout(timer);

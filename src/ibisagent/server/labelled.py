@@ -26,7 +26,7 @@ FINAL = "final"  # tag of the labels that users of MONAI Label submit
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
+class Labelled:
     """One image or scan with masks that a user left as they should be.
 
     key: other whenever the masks are. accepted: a user said that they are right. write: adds it to the data set in a
@@ -38,34 +38,34 @@ class Lesson:
     write: Callable[[Path], int]
 
 
-class Lessons:
-    """All lessons of a server, of whoever made them."""
+class LabelledImages:
+    """All examples of a server, of whoever made them."""
 
     def __init__(self, service: Service, worklist: Worklist, scans: Scans, images: ImageStore) -> None:
         self._service, self._worklist, self._scans, self._images = service, worklist, scans, images
 
-    def __iter__(self) -> Iterator[Lesson]:
+    def __iter__(self) -> Iterator[Labelled]:
         """As they stand now, oldest first; nothing is decoded."""
         for item in self._worklist.of_everybody():
             if item.state in ("accepted", "corrected") and not self._is_of_a_program(item):
                 yield self._of_scan(item) if item.kind == "scan" else self._of_session(item)
         for stored in self._images.all:
             if (label := stored.labels.get(FINAL)) is not None:
-                yield Lesson(f"{stored.id} {label.file}", True, _Submitted(self._service, stored, label).write)
+                yield Labelled(f"{stored.id} {label.file}", True, _Submitted(self._service, stored, label).write)
 
     def _is_of_a_program(self, item: Item) -> bool:
         """Whether another agent acted there, over MCP: it is no user, and may be wrong as the agent itself is."""
         return item.kind == "image" and (self._service.session_folder(item.id) / PASSING_FILE).exists()
 
-    def _of_session(self, item: Item) -> Lesson:
+    def _of_session(self, item: Item) -> Labelled:
         accepted = item.state == "accepted"
-        return Lesson(
+        return Labelled(
             f"{item.id} {item.stamp}",
             accepted,
             lambda folder: _add_session(folder, self._session(item.id), accepted=accepted),
         )
 
-    def _of_scan(self, item: Item) -> Lesson:
+    def _of_scan(self, item: Item) -> Labelled:
         accepted = item.state == "accepted"
 
         def write(folder: Path) -> int:
@@ -76,7 +76,7 @@ class Lessons:
             acted = [one for one in sessions if one.state in ("accepted", "corrected")]
             return sum(_add_session(folder, one, accepted=False, patient=scan.id) for one in acted)
 
-        return Lesson(f"{item.id} {item.stamp}", accepted, write)
+        return Labelled(f"{item.id} {item.stamp}", accepted, write)
 
     def _session(self, id_: str) -> Session:
         """A session; to learn from it is no use of it, so it is read from the disk where it is not in memory."""
@@ -100,7 +100,7 @@ class _Submitted:
     label: Label
 
     def write(self, folder: Path) -> int:
-        """See `Lesson`."""
+        """See `Labelled`."""
         file = self.stored.folder / self.label.file
         if self.stored.path.is_dir() or volume_ending(self.stored.file):
             return self._write_volume(folder, file)
