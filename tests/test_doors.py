@@ -71,6 +71,8 @@ SERVER = {
     **dict.fromkeys([f"GET /v1/sessions/{{id}}/{what}" for what in ("masks", "reliability", "thumbnail")], "session"),
     "GET /v1/worklist": "plain",
     "GET /v1/worklist/export": "plain",
+    **dict.fromkeys(["GET /v1/teaching", "POST /v1/teaching", "DELETE /v1/teaching"], "plain"),
+    "DELETE /v1/teaching/agent": "plain",
     "POST /v1/scans": "file",
     "GET /v1/scans/{id}": "scan",
     "DELETE /v1/scans/{id}": "scan",

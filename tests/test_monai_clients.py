@@ -330,7 +330,7 @@ def test_which_image_comes_next(tmp_path: Path) -> None:
         assert sample("random") == {}
         for name, shade in (("sure", 220), ("blurred", 38), ("third", 200)):
             web.put(f"/datastore/?image={name}", files={"file": (f"{name}.png", png(shade=shade))})
-        assert set(web.get("/info/").json()["strategies"]) == {"next", "random", "doubtful"}
+        assert set(web.get("/info/").json()["strategies"]) == {"next", "random", "doubtful", "useful"}
         assert [sample("next")["id"] for _ in range(4)] == ["sure", "blurred", "third", "sure"]
         doubted = sample("doubtful")
         assert doubted["name"] == f"{doubted['id']}.png"
@@ -338,7 +338,7 @@ def test_which_image_comes_next(tmp_path: Path) -> None:
         for name in every:
             if name != doubted["id"]:
                 web.put(f"/datastore/label?image={name}", files={"label": ("l.png", png())})
-        assert {sample(strategy)["id"] for strategy in ("next", "random", "doubtful")} == {doubted["id"]}
+        assert {sample(strategy)["id"] for strategy in ("next", "random", "doubtful", "useful")} == {doubted["id"]}
         web.put(f"/datastore/label?image={doubted['id']}", files={"label": ("l.png", png())})
         assert sample("doubtful") == {}
         assert web.post("/activelearning/other", json={}).status_code == 404
@@ -357,44 +357,19 @@ def test_the_most_doubtful_is_the_one_with_the_lowest_reliability(tmp_path: Path
         assert answers[0]["reliability"] == scores[answers[0]["id"]]
 
 
-def test_training_is_said_to_be_missing_and_the_log_is_read(url: str) -> None:
+def test_training_needs_labels_and_the_log_is_read(url: str) -> None:
     with httpx.Client(base_url=url) as web:
         assert web.get("/train/?check_if_running=true").status_code == 404
-        for answer in (web.post("/train/", json={}), web.post("/train/ibisagent", json={}), web.delete("/train/")):
+        for answer in (web.post("/train/", json={}), web.post("/train/ibisagent", json={})):
             assert answer.status_code == 422
-            assert "not available" in answer.json()["detail"]
-        assert web.get("/info/").json()["trainers"] == {}
+            assert "it takes 3" in answer.json()["detail"]
+        assert "nothing is being learned" in web.delete("/train/").json()["detail"]
+        assert list(web.get("/info/").json()["trainers"]) == ["ibisagent"]
         web.post("/infer/ibisagent?image=none-such")
         lines = web.get("/logs/?lines=1000&text=true").text
         assert "the server has started" in lines
         assert "refused with 404: MissingError" in lines
         assert "none-such" not in lines
-
-
-def test_what_teaches_answers_where_there_is_something(tmp_path: Path) -> None:
-    class Teacher:
-        begun: dict[str, Any] | None = None
-
-        def start(self, settings: dict[str, Any]) -> dict[str, Any]:
-            self.begun = settings
-            return {"status": "RUNNING"}
-
-        def status(self) -> dict[str, Any] | None:
-            return self.begun and {"status": "RUNNING"}
-
-        def stop(self) -> dict[str, Any]:
-            self.begun = None
-            return {"status": "DONE"}
-
-    service = Service(ScriptedPolicy([STOP]), RegionSegmenter(), tmp_path)
-    service.teaching = Teacher()
-    app = create_app(service, mounts=standard_mounts(page=False))
-    with loopback.serving(app) as url, httpx.Client(base_url=url, timeout=60) as web:
-        assert web.get("/train/").status_code == 404
-        assert web.post("/train/ibisagent", json={"epochs": 1}).json() == {"status": "RUNNING"}
-        assert service.teaching.begun == {"epochs": 1, "model": "ibisagent"}
-        assert web.get("/train/?check_if_running=true").json()["status"] == "RUNNING"
-        assert web.delete("/train/").json() == {"status": "DONE"}
 
 
 # -------------------------------------------------------------------------------------------------------- OHIF

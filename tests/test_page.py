@@ -17,6 +17,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,17 @@ from volume_phantoms import GRIDS, blob, hounsfield
 
 from ibisagent.datasets import read_cases
 from ibisagent.imaging.images import write_png
-from ibisagent.imaging.masks import decode_rle
+from ibisagent.imaging.masks import decode_rle, iou
 from ibisagent.inference.session import Session
 from ibisagent.policies.scripted import ScriptedPolicy
 from ibisagent.segmenters import load_segmenter
+from ibisagent.server.annotate import mount_annotate
 from ibisagent.server.app import create_app, standard_mounts
+from ibisagent.server.monai import mount_monai
 from ibisagent.server.offers import offers_of
+from ibisagent.server.page import mount_page
 from ibisagent.server.service import Limits, Service
+from ibisagent.server.teaching_routes import mount_teaching
 from ibisagent.server.volumes import PackageVolumes
 from ibisagent.volumes import SliceView, read_volume
 
@@ -555,6 +560,97 @@ def test_a_window_of_a_scan_changes_nothing_but_the_view(page: Any, tmp_path: Pa
     until(page, lambda: "#coronal/" in page.url, "it is not seen from another side")
     page.reload()
     page.get_by_role("radio", name="coronal", checked=True).wait_for()
+
+
+# ------------------------------------------------------------------------------------------------- the agent learns
+
+LEARNER = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from ibisagent.datasets import read_cases
+asked = json.loads(sys.argv[1])
+say, out = Path(asked["say"]), Path(asked["out"])
+masks = [mask for case in read_cases(asked["data"]) for mask in case.targets.values()]
+rows, columns = np.mean([np.argwhere(mask).mean(axis=0) / mask.shape for mask in masks], axis=0)
+out.mkdir(parents=True)
+(out / "place.json").write_text(json.dumps([round(columns, 3), round(rows, 3)]))
+found = {"name": "bright cell", "images": len(masks), "before": 0.0, "after": 0.9, "interval": None, "kept": True}
+(say / "result.json").write_text(json.dumps({"objects": [found]}))
+"""
+"""Learns where the object lies, in the time of a test: all that is needed where the old agent clicks beside it."""
+
+
+def learned(folder: str) -> ScriptedPolicy:
+    x, y = json.loads((Path(folder) / "place.json").read_text())
+    return ScriptedPolicy([f"<action>click + ({x}, {y}) bright cell</action>", REPLIES[1]])
+
+
+def oval(number: int) -> tuple[np.ndarray, np.ndarray]:
+    """An image whose oval lies on the right, a little elsewhere each time, and a plate where the old agent clicks; and
+    the oval's mask."""
+    rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]
+    mask = ((columns - 105 - number) / (30 + number)) ** 2 + ((rows - 62 + number) / 24) ** 2 < 1
+    pixels = np.full((*SIZE, 3), 30, np.uint8)
+    pixels[mask] = 150
+    pixels[40:80, 20:60] = 220
+    return pixels, mask
+
+
+def test_the_seventh_image_is_better_after_six_were_corrected(browser: Any, tmp_path: Path) -> None:
+    (tmp_path / "learner.py").write_text(LEARNER)
+    old = ScriptedPolicy(["<action>click + (0.25, 0.5) bright cell</action>", REPLIES[1]])
+    service = Service(old, load_segmenter("region"), tmp_path / "data", volumes=PackageVolumes())
+    teaching = partial(mount_teaching, process=(sys.executable, str(tmp_path / "learner.py")), load=learned)
+    app = create_app(service, mounts=(mount_annotate, mount_monai, teaching, mount_page))
+    files = [tmp_path / f"{number}.png" for number in range(8)]
+    for number, file in enumerate(files):
+        write_png(oval(number)[0], file)
+    with serving(app) as address, opened(browser, address) as page:
+
+        def found(number: int) -> float:
+            id_ = page.locator("#strip li").nth(number).get_attribute("data-id")
+            return float(iou(service.session(id_).masks["bright cell"], oval(number)[1]))
+
+        def thumb(number: int, state: str) -> Any:
+            return page.locator(f"#strip li:nth-child({number + 1}) button.{state}")
+
+        take(page, *files)
+        until(page, lambda: page.locator("#strip li").count() == 8, "the images are not all there")
+        assert page.locator("#learn").is_disabled()
+        assert page.inner_text("#learned") == "3 more to correct or accept before it can learn"
+        page.fill("#query", "Segment the bright cell.")
+        page.press("#query", "Enter")
+        until(page, lambda: page.locator("#strip .agent").count() == 8, "the agent did not work ahead")
+        page.locator("#strip li button").nth(7).click()  # somebody has looked at the last one
+        until(page, lambda: page.title().startswith("7.png"), "the last one is not shown")
+        page.locator("#strip li button").first.click()
+        for number in range(6):
+            until(page, lambda name=f"{number}.png": page.title().startswith(name), f"image {number} is not shown")
+            assert found(number) < 0.1
+            page.keyboard.press("Delete")
+            says(page, "is removed")
+            click(page, 105, 60)
+            until(page, lambda number=number: found(number) > 0.9, "the click does not correct it")
+            if number < 5:  # the last one is corrected and not yet accepted: that teaches as well
+                page.keyboard.press("Enter")
+        assert [found(6), found(7)] == [0, 0]
+        thumb(5, "corrected").wait_for()
+        until(page, lambda: page.locator("#learn").is_enabled(), "it cannot be asked to learn")
+        snap(page, "before-learning")
+        page.locator("#learn").press("Enter")
+        says(page, "bright cell: 0.00 -> 0.90 on your images; the new agent is used.")
+        until(page, lambda: thumb(6, "agent").count() and found(6) > 0.9, "the seventh is not done again")
+        assert page.locator("#status").get_attribute("aria-live") == "polite"
+        assert found(7) == 0  # somebody had seen it
+        assert (tmp_path / "data" / "agents" / "1" / "place.json").is_file()
+        assert str(tmp_path / "data" / "agents" / "1") in page.locator("#learned").get_attribute("title")
+        page.keyboard.press(".")
+        until(page, lambda: page.title().startswith("6.png"), "the seventh is not shown")
+        until(page, lambda: iou(shown(page), oval(6)[1]) > 0.9, "the seventh is not shown as it is")
+        snap(page, "learned")
+        page.select_option("#order", "useful")
+        until(page, lambda: page.locator("#strip li button").first.get_attribute("class") == "agent", "no new order")
 
 
 def test_the_page_stays_small() -> None:

@@ -22,6 +22,8 @@ from .errors import DataError as DataError
 from .errors import IbisError as IbisError
 from .errors import PolicyError as PolicyError
 from .errors import SegmenterError as SegmenterError
+from .evaluation.selection import Suggestion as Suggestion
+from .evaluation.selection import suggest as suggest
 from .generation.trajectories import TrajectoryConfig as TrajectoryConfig
 from .generation.trajectories import generate as generate
 from .imaging.images import read_image as read_image

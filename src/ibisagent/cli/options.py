@@ -173,6 +173,14 @@ DeleteOption = Annotated[
 ]
 
 
+LearnOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Teach the agent in the background after so many newly accepted images. Default: when asked.", min=1
+    ),
+]
+
+
 UploadOption = Annotated[int, typer.Option(help="Largest upload in megabytes.", min=1)]
 
 

@@ -15,6 +15,7 @@ from ibisagent.cli.options import (
     DeviceOption,
     HostOption,
     IdleOption,
+    LearnOption,
     PolicyChoice,
     PolicyOption,
     SegmenterOption,
@@ -114,6 +115,7 @@ def api(
     ] = None,
     split: SplitOption = None,
     ground_truth: GroundTruthOption = False,
+    learn_every: LearnOption = None,
     open_browser: Annotated[bool, typer.Option("--open-browser", hidden=True)] = False,
 ) -> None:
     """Serve sessions, one-shot segmentation and batch jobs over HTTP, for programs, 3D Slicer, OHIF and agents (MCP).
@@ -131,7 +133,7 @@ def api(
         from ibisagent.server.service import Limits, Service
         from ibisagent.server.volumes import PackageVolumes
 
-        mounts = server.standard_mounts(page=page, labels=label or ["target"], studies=studies)
+        mounts = server.standard_mounts(page=page, labels=label or ["target"], studies=studies, learn_every=learn_every)
         writer = choice.load()
         limits = Limits(
             sessions=max_sessions,
@@ -177,6 +179,7 @@ def ui(
     browser: Annotated[bool, typer.Option(help="Open the page in the web browser.")] = True,
     split: SplitOption = None,
     ground_truth: GroundTruthOption = False,
+    learn_every: LearnOption = None,
 ) -> None:
     """The web page: open an image, say what to segment, watch the agent, correct it with your own clicks.
 
@@ -195,6 +198,7 @@ def ui(
         open_=sources,
         split=split,
         ground_truth=ground_truth,
+        learn_every=learn_every,
         open_browser=browser,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ibisagent.cli.options import JsonOption, PolicyOption, SeedOption, SegmenterOption
-from ibisagent.cli.output import new_table, print_json, progress, stderr, stdout
+from ibisagent.cli.output import new_table, print_json, progress, status, stderr, stdout
+from ibisagent.errors import ConfigError, IbisError
+from ibisagent.files import one_line
 
 if TYPE_CHECKING:
     from ibisagent.training.teach import Found, Taught, TeachProgress
@@ -19,13 +22,25 @@ def teach(
     data: Annotated[
         list[Path], typer.Argument(metavar="DATA...", help="Labelled images: data set folders or manifests.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="AGENT", help="Folder of the agent; new, or to resume.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="AGENT", help="Folder of the agent; new, or to resume.")
+    ] = None,
     policy: PolicyOption = "ibis-nano",
     segmenter: SegmenterOption = "ibis-click",
     check: Annotated[
         bool,
         typer.Option(help="Compare with the old agent by cross-validation, and keep it where teaching does not help."),
     ] = True,
+    suggest: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Teach nothing: say which N images of the folder DATA to label next.", min=1),
+    ] = None,
+    query: Annotated[
+        str | None, typer.Option(help="With --suggest: what is to be labelled. Default: what the agent was taught.")
+    ] = None,
+    labelled: Annotated[
+        list[Path] | None, typer.Option(metavar="DATA", help="With --suggest: images that have labels; repeat it.")
+    ] = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -36,6 +51,11 @@ def teach(
     each object, on images that were kept from it, what teaching gained; where it gained nothing the old agent goes on
     answering. A stopped run resumes.
     """
+    if suggest is not None:
+        _suggest(data, suggest, query, labelled or [], policy, segmenter, as_json=as_json)
+        return
+    if out is None:
+        raise ConfigError("say where the agent is to be: --out AGENT; or ask what to label next: --suggest N")
     from ibisagent.training.teach import teach as run
 
     with progress(None, "teaching", quiet=as_json) as advance:
@@ -90,3 +110,55 @@ def _print_taught(taught: Taught) -> None:
         for image in one.doubtful:
             stdout.print(f"{one.name}: the mask of {image} is unlike the others: look whether it is right")
     stdout.print(f"agent: {taught.folder}\nuse it with --policy {taught.folder}")
+
+
+def _suggest(
+    folders: Sequence[Path],
+    count: int,
+    query: str | None,
+    labelled: Sequence[Path],
+    policy: str,
+    segmenter: str,
+    *,
+    as_json: bool,
+) -> None:
+    """Print which images of a folder to label next, and why."""
+    if len(folders) != 1:
+        raise ConfigError(f"--suggest looks through one folder, not {len(folders)}: give one that holds all")
+    with status("loading", quiet=as_json):
+        from ibisagent.datasets import CaseSource, read_cases
+        from ibisagent.evaluation.selection import images_in, suggest
+        from ibisagent.policies import load_policy
+        from ibisagent.segmenters import load_segmenter
+
+        asked = query or _taught_names(policy)
+        known = CaseSource([row for path in labelled for row in read_cases(path).rows], "") if labelled else None
+        agent, engine = load_policy(policy), load_segmenter(segmenter)
+    failed: list[str] = []
+    with progress(len(images_in(folders[0])), "images", quiet=as_json) as advance:
+
+        def done(_path: Path, error: IbisError | None) -> None:
+            advance()
+            if error is not None:
+                failed.append(one_line(error, 300))
+
+        chosen = suggest(folders[0], asked, count, policy=agent, segmenter=engine, labelled=known, on_image=done)
+    if as_json:
+        print_json({"query": asked, "images": [asdict(one) for one in chosen], "failed": failed})
+        return
+    for number, one in enumerate(chosen, 1):
+        stdout.print(f"{number:3}  {one.name}\n     {one.reason}")
+    for reason in failed:
+        stderr.print(f"left out: {reason}")
+
+
+def _taught_names(policy: str) -> str:
+    """A request for all that an agent was taught. ConfigError where it is no taught agent."""
+    from ibisagent.policies import source_of
+    from ibisagent.policies.agents import AGENT_FILE, Agent
+
+    folder = Path(source_of(policy))
+    names = Agent.read(folder).names if (folder / AGENT_FILE).is_file() else ()
+    if not names:
+        raise ConfigError(f"say what is to be labelled, as {policy} was taught nothing: --query 'optic disc'")
+    return ", ".join(f"the {name}" for name in names)

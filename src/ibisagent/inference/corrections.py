@@ -15,7 +15,7 @@ from ibisagent.inference.rounds import CodedMasks, Step
 from ibisagent.protocol import write
 
 MANIFEST_NAME = "manifest.csv"
-_MANIFEST_COLUMNS = ("image", "mask", "object", "query")
+_MANIFEST_COLUMNS = ("image", "mask", "object", "query", "patient")
 
 
 def to_learn_from(episode: Episode, steps: Sequence[Step]) -> Episode:
@@ -74,9 +74,10 @@ def _that_count(actions: Sequence[Action], number: int, stand: Standing, made: M
     return counted
 
 
-def add_to_data_set(folder: Path, image: Image, masks: Masks, query: str) -> str:
+def add_to_data_set(folder: Path, image: Image, masks: Masks, query: str, patient: str = "") -> str:
     """Add an image and its masks to the data set in `folder`, in place of those of the same image and object.
 
+    patient: a name that images share which belong together, such as slices of one scan; "" where nothing is known.
     Returns the image's file, relative to the folder. `datasets.read_cases` reads the manifest. DataError when it cannot
     be written.
     """
@@ -91,7 +92,7 @@ def add_to_data_set(folder: Path, image: Image, masks: Masks, query: str) -> str
         if mask.any():
             mask_file = f"masks/{stem}_{safe_name(target, set())}_{_short_hash(target)}.png"
             write_mask_png(mask, folder / mask_file)
-        rows.append((rendered, mask_file, target, query))
+        rows.append((rendered, mask_file, target, query, patient))
     _add_rows(folder / MANIFEST_NAME, rows)
     return rendered
 

@@ -87,6 +87,15 @@ class Proposal:
 
 
 @runtime_checkable
+class Seeing(Protocol):
+    """A policy that may tell how it sees an image, so that images can be compared."""
+
+    def features(self, image: Image) -> np.ndarray | None:
+        """Mean features (F,) float32 of an image, whatever is asked of it; None where the model shows none."""
+        ...
+
+
+@runtime_checkable
 class Proposer(Protocol):
     """A policy that can offer several replies to one observation; whoever asks takes the best (`proposals`)."""
 

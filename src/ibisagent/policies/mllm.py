@@ -113,6 +113,10 @@ class MllmPolicy(OneByOne):
         with self._lock:
             return self._model.see([self._adapt(message) for message in messages])
 
+    def features(self, image: Image) -> np.ndarray | None:
+        """The second of what `see` gives, which no query changes; None for other models than an ibis-nano."""
+        return self.see(image, "Segment the object.")[1] if hasattr(self._model, "see") else None
+
     def look(self, image: Image, query: str) -> Look:
         """What the model sees of one object, without any mask; kept for a while."""
         assert self.vocabulary is not None  # noqa: S101 - who looks has one

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ibisagent.domain import Completion, Image, Observation
 from ibisagent.errors import ConfigError
 from ibisagent.policies import source_of
@@ -49,6 +51,10 @@ class TaughtPolicy(OneByOne):
     def look(self, image: Image, query: str) -> Look:
         """What the one that answers for the object sees of it."""
         return (self._expert_for(query) or self.base).look(image, query)
+
+    def features(self, image: Image) -> np.ndarray | None:
+        """As `MllmPolicy.features`, of the base."""
+        return self.base.features(image)
 
     def describe(self) -> dict[str, str]:
         """As `MllmPolicy.describe`, of the base; the hash is that of all weights, and the taught names are told."""

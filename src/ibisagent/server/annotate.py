@@ -86,9 +86,10 @@ class FindRequest(StrictBody):
 class ItemView(BaseModel):
     """An image (a session) or a scan to label.
 
-    reliability: the expected IoU where only the agent has acted, if it was asked for. state: "new", "agent",
-    "corrected" or "accepted". created: seconds since 1970. opened: False where the operator only offers it so far; it
-    is opened by looking at it. given: what came with it of a data set: nothing (""), its "query", its "masks" as well.
+    reliability: the expected IoU where only the agent has acted, if it was asked for. rank: its place among those that
+    are most worth labelling, from 1. state: "new", "agent", "corrected" or "accepted". created: seconds since 1970.
+    opened: False where the operator only offers it so far; it is opened by looking at it. given: what came with it of a
+    data set: nothing (""), its "query", its "masks" as well.
     """
 
     id: str
@@ -101,6 +102,7 @@ class ItemView(BaseModel):
     reliability: float | None
     running: bool
     created: float
+    rank: int | None
     opened: bool
     given: str
 
@@ -155,10 +157,10 @@ OwnScan = Annotated[Scan, Depends(_own_scan)]
 def mount_annotate(app: FastAPI, service: Service, threads: AgentThreads) -> None:
     """Add the addresses to the application."""
     scans = app.state.scans = Scans(service)
-    worklist = Worklist(service, scans)
+    worklist = app.state.worklist = Worklist(service, scans)
     _add_session_acts(app, service, worklist)
     _add_worklist(app, worklist)
-    _add_scans(app, scans, worklist, threads)
+    _add_scans(app, service, scans, worklist, threads)
 
 
 def _targets(masks: Masks) -> list[TargetView]:
@@ -247,7 +249,7 @@ def _scan_view(scans: Scans, scan: Scan) -> ScanView:
     return ScanView(axes=axes, state=scans.state(scan), can_undo=scans.can_undo(scan), **plain)
 
 
-def _add_scans(app: FastAPI, scans: Scans, worklist: Worklist, threads: AgentThreads) -> None:
+def _add_scans(app: FastAPI, service: Service, scans: Scans, worklist: Worklist, threads: AgentThreads) -> None:
     router = APIRouter(prefix="/v1/scans", tags=["scans"])
 
     @router.post("", status_code=201)
@@ -296,11 +298,11 @@ def _add_scans(app: FastAPI, scans: Scans, worklist: Worklist, threads: AgentThr
         pixels = lambda: scans.image(scan, main.name, main.count // 2, "auto").pixels  # noqa: E731
         return Response(worklist.thumbnail(scans.folder(scan), pixels), media_type="image/jpeg", headers=KEPT)
 
-    _add_scan_acts(router, scans, threads)
+    _add_scan_acts(router, service, scans, threads)
     app.include_router(router)
 
 
-def _add_scan_acts(router: APIRouter, scans: Scans, threads: AgentThreads) -> None:
+def _add_scan_acts(router: APIRouter, service: Service, scans: Scans, threads: AgentThreads) -> None:
     @router.post("/{id}/session")
     def session(scan: OwnScan, asked: PlaceRequest) -> SessionView:
         """The session of a slice, to act in; opened if need be, with the masks that the volume has there."""
@@ -339,4 +341,5 @@ def _add_scan_acts(router: APIRouter, scans: Scans, threads: AgentThreads) -> No
     def accept(scan: OwnScan) -> ScanView:
         """A user says that the masks of the whole scan are right."""
         scans.accept(scan)
+        service.note_label()
         return _scan_view(scans, scan)

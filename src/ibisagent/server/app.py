@@ -173,17 +173,23 @@ def check_host(host: str) -> None:
 
 
 def standard_mounts(
-    *, page: bool, labels: Sequence[str] = ("target",), studies: str | None = None
+    *,
+    page: bool,
+    labels: Sequence[str] = ("target",),
+    studies: str | None = None,
+    learn_every: int | None = None,
 ) -> tuple[Mount, ...]:
     """What `ibisagent serve` adds to the application.
 
-    labels, studies: see `monai.mount_monai`.
+    labels, studies: see `monai.mount_monai`. learn_every: see `teaching.Teacher`.
     """
     from ibisagent.server.annotate import mount_annotate
     from ibisagent.server.mcp import mount_mcp
     from ibisagent.server.monai import mount_monai
+    from ibisagent.server.teaching_routes import mount_teaching
 
     mounts: list[Mount] = [mount_annotate, partial(mount_monai, labels=tuple(labels), studies=studies), mount_mcp]
+    mounts.append(partial(mount_teaching, learn_every=learn_every))
     if page:
         from ibisagent.server.page import mount_page
 
@@ -434,7 +440,9 @@ def _add_user(router: APIRouter, service: Service) -> None:
     @router.post("/accept")
     def accept(id: str, asked: AcceptRequest) -> SessionView:  # noqa: A002
         """A user says that the masks are right."""
-        return after(id, lambda session: session.accept(asked.answer, asked.absent))
+        view = after(id, lambda session: session.accept(asked.answer, asked.absent))
+        service.note_label()
+        return view
 
     @router.post("/interrupt")
     def interrupt(id: str) -> SessionView:  # noqa: A002

@@ -12,7 +12,7 @@ import numpy as np
 from ibisagent.domain import Completion, Image, Observation
 from ibisagent.environment import turn_limit
 from ibisagent.errors import PolicyError
-from ibisagent.policies.base import Knowing, Policy, Proposal, Proposer, proposals
+from ibisagent.policies.base import Knowing, Policy, Proposal, Proposer, Seeing, proposals
 from ibisagent.policies.vocabulary import Asked, Vocabulary
 
 MAX_BATCH = 16
@@ -39,9 +39,8 @@ class SharedPolicy:
     ) -> None:
         """max_turns: bounds the policy's own limit of turns. on_batch: called with the size of
         every batch."""
-        self.inner = policy
-        self.name, self.dialect = policy.name, policy.dialect
-        self.max_turns = min(turn_limit(policy), max_turns or turn_limit(policy))
+        self._most_turns = max_turns
+        self.switch(policy)
         self._max_batch, self._on_batch = max_batch, on_batch
         self._waiting: deque[tuple[Observation, Future[Proposal]]] = deque()
         self._arrived = threading.Condition()
@@ -49,6 +48,14 @@ class SharedPolicy:
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="policy", daemon=True)
         self._thread.start()
+
+    def switch(self, policy: Policy, name: str = "") -> None:
+        """Let another policy answer from the next batch on; what waits goes to it, and nobody is refused.
+
+        name: what it is called in records; default its own.
+        """
+        self.inner, self.name, self.dialect = policy, name or policy.name, policy.dialect
+        self.max_turns = min(turn_limit(policy), self._most_turns or turn_limit(policy))
 
     @property
     def waiting(self) -> int:
@@ -91,10 +98,14 @@ class SharedPolicy:
         """As the policy itself, apart from the batches."""
         return self.inner.refine(observation) if isinstance(self.inner, Knowing) else []
 
+    def features(self, image: Image) -> np.ndarray | None:
+        """As the policy itself, apart from the batches; None where it shows none."""
+        return self.inner.features(image) if isinstance(self.inner, Seeing) else None
+
     def describe(self) -> dict[str, str]:
-        """As the policy itself."""
+        """As the policy itself, under the name that it has here."""
         facts: dict[str, str] = getattr(self.inner, "describe", dict)()
-        return facts
+        return facts | {"policy": self.name} if "policy" in facts else facts
 
     def close(self) -> None:
         """Refuse whatever waits, and end the thread after the batch under way."""

@@ -9,7 +9,7 @@ from ibisagent.server.service import Service
 
 MONAI_PATHS = ("/info/", "/infer/", "/session/", "/datastore/", "/activelearning/", "/train/", "/logs/", "/auth/")
 _STATE_AREAS = ("health", "ready", "metrics", "docs")
-_WORK_AREAS = ("segment", "sessions", "scans", "worklist", "jobs", "models", "mcp")
+_WORK_AREAS = ("segment", "sessions", "scans", "worklist", "teaching", "jobs", "models", "mcp")
 _AREAS = frozenset((*_STATE_AREAS, *_WORK_AREAS, *(path.strip("/") for path in MONAI_PATHS)))
 
 

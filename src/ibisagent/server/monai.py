@@ -70,12 +70,14 @@ def mount_monai(
         raise ConfigError(f"{len(labels)} labels: give 1 to {MAX_TARGETS} names, each in one line")
     router = APIRouter(tags=["MONAI Label"])
     sessions = ImageStore(service, "monai-sessions", most=service.limits.sessions, passing=True)
-    images = ImageStore(service, "monai-images", most=IMAGES_PER_SESSION * service.limits.sessions, passing=False)
+    images = app.state.monai_images = ImageStore(
+        service, "monai-images", most=IMAGES_PER_SESSION * service.limits.sessions, passing=False
+    )
     archive = Archive(images, studies)
     _add_login(router, app.state.keys)
     _add_info(router, images, labels)
     _add_sessions(router, sessions)
-    _add_datastore(router, images, archive)
+    _add_datastore(router, service, images, archive)
     _add_infer(router, Inference(service, labels), sessions, archive, threads)
     started = add_learning(router, service, threads, images, archive.unlabelled, labels[0])
     app.include_router(router)
@@ -325,7 +327,7 @@ def _add_info(router: APIRouter, images: ImageStore, labels: Sequence[str]) -> N
                     "config": words,
                 },
             },
-            "trainers": {},
+            "trainers": {MODEL: {"description": "Learns the objects of the labels that were submitted", "config": {}}},
             "strategies": {name: {"description": what} for name, what in STRATEGIES.items()},
             "scoring": {},
             "train_stats": {},
@@ -361,7 +363,7 @@ def _add_sessions(router: APIRouter, sessions: ImageStore) -> None:
         return sessions.remove(session_id)
 
 
-def _add_datastore(router: APIRouter, images: ImageStore, archive: Archive) -> None:
+def _add_datastore(router: APIRouter, service: Service, images: ImageStore, archive: Archive) -> None:
     @router.get("/datastore/")
     def datastore(output: Literal["all", "stats", "train"] = "stats") -> dict[str, Any]:
         """How many images and labels there are, or which."""
@@ -411,10 +413,10 @@ def _add_datastore(router: APIRouter, images: ImageStore, archive: Archive) -> N
         images.remove(id)
         return {}
 
-    _add_labels(router, images, archive)
+    _add_labels(router, service, images, archive)
 
 
-def _add_labels(router: APIRouter, images: ImageStore, archive: Archive) -> None:
+def _add_labels(router: APIRouter, service: Service, images: ImageStore, archive: Archive) -> None:
     @router.put("/datastore/label")
     async def save(
         image: Id, label: Annotated[UploadFile, File()], tag: Tag = "final", params: Info = "{}"
@@ -424,6 +426,7 @@ def _add_labels(router: APIRouter, images: ImageStore, archive: Archive) -> None
         stored = await run_in_threadpool(archive.get, image)
         content, name = await label.read(), label.filename or "label.nii.gz"
         await run_in_threadpool(images.save_label, stored, tag or "final", content, name, said)
+        await run_in_threadpool(service.note_label)
         return {"image": stored.id, "label": stored.id}
 
     @router.get("/datastore/label", response_class=Response)

@@ -41,7 +41,8 @@ class Stored:
     """One image that a client sent, or that was taken from a DICOMweb server; its files lie in a folder of its own.
 
     file: its name in the folder, a file or a folder of DICOM files. fetched: it can be had again. offered: when it was
-    last given out to be labelled. reliability: expected IoU of what the agent makes of it, where that was asked for.
+    last given out to be labelled. reliability: expected IoU of what the agent makes of it, where that was asked for;
+    judged_by: which agent that was.
     """
 
     id: str
@@ -53,6 +54,7 @@ class Stored:
     labels: dict[str, Label] = field(default_factory=dict)
     offered: float = 0.0
     reliability: float | None = None
+    judged_by: str = ""
 
     @property
     def path(self) -> Path:

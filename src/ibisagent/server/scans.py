@@ -203,6 +203,16 @@ class Scans:
             kept = [id_ for id_ in self._scans if id_ not in self._service.offers]
         return sum(used(self._folder / id_) >= idle for id_ in kept)
 
+    @property
+    def all(self) -> list[Scan]:
+        """Those of everybody."""
+        with self._lock:
+            return list(self._scans.values())
+
+    def changed(self, scan: Scan) -> int:
+        """When a scan or one of its slices was last changed, in nanoseconds since 1970."""
+        return max((self.folder(scan) / SCAN_FILE).stat().st_mtime_ns, *self._stamps(scan).values(), 0)
+
     def close(self, scan: Scan) -> None:
         """Delete a scan with its slices' sessions and files. BusyError while it is worked on."""
         with self._at_work(scan, 0):

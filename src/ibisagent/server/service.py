@@ -154,6 +154,14 @@ class Teaching(Protocol):
         """End it; what there is to say of it."""
         ...
 
+    def labelled(self) -> None:
+        """Somebody accepted a mask."""
+        ...
+
+    def close(self) -> None:
+        """The server ends; what is under way goes on when it is back."""
+        ...
+
 
 class _Room:
     """Room for so many pixels; who finds none waits."""
@@ -243,6 +251,8 @@ class Service:
         far stays."""
         self._stopping.set()
         self._jobs.stop()
+        if self.teaching is not None:
+            self.teaching.close()
         with self._lock:
             loaded = [session for session in self._sessions.values() if session is not None]
         for session in loaded:
@@ -653,6 +663,11 @@ class Service:
     def trouble(self) -> str | None:
         """Why no work can be taken; None where it can."""
         return trouble(self.folder, self.scratch())
+
+    def note_label(self) -> None:
+        """Somebody accepted a mask, which the models may be taught."""
+        if self.teaching is not None:
+            self.teaching.labelled()
 
     def _note_batch(self, size: int) -> None:
         self.batches[0] += 1

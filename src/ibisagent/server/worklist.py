@@ -16,8 +16,10 @@ from typing import Any, Literal, get_args
 import cv2
 import numpy as np
 
+from ibisagent.environment import package_version
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.evaluation.reliability import Reliability, beliefs_of, signals
+from ibisagent.evaluation.selection import Candidate, choose, features_of
 from ibisagent.files import file_names, make_folder, write_whole
 from ibisagent.imaging.masks import rle_area, rle_box
 from ibisagent.inference.rounds import SESSION_FILE, SessionSummary, State, summary_of
@@ -29,14 +31,16 @@ from ibisagent.server.storage import keep_if_possible, remove
 
 ExportKind = Literal["coco", "png", "nifti", "seg", "training"]
 THUMBNAIL_SIDE = 160  # pixels
+RANKED = 50  # of the images that the agent has done: the most that one labels before they are ranked anew
 _THUMBNAIL, _RELIABILITY = "thumbnail.jpg", "reliability.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
     """One image or scan to label. reliability: the expected IoU of what the agent made of it, in [0, 1]; None where
-    that was not asked for, or a user has acted since. created: seconds since 1970. opened: False where it is only
-    offered so far. given: what came with it, of a data set."""
+    that was not asked for, or a user has acted since. rank: its place, from 1, among those that are most worth
+    labelling, see `selection`; None for others. created: seconds since 1970. stamp: when it was last changed, in
+    nanoseconds; 0 where it is only offered so far, and opened False. given: what came with it, of a data set."""
 
     id: str
     kind: Literal["image", "scan"]
@@ -48,6 +52,8 @@ class Item:
     reliability: float | None
     running: bool
     created: float
+    stamp: int
+    rank: int | None = None
     opened: bool = True
     given: Given = ""
 
@@ -58,21 +64,48 @@ class Worklist:
     def __init__(self, service: Service, scans: Scans) -> None:
         self._service, self._scans = service, scans
         self._context: dict[str, tuple[int, SessionSummary]] = {}
+        self._eye = service.policy.inner  # by whose features images are compared, whatever is taught meanwhile
+        self._eye_is = f"{self._eye.name} {package_version()}"
+        self._features: dict[str, np.ndarray] = {}
+        self._scores: dict[str, tuple[int, float]] = {}  # with the stamps that they are of
 
     def items(self, visitor: str | None) -> list[Item]:
         """What a visitor may see, oldest first."""
+        return self._ranked(self._with_offers(self._items(self._service.ids_for(visitor), self._scans.of(visitor))))
+
+    def of_everybody(self) -> list[Item]:
+        """All that there is, oldest first."""
+        return self._items(self._service.session_ids, self._scans.all)
+
+    def _items(self, ids: Sequence[str], scans: Sequence[Scan]) -> list[Item]:
         slices = self._scans.slice_sessions
-        own = [id_ for id_ in self._service.ids_for(visitor) if id_ not in slices]
         for gone in self._context.keys() - set(self._service.session_ids):
-            self._context.pop(gone, None)
-        images = [item for item in map(self._image, own) if item is not None]
-        opened = {item.id: item for item in (*images, *map(self._scan, self._scans.of(visitor)))}
+            for kept in (self._context, self._features, self._scores):
+                kept.pop(gone, None)
+        images = [item for id_ in ids if id_ not in slices and (item := self._image(id_)) is not None]
+        return sorted([*images, *map(self._scan, scans)], key=lambda item: item.created)
+
+    def _with_offers(self, opened: Sequence[Item]) -> list[Item]:
+        """With what the operator offers and nobody has opened so far."""
+        items = {item.id: item for item in opened}
         for id_, offer in list(self._service.offers.items()):
-            item = opened.get(id_) or Item(
-                id_, offer.kind, offer.name, offer.query, "new", 0, (), None, False, offer.created, opened=False
+            item = items.get(id_) or Item(
+                id_, offer.kind, offer.name, offer.query, "new", 0, (), None, False, offer.created, 0, opened=False
             )
-            opened[id_] = replace(item, created=offer.created, given=offer.given)
-        return sorted(opened.values(), key=lambda item: item.created)
+            items[id_] = replace(item, created=offer.created, given=offer.given)
+        return sorted(items.values(), key=lambda item: item.created)
+
+    def _ranked(self, items: Sequence[Item]) -> list[Item]:
+        known = {item.id: self._features[item.id] for item in items if item.id in self._features}
+        candidates = [
+            Candidate(item.id, item.reliability, known[item.id])
+            for item in items
+            if item.reliability is not None and item.id in known
+        ]
+        labelled = [known[item.id] for item in items if item.state in ("corrected", "accepted") and item.id in known]
+        chosen = choose(candidates, RANKED, labelled)
+        ranks = {one.name: rank for rank, one in enumerate(chosen, 1)}
+        return [replace(item, rank=ranks.get(item.id)) for item in items]
 
     def _image(self, id_: str) -> Item | None:
         folder = self._service.session_folder(id_)
@@ -87,27 +120,46 @@ class Worklist:
         seen = known[1]
         session = self._service.loaded(id_)
         running = session is not None and session.running
-        score = _kept_score(folder, seen.turns) if seen.state == "agent" else None
+        kept = self._kept_score(id_, stamp)
+        score = kept if seen.state == "agent" else None
         return Item(
-            id_, "image", seen.source, seen.query, seen.state, seen.turns, seen.objects, score, running, created
+            id_, "image", seen.source, seen.query, seen.state, seen.turns, seen.objects, score, running, created, stamp
         )
 
     def _scan(self, scan: Scan) -> Item:
         state, running = self._scans.state(scan), scan.progress is not None
-        return Item(scan.id, "scan", scan.name, scan.query, state, len(scan.slices), (), None, running, scan.created)
+        turns, stamp = len(scan.slices), self._scans.changed(scan)
+        return Item(scan.id, "scan", scan.name, scan.query, state, turns, (), None, running, scan.created, stamp)
 
     def reliability(self, session: Session) -> float:
-        """The expected IoU of the masks of a session, see `reliability`; kept until its next turn. SegmenterError."""
-        turns = len(session.steps)
-        known = None if session.folder is None else _kept_score(session.folder, turns)
+        """The expected IoU of the masks of a session, see `reliability`; kept until it changes. SegmenterError."""
+        folder = session.folder
+        stamp = 0 if folder is None else _changed(folder)
+        known = self._kept_score(session.id, stamp) if stamp else None
         if known is not None:
             return known
         believed = beliefs_of(session.policy, session.image, session.query)
         found = signals(session.episodes()[-1], session.image, self._service.segmenter, beliefs=believed)
         score = round(Reliability.plain(tuple(found)).score(found), 4)
-        if session.folder is not None:
-            keep_if_possible(json.dumps({"turns": turns, "score": score}).encode(), session.folder / _RELIABILITY)
+        if folder is not None and stamp:
+            features = features_of(self._eye, session.image)
+            kept = {"stamp": stamp, "score": score, "by": self._eye_is, "features": features.tolist()}
+            keep_if_possible(json.dumps(kept).encode(), folder / _RELIABILITY)
+            self._features[session.id], self._scores[session.id] = features, (stamp, score)
         return score
+
+    def _kept_score(self, id_: str, stamp: int) -> float | None:
+        """The score as it was when the session's file was of `stamp`; what an earlier server kept is remembered."""
+        if id_ not in self._scores:
+            try:
+                kept = json.loads((self._service.session_folder(id_) / _RELIABILITY).read_bytes())
+                self._scores[id_] = int(kept["stamp"]), float(kept["score"])
+                if kept["by"] == self._eye_is:
+                    self._features[id_] = np.array(kept["features"], dtype=np.float32)
+            except (OSError, ValueError, KeyError, TypeError):  # never asked for, or cut off
+                return None
+        known, score = self._scores[id_]
+        return score if known == stamp else None
 
     def thumbnail(self, folder: Path, pixels: Callable[[], np.ndarray]) -> bytes:
         """A small JPEG of an image, made once. pixels: gives the image (H, W, 3)."""
@@ -196,12 +248,12 @@ def _coco(names: Sequence[str], sessions: Sequence[Session]) -> dict[str, Any]:
     return {"images": images, "annotations": annotations, "categories": named}
 
 
-def _kept_score(folder: Path, turns: int) -> float | None:
+def _changed(folder: Path) -> int:
+    """When a session was last changed, in nanoseconds; 0 where it is gone."""
     try:
-        kept = json.loads((folder / _RELIABILITY).read_bytes())
-        return float(kept["score"]) if kept["turns"] == turns else None
-    except (OSError, ValueError, KeyError, TypeError):  # never asked for, or cut off
-        return None
+        return (folder / SESSION_FILE).stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _zip(folder: Path, path: Path) -> Path:

@@ -1,13 +1,14 @@
 // The page: what is open, what a user does about it, and the keys for it.
 
 import { get, fetchImage, post } from "/static/api.js";
-import { $, app, asked, colour, make, report, request, say, stage, target } from "/static/app.js";
+import { $, app, asked, colour, keep, make, report, request, say, stage, stored, target } from "/static/app.js";
 import * as levels from "/static/levels.js";
 import { bars, outline } from "/static/masks.js";
 import * as panel from "/static/panel.js";
 import { listen } from "/static/pointer.js";
 import * as queue from "/static/queue.js";
 import * as scan from "/static/scan.js";
+import * as teach from "/static/teach.js";
 
 const FAST = 100; // ms: slower clicks have no preview
 const ENDS = {
@@ -30,6 +31,7 @@ async function open(item, push = true) {
   const address = item ? `/s/${item.id}` : "/";
   if (push && location.pathname !== address) history.pushState(null, "", address);
   queue.render();
+  if (item) keep("seen", [...stored("seen", []).filter((id) => id !== item.id).slice(-999), item.id]);
   if (!item) { stage.clear(); panel.render(); return say(app.items.length ? "Choose an image to go on with, or open more." : "Open an image to begin."); }
   if (item.kind === "scan") await scan.openScan(item);
   else {
@@ -45,6 +47,7 @@ async function open(item, push = true) {
   levels.set(app.scan ? "auto" : "full", false);
   if (document.activeElement.matches("button, input[type=file]")) $("image").focus({ preventScroll: true });
   say(summary());
+  teach.look().catch(report); // what was corrected meanwhile may be enough to learn from
   const here = standing();
   if (item.running) watch(item, item.id, here).then(() => here() && say(summary())).catch(report);
   const next = queue.beside(1);
@@ -146,6 +149,8 @@ async function accept() {
   if (app.scan) await scan.acceptScan().then(panel.render);
   else await act("accept", {}, `${item.name} is accepted.`);
   if (item.state !== "accepted" || app.item !== item) return;
+  teach.look().catch(report);
+  await queue.rankAnew();
   const next = queue.nextToDo();
   if (next) await open(next);
   else say("All images are accepted. Export the masks above.");
@@ -329,6 +334,7 @@ async function begin() {
   app.limits = models.limits;
   await route();
   queue.workAhead();
+  await teach.begin();
 }
 
 begin().catch((error) => { panel.render(); report(error); });

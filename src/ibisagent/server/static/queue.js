@@ -17,7 +17,7 @@ export function begin(show, shown) {
   $("file").querySelector("input").onchange = (event) => chosen(event.target, false);
   $("folder").querySelector("input").onchange = (event) => chosen(event.target, true);
   $("order").value = app.order = localStorage.getItem("order") || "added";
-  $("order").onchange = () => { localStorage.setItem("order", $("order").value); render(); };
+  $("order").onchange = () => { localStorage.setItem("order", $("order").value); rankAnew().catch(report); };
   $("filter").onchange = render;
   $("ahead").checked = localStorage.getItem("ahead") !== "no";
   $("ahead").onchange = () => { localStorage.setItem("ahead", $("ahead").checked ? "yes" : "no"); workAhead(); };
@@ -102,7 +102,7 @@ async function send(kind, files) {
   const view = await call("POST", kind === "scan" ? "/v1/scans" : "/v1/sessions", form);
   const name = kind === "scan" ? view.name : view.image;
   const created = Date.now() / 1000;
-  return { id: view.id, kind, name, query: view.query, state: "new", turns: 0, reliability: null, running: false, created, opened: true };
+  return { id: view.id, kind, name, query: view.query, state: "new", turns: 0, reliability: null, rank: null, running: false, created, opened: true };
 }
 
 export async function openSample() {
@@ -122,11 +122,14 @@ export async function remove(item) {
 // The row.
 
 // As the strip shows them. Doubtful first: what the agent did, least reliable first, then what is new, then the rest.
+// Useful first: doubtful as well, but unlike each other and what is labelled already, as the server ranks them.
 export function row() {
   const filter = $("filter").value;
   const shown = app.items.filter((item) => filter === "all" || (item.state === "accepted") === (filter === "accepted"));
-  if ($("order").value !== "doubt") return shown;
-  const rank = (item) => (item.state === "agent" ? item.reliability ?? 1 : { new: 2, corrected: 3, accepted: 4 }[item.state]);
+  const order = $("order").value;
+  if (order === "added") return shown;
+  const place = (item) => (order === "doubt" ? item.reliability ?? 1 : 1 - 1 / (item.rank ?? Infinity));
+  const rank = (item) => (item.state === "agent" ? place(item) : { new: 2, corrected: 3, accepted: 4 }[item.state]);
   return [...shown].sort((a, b) => rank(a) - rank(b));
 }
 
@@ -221,4 +224,13 @@ export async function work(item, id, body) {
 }
 
 // How far the agent's masks can be trusted.
-export async function judge(item) { item.reliability = await get(`${base(item)}/reliability`); render(); }
+export async function judge(item) { item.reliability = await get(`${base(item)}/reliability`); await rankAnew(); }
+
+// What is most useful next changes with every image that the agent has done or a user has labelled.
+export async function rankAnew() {
+  if ($("order").value === "useful") {
+    const ranks = new Map((await get("/v1/worklist")).map((item) => [item.id, item.rank]));
+    for (const item of app.items) item.rank = ranks.get(item.id) ?? null;
+  }
+  render();
+}
