@@ -119,7 +119,7 @@ def parse(text: str, size: Size, *, dialect: str, default_target: str = "") -> R
     Whatever the text is, nothing is raised: the reply's `problem` says in a few words what is wrong, and its actions
     are empty. ConfigError for an unknown dialect only.
     """
-    speech = _dialect(dialect)
+    speech = dialect_of(dialect)
     if len(text) > MAX_REPLY_CHARS:
         return Reply(problem=f"it is longer than {MAX_REPLY_CHARS} characters")
     thought = ""
@@ -382,7 +382,7 @@ def write(reply: Reply, size: Size, *, dialect: str) -> str:
     Raises ConfigError, naming the action, for a reply that the dialect cannot express: a Box in "paper" or "released",
     an Undo or a second action in "released", a point outside the image, a `problem`, no action at all.
     """
-    speech = _dialect(dialect)
+    speech = dialect_of(dialect)
     if reply.problem is not None:
         raise ConfigError(f"a reply that could not be read cannot be written ({reply.problem}); give its actions")
     actions = [_stripped(action) for action in reply.actions]
@@ -526,7 +526,7 @@ def render(
     The query and names are escaped as in replies, so that they cannot pass for tags. Raises ConfigError for an unknown
     dialect, history or style.
     """
-    speech = _dialect(dialect)
+    speech = dialect_of(dialect)
     if wording is not None:
         speech = replace(speech, system=wording.system, first=wording.first, refine=wording.refine)
     history = history or speech.history
@@ -586,7 +586,7 @@ def recap(replies: Sequence[Reply], size: Size, *, dialect: str) -> str:
 
     What people added beyond the dialect is told in the words of "ibis".
     """
-    phrase = _dialect(dialect).phrase
+    phrase = dialect_of(dialect).phrase
     told = (
         "; ".join(phrase(a, size) for a in r.actions) if r.problem is None else "could not be read" for r in replies
     )
@@ -694,7 +694,8 @@ _IBIS = Dialect(
 DIALECTS: Mapping[str, Dialect] = MappingProxyType({speech.name: speech for speech in (_PAPER, _RELEASED, _IBIS)})
 
 
-def _dialect(name: str) -> Dialect:
+def dialect_of(name: str) -> Dialect:
+    """The dialect of that name. ConfigError for an unknown one."""
     if name not in DIALECTS:
         raise ConfigError(f"unknown dialect '{_shown(str(name))}'; there are: {', '.join(DIALECTS)}")
     return DIALECTS[name]

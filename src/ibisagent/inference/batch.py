@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ibisagent.domain import Case, Episode, Image, MaskSelection, Turn, check_query
+from ibisagent.domain import Case, Episode, Image, MaskSelection, Turn, check_query, same_masks
 from ibisagent.environment import mask_choice
 from ibisagent.errors import ConfigError, DataError, IbisError
 from ibisagent.files import make_folder, safe_name, same_run
@@ -271,7 +271,7 @@ class Batch:
                 return False
             if not self.overwrite:
                 self._check_settings(record, earlier.provenance, {"mask_selection": earlier.mask_selection})
-                if not _same_masks(earlier.start, case.start):
+                if not same_masks(earlier.start, case.start):
                     raise ConfigError(f"{record}: was made with another start mask; --overwrite makes it again")
             return True
 
@@ -447,7 +447,3 @@ def _sha256(path: Path) -> str:
     for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
         digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-def _same_masks(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> bool:
-    return a.keys() == b.keys() and all(np.array_equal(mask, b[name]) for name, mask in a.items())

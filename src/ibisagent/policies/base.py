@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
+
+import numpy as np
 
 from ibisagent.domain import Completion, Image, Observation
 from ibisagent.policies.vocabulary import Asked, Vocabulary
@@ -18,6 +21,11 @@ PUBLIC_WEIGHTS = ("manglu3935/IBIS", "qwen2_5vl-7b-RL")
 def is_public(source: str) -> bool:
     """Whether a folder, hub id or name on a server is that of the paper authors' own weights."""
     return any(part in source for part in PUBLIC_WEIGHTS)
+
+
+def random_of(*what: object) -> np.random.Generator:
+    """Draws that depend on `what` alone, such as a seed, a case and a turn."""
+    return np.random.default_rng(int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:8], "little"))
 
 
 class Policy(Protocol):

@@ -36,7 +36,7 @@ from ibisagent.policies.base import MAX_NEW_TOKENS, is_public
 from ibisagent.policies.one_by_one import Answering, answering, refinements, sentence_for, understood
 from ibisagent.policies.vocabulary import Asked, Look, Vocabulary
 from ibisagent.policies.wording import read_wording, wording_facts
-from ibisagent.protocol import DIALECTS, History, Message, OverlayStyle, render
+from ibisagent.protocol import History, Message, OverlayStyle, dialect_of, render
 
 PROPOSAL_TEMPERATURE = 0.5
 KEPT_LOOKS = 64
@@ -125,9 +125,7 @@ class MllmPolicy:
         config = self._model.config
         own = "released" if is_public(str(source)) else "ibis"
         self.dialect: str = dialect or getattr(config, "dialect", None) or own
-        if self.dialect not in DIALECTS:
-            raise ConfigError(f"unknown dialect '{self.dialect}' for {self.name}: choose one of {', '.join(DIALECTS)}")
-        default = DIALECTS[self.dialect]
+        default = dialect_of(self.dialect)
         self.history: History = history or getattr(config, "history", None) or default.history
         self.max_new_tokens = max_new_tokens or int(getattr(config, "reply_tokens", MAX_NEW_TOKENS))
         self.max_turns: int | None = getattr(config, "max_turns", None)

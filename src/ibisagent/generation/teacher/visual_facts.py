@@ -14,9 +14,6 @@ from ibisagent.imaging.masks import iou
 
 TurnKind = Literal["first", "missed", "leaked", "wrong", "undo", "done", "absent", "words", "unrelated", "claim"]
 WELL_COVERED = 0.91
-TURN_KINDS: tuple[TurnKind, ...] = (
-    "first", "missed", "leaked", "wrong", "undo", "done", "absent", "words", "unrelated", "claim",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
