@@ -22,6 +22,7 @@ from ibisagent.policies import load_policy
 from ibisagent.policies.nano import LOCATIONS
 from ibisagent.protocol import START_LINE, parse, render, write
 from ibisagent.segmenters import load_segmenter
+from ibisagent.segmenters.backbone import SIDE
 from ibisagent.segmenters.click_network import ClickNetwork
 from ibisagent.segmenters.ibis_click import PACKAGED_WEIGHTS, read_click_network
 from ibisagent.segmenters.letterbox import letterbox, letterbox_scale, prompt_maps
@@ -29,12 +30,11 @@ from ibisagent.training.click import trainer as click_recipe
 from ibisagent.training.click.states import Pair, new_state
 from ibisagent.training.click.states import pairs_from as click_pairs
 from ibisagent.training.finetune.recipes import RlRecipe
-from ibisagent.training.images import TrainingImages, context_features, random_turn, read_training_cases
+from ibisagent.training.images import FeatureCache, TrainingImages, context_features, random_turn, read_training_cases
 from ibisagent.training.nano import on_policy as on_policy
 from ibisagent.training.nano import trainer as nano_recipe
 from ibisagent.training.nano.curriculum import Curriculum, Example, pairs_of
 from ibisagent.training.nano.on_policy import OnPolicyStates, first_turn_of, recap_of, sure_part
-from ibisagent.training.views import SIDE, FeatureCache
 
 
 def disc_case(index, shape=(97, 131)):
