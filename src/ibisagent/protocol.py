@@ -516,12 +516,12 @@ def render(
     """The conversation that asks a policy for its next reply: [system], earlier turns, the current user turn.
 
     A message is {"role": "system" | "user" | "assistant", "content": [part, ...]}, a part {"type": "text", "text": str}
-    or {"type": "image", "image": PIL image}; every user turn has one image, made by `overlay`.
-    history None: as the dialect prefers. "none": the current turn alone. "actions": the same, with the actions so far
-    as text. "full": every earlier image and reply, as they were. style None: as the dialect prefers; "alpha" has
-    no system prompt, as only models trained for it can read such images. paint: makes what stands for an
-    image in the messages, in place of `overlay`; for writers that have the same image already. wording: what the
-    policy is told in place of the dialect's own words.
+    or {"type": "image", "image": PIL image}; every user turn has one image, made by `overlay`. history None: as the
+    dialect prefers. "none": the current turn alone. "actions": the same, with the actions so far as text. "full": every
+    earlier image and reply, as they were. style None: as the dialect prefers; "alpha" has no system prompt, as only
+    models trained for it can read such images. paint: makes what stands for an image in the messages, in place of
+    `overlay`; for writers that have the same image already. wording: what the policy is told in place of the dialect's
+    own words.
 
     The query and names are escaped as in replies, so that they cannot pass for tags. Raises ConfigError for an unknown
     dialect, history or style.

@@ -247,18 +247,14 @@ class Batch:
             path = files[0] if len(files) == 1 else str(Path(files[0]).parent)
             self.listener.started(path)
             try:
-                yield self.segment(path, start) if len(files) == 1 else self._volume(path, start, files)
+                yield self.segment(path, start) if len(files) == 1 else self.segment_volume(path, start, files)
             except IbisError as error:
                 yield Failed(path, error)
-
-    def segment_files(self, path: str, files: Sequence[Path]) -> VolumeResult | KeptVolume:
-        """The result of the volume in DICOM files of one series; path: what it is called. Raises IbisError."""
-        return self._volume(path, None, [str(file) for file in files])
 
     def segment(self, path: str, start: Path | None = None) -> ImageResult | VolumeResult | KeptVolume:
         """The result of one input. Raises IbisError."""
         if dicomweb.is_url(path) or is_volume(path):
-            return self._volume(path, start)
+            return self.segment_volume(path, start)
         return self._image(path, start)
 
     def _image(self, path: str, start: Path | None) -> ImageResult:
@@ -299,7 +295,8 @@ class Batch:
         self._records[outputs.record.name.casefold()] = outputs.record
         return ImageResult(path, episode, outputs, time.perf_counter() - started, score)
 
-    def _volume(self, path: str, start: Path | None, files: Sequence[str] = ()) -> VolumeResult | KeptVolume:
+    def segment_volume(self, path: str, start: Path | None, files: Sequence[str] = ()) -> VolumeResult | KeptVolume:
+        """The result of the volume called `path`; files: where it is those of one DICOM series. Raises IbisError."""
         started, options = time.perf_counter(), self.volumes
         with ExitStack() as until:
             source = Path(path)

@@ -21,6 +21,7 @@ from ibisagent.files import appearing_whole, write_json
 from ibisagent.imaging.images import read_masks, write_mask_png
 from ibisagent.imaging.masks import decode_rle, encode_rle
 from ibisagent.volumes.grid import NiftiOrigin, Volume, places_off_mm, scratch_mask
+from ibisagent.volumes.headers import SEGMENTATIONS, STRUCTURE_SET, is_of_class
 from ibisagent.volumes.label_maps import SEGMENTATION, label_names
 
 RLE_FORMAT = "ibisagent volume masks"
@@ -146,13 +147,13 @@ def masks_on(volume: Volume, path: str | Path) -> dict[str, np.ndarray]:
     differ otherwise: a mask is never resampled.
     """
     from ibisagent.volumes import is_volume
-    from ibisagent.volumes.rtstruct import is_rtstruct, read_rtstruct
-    from ibisagent.volumes.segmentations import is_segmentation, read_segmentation
+    from ibisagent.volumes.rtstruct import read_rtstruct
+    from ibisagent.volumes.segmentations import read_segmentation
 
     path = Path(path)
-    if path.is_file() and is_volume(path) and is_segmentation(path):
+    if path.is_file() and is_volume(path) and is_of_class(path, *SEGMENTATIONS):
         return read_segmentation(path, volume)
-    if path.is_file() and is_volume(path) and is_rtstruct(path):
+    if path.is_file() and is_volume(path) and is_of_class(path, STRUCTURE_SET):
         return read_rtstruct(path, volume)
     masks, affine = read_volume_masks(path)
     if volume.oriented:
