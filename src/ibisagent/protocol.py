@@ -2,14 +2,13 @@
 
 The only home of model-facing text, and the only place where coordinates are not integer pixels: in text they are
 fractions of the image's width and height, in [0, 1]. Points are pixel centres, corners of boxes are pixel edges.
+What a policy writes never raises: `parse` turns what it cannot read into a `Reply` that says why.
 
 | dialect  | who speaks it                         | one action                                                        |
 |----------|---------------------------------------|-------------------------------------------------------------------|
 | paper    | the paper (figures 3 and 12)          | {"Target":"liver","Attribute":"1","Coordinate 2d":"[0.45, 0.42]"} |
 | released | the public weights `qwen2_5vl-7b-RL`  | Positive Point (0.4512, 0.4238)                                   |
 | ibis     | our own weights                       | click + (0.4512, 0.4238) liver                                    |
-
-What a policy writes never raises: `parse` turns what it cannot read into a `Reply` that says why.
 """
 
 from __future__ import annotations
