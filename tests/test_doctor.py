@@ -158,8 +158,8 @@ def test_the_command_takes_weights_and_tells_what_is_missing(data: Path, tmp_pat
 
 
 def test_ground_truth_may_be_what_build_data_exported(tmp_path: Path) -> None:
-    from ibisagent.generation.config import FactoryConfig
-    from ibisagent.generation.exports import prompt_case, read_grpo, read_verl
+    from ibisagent.generation.config import FactoryConfig, read_table
+    from ibisagent.generation.exports import prompt_case, read_grpo
     from ibisagent.generation.stages import Plan, build
 
     rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]
@@ -176,11 +176,12 @@ def test_ground_truth_may_be_what_build_data_exported(tmp_path: Path) -> None:
     ground_truth = read_ground_truth(out)
     records = list(read_grpo(out / "export"))
     assert set(ground_truth) == {record["id"] for record in records}
-    for record in read_verl(out / "export"):
+    verl = [one for path in sorted((out / "export" / "verl").glob("*")) for one in read_table(path).to_pylist()]
+    for record in verl:
         told = record["extra_info"]
         case, same = (
             ground_truth[told["id"]],
-            prompt_case(told["id"], told["query"], record["reward_model"]["ground_truth"]),
+            prompt_case(told["id"], told["query"], json.loads(record["reward_model"]["ground_truth"])),
         )
         assert case.image.sha256 == same.image.sha256
         assert (case.query, case.answer, list(case.targets or ())) == (

@@ -17,7 +17,7 @@ from ibisagent import evaluation
 from ibisagent.datasets import CaseSource, read_cases
 from ibisagent.domain import Action, Box, Case, Click, Completion, Episode, Image, Mask, Reply, Stop, Turn, Undo
 from ibisagent.errors import ConfigError, DataError, PolicyError
-from ibisagent.evaluation import metrics
+from ibisagent.evaluation import metrics, results
 from ibisagent.imaging.images import write_mask_png, write_png
 from ibisagent.policies.baselines import CentreClickPolicy
 from ibisagent.policies.oracle import OraclePolicy
@@ -281,11 +281,11 @@ def test_interval_resamples_patients_not_images() -> None:
         return evaluation.CaseResult(f"{patient}{iou}", "box", "CT", "set", patient, "stopped", {"iou": iou})
 
     one_patient = [result("a", value) for value in (0.1, 0.2, 0.9)]
-    assert evaluation.summarise(one_patient).intervals.get("iou") is None
+    assert results.summarise(one_patient).intervals.get("iou") is None
     two = [result("a", 0.2) for _ in range(10)] + [result("b", 0.8) for _ in range(10)]
     # either both, or one of them twice, is drawn: the interval is as wide as can be, however many images there are
-    assert evaluation.summarise(two).intervals["iou"] == pytest.approx((0.2, 0.8))
+    assert results.summarise(two).intervals["iou"] == pytest.approx((0.2, 0.8))
     many = [result(str(number), 0.2 + 0.6 * (number % 2)) for number in range(200)]
-    low, high = evaluation.summarise(many).intervals["iou"] or (0, 0)
+    low, high = results.summarise(many).intervals["iou"] or (0, 0)
     assert 0.4 < low < 0.5 < high < 0.6
-    assert evaluation.summarise(many) == evaluation.summarise(many)
+    assert results.summarise(many) == results.summarise(many)

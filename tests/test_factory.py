@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,19 +18,21 @@ from PIL import Image as PillowImage
 
 from ibisagent.datasets import CaseRow, CaseSource, read_cases
 from ibisagent.datasets.leaks import fingerprint
-from ibisagent.domain import Click, Image, Stop, Undo
+from ibisagent.domain import Click, Episode, Image, Reply, Stop, Undo
 from ibisagent.errors import ConfigError
 from ibisagent.generation import exports, filters
-from ibisagent.generation.config import FactoryConfig, read_questions
+from ibisagent.generation.config import FactoryConfig, read_questions, read_table
 from ibisagent.generation.expert_episodes import RecallingSegmenter, corrupted, unrelated
 from ibisagent.generation.stages import Plan, Worker, build, estimate
-from ibisagent.generation.teacher.phrasings import FAMILIES, PHRASINGS, phrasings
+from ibisagent.generation.teacher.phrasings import PHRASINGS, phrasings
 from ibisagent.imaging.images import write_mask_png, write_png
 from ibisagent.imaging.masks import iou
+from ibisagent.protocol import parse
 from ibisagent.segmenters import load_segmenter
 from ibisagent.store import EpisodeStore
 
 SIZE = (61, 83)
+FAMILIES = {"referring", "reasoning", "existence", "multiple", "refinement", "vqa", "inconsistency", "correction"}
 CONFIG = FactoryConfig(segmenter="region", shard_images=3, self_correction=0.8, inconsistency=0.8, image_format="png")
 
 
@@ -78,7 +81,7 @@ def test_every_question_ends_as_an_episode_or_as_a_reason(data: Path, made: Path
     assert card["questions_per_pair"] >= 10
     assert card["questions"] == card["kept"] + sum(card["rejected"].values())
     assert card["kept"] > 0.8 * card["questions"]
-    assert set(card["kept_by_family"]) == {*FAMILIES, "correction"} - {"inconsistency"} | {"inconsistency"}
+    assert set(card["kept_by_family"]) == FAMILIES
     assert card["overall"]["iou"] >= CONFIG.min_iou
     ids = [question.id for question in all_questions(data, made)]
     assert len(ids) == len(set(ids)) == card["questions"]
@@ -250,6 +253,15 @@ def test_overlaps_between_splits_are_found(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- exports
 
 
+def replies_of(conversation: exports.Conversation) -> list[str]:
+    said = [message["content"] for message in conversation.messages if message["role"] == "assistant"]
+    return ["".join(part["text"] for part in parts) for parts in said]
+
+
+def learned_of(conversation: exports.Conversation) -> list[bool]:
+    return [message["loss"] for message in conversation.messages if message["role"] == "assistant"]
+
+
 @pytest.mark.parametrize("dialect", ["ibis", "paper", "released"])
 def test_conversations_come_back_with_the_same_actions(data: Path, made: Path, tmp_path: Path, dialect: str) -> None:
     out, config = made, CONFIG
@@ -264,7 +276,7 @@ def test_conversations_come_back_with_the_same_actions(data: Path, made: Path, t
     for conversation in split:
         episode = episodes[conversation.id]
         target = next(iter(episode.masks), "")
-        read = conversation.actions(episode.size, dialect, target)
+        read = [parse(text, episode.size, dialect=dialect, default_target=target) for text in replies_of(conversation)]
         wanted = [turn.reply for turn in episode.turns]
         if dialect == "released":  # it has no names: the mask's one stands for them
             assert [[type(a) for a in reply.actions] for reply in read] == [
@@ -273,7 +285,7 @@ def test_conversations_come_back_with_the_same_actions(data: Path, made: Path, t
         else:
             assert read == wanted
         wrong = episode.undone_turns
-        assert conversation.learned == [number not in wrong for number in range(len(episode.turns))]
+        assert learned_of(conversation) == [number not in wrong for number in range(len(episode.turns))]
         assert len(conversation.images) == len(episode.turns)
         assert all(path.is_file() for path in conversation.images)
 
@@ -290,22 +302,32 @@ def test_images_show_the_masks_of_their_turn(made: Path) -> None:
         assert np.array_equal(np.asarray(PillowImage.open(path)), np.asarray(overlay(image, turn.before)))
 
 
-def test_sharegpt_comes_back_and_never_teaches_a_mistake(made: Path) -> None:
+def sharegpt(made: Path, name: str) -> Iterator[tuple[str, list[Reply], Episode]]:
+    """The records of a set: id, replies as they are read, and the episode that they come from."""
     episodes = {episode.case_id: episode for episode in EpisodeStore(made / "filter").read()}
-    for conversation in exports.read_sharegpt(made / "export"):
-        episode = episodes[conversation.id]
-        assert conversation.actions(episode.size, "ibis") == [turn.reply for turn in episode.turns]
+    for path in sorted((made / "export" / "sharegpt" / f"{name}-train").glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            episode = episodes[record["id"].partition("@")[0]]
+            said = [message["content"] for message in record["messages"] if message["role"] == "assistant"]
+            assert sum(one["content"].count("<image>") for one in record["messages"]) == len(record["images"])
+            yield record["id"], [parse(text, episode.size, dialect="ibis") for text in said], episode
+
+
+def test_sharegpt_comes_back_and_never_teaches_a_mistake(made: Path) -> None:
+    for _, replies, episode in sharegpt(made, "all"):
+        assert replies == [turn.reply for turn in episode.turns]
         assert not episode.undone_turns
     learned: Counter[str] = Counter()
-    for conversation in exports.read_sharegpt(made / "export", "last"):
-        name, _, number = conversation.id.rpartition("@")
-        episode = episodes[name]
-        assert int(number) not in episode.undone_turns
-        assert conversation.actions(episode.size, "ibis") == [t.reply for t in episode.turns[: int(number) + 1]]
-        assert conversation.learned == [False] * int(number) + [True]
-        learned[name] += 1
+    turns: dict[str, int] = {}
+    for name, replies, episode in sharegpt(made, "last"):
+        number = int(name.partition("@")[2])
+        assert number not in episode.undone_turns
+        assert replies == [turn.reply for turn in episode.turns[: number + 1]]
+        learned[episode.case_id] += 1
+        turns[episode.case_id] = len(episode.turns)
     assert learned
-    assert all(count == len(episodes[name].turns) - 1 for name, count in learned.items())
+    assert all(count == turns[name] - 1 for name, count in learned.items())
     info = json.loads((made / "export" / "dataset_info.json").read_bytes())
     assert all((made / "export" / entry["file_name"]).is_dir() for entry in info.values())
 
@@ -325,11 +347,11 @@ def test_prompts_carry_the_ground_truth_that_rewards_need(data: Path, made: Path
         assert bool(record["start"]) is question.start
         assert record["answer"] == (question.answer or None)
         assert len(record["images"]) == 1
-    verl = list(exports.read_verl(made / "export"))
+    verl = [one for path in sorted((made / "export" / "verl").glob("train-*")) for one in read_table(path).to_pylist()]
     assert [record["extra_info"]["id"] for record in verl] == list(records)
     for record in verl:
         same = records[record["extra_info"]["id"]]
-        ground_truth = record["reward_model"]["ground_truth"]
+        ground_truth = json.loads(record["reward_model"]["ground_truth"])
         assert {key: same[key] for key in ground_truth} == ground_truth
         assert sum(said["content"].count("<image>") for said in record["prompt"]) == len(record["images"]) == 1
 
@@ -345,7 +367,7 @@ def test_masked_turns_carry_no_loss_on_token_labels(made: Path) -> None:
     letters.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, clean_up_tokenization_spaces=False)
     conversations = list(exports.read_trl(made / "export"))
-    self_correcting = [conversation for conversation in conversations if not all(conversation.learned)]
+    self_correcting = [conversation for conversation in conversations if not all(learned_of(conversation))]
     assert self_correcting
     for conversation in [*self_correcting[:3], *conversations[:3]]:
         encoded = tokenizer.apply_chat_template(
@@ -355,7 +377,9 @@ def test_masked_turns_carry_no_loss_on_token_labels(made: Path) -> None:
             return_assistant_tokens_mask=True,
         )
         learned = [token for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask]
-        right = [text for text, learns in zip(conversation.replies, conversation.learned, strict=True) if learns]
+        right = [
+            text for text, learns in zip(replies_of(conversation), learned_of(conversation), strict=True) if learns
+        ]
         assert tokenizer.decode(learned) == "".join(f"{text}<|im_end|>" for text in right)
 
 

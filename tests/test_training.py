@@ -23,6 +23,7 @@ from ibisagent.policies import load_policy
 from ibisagent.policies.nano_input import LOCATIONS
 from ibisagent.protocol import START_LINE, parse, render, write
 from ibisagent.segmenters import load_segmenter
+from ibisagent.segmenters.backbone import SIDE
 from ibisagent.segmenters.click_network import ClickNetwork
 from ibisagent.segmenters.ibis_click import PACKAGED_WEIGHTS, read_click_network
 from ibisagent.segmenters.letterbox import letterbox, letterbox_scale, prompt_maps
@@ -30,12 +31,11 @@ from ibisagent.training.click import trainer as click_recipe
 from ibisagent.training.click.states import Pair, new_state
 from ibisagent.training.click.states import pairs_from as click_pairs
 from ibisagent.training.finetune.recipes import RlRecipe
-from ibisagent.training.images import TrainingImages, context_features, random_turn, read_training_cases
+from ibisagent.training.images import FeatureCache, TrainingImages, context_features, random_turn, read_training_cases
 from ibisagent.training.nano import on_policy as on_policy
 from ibisagent.training.nano import trainer as nano_recipe
 from ibisagent.training.nano.curriculum import Curriculum, Example, pairs_of
 from ibisagent.training.nano.on_policy import OnPolicyStates, first_turn_of, recap_of, sure_part
-from ibisagent.training.views import SIDE, FeatureCache
 
 
 def disc_case(index, shape=(97, 131)):
@@ -128,7 +128,7 @@ def test_a_click_run_goes_on_from_its_checkpoint_and_refuses_that_of_another_rec
 
 
 def test_an_episode_sees_the_part_of_the_context_where_its_view_lies(cases, feature_cache):
-    """Whatever the view and the augmentation: the cached image, sampled at the places, is the view."""
+    """Whatever the view and the augmentation: the image, turned as in the cache and sampled at the places, is it."""
     random = np.random.default_rng(5)
     pairs = click_pairs(cases, feature_cache.place)
     weights = np.full(len(pairs), 1 / len(pairs))
@@ -137,9 +137,9 @@ def test_an_episode_sees_the_part_of_the_context_where_its_view_lies(cases, feat
         state = new_state(pairs, weights, feature_cache, 64, random, made_up=0)
         augmentation, number = state.context
         augmentations_per_image.add(augmentation)
-        brightness = torch.from_numpy(feature_cache.pixels[augmentation, number].mean(axis=2, dtype=np.float32))[
-            None, None
-        ]
+        image = cv2.resize(cases[number].image.pixels, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+        turned = cv2.warpAffine(image, feature_cache.turns[augmentation, number], (SIDE, SIDE))
+        brightness = torch.from_numpy(turned.mean(axis=2, dtype=np.float32))[None, None]
         seen = F.grid_sample(brightness, torch.from_numpy(state.places)[None], align_corners=False)[0, 0].numpy()
         view = state.ground_truth.reshape(8, 8, 8, 8).mean(axis=(1, 3))
         assert state.places.shape == (8, 8, 2)
@@ -150,7 +150,7 @@ def test_an_episode_sees_the_part_of_the_context_where_its_view_lies(cases, feat
 
 def test_images_are_embedded_once(recipe, tmp_path):
     plan = click_recipe.ClickRecipe.read(recipe)
-    cases = list(read_cases(plan.data, split="train"))[:3]
+    cases = list(read_cases(plan.data[0], split="train"))[:3]
     first = FeatureCache.of(cases, tmp_path, 1, 0)
     written = (next(tmp_path.iterdir()) / "features.f16").stat().st_mtime_ns
     again = FeatureCache.of(cases, tmp_path, 1, 0)
@@ -161,7 +161,7 @@ def test_images_are_embedded_once(recipe, tmp_path):
 
 def test_data_sets_can_be_left_out(recipe, tmp_path):
     plan = click_recipe.ClickRecipe.read(recipe).model_copy(update={"out": tmp_path})
-    with pytest.raises(DataError, match="no training pair is left"):
+    with pytest.raises(DataError, match="no pair is left to train on"):
         click_recipe.train(plan.model_copy(update={"leave_out": ("discs", "rings")}))
 
 
@@ -497,7 +497,7 @@ def test_training_on_absent_rows_alone_fails_and_rows_that_cannot_be_used_are_le
     absent = tmp_path / "absent.csv"
     absent.write_text("image,mask,object,split\n" + f"{folder / '0.png'},,spleen,train\n")
     with pytest.raises(DataError, match="no mask is left to learn from"):
-        click_recipe.train(plan.model_copy(update={"data": absent, "licence_class": ""}))
+        click_recipe.train(plan.model_copy(update={"data": (absent,), "licence_class": ""}))
     rows = ["image,mask,object,split,patient,label"]
     rows += [f"{folder / '0.png'},{folder / '0_mask.png'},{'x' * 300},Training,p0,"]
     rows += [f"{folder / '0.png'},{folder / '0_mask.png'},ring,Training,p0,none"]
@@ -507,7 +507,7 @@ def test_training_on_absent_rows_alone_fails_and_rows_that_cannot_be_used_are_le
     assert [row.object for row in images.rows] == ["disc", "disc"]
     assert "row 2: an object's name has 300 characters" in caplog.text
     assert "row 3" in caplog.text
-    click_recipe.train(plan.model_copy(update={"data": tmp_path / "mixed.csv", "licence_class": "", "states": 4}))
+    click_recipe.train(plan.model_copy(update={"data": (tmp_path / "mixed.csv",), "licence_class": "", "states": 4}))
     assert "no patient is held out" in caplog.text
 
 

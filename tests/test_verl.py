@@ -27,8 +27,7 @@ import replies
 from ibisagent.datasets import read_cases
 from ibisagent.domain import Box, Case, Click, Completion, Episode, Image, Reply, Stop, Turn
 from ibisagent.errors import ConfigError, DataError, PolicyError
-from ibisagent.generation.config import FactoryConfig
-from ibisagent.generation.exports import read_verl
+from ibisagent.generation.config import FactoryConfig, read_table
 from ibisagent.generation.stages import Plan, build
 from ibisagent.imaging.images import write_mask_png, write_png
 from ibisagent.integrations.verl.reward import compute_score, episode_reward
@@ -114,13 +113,8 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         lines.append(f"{number}.png,{number}_mask.png,spleen,CT,train")
     (folder / "data.csv").write_text("\n".join(lines) + "\n")
     build(Plan(read_cases(folder / "data.csv"), folder / "out", FactoryConfig(segmenter="region", formats=("verl",))))
-    return {record["ability"]: plain_ground_truth(record) for record in read_verl(folder / "out" / "export")}
-
-
-def plain_ground_truth(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record as verl's dataset passes it on: the ground truth is text."""
-    told = record["reward_model"]
-    return {**record, "reward_model": {**told, "ground_truth": json.dumps(told["ground_truth"])}}
+    paths = sorted((folder / "out" / "export" / "verl").glob("train-*"))
+    return {record["ability"]: record for path in paths for record in read_table(path).to_pylist()}
 
 
 class Server:

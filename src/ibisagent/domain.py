@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -122,12 +122,18 @@ def check_masks(masks: Masks, size: tuple[int, int], where: str) -> None:
             raise DataError(f"{where}: mask '{name}' is {mask.shape} {mask.dtype}, expected {size} bool")
 
 
+def check_choice(word: str, choices: object, what: str) -> Any:
+    """`word`, one of the `choices` of a Literal type. ConfigError, which says `what` it is for, where it is none."""
+    *others, last = get_args(choices)
+    if word not in (*others, last):
+        raise ConfigError(f"{what} '{word}': give {', '.join(others)} or {last}")
+    return word
+
+
 def check_mask_selection(word: str) -> MaskSelection:
     """`word` as a MaskSelection; ConfigError where it is none."""
-    for known in get_args(MaskSelection):
-        if word == known:
-            return known  # type: ignore[no-any-return]  # typing does not type its own arguments
-    raise ConfigError(f"unknown mask selection '{word}': give {' or '.join(get_args(MaskSelection))}")
+    chosen: MaskSelection = check_choice(word, MaskSelection, "unknown mask selection")
+    return chosen
 
 
 def check_query(query: str) -> str:
@@ -380,6 +386,11 @@ def union(masks: Masks, names: Sequence[str], size: tuple[int, int]) -> Mask:
         if name in masks:
             merged |= masks[name]
     return merged
+
+
+def same_masks(a: Masks, b: Masks) -> bool:
+    """Whether both hold the same targets with the same pixels."""
+    return a.keys() == b.keys() and all(mask is b[name] or np.array_equal(mask, b[name]) for name, mask in a.items())
 
 
 def stand_after(standing: Standing, turn: int, actions: Sequence[Action], *, again: bool = False) -> Standing:

@@ -297,13 +297,12 @@ class SegmentationEnv:
 
         Raises ConfigError for an unknown dialect or max_turns < 1.
         """
-        if dialect not in protocol.DIALECTS:
-            raise ConfigError(f"unknown dialect '{dialect}'; there are: {', '.join(protocol.DIALECTS)}")
+        rules = protocol.dialect_of(dialect).rules
         if max_turns < 1:
             raise ConfigError(f"max_turns is {max_turns}; give 1 or more")
         self.dialect = dialect
         self.max_turns = max_turns
-        self._mask_selection = mask_selection or protocol.DIALECTS[dialect].rules.mask_selection
+        self._mask_selection = mask_selection or rules.mask_selection
         self._case_id, self._image, self._query, self._start = case.id, case.image, case.query, dict(case.start)
         self._default_target = target_of(case.query)
         self._prompt_state = PromptState(case.image, segmenter, self._start, dialect)

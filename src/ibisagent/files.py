@@ -11,6 +11,7 @@ import re
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,11 @@ def write_whole(content: bytes, path: str | os.PathLike[str]) -> None:
     """Write a file as `appearing_whole` says, and raise as it does."""
     with appearing_whole(Path(path)) as part, part.open("xb") as file:
         file.write(content)
+
+
+def write_json(value: object, path: Path, *, sort_keys: bool = False) -> None:
+    """Write a value as JSON that people can read, as `write_whole`."""
+    write_whole((json.dumps(value, indent=1, sort_keys=sort_keys) + "\n").encode(), path)
 
 
 def make_folder(folder: Path) -> None:
@@ -235,6 +241,17 @@ def one_line(text: object, length: int = 120) -> str:
     if not line and isinstance(text, BaseException):
         line = type(text).__name__
     return line if len(line) <= length else f"{line[: length - 1]}…"
+
+
+def html_page(template: str, **values: object) -> bytes:
+    """A Jinja template of this package, such as "evaluation/report.html", filled with `values`; text is escaped."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    text = files("ibisagent").joinpath(template).read_text(encoding="utf-8")
+    return environment.from_string(text).render(**values).encode()
 
 
 # Spreadsheets run a cell that starts with "=", "+", "-" or "@" as a formula, and names of files, objects and cases come

@@ -2,14 +2,13 @@
 
 The only home of model-facing text, and the only place where coordinates are not integer pixels: in text they are
 fractions of the image's width and height, in [0, 1]. Points are pixel centres, corners of boxes are pixel edges.
+What a policy writes never raises: `parse` turns what it cannot read into a `Reply` that says why.
 
 | dialect  | who speaks it                         | one action                                                        |
 |----------|---------------------------------------|-------------------------------------------------------------------|
 | paper    | the paper (figures 3 and 12)          | {"Target":"liver","Attribute":"1","Coordinate 2d":"[0.45, 0.42]"} |
 | released | the public weights `qwen2_5vl-7b-RL`  | Positive Point (0.4512, 0.4238)                                   |
 | ibis     | our own weights                       | click + (0.4512, 0.4238) liver                                    |
-
-What a policy writes never raises: `parse` turns what it cannot read into a `Reply` that says why.
 """
 
 from __future__ import annotations
@@ -119,7 +118,7 @@ def parse(text: str, size: Size, *, dialect: str, default_target: str = "") -> R
     Whatever the text is, nothing is raised: the reply's `problem` says in a few words what is wrong, and its actions
     are empty. ConfigError for an unknown dialect only.
     """
-    speech = _dialect(dialect)
+    speech = dialect_of(dialect)
     if len(text) > MAX_REPLY_CHARS:
         return Reply(problem=f"it is longer than {MAX_REPLY_CHARS} characters")
     thought = ""
@@ -382,7 +381,7 @@ def write(reply: Reply, size: Size, *, dialect: str) -> str:
     Raises ConfigError, naming the action, for a reply that the dialect cannot express: a Box in "paper" or "released",
     an Undo or a second action in "released", a point outside the image, a `problem`, no action at all.
     """
-    speech = _dialect(dialect)
+    speech = dialect_of(dialect)
     if reply.problem is not None:
         raise ConfigError(f"a reply that could not be read cannot be written ({reply.problem}); give its actions")
     actions = [_stripped(action) for action in reply.actions]
@@ -516,17 +515,17 @@ def render(
     """The conversation that asks a policy for its next reply: [system], earlier turns, the current user turn.
 
     A message is {"role": "system" | "user" | "assistant", "content": [part, ...]}, a part {"type": "text", "text": str}
-    or {"type": "image", "image": PIL image}; every user turn has one image, made by `overlay`.
-    history None: as the dialect prefers. "none": the current turn alone. "actions": the same, with the actions so far
-    as text. "full": every earlier image and reply, as they were. style None: as the dialect prefers; "alpha" has
-    no system prompt, as only models trained for it can read such images. paint: makes what stands for an
-    image in the messages, in place of `overlay`; for writers that have the same image already. wording: what the
-    policy is told in place of the dialect's own words.
+    or {"type": "image", "image": PIL image}; every user turn has one image, made by `overlay`. history None: as the
+    dialect prefers. "none": the current turn alone. "actions": the same, with the actions so far as text. "full": every
+    earlier image and reply, as they were. style None: as the dialect prefers; "alpha" has no system prompt, as only
+    models trained for it can read such images. paint: makes what stands for an image in the messages, in place of
+    `overlay`; for writers that have the same image already. wording: what the policy is told in place of the dialect's
+    own words.
 
     The query and names are escaped as in replies, so that they cannot pass for tags. Raises ConfigError for an unknown
     dialect, history or style.
     """
-    speech = _dialect(dialect)
+    speech = dialect_of(dialect)
     if wording is not None:
         speech = replace(speech, system=wording.system, first=wording.first, refine=wording.refine)
     history = history or speech.history
@@ -586,7 +585,7 @@ def recap(replies: Sequence[Reply], size: Size, *, dialect: str) -> str:
 
     What people added beyond the dialect is told in the words of "ibis".
     """
-    phrase = _dialect(dialect).phrase
+    phrase = dialect_of(dialect).phrase
     told = (
         "; ".join(phrase(a, size) for a in r.actions) if r.problem is None else "could not be read" for r in replies
     )
@@ -694,7 +693,8 @@ _IBIS = Dialect(
 DIALECTS: Mapping[str, Dialect] = MappingProxyType({speech.name: speech for speech in (_PAPER, _RELEASED, _IBIS)})
 
 
-def _dialect(name: str) -> Dialect:
+def dialect_of(name: str) -> Dialect:
+    """The dialect of that name. ConfigError for an unknown one."""
     if name not in DIALECTS:
         raise ConfigError(f"unknown dialect '{_shown(str(name))}'; there are: {', '.join(DIALECTS)}")
     return DIALECTS[name]

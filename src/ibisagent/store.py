@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args, overload
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -37,6 +37,7 @@ from ibisagent.domain import (
     Undo,
     check_mask_selection,
     check_masks,
+    same_masks,
 )
 from ibisagent.errors import DataError, TooLargeError
 from ibisagent.files import make_folder, one_line, write_whole
@@ -146,10 +147,7 @@ class EpisodeStore:
 
         DataError for a damaged or unrelated shard, one of a newer version, or no folder at all.
         """
-        if not self.folder.is_dir():
-            raise DataError(f"{self.folder}: no such folder; give one that 'ibisagent data trajectories' wrote")
-        for shard in self.shards:
-            yield from self.read_shard(shard)
+        yield from (episode for shard in self._present() for episode in self.read_shard(shard))
 
     def read_shard(self, shard: int) -> Iterator[Episode]:
         """Every episode of one shard. DataError if the shard is damaged, unrelated, of a newer version or not there."""
@@ -161,9 +159,12 @@ class EpisodeStore:
 
     def open(self) -> StoredEpisodes:
         """Every episode by its number, each decoded when asked for. DataError as `read`."""
+        return StoredEpisodes(self._present().values())
+
+    def _present(self) -> dict[int, Path]:
         if not self.folder.is_dir():
             raise DataError(f"{self.folder}: no such folder; give one that 'ibisagent data trajectories' wrote")
-        return StoredEpisodes(self.shards.values())
+        return self.shards
 
     def notes(self, shard: int) -> dict[str, Any]:
         """The notes that were appended with shard number `shard`; reads no episode."""
@@ -260,12 +261,8 @@ def plain_turn(turn: Turn) -> dict[str, Any]:
 
 def read_turn(plain: Mapping[str, Any], before: Masks, size: tuple[int, int], where: str) -> Turn:
     """The turn that `plain_turn` wrote, of an image of `size` (H, W). DataError if it is damaged."""
-    try:
+    with _damage_told(where):
         return _turn(plain, before, size, where)
-    except TooLargeError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{where}: is damaged ({error})") from error
 
 
 def plain_masks(masks: Masks) -> list[dict[str, Any]]:
@@ -275,11 +272,18 @@ def plain_masks(masks: Masks) -> list[dict[str, Any]]:
 
 def read_plain_masks(plain: list[Mapping[str, Any]], size: tuple[int, int], where: str) -> Masks:
     """The masks that `plain_masks` wrote, each of `size` (H, W). DataError if they are damaged."""
-    try:
+    with _damage_told(where):
         return _masks(plain, size, where)
+
+
+@contextmanager
+def _damage_told(where: str) -> Iterator[None]:
+    """What plain values of another form raise, as one DataError."""
+    try:
+        yield
     except TooLargeError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{where}: is damaged ({error})") from error
 
 
@@ -310,7 +314,7 @@ def _metadata(path: Path) -> dict[bytes, bytes]:
     return dict(metadata)
 
 
-def _read_shard(path: Path, columns: list[str] | None = None) -> pa.Table:
+def _read_shard(path: Path) -> pa.Table:
     _metadata(path)
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
@@ -319,14 +323,14 @@ def _read_shard(path: Path, columns: list[str] | None = None) -> pa.Table:
             limits.check_unpacked(sum(group.total_byte_size for group in groups), path)
             if said.num_rows > _MOST_EPISODES:
                 raise TooLargeError(f"{path}: {said.num_rows} episodes, at most {_MOST_EPISODES} are read; divide it")
-            table = file.read(columns=columns)
+            table = file.read()
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: is damaged ({one_line(error, 200)}); delete it and make it again") from error
-    if columns is None and table.column_names == SCHEMA.names[:-1]:  # version 1
+    if table.column_names == SCHEMA.names[:-1]:  # version 1
         table = table.append_column(SCHEMA.field("mask_selection"), pa.nulls(len(table), pa.string()))
-    if columns is None and "turns" in table.column_names:
+    if "turns" in table.column_names:
         table = _with_drafts(table)
-    if columns is None and table.schema.remove_metadata() != SCHEMA:
+    if table.schema.remove_metadata() != SCHEMA:
         raise DataError(f"{path}: has other columns than an episode store; it was not written by ibisagent")
     return table
 
@@ -357,7 +361,7 @@ def _plain_episode(episode: Episode) -> dict[str, Any]:
     turns = []
     before = episode.start
     for turn in episode.turns:
-        if not _same_masks(turn.before, before):
+        if not same_masks(turn.before, before):
             raise DataError(f"episode of case {episode.case_id}: a turn does not start where the one before it ended")
         before = turn.after
         turns.append(plain_turn(turn))
@@ -374,10 +378,6 @@ def _plain_episode(episode: Episode) -> dict[str, Any]:
         "made_by": dict(sorted(episode.provenance.items())),
         "mask_selection": episode.mask_selection,
     }
-
-
-def _same_masks(a: Masks, b: Masks) -> bool:
-    return a.keys() == b.keys() and all(mask is b[name] or np.array_equal(mask, b[name]) for name, mask in a.items())
 
 
 def _without_none(plain: Any) -> Any:

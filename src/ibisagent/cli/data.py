@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
-from ibisagent.cli.options import DeviceOption, JsonOption, SeedOption, SegmenterOption
-from ibisagent.cli.output import EXIT_ERROR, print_json, progress, status, stderr, stdout
+from ibisagent.cli.options import DeviceOption, JsonOption, LimitOption, SeedOption, SegmenterOption, SplitOption
+from ibisagent.cli.output import EXIT_ERROR, new_table, print_json, progress, status, stderr, stdout
 from ibisagent.errors import ConfigError
 from ibisagent.files import one_line
 
@@ -149,9 +147,9 @@ def audit(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the page, the table and the images.")],
     split: Annotated[str | None, typer.Option(help="Only these masks; they are held against all of DATA.")] = None,
     segmenter: Annotated[str, typer.Option("--segmenter", "-s", help="Draws what leaks and is missed.")] = "ibis-click",
-    limit: Annotated[int | None, typer.Option(help="Only this many masks, spread over the data.", min=1)] = None,
+    limit: LimitOption = None,
     images: Annotated[int, typer.Option(help="Images of so many of the worst.", min=0)] = 50,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """List the masks of DATA that disagree with their name or their image, worst first.
@@ -190,7 +188,7 @@ def audit(
 def trajectories(
     data: Annotated[Path, typer.Argument(help="Data set folder, or a manifest (.csv, .jsonl).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an unfinished one is continued.")],
-    split: Annotated[str | None, typer.Option(help="Only the rows of this split.")] = None,
+    split: SplitOption = None,
     segmenter: SegmenterOption = "ibis-click",
     iou_threshold: Annotated[float, typer.Option(help="IoU at which the expert is content.")] = 0.9,
     max_clicks: Annotated[int, typer.Option(help="Most clicks and boxes per target.", min=1)] = 20,
@@ -235,19 +233,8 @@ def trajectories(
     if as_json:
         print_json(asdict(summary))
     else:
-        table = Table(
-            "",
-            "episodes",
-            "IoU",
-            "turns",
-            "clicks",
-            f"IoU >= {iou_threshold:g}",
-            title=str(output),
-            title_justify="left",
-            box=SIMPLE_HEAD,
-        )
-        groups = {"all": summary.overall, **summary.by_modality}
-        for name, group in groups.items():
+        table = new_table(str(output), "", "episodes", "IoU", "turns", "clicks", f"IoU >= {iou_threshold:g}")
+        for name, group in {"all": summary.overall, **summary.by_modality}.items():
             if group is not None:
                 numbers = (group.mean_iou, group.mean_turns, group.mean_clicks, group.reached)
                 table.add_row(name, str(group.episodes), *(f"{number:.3f}" for number in numbers))
@@ -264,12 +251,12 @@ def build(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an unfinished one is continued.")],
     config: Annotated[Path | None, typer.Option("--config", "-c", help="TOML file, such as recipes/data.toml.")] = None,
     stage: Annotated[list[str] | None, typer.Option(help="Only this stage; give it several times for several.")] = None,
-    split: Annotated[str | None, typer.Option(help="Only the pairs of this split.")] = None,
+    split: SplitOption = None,
     licence_class: Annotated[str | None, typer.Option(help="Only pairs of this class, from that column.")] = None,
     hold_out: Annotated[
         bool, typer.Option(help="Without the patients, one in sixteen, that 'train nano' keeps to choose settings on.")
     ] = False,
-    limit: Annotated[int | None, typer.Option(help="Only this many pairs, spread over the data.", min=1)] = None,
+    limit: LimitOption = None,
     workers: Annotated[int | None, typer.Option(help="Processes, on Ray; default: this one alone.", min=1)] = None,
     ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster that sees DATA and OUT.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Only say what the teacher would cost.")] = False,

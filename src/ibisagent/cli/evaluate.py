@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,23 +16,28 @@ from ibisagent.cli.options import (
     DeviceOption,
     Drawing,
     EmptyOption,
+    GroupOption,
     JsonOption,
+    JudgedSplitOption,
+    LimitOption,
     PolicyChoice,
+    PolicyOption,
     RunFolder,
     SeedOption,
     SegmenterOption,
     SelectionOption,
+    SplitOption,
     TurnsOption,
     spread_options,
 )
 from ibisagent.cli.output import EXIT_ERROR, new_table, print_json, progress, status, stderr, stdout
 from ibisagent.domain import Case, check_mask_selection
-from ibisagent.files import one_line, try_file, try_folder
+from ibisagent.files import one_line, try_file, try_folder, write_json, write_whole
 
 if TYPE_CHECKING:
-    from ibisagent.evaluation import Evaluation, GroupBy, Summary
     from ibisagent.evaluation.ceiling import Agent, Ceiling, Group
     from ibisagent.evaluation.metrics import EmptyRule
+    from ibisagent.evaluation.results import Evaluation, GroupBy, Summary
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Measure policies, segmenters and masks on labelled data."
@@ -46,9 +50,7 @@ def run(
     data: Annotated[Path, typer.Argument(help="Data set folder, or a manifest (.csv, .jsonl).")],
     choice: PolicyChoice,
     drawing: Drawing,
-    split: Annotated[
-        str | None, typer.Option(help="Rows to evaluate. Default: val, else test, else all but train.")
-    ] = None,
+    split: JudgedSplitOption = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -60,9 +62,9 @@ def run(
     mask_selection: SelectionOption = None,
     batch_size: Annotated[int, typer.Option(help="Episodes run together.", min=1)] = 16,
     workers: Annotated[int, typer.Option(help="Processes; each loads the models.", min=1)] = 1,
-    limit: Annotated[int | None, typer.Option(help="Only this many cases, spread over the data.", min=1)] = None,
+    limit: LimitOption = None,
     baselines: Annotated[bool, typer.Option(help="Also run the oracle's clicks and the blind clicks.")] = True,
-    by: Annotated[str, typer.Option(help="Group the table by modality, object, size or dataset.")] = "modality",
+    by: GroupOption = "modality",
     empty: EmptyOption = "one",
     as_json: JsonOption = False,
 ) -> None:
@@ -100,7 +102,12 @@ def run(
             on_start=lambda total, done: advance(done, total=total),
             on_case=advance,
         )
-    _show_evaluation(result, group, rule, as_json)
+    if as_json:
+        print_json(result.to_json(rule))
+    else:
+        _print_evaluation(result, group, rule)
+    if result.failures:
+        raise typer.Exit(EXIT_ERROR)
 
 
 @app.command()
@@ -115,16 +122,14 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Compare two runs on the cases that both have: difference, 95% interval, permutation p; patients are the unit."""
-    from ibisagent.evaluation import compare as compare_runs
-    from ibisagent.evaluation import runs, tables
+    from ibisagent.evaluation import results, runs, tables
     from ibisagent.evaluation.metrics import check_empty_rule
-    from ibisagent.files import write_whole
 
     if output is not None:
         try_file(output)
     first, second = (runs.Run(folder) for folder in (run_a, run_b))
     first.check_same_masks(second)
-    found = compare_runs(first.evaluation, second.evaluation, empty=check_empty_rule(empty), seed=seed)
+    found = results.compare(first.evaluation, second.evaluation, empty=check_empty_rule(empty), seed=seed)
     if output is not None:
         write_whole(tables.comparison_markdown(found).encode(), output)
     if as_json:
@@ -142,18 +147,16 @@ def score(
         Path, typer.Argument(metavar="PRED_DIR", help="Folder of masks (PNG, NIfTI, ...), or a .jsonl file.")
     ],
     data: Annotated[Path, typer.Argument(help="Data set folder, a manifest, or a folder of NIfTI masks.")],
-    split: Annotated[
-        str | None, typer.Option(help="Rows to score. Default: val, else test, else all but train.")
-    ] = None,
+    split: JudgedSplitOption = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for a run that 'eval compare' and 'eval report' read.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Only this many cases, spread over the data.", min=1)] = None,
+    limit: LimitOption = None,
     resize_targets: Annotated[
         bool,
         typer.Option(help="Compare masks of another size with the ground truth resized to theirs (nearest neighbour)."),
     ] = False,
-    by: Annotated[str, typer.Option(help="Group the table by modality, object, size or dataset.")] = "modality",
+    by: GroupOption = "modality",
     empty: EmptyOption = "one",
     as_json: JsonOption = False,
 ) -> None:
@@ -215,15 +218,13 @@ def report(
 @app.command()
 def ceiling(
     data: Annotated[Path, typer.Argument(help="Data set folder, or a manifest (.csv, .jsonl).")],
-    split: Annotated[
-        str | None, typer.Option(help="Rows to measure. Default: val, else test, else all but train.")
-    ] = None,
+    split: JudgedSplitOption = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for ceiling.json, with every case, and ceiling.png.")
     ] = None,
     segmenter: SegmenterOption = "ibis-click",
     clicks: Annotated[int, typer.Option(help="Most clicks per object; NoC counts a failure as so many.", min=1)] = 20,
-    limit: Annotated[int | None, typer.Option(help="Only this many cases, spread over the data.", min=1)] = None,
+    limit: LimitOption = None,
     agent: Annotated[
         Path | None,
         typer.Option(help="Folder that 'eval run -o' wrote: tells whether policy or segmenter limits that agent."),
@@ -263,9 +264,7 @@ def ceiling(
         )
     plain = result.to_json(compared)
     if output is not None:
-        from ibisagent.files import write_whole
-
-        write_whole((json.dumps(plain, indent=1) + "\n").encode(), output / "ceiling.json")
+        write_json(plain, output / "ceiling.json")
         if drawable and result.results:
             write_whole(measuring.draw(result), output / "ceiling.png")
     if as_json:
@@ -289,16 +288,6 @@ _TABLES = {
         *(f"oracle_iou_{count}" for count in (1, 2, 3, 5, 10)),
     ),
 }
-
-
-def _show_evaluation(result: Evaluation, by: GroupBy, empty: EmptyRule, as_json: bool) -> None:
-    """Print an evaluation; exit code 2 if a case failed."""
-    if as_json:
-        print_json(result.to_json(empty))
-    else:
-        _print_evaluation(result, by, empty)
-    if result.failures:
-        raise typer.Exit(EXIT_ERROR)
 
 
 def _print_evaluation(result: Evaluation, by: GroupBy, empty: EmptyRule) -> None:
@@ -403,17 +392,15 @@ def _interval_text(group: Group, measure: str) -> str:
 def calibrate(
     data: Annotated[Path, typer.Argument(help="20, better 40 labelled cases like those to be scored, in any layout.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The JSON file to write.")],
-    split: Annotated[str | None, typer.Option(help="Only the rows of this split.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only this many cases, spread over the data.", min=1)] = None,
-    policy: Annotated[str, typer.Option("--policy", "-p", help="Who clicks.")] = "ibis-nano",
-    segmenter: Annotated[str, typer.Option("--segmenter", "-s", help="What turns clicks into masks.")] = "ibis-click",
+    split: SplitOption = None,
+    limit: LimitOption = None,
+    policy: PolicyOption = "ibis-nano",
+    segmenter: SegmenterOption = "ibis-click",
     mask_selection: SelectionOption = None,
     samples: Annotated[int, typer.Option(help="Further episodes a case, for their agreement; slower.", min=0)] = 0,
-    max_turns: Annotated[
-        int | None, typer.Option(help="Most turns of one episode (default: the policy's own limit).", min=1)
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of whatever is drawn.")] = 0,
+    max_turns: TurnsOption = None,
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Learn on labelled DATA how good a mask is, for 'segment --review-queue --calibration OUTPUT'.

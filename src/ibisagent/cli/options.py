@@ -16,27 +16,18 @@ from ibisagent.cli.output import stderr
 if TYPE_CHECKING:
     from ibisagent.policies.base import Policy
 
+
 PolicyOption = Annotated[str, typer.Option("--policy", "-p", help="Who clicks; see 'ibisagent models'.")]
-
-
 SegmenterOption = Annotated[str, typer.Option("--segmenter", "-s", help="What turns clicks into masks.")]
-
-
 DialectOption = Annotated[
     str | None, typer.Option(help="Language of the turns: ibis, paper, released. Default: the policy's own.")
 ]
-
-
 HistoryOption = Annotated[
     str | None, typer.Option(help="What the policy sees of past turns: none, actions, full. Default: the policy's own.")
 ]
-
-
 TurnsOption = Annotated[
     int | None, typer.Option(help="Most turns of one episode (default: the policy's own limit; the paper: 20).", min=1)
 ]
-
-
 SelectionOption = Annotated[
     str | None,
     typer.Option(
@@ -44,27 +35,21 @@ SelectionOption = Annotated[
         "for the dialect released."
     ),
 ]
-
-
+SplitOption = Annotated[str | None, typer.Option(help="Only the rows of this split.")]
+JudgedSplitOption = Annotated[
+    str | None, typer.Option(help="Rows to measure. Default: val, else test, else all but train.")
+]
+LimitOption = Annotated[int | None, typer.Option(help="Only this many cases, spread over the data.", min=1)]
+GroupOption = Annotated[str, typer.Option(help="Group the table by modality, object, size or dataset.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
-
-
 DtypeOption = Annotated[str, typer.Option(help="Numbers of the policy: auto, float32, bfloat16, float16.")]
-
-
 AdapterOption = Annotated[Path | None, typer.Option(help="Folder of a PEFT adapter for the policy.")]
-
-
 PixelsOption = Annotated[
     int | None, typer.Option(help="Shrink images to this area for the policy, if it takes any size.", min=1)
 ]
-
-
 PromptsOption = Annotated[
     Path | None, typer.Option(help="TOML file with what the policy is told; 'data prompts' writes one.")
 ]
-
-
 CandidatesOption = Annotated[
     int | None,
     typer.Option(
@@ -72,22 +57,14 @@ CandidatesOption = Annotated[
         min=1,
     ),
 ]
-
-
 TemperatureOption = Annotated[float, typer.Option(help="0 takes the likeliest text; above, it is drawn.", min=0)]
-
-
 SeedOption = Annotated[int, typer.Option(help="Seed of whatever is drawn.")]
-
-
 ChangesOption = Annotated[
     list[str] | None,
     typer.Option(
         "--set", metavar="NAME=VALUE", help="Another value for a setting of the recipe; give it several times."
     ),
 ]
-
-
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value for machines instead of text.")]
 
 
@@ -151,40 +128,22 @@ def spread_options(command: Callable[..., None]) -> Callable[..., None]:
 EmptyOption = Annotated[
     str, typer.Option(help="What two empty masks count as: one, zero, or skip. Positives only are always shown too.")
 ]
-
-
 RunFolder = Annotated[Path, typer.Argument(help="Folder that 'eval run -o' or 'eval score -o' wrote.")]
-
-
 DataFolderOption = Annotated[
     Path | None, typer.Option("--data", help="Folder for sessions and jobs. Default: this user's data folder.")
 ]
-
-
 HostOption = Annotated[str, typer.Option(help="Address to listen on; beyond this machine set IBIS_TOKEN.")]
-
-
 SessionsOption = Annotated[int, typer.Option(help="Most sessions at a time.", min=1)]
-
-
 IdleOption = Annotated[float, typer.Option(help="Minutes without use after which what nobody worked on goes.", min=0.1)]
 DeleteOption = Annotated[
     float | None, typer.Option(help="Days without use after which everything goes, also somebody's work.", min=0.01)
 ]
-
-
 LearnOption = Annotated[
     int | None,
     typer.Option(
         help="Teach the agent in the background after so many newly accepted images. Default: when asked.", min=1
     ),
 ]
-
-
 UploadOption = Annotated[int, typer.Option(help="Largest upload in megabytes.", min=1)]
-
-
 AreaOption = Annotated[int, typer.Option(help="Largest image in megapixels.", min=1)]
-
-
 VoxelsOption = Annotated[int, typer.Option(help="Largest volume in megavoxels of 4 bytes.", min=1)]

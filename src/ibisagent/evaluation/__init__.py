@@ -40,14 +40,9 @@ from ibisagent.errors import DataError, IbisError, PolicyError, SegmenterError
 from ibisagent.evaluation import metrics
 from ibisagent.evaluation.results import (
     CaseResult,
-    Comparison,
     Evaluation,
     Failure,
-    GroupBy,
     Size,
-    Summary,
-    compare,
-    summarise,
 )
 from ibisagent.imaging.clicks import bounding_box, ellipse
 from ibisagent.imaging.masks import Overlap, overlap
@@ -56,31 +51,6 @@ from ibisagent.policies.baselines import LocationPriorPolicy
 from ibisagent.policies.oracle import OraclePolicy
 from ibisagent.rewards import answer_score, box_iou, match_names
 from ibisagent.segmenters import Segmenter
-
-__all__ = [
-    "CaseResult",
-    "Comparison",
-    "Evaluation",
-    "Failure",
-    "GroupBy",
-    "Judge",
-    "Judged",
-    "OracleCurve",
-    "Summary",
-    "agreement",
-    "compare",
-    "ellipse_iou",
-    "evaluate",
-    "first_action_hits",
-    "judge_cases",
-    "location_prior",
-    "mask_measures",
-    "matched",
-    "oracle_curves",
-    "prior_cases",
-    "size_of",
-    "summarise",
-]
 
 ORACLE_CLICKS = (1, 2, 3, 5, 10)
 FIRST_BOX_IOU = 0.5

@@ -20,8 +20,6 @@ patients that the segmenter never saw, against corrupted copies. It sorts, it is
 
 from __future__ import annotations
 
-import html
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +33,7 @@ import numpy as np
 from ibisagent.datasets import CaseRow, CaseSource
 from ibisagent.domain import Click, Image, Mask, Prompt
 from ibisagent.errors import DataError, SegmenterError
-from ibisagent.files import csv_text, write_whole
+from ibisagent.files import csv_text, html_page, write_json, write_whole
 from ibisagent.imaging.clicks import bounding_box, next_click
 from ibisagent.imaging.images import write_png
 from ibisagent.imaging.masks import iou
@@ -46,6 +44,7 @@ MOST_REFERENCES = 40  # per name: enough for the nearest ones, and bounded work
 TWIN = 0.9
 CLICKS = 2
 SHOWN_SIDE = 448  # pixels
+IMAGE_NAME = "images/{:03d}.png"
 MASK_COLOUR, LEAK_COLOUR, MISSED_COLOUR = (255, 220, 0), (255, 60, 60), (60, 140, 255)
 _LOG_FLOOR = 0.03
 _PRIOR = 4.0  # so many made-up neighbours of usual distance, so that a name with few masks is not trusted blindly
@@ -428,16 +427,15 @@ def write_report(found: Audit, cases: CaseSource, folder: Path, *, images: int =
     table = csv_text([columns, *([row[column] for column in columns] for row in told)])
     write_whole(table.encode(), folder / "findings.csv")
     content = {"findings": rows, "failures": dict(found.failures)}
-    write_whole((json.dumps(content, indent=1) + "\n").encode(), folder / "findings.json")
+    write_json(content, folder / "findings.json")
     (folder / "images").mkdir(exist_ok=True)
-    sections = []
     for number, finding in enumerate(found.findings[:images], start=1):
         case = cases.decode(finding.row)
-        name = f"images/{number:03d}.png"
-        write_png(draw(case.image, next(iter((case.targets or {}).values())), finding.suggestion), folder / name)
-        sections.append(_section(number, finding, name))
+        drawn = draw(case.image, next(iter((case.targets or {}).values())), finding.suggestion)
+        write_png(drawn, folder / IMAGE_NAME.format(number))
     page = folder / "index.html"
-    write_whole(_page(found, sections).encode(), page)
+    legend = {"mask": MASK_COLOUR, "leaks": LEAK_COLOUR, "missed": MISSED_COLOUR}
+    write_whole(html_page("evaluation/audit.html", found=found, shown=images, name=IMAGE_NAME, legend=legend), page)
     return page
 
 
@@ -456,29 +454,3 @@ def draw(image: Image, mask: Mask, suggestion: Mask) -> np.ndarray:
     contours, _ = cv2.findContours(outline, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     cv2.drawContours(marked, contours, -1, MASK_COLOUR, 1)
     return np.concatenate([plain, marked], axis=1)
-
-
-def _section(number: int, finding: Finding, image: str) -> str:
-    reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in finding.reasons) or "<li>nothing weighs much</li>"
-    return (
-        f"<section><h2>{number}. {html.escape(finding.object)} <small>{finding.suspicion:.2f}</small></h2>"
-        f"<p>{html.escape(finding.case_id)}</p><ul>{reasons}</ul>"
-        f"<p>{finding.pixels} pixels; {finding.leaks} leak beyond the segmenter's outline, {finding.missed} inside it"
-        " are missed</p>"
-        f'<img src="{image}" alt="{html.escape(finding.object)}"></section>'
-    )
-
-
-def _page(found: Audit, sections: Sequence[str]) -> str:
-    failures = "".join(f"<li>{html.escape(why)}</li>" for why in found.failures.values())
-    failed = f"<h2>Could not be looked at</h2><ul>{failures}</ul>" if failures else ""
-    legend = "".join(
-        f'<span style="background:rgb{colour}">{word}</span> '
-        for word, colour in (("mask", MASK_COLOUR), ("leaks", LEAK_COLOUR), ("missed", MISSED_COLOUR))
-    )
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>ibisagent data audit</title>'
-        "<style>body{font:15px sans-serif;margin:2em;max-width:70em}section{border-top:1px solid #ccc}"
-        "img{max-width:100%}span{padding:0 .5em}small{color:#777}</style>"
-        f"<h1>{len(found.findings)} masks, worst first</h1><p>{legend}</p>{failed}{''.join(sections)}</html>\n"
-    )

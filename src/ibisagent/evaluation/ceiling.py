@@ -36,9 +36,10 @@ import numpy as np
 from ibisagent.datasets import CaseSource
 from ibisagent.domain import Case, Image, Prompt, union
 from ibisagent.errors import ConfigError, DataError
-from ibisagent.evaluation import Failure, OracleCurve, ellipse_iou, judge_cases, oracle_curves
+from ibisagent.evaluation import OracleCurve, ellipse_iou, judge_cases, oracle_curves
 from ibisagent.evaluation.calibration import Calibration, calibration
 from ibisagent.evaluation.metrics import GOALS, SMALL, SizeClass, clicks_to, size_class
+from ibisagent.evaluation.results import Failure
 from ibisagent.evaluation.statistics import patient_interval
 from ibisagent.policies.oracle import BOX_JITTER
 from ibisagent.protocol import DIALECTS

@@ -21,8 +21,8 @@ from typing import Literal, TypeAlias, get_args
 import cv2
 import numpy as np
 
-from ibisagent.domain import Mask
-from ibisagent.errors import ConfigError, DataError
+from ibisagent.domain import Mask, check_choice
+from ibisagent.errors import DataError
 from ibisagent.imaging.masks import Overlap, check_same_shape
 
 EmptyRule = Literal["one", "zero", "skip"]
@@ -52,10 +52,8 @@ def quotient(shares: Iterable[Share]) -> float | None:
 
 def check_empty_rule(rule: str) -> EmptyRule:
     """`rule` as an EmptyRule; ConfigError for anything else."""
-    for known in get_args(EmptyRule):
-        if rule == known:
-            return known  # type: ignore[no-any-return]
-    raise ConfigError(f"two empty masks cannot count as '{rule}': give one, zero or skip")
+    chosen: EmptyRule = check_choice(rule, EmptyRule, "two empty masks cannot count as")
+    return chosen
 
 
 def mean_share(case: Overlap, value: float, empty: EmptyRule = EMPTY_RULE) -> Share:

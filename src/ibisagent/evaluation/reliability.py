@@ -30,7 +30,6 @@ import numpy as np
 
 from ibisagent.domain import (
     Action,
-    Box,
     Case,
     Click,
     Episode,
@@ -44,7 +43,8 @@ from ibisagent.domain import (
 from ibisagent.environment import PromptState, SegmentationEnv, mask_choice, rollout, turn_limit
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.evaluation.calibration import calibration
-from ibisagent.files import csv_text, write_whole
+from ibisagent.files import csv_text, write_json, write_whole
+from ibisagent.imaging.clicks import moved_box
 from ibisagent.imaging.masks import expected_iou, iou
 from ibisagent.policies.base import Knowing, Policy
 from ibisagent.segmenters import Segmenter
@@ -187,7 +187,7 @@ class Reliability:
 
     def write(self, path: Path) -> None:
         """Write it as a small JSON file, whole or not at all."""
-        write_whole((json.dumps({"kind": KIND, **asdict(self)}, indent=1) + "\n").encode(), path)
+        write_json({"kind": KIND, **asdict(self)}, path)
 
     @classmethod
     def read(cls, path: Path) -> Reliability:
@@ -264,7 +264,7 @@ class Queue:
         table = csv_text([columns, *([entry.get(column, "") for column in columns] for entry in entries)])
         write_whole(table.encode(), folder / "review.csv")
         content = {"calibrated": self._reliability.cases > 0, "worst_first": entries}
-        write_whole((json.dumps(content, indent=1) + "\n").encode(), folder / "review.json")
+        write_json(content, folder / "review.json")
 
 
 def fit(found: Sequence[Signals], ious: Sequence[float], provenance: Mapping[str, str] | None = None) -> Reliability:
@@ -383,9 +383,4 @@ def _moved(action: Action, kept: Masks, size: tuple[int, int], random: np.random
         y = int(np.clip(round(action.y + shift[1]), 0, height - 1))
         crosses = mask is not None and mask[action.y, action.x] != mask[y, x]  # would say something else
         return action if crosses else Click(x, y, action.positive, action.target)
-    shifts = random.uniform(-reach, reach, 4)
-    x0 = int(np.clip(round(action.x0 + shifts[0]), 0, width - 1))
-    y0 = int(np.clip(round(action.y0 + shifts[1]), 0, height - 1))
-    x1 = int(np.clip(round(action.x1 + shifts[2]), x0 + 1, width))
-    y1 = int(np.clip(round(action.y1 + shifts[3]), y0 + 1, height))
-    return Box(x0, y0, x1, y1, action.target)
+    return moved_box(action, random.uniform(-reach, reach, 4), size)

@@ -1,30 +1,27 @@
 """A run as one HTML page that needs nothing else: tables, plots, and the best, median and worst cases turn by turn.
 
-Plots are SVG drawn here: two kinds of line need no plotting library, and the page stays small and sharp.
+Plots are SVG drawn by the template: two kinds of line need no plotting library, and the page stays small and sharp.
 """
 
 from __future__ import annotations
 
 import base64
-import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Literal, get_args
 
 import cv2
 import numpy as np
 
 from ibisagent.datasets.members import read_image_at
-from ibisagent.domain import Box, Click, Episode, Image, Masks, Turn
+from ibisagent.domain import Box, Click, Episode, Image, Masks, same_masks
 from ibisagent.errors import DataError
 from ibisagent.evaluation.metrics import EMPTY_RULE, EmptyRule
 from ibisagent.evaluation.results import CaseResult, Evaluation, GroupBy, summarise
 from ibisagent.evaluation.runs import Run
 from ibisagent.evaluation.tables import HEADINGS, MAIN, interval_text, ordered
-from ibisagent.files import write_whole
+from ibisagent.files import html_page, write_whole
 from ibisagent.inference.image import describe_actions
 from ibisagent.protocol import overlay
 
@@ -45,11 +42,9 @@ def write_report(folder: Path, page: Path, *, cases: int = 6, empty: EmptyRule =
     run = Run(folder)
     if not run.evaluation.results:
         raise DataError(f"{folder}: no case was judged, so there is nothing to show; see its failures")
-    picks = _picks(run.evaluation, cases)
-    missing: list[str] = []
-    cards = _cards(run, picks, missing)
-    write_whole(_page(run, cards, empty).encode(), page)
-    return missing
+    sections = _sections(run, _picks(run.evaluation, cases))
+    write_whole(_page(run, sections, empty), page)
+    return [card.result.case_id for cards in sections.values() for card in cards if not card.figures]
 
 
 def coverage_curve(quality: Sequence[float], dice: Sequence[float]) -> list[tuple[float, float]]:
@@ -72,85 +67,52 @@ def iou_by_turn(results: Sequence[CaseResult], turns: int) -> list[tuple[float, 
 # ---------------------------------------------------------------------------------------------------------- the page
 
 
-def _page(run: Run, cards: str, empty: EmptyRule) -> str:
+def _page(run: Run, sections: Mapping[Rank, Sequence[_Card]], empty: EmptyRule) -> bytes:
     evaluation = run.evaluation
     provenance, results = evaluation.provenance, evaluation.results
     overall = summarise(results, empty=empty)
     judged = len(results) + len(evaluation.failures)
     unfinished = "" if judged == run.cases else f" The run is unfinished: {judged} of {run.cases} cases."
     names = ordered(list(overall.means))
-    metrics = "".join(
-        f"<tr>{_cells([HEADINGS.get(name, name), f'{overall.means[name]:.3f}', interval_text(overall, name)])}</tr>"
-        for name in names
-    )
     shown = [name for name in (*MAIN, "stop_gap", "seconds") if name in overall.means]
-    template = Template(files("ibisagent.evaluation").joinpath("report.html").read_text(encoding="utf-8"))
-    return template.substitute(
-        title=html.escape(f"{provenance.get('policy', '')} with {provenance.get('segmenter', '')}"),
-        facts=html.escape(", ".join(f"{name} {value}" for name, value in provenance.items() if value)),
-        counts=html.escape(
-            f"{overall.cases} cases of {overall.patients} patients; {overall.positives} show their object (pos.)."
-            f" {len(evaluation.failures)} failed and count nowhere. Two empty masks count as: {empty}."
-            f" Intervals: 95%, patients resampled.{unfinished}"
-        ),
-        failures=_failures(evaluation),
-        metrics=metrics,
-        kinds=_options(get_args(GroupBy)),
-        groups="".join(_group_table(evaluation, by, shown, empty) for by in get_args(GroupBy)),
+    return html_page(
+        "evaluation/report.html",
+        title=f"{provenance.get('policy', '')} with {provenance.get('segmenter', '')}",
+        facts=", ".join(f"{name} {value}" for name, value in provenance.items() if value),
+        counts=f"{overall.cases} cases of {overall.patients} patients; {overall.positives} show their object (pos.)."
+        f" {len(evaluation.failures)} failed and count nowhere. Two empty masks count as: {empty}."
+        f" Intervals: 95%, patients resampled.{unfinished}",
+        failures=evaluation.failures,
+        metrics=[
+            (HEADINGS.get(name, name), _number(overall.means[name]), interval_text(overall, name)) for name in names
+        ],
+        groups={by: _group_table(evaluation, by, shown, empty) for by in get_args(GroupBy)},
         plots=_plots(evaluation),
-        modalities=_options(evaluation.groups("modality")),
-        objects=_options(evaluation.groups("object")),
-        sizes=_options(evaluation.groups("size")),
-        cards=cards,
-        columns="".join(f'<th><button class="sort" type="button">{name}</button>' for name in _COLUMNS),
-        rows="".join(_row(one) for one in results),
+        modalities=evaluation.groups("modality"),
+        objects=evaluation.groups("object"),
+        sizes=evaluation.groups("size"),
+        sections=sections,
+        columns=("case", "object", "modality", "size", "IoU", "Dice", "turns", "stop gap", "predicted", "ended"),
+        cases=[(one, _cells(one)) for one in results],
     )
 
 
-_COLUMNS = ("case", "object", "modality", "size", "IoU", "Dice", "turns", "stop gap", "predicted", "ended")
-
-
-def _row(one: CaseResult) -> str:
+def _cells(one: CaseResult) -> list[str]:
     numbers = [one.measures.get(name) for name in ("iou", "dice", "turns", "stop_gap")]
-    cells = [one.case_id, one.object, one.modality, one.size, *map(_number, (*numbers, one.quality)), one.stop or ""]
-    return f"<tr {_data(one)}>{_cells(cells)}</tr>"
+    return [one.case_id, one.object, one.modality, one.size, *map(_number, (*numbers, one.quality)), one.stop or ""]
 
 
-def _failures(evaluation: Evaluation) -> str:
-    if not evaluation.failures:
-        return ""
-    items = "".join(
-        f"<li><b>{html.escape(one.case_id)}</b>: {html.escape(one.error)}</li>" for one in evaluation.failures
-    )
-    heading = f"{len(evaluation.failures)} cases failed and were left out"
-    return f"<details><summary>{heading}</summary><ul>{items}</ul></details>"
-
-
-def _group_table(evaluation: Evaluation, by: GroupBy, shown: Sequence[str], empty: EmptyRule) -> str:
-    head = _cells([by, "cases", *(HEADINGS[name] for name in shown), "IoU, 95%"], "th")
-    rows = []
+def _group_table(evaluation: Evaluation, by: GroupBy, shown: Sequence[str], empty: EmptyRule) -> list[list[str]]:
+    rows = [[by, "cases", *(HEADINGS[name] for name in shown), "IoU, 95%"]]
     for name, cases in evaluation.groups(by).items():
         summary = summarise(cases, empty=empty)
-        values = [_number(summary.means.get(name)) for name in shown]
-        rows.append(f"<tr>{_cells([name, str(summary.cases), *values, interval_text(summary, 'iou')])}</tr>")
-    return f'<table data-by="{by}"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-
-
-def _options(values: Iterable[str]) -> str:
-    return "".join(f'<option value="{html.escape(value)}">{html.escape(value)}</option>' for value in values)
-
-
-def _cells(cells: Iterable[str], kind: str = "td") -> str:
-    return "".join(f"<{kind}>{html.escape(cell)}" for cell in cells)
+        values = [_number(summary.means.get(metric)) for metric in shown]
+        rows.append([name, str(summary.cases), *values, interval_text(summary, "iou")])
+    return rows
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
-
-
-def _data(one: CaseResult) -> str:
-    facts = {"id": one.case_id, **{name: getattr(one, name) or "unknown" for name in ("modality", "object", "size")}}
-    return " ".join(f'data-{name}="{html.escape(value)}"' for name, value in facts.items())
 
 
 # ------------------------------------------------------------------------------------------------------------- plots
@@ -165,7 +127,38 @@ class _Line:
     dashes: str = ""
 
 
-def _plots(evaluation: Evaluation) -> str:
+@dataclass(frozen=True, slots=True)
+class _Plot:
+    """Lines whose y goes from 0 to 1. across, up: what the axes are."""
+
+    title: str
+    across: str
+    up: str
+    lines: Sequence[_Line]
+
+    @property
+    def _range(self) -> tuple[float, float]:
+        numbers = [x for line in self.lines for x, _ in line.points]
+        low, high = min(numbers), max(numbers)
+        return (low - 0.5, high + 0.5) if low == high else (low, high)
+
+    @property
+    def ticks(self) -> list[tuple[float, str]]:
+        """Where on the x axis, from 0 to 1, stands which number."""
+        low, high = self._range
+        if high - low >= 2:
+            numbers = np.arange(np.ceil(low), high + 1e-9, max(1, round((high - low) / 10)))
+        else:
+            numbers = np.linspace(low, high, 5)
+        return [((x - low) / (high - low), f"{x:.0f}" if high - low >= 2 else f"{x:.2g}") for x in numbers]
+
+    def placed(self, line: _Line) -> list[tuple[float, float]]:
+        """The points of a line, both axes from 0 to 1."""
+        low, high = self._range
+        return [((x - low) / (high - low), y) for x, y in line.points]
+
+
+def _plots(evaluation: Evaluation) -> list[_Plot]:
     plots = []
     modalities = evaluation.groups("modality")
     longest = max((len(one.ious) for one in evaluation.results), default=0)
@@ -176,7 +169,7 @@ def _plots(evaluation: Evaluation) -> str:
         if len(modalities) > 1
     ]
     if turns[0].points:
-        plots.append(_plot("Mean IoU by turn", "turn", "mean IoU", [line for line in turns if line.points]))
+        plots.append(_Plot("Mean IoU by turn", "turn", "mean IoU", [line for line in turns if line.points]))
     scored = [one for one in evaluation.results if one.quality is not None and "dice" in one.measures]
     if scored:
         dice = [one.measures["dice"] for one in scored]
@@ -190,59 +183,8 @@ def _plots(evaluation: Evaluation) -> str:
         ]
         left = len(evaluation.results) - len(scored)
         note = f"Coverage against Dice ({len(scored)} cases; {left} have no predicted quality)"
-        plots.append(_plot(note, "share of the masks kept, best predicted first", "mean Dice of those", lines))
-    return "".join(plots)
-
-
-def _plot(title: str, across: str, up: str, lines: Sequence[_Line]) -> str:
-    """A line plot with y from 0 to 1 as SVG in a figure."""
-    left, top, width, height = 46, 12, 380, 250
-    low = min(x for line in lines for x, _ in line.points)
-    high = max(x for line in lines for x, _ in line.points)
-    low, high = (low - 0.5, high + 0.5) if low == high else (low, high)
-
-    def place(x: float, y: float) -> str:
-        return f"{left + (x - low) / (high - low) * width:.1f},{top + (1 - y) * height:.1f}"
-
-    parts = []
-    for tick in range(6):
-        y = top + height - tick / 5 * height
-        parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e5e7eb"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick / 5:.1f}</text>')
-    whole = high - low >= 2
-    ticks = (
-        np.arange(np.ceil(low), high + 1e-9, max(1, round((high - low) / 10))) if whole else np.linspace(low, high, 5)
-    )
-    for tick_x in ticks:
-        x = left + (tick_x - low) / (high - low) * width
-        label = f"{tick_x:.0f}" if whole else f"{tick_x:.2g}"
-        parts.append(f'<text x="{x:.1f}" y="{top + height + 16}" text-anchor="middle">{label}</text>')
-    for number, line in enumerate(lines):
-        points = " ".join(place(*point) for point in line.points)
-        style = f'stroke="{line.colour}" stroke-width="{line.width}" stroke-dasharray="{line.dashes}"'
-        parts.append(f'<polyline points="{points}" fill="none" {style}/>')
-        if len(line.points) == 1:
-            across_px, up_px = place(*line.points[0]).split(",")
-            parts.append(f'<circle cx="{across_px}" cy="{up_px}" r="3.5" fill="{line.colour}"/>')
-        y_legend = top + 10 + number * 18
-        parts.append(
-            f'<line x1="{left + width + 14}" x2="{left + width + 36}" y1="{y_legend}" y2="{y_legend}" {style}/>'
-        )
-        name = html.escape(line.name if len(line.name) <= 24 else f"{line.name[:23]}…")
-        parts.append(f'<text x="{left + width + 42}" y="{y_legend + 4}">{name}</text>')
-    parts.append(
-        f'<text x="{left + width / 2}" y="{top + height + 36}" text-anchor="middle">{html.escape(across)}</text>'
-    )
-    middle = top + height / 2
-    parts.append(
-        f'<text transform="rotate(-90 12 {middle})" x="12" y="{middle}" text-anchor="middle">{html.escape(up)}</text>'
-    )
-    label, inner = html.escape(title), "".join(parts)
-    return (
-        f"<figure><figcaption><b>{label}</b></figcaption>"
-        f'<svg viewBox="0 0 {left + width + 200} {max(top + height + 44, top + 18 * len(lines) + 20)}" role="img"'
-        f' aria-label="{label}" font-size="12" font-family="system-ui, sans-serif" fill="#333">{inner}</svg></figure>'
-    )
+        plots.append(_Plot(note, "share of the masks kept, best predicted first", "mean Dice of those", lines))
+    return plots
 
 
 # ------------------------------------------------------------------------------------------------------------- cases
@@ -255,6 +197,27 @@ class _Pick:
     result: CaseResult
     rank: Rank
     overall: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Figure:
+    """An image of at most SIDE pixels a side, as a data URL."""
+
+    caption: str
+    thought: str
+    width: int
+    height: int
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Card:
+    """A case as it is shown; no figures where its image is not there. words: what is said of it."""
+
+    result: CaseResult
+    overall: bool
+    words: str
+    figures: Sequence[_Figure]
 
 
 def _picks(evaluation: Evaluation, cases: int) -> list[_Pick]:
@@ -277,42 +240,30 @@ def _picks(evaluation: Evaluation, cases: int) -> list[_Pick]:
     return list(chosen.values())
 
 
-def _cards(run: Run, picks: Sequence[_Pick], missing: list[str]) -> str:
-    sections = []
+def _sections(run: Run, picks: Sequence[_Pick]) -> dict[Rank, list[_Card]]:
+    sections: dict[Rank, list[_Card]] = {}
     for rank in get_args(Rank):
         members = sorted((pick for pick in picks if pick.rank == rank), key=lambda pick: -pick.result.measures["iou"])
-        members = members[::-1] if rank == "worst" else members
-        cards = "".join(_card(run, pick, missing) for pick in members)
-        sections.append(f"<section><h3>{rank.capitalize()}</h3>{cards}</section>")
-    return "".join(sections)
+        sections[rank] = [_card(run, pick) for pick in (members[::-1] if rank == "worst" else members)]
+    return sections
 
 
-def _card(run: Run, pick: _Pick, missing: list[str]) -> str:
+def _card(run: Run, pick: _Pick) -> _Card:
     one = pick.result
+    facts = [one.object, one.modality, one.size, f"ended: {one.stop}" if one.stop else ""]
     episode, masks, targets = run.masks(one.case_id)
     image = _image(run.image(one.case_id), episode)
-    if image is None:
-        missing.append(one.case_id)
     figures = []
     if image is not None:
-        figures.append(_figure(image, {}, targets, (), "ground truth", ""))
+        figures.append(_figure(image, {}, targets, (), "ground truth"))
         for number, turn in enumerate(episode.turns if episode else (), start=1):
             iou = f", IoU {one.ious[number - 1]:.3f}" if number <= len(one.ious) else ""
-            said = turn.reply.problem or describe_actions(turn.reply.actions)
-            figures.append(
-                _figure(image, turn.after, targets, _prompts(turn), f"turn {number}: {said}{iou}", turn.reply.thought)
-            )
+            caption = f"turn {number}: {turn.reply.problem or describe_actions(turn.reply.actions)}{iou}"
+            figures.append(_figure(image, turn.after, targets, turn.reply.prompts, caption, turn.reply.thought))
         answer = episode.answer_masks if episode else masks
-        if episode is None or not _same(answer, episode.masks):
-            figures.append(_figure(image, answer, targets, (), f"handed out: IoU {one.measures['iou']:.3f}", ""))
-    facts = [one.object, one.modality, one.size, *([f"ended: {one.stop}"] if one.stop else [])]
-    words = html.escape(", ".join(fact for fact in facts if fact))
-    note = "" if image is not None else '<p class="quiet">Its image is not there any more, or has changed.</p>'
-    return (
-        f'<article class="card" data-overall="{int(pick.overall)}" {_data(one)}>'
-        f"<h4><b>IoU {one.measures['iou']:.3f}</b> {html.escape(one.case_id)} <span class=quiet>{words}</span></h4>"
-        f'{note}<div class="turns">{"".join(figures)}</div></article>'
-    )
+        if episode is None or not same_masks(answer, episode.masks):
+            figures.append(_figure(image, answer, targets, (), f"handed out: IoU {one.measures['iou']:.3f}"))
+    return _Card(one, pick.overall, ", ".join(fact for fact in facts if fact), figures)
 
 
 def _image(source: str, episode: Episode | None) -> Image | None:
@@ -324,28 +275,15 @@ def _image(source: str, episode: Episode | None) -> Image | None:
     return image if episode is None or image.sha256 == episode.image_sha256 else None
 
 
-def _prompts(turn: Turn) -> tuple[Click | Box, ...]:
-    return tuple(action for action in turn.reply.actions if isinstance(action, Click | Box))
-
-
-def _same(a: Masks, b: Masks) -> bool:
-    return a.keys() == b.keys() and all(np.array_equal(mask, b[name]) for name, mask in a.items())
-
-
 def _figure(
-    image: Image, masks: Masks, targets: Masks, prompts: Sequence[Click | Box], caption: str, thought: str
-) -> str:
+    image: Image, masks: Masks, targets: Masks, prompts: Sequence[Click | Box], caption: str, thought: str = ""
+) -> _Figure:
     pixels = _drawn(image, masks, targets, prompts)
     done, coded = cv2.imencode(".jpg", pixels[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
     if not done:
         raise DataError(f"{image.source}: its image cannot be drawn")
-    height, width = pixels.shape[:2]
-    said = f'<div class="thought">{html.escape(thought)}</div>' if thought else ""
-    return (
-        f'<figure><img alt="{html.escape(caption)}" width="{width}" height="{height}" loading="lazy"'
-        f' src="data:image/jpeg;base64,{base64.b64encode(coded.tobytes()).decode()}">'
-        f"<figcaption>{html.escape(caption)}{said}</figcaption></figure>"
-    )
+    url = f"data:image/jpeg;base64,{base64.b64encode(coded.tobytes()).decode()}"
+    return _Figure(caption, thought, pixels.shape[1], pixels.shape[0], url)
 
 
 def _drawn(image: Image, masks: Masks, targets: Masks, prompts: Sequence[Click | Box]) -> np.ndarray:

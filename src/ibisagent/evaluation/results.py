@@ -22,8 +22,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from ibisagent.domain import StopReason
-from ibisagent.errors import ConfigError, DataError
+from ibisagent.domain import StopReason, check_choice
+from ibisagent.errors import DataError
 from ibisagent.evaluation import metrics
 from ibisagent.evaluation.metrics import EMPTY_RULE, EmptyRule, SizeClass
 from ibisagent.evaluation.statistics import Difference, Interval, Row, differences, intervals
@@ -130,10 +130,8 @@ class Evaluation:
 
 def check_group(by: str) -> GroupBy:
     """`by` as a GroupBy; ConfigError for anything else."""
-    for known in get_args(GroupBy):
-        if by == known:
-            return known  # type: ignore[no-any-return]
-    raise ConfigError(f"cannot group by '{by}': give {', '.join(get_args(GroupBy))}")
+    chosen: GroupBy = check_choice(by, GroupBy, "cannot group by")
+    return chosen
 
 
 def shares(result: CaseResult, empty: EmptyRule = EMPTY_RULE) -> dict[str, tuple[float, float]]:

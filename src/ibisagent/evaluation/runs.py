@@ -33,7 +33,7 @@ from ibisagent.errors import ConfigError, DataError, IbisError, PolicyError
 from ibisagent.evaluation import MAX_FAILURES, Judge, judge_cases, location_prior, prior_cases
 from ibisagent.evaluation.metrics import EMPTY_RULE, EmptyRule
 from ibisagent.evaluation.results import CaseResult, Evaluation, Failure
-from ibisagent.files import FileHashes, claim, try_folder, write_whole
+from ibisagent.files import FileHashes, claim, try_folder, write_json, write_whole
 from ibisagent.inference.image import provenance_of
 from ibisagent.policies import load_policy
 from ibisagent.policies.base import Policy
@@ -229,7 +229,7 @@ def write_results(evaluation: Evaluation, folder: Path, empty: EmptyRule = EMPTY
     """Write evaluation.json and the tables into the folder of a run."""
     from ibisagent.evaluation import tables
 
-    write_whole((json.dumps(evaluation.to_json(empty), indent=1) + "\n").encode(), folder / RESULT_NAME)
+    write_json(evaluation.to_json(empty), folder / RESULT_NAME)
     for name, content in tables.files(evaluation, empty).items():
         write_whole(content.encode(), folder / name)
 

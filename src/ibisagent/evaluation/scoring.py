@@ -143,7 +143,8 @@ def score(
     if folder is not None:
         claim(folder / RUN_NAME, facts)
         write_whole("".join(json.dumps(line) + "\n" for line in lines).encode(), folder / CASES_NAME)
-        write_whole(_problems_csv(problems).encode(), folder / PROBLEMS_NAME)
+        told = [[problem.kind, problem.file, problem.case_id, problem.message] for problem in problems]
+        write_whole(csv_text([["kind", "file", "case_id", "message"], *told]).encode(), folder / PROBLEMS_NAME)
         write_results(evaluation, folder, empty)
     return Scores(evaluation, tuple(problems), strict)
 
@@ -358,8 +359,3 @@ def _bare(name: str) -> str:
 def _key(name: str) -> str:
     """A name as compared."""
     return re.sub(r"[^\w./-]+|_+", "_", name).casefold()
-
-
-def _problems_csv(problems: Sequence[Problem]) -> str:
-    rows = [[problem.kind, problem.file, problem.case_id, problem.message] for problem in problems]
-    return csv_text([["kind", "file", "case_id", "message"], *rows])

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ibisagent.files import markdown_cell, write_whole
+from ibisagent.files import markdown_cell, write_json, write_whole
 from ibisagent.generation.config import read_notes
 from ibisagent.store import EpisodeStore
 
@@ -66,7 +66,7 @@ def write_card(worker: Worker) -> dict[str, Any]:
         },
         "exported": dict(sorted(exported.items())),
     }
-    write_whole((json.dumps(card, indent=1, sort_keys=True) + "\n").encode(), worker.plan.out / CARD_NAME)
+    write_json(card, worker.plan.out / CARD_NAME, sort_keys=True)
     write_whole(_text(card).encode(), worker.plan.out / CARD_TEXT_NAME)
     return card
 

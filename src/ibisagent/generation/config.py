@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,7 +16,8 @@ from ibisagent.config import Recipe
 from ibisagent.environment import MAX_TURNS
 from ibisagent.errors import DataError
 from ibisagent.files import make_folder, one_line, write_whole
-from ibisagent.protocol import DIALECTS
+from ibisagent.policies.base import random_of
+from ibisagent.protocol import dialect_of
 
 Stage = Literal["trajectories", "questions", "thoughts", "reflection", "filter", "export"]
 STAGES: tuple[Stage, ...] = ("trajectories", "questions", "thoughts", "reflection", "filter", "export")
@@ -84,16 +84,14 @@ class FactoryConfig(Recipe):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.dialect not in DIALECTS:
-            raise ValueError(f"unknown dialect '{self.dialect}'; there are: {', '.join(DIALECTS)}")
+        dialect_of(self.dialect)
         if self.teacher == "endpoint" and self.endpoint is None:
             raise ValueError("teacher = 'endpoint' needs a table [endpoint] with url and model")
         return self
 
     def random(self, *what: object) -> np.random.Generator:
         """Draws that depend on the seed and `what` alone."""
-        key = repr((self.seed, *what)).encode("utf-8", "surrogateescape")
-        return np.random.default_rng(int.from_bytes(hashlib.sha256(key).digest()[:8], "little"))
+        return random_of(self.seed, *what)
 
 
 @dataclass(frozen=True, slots=True)

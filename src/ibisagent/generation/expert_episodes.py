@@ -18,7 +18,7 @@ from ibisagent.domain import Box, Case, Click, Completion, Episode, Image, Mask,
 from ibisagent.environment import SegmentationEnv
 from ibisagent.generation.config import FactoryConfig
 from ibisagent.imaging.clicks import bounding_box, deepest_pixel
-from ibisagent.imaging.masks import dice, iou
+from ibisagent.imaging.masks import CORRUPTIONS, corrupt, dice, iou
 from ibisagent.policies.oracle import OraclePolicy
 from ibisagent.protocol import DIALECTS, write
 from ibisagent.segmenters import Prediction, Segmenter, SegmenterSession
@@ -138,30 +138,16 @@ def measured(name: str, image: Image, ground_truth: Mask) -> dict[str, Any]:
 
 def corrupted(ground_truth: Mask, random: np.random.Generator) -> Mask | None:
     """A start mask that needs work: eroded, dilated, shifted, leaking or with a part cut off; IoU 0.3 to 0.85."""
-    plane = ground_truth.astype(np.uint8)
     size = float(np.sqrt(np.count_nonzero(ground_truth)))
-    for number in random.permutation(5):
+    rows, columns = np.nonzero(ground_truth)
+    for number in random.permutation(len(CORRUPTIONS)):
         for strength in (0.2, 0.12, 0.3, 0.06):
             radius = max(1, round(size * strength))
-            kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
-            ys, xs = np.nonzero(ground_truth)
-            at = int(random.integers(xs.size))
-            disc = np.zeros_like(plane)
-            cv2.circle(disc, (int(xs[at]), int(ys[at])), 2 * radius, 1, cv2.FILLED)
+            chosen = int(random.integers(columns.size))
             angle = random.uniform(0, 2 * np.pi)
-            move = np.array([[1, 0, radius * np.cos(angle)], [0, 1, radius * np.sin(angle)]], dtype=np.float32)
-            match int(number):
-                case 0:
-                    made = cv2.erode(plane, kernel)
-                case 1:
-                    made = cv2.dilate(plane, kernel)
-                case 2:
-                    made = cv2.warpAffine(plane, move, plane.shape[::-1], flags=cv2.INTER_NEAREST)
-                case 3:
-                    made = plane | disc
-                case _:
-                    made = plane & (1 - disc)
-            mask: Mask = made > 0
+            move = radius * np.cos(angle), radius * np.sin(angle)
+            at = int(columns[chosen]), int(rows[chosen])
+            mask = corrupt(ground_truth, CORRUPTIONS[number], radius, at, move)
             if 0.3 <= iou(mask, ground_truth) <= 0.85:
                 return mask
     return None

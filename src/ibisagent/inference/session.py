@@ -29,6 +29,7 @@ from ibisagent.domain import (
     Undo,
     check_masks,
     check_query,
+    same_masks,
     standing,
     standing_by_turn,
 )
@@ -529,7 +530,7 @@ class Session:
         prompt_state = PromptState(self.image, self.segmenter, last.start)
         for turn in last.turns:
             prompt_state.apply(turn.reply.actions, turn.completion.drafts)
-        if not _same(prompt_state.masks, last.masks):
+        if not same_masks(prompt_state.masks, last.masks):
             raise DataError(
                 f"session {self.id}: its segmenter is not what it was, the clicks give other masks now;"
                 " export it, and go on in a new session"
@@ -610,7 +611,3 @@ def _stroke(points: Sequence[tuple[float, float]], radius: float, size: tuple[in
         cv2.circle(drawn, (x, y), int(radius), 1, -1)
     stroke: Mask = drawn.astype(bool)
     return stroke
-
-
-def _same(a: Masks, b: Masks) -> bool:
-    return a.keys() == b.keys() and all(np.array_equal(mask, b[name]) for name, mask in a.items())

@@ -48,7 +48,7 @@ def _segment_one(batch: Batch, series: Series, selections: Sequence[Selection]) 
     try:
         if dicomweb.is_url(series.place):
             return batch.segment(series.place)
-        return batch.segment_files(name, series.files)
+        return batch.segment_volume(name, None, [str(file) for file in series.files])
     except IbisError as error:
         return Failed(name, error)
 

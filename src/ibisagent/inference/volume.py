@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -240,31 +240,25 @@ class SliceCases(Mapping[str, Case]):
         return len(self._index)
 
 
+@dataclass(eq=False)
 class _VolumeAgent:
     """The state of one run."""
 
-    def __init__(
-        self,
-        view: SliceView,
-        query: str,
-        policy: Policy,
-        segmenter: _Counted,
-        max_turns: int,
-        mask_selection: MaskSelection | None,
-        recheck: int,
-        provenance: Mapping[str, str],
-        on_episode: Callable[[int, Why, Episode, Image], None] | None,
-        on_slice: Callable[[int], None] | None,
-    ) -> None:
-        self._view, self._query, self._policy, self._segmenter = view, query, policy, segmenter
-        self._max_turns, self._mask_selection = max_turns, mask_selection
-        self._recheck, self._provenance = recheck, provenance
-        self._on_episode, self._on_slice = on_episode, on_slice
-        self._masks: dict[str, np.ndarray] = {}
-        self._asked: list[Asked] = []
-        self._carried: list[Carried] = []
-        self._ignored: dict[str, None] = {}
-        self._policy_calls = 0
+    _view: SliceView
+    _query: str
+    _policy: Policy
+    _segmenter: _Counted
+    _max_turns: int
+    _mask_selection: MaskSelection | None
+    _recheck: int
+    _provenance: Mapping[str, str]
+    _on_episode: Callable[[int, Why, Episode, Image], None] | None
+    _on_slice: Callable[[int], None] | None
+    _masks: dict[str, np.ndarray] = field(default_factory=dict, init=False)
+    _asked: list[Asked] = field(default_factory=list, init=False)
+    _carried: list[Carried] = field(default_factory=list, init=False)
+    _ignored: dict[str, None] = field(default_factory=dict, init=False)
+    _policy_calls: int = field(default=0, init=False)
 
     def result(self) -> VolumeSegmentation:
         """What was found."""

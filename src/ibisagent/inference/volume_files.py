@@ -22,7 +22,7 @@ import PIL.Image
 from ibisagent.domain import Episode, Image
 from ibisagent.environment import package_version
 from ibisagent.errors import ConfigError, DataError, IbisError
-from ibisagent.files import safe_name, write_whole
+from ibisagent.files import safe_name, write_json
 from ibisagent.imaging.images import write_png
 from ibisagent.inference.volume import VolumeSegmentation, Why
 from ibisagent.protocol import overlay
@@ -181,7 +181,7 @@ class VolumeWriter:
             "channel": channel,
             "input": dict(input_facts or {}),
         }
-        write_whole((json.dumps(content, indent=1) + "\n").encode(), self._new(record))
+        write_json(content, self._new(record))
         self._move()
         return VolumeOutputs(
             masks,

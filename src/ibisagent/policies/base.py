@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -23,6 +24,11 @@ PUBLIC_WEIGHTS = ("manglu3935/IBIS", "qwen2_5vl-7b-RL")
 def is_public(source: str) -> bool:
     """Whether a folder, hub id or name on a server is that of the paper authors' own weights."""
     return any(part in source for part in PUBLIC_WEIGHTS)
+
+
+def random_of(*what: object) -> np.random.Generator:
+    """Draws that depend on `what` alone, such as a seed, a case and a turn."""
+    return np.random.default_rng(int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:8], "little"))
 
 
 class Policy(Protocol):

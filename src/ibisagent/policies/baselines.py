@@ -5,7 +5,6 @@ The oracle's clicks and boxes are in `oracle`, the ellipse in the box is a segme
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -15,8 +14,8 @@ import numpy as np
 
 from ibisagent import protocol
 from ibisagent.domain import Click, Completion, Mask, Observation, Reply, Stop
-from ibisagent.errors import ConfigError, DataError
-from ibisagent.policies.base import Policy
+from ibisagent.errors import DataError
+from ibisagent.policies.base import Policy, random_of
 from ibisagent.query import target_of
 
 GRID = 64  # side of the normalised square on which places are averaged
@@ -29,9 +28,7 @@ class _BlindPolicy:
     clicks = 1
 
     def __init__(self, dialect: str) -> None:
-        if dialect not in protocol.DIALECTS:
-            raise ConfigError(f"unknown dialect '{dialect}'; there are: {', '.join(protocol.DIALECTS)}")
-        self.dialect = dialect
+        self.dialect = protocol.dialect_of(dialect).name
 
     def _place(self, observation: Observation, target: str) -> tuple[int, int]:
         """(x, y) in pixels."""
@@ -77,8 +74,7 @@ class RandomClicksPolicy(_BlindPolicy):
         self._seed = seed
 
     def _place(self, observation: Observation, target: str) -> tuple[int, int]:
-        key = repr((self._seed, observation.case_id, len(observation.turns))).encode()
-        random = np.random.default_rng(int.from_bytes(hashlib.sha256(key).digest()[:8], "little"))
+        random = random_of(self._seed, observation.case_id, len(observation.turns))
         height, width = observation.image.size
         return int(random.integers(width)), int(random.integers(height))
 

@@ -21,7 +21,7 @@ from ibisagent.errors import ConfigError, PolicyError
 from ibisagent.files import one_line, png_bytes
 from ibisagent.policies.base import MAX_NEW_TOKENS, is_public
 from ibisagent.policies.wording import read_wording, wording_facts
-from ibisagent.protocol import DIALECTS, History, Message, OverlayStyle, render
+from ibisagent.protocol import History, Message, OverlayStyle, dialect_of, render
 
 PLAIN_SAMPLING: Mapping[str, Any] = MappingProxyType(
     {"top_p": 1.0, "extra_body": {"repetition_penalty": 1.0, "top_k": -1}}
@@ -86,9 +86,7 @@ class EndpointPolicy:
             self._settings |= PLAIN_SAMPLING
         self.wording = None if prompts is None else read_wording(prompts)
         self.dialect: str = dialect or facts.get("dialect") or ("released" if public else "ibis")
-        if self.dialect not in DIALECTS:
-            raise ConfigError(f"unknown dialect '{self.dialect}' for {self.name}: choose one of {', '.join(DIALECTS)}")
-        default = DIALECTS[self.dialect]
+        default = dialect_of(self.dialect)
         self.history: History = history or facts.get("history") or default.history
         self.style: OverlayStyle = style or facts.get("mask_style") or default.style
 

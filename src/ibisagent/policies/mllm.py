@@ -24,7 +24,7 @@ from ibisagent.policies.base import MAX_NEW_TOKENS, Generation, LanguageModel, P
 from ibisagent.policies.one_by_one import OneByOne
 from ibisagent.policies.vocabulary import Look, Vocabulary
 from ibisagent.policies.wording import read_wording, wording_facts
-from ibisagent.protocol import DIALECTS, History, Message, OverlayStyle, render
+from ibisagent.protocol import History, Message, OverlayStyle, dialect_of, render
 from ibisagent.segmenters.runtime import choose_device, choose_runtime
 
 PROPOSAL_TEMPERATURE = 0.5
@@ -89,9 +89,7 @@ class MllmPolicy(OneByOne):
         config = self._model.config
         own = "released" if is_public(str(source)) else "ibis"
         self.dialect: str = dialect or config.get("dialect") or own
-        if self.dialect not in DIALECTS:
-            raise ConfigError(f"unknown dialect '{self.dialect}' for {self.name}: choose one of {', '.join(DIALECTS)}")
-        default = DIALECTS[self.dialect]
+        default = dialect_of(self.dialect)
         if self.dialect == "ibis":
             self._model.keep_readable()
         self._model.bound_images(min_pixels, max_pixels, default.rules.max_pixels)

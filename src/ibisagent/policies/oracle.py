@@ -3,7 +3,6 @@ results."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import cv2
@@ -26,8 +25,9 @@ from ibisagent.domain import (
     standing,
 )
 from ibisagent.errors import ConfigError, PolicyError
-from ibisagent.imaging.clicks import bounding_box, interior_depth, next_click
+from ibisagent.imaging.clicks import bounding_box, interior_depth, moved_box, next_click
 from ibisagent.imaging.masks import iou
+from ibisagent.policies.base import random_of
 
 IOU_THRESHOLD = 0.9
 MAX_CLICKS = 20
@@ -64,8 +64,6 @@ class OraclePolicy:
         turn is wrong. seed: the draws depend on it, the case's id and the turn only. name: for records. Raises
         ConfigError for values out of range, and for boxes or mistakes in a dialect that has no Box or Undo.
         """
-        if dialect not in protocol.DIALECTS:
-            raise ConfigError(f"unknown dialect '{dialect}'; there are: {', '.join(protocol.DIALECTS)}")
         ranges = {
             "iou_threshold": 0 < iou_threshold <= 1,
             "max_clicks": max_clicks >= 1,
@@ -75,7 +73,7 @@ class OraclePolicy:
         }
         if wrong := [name for name, fits in ranges.items() if not fits]:
             raise ConfigError(f"oracle: {wrong[0]} is out of its range; see OraclePolicy")
-        speech = protocol.DIALECTS[dialect]
+        speech = protocol.dialect_of(dialect)
         if (box_first and not speech.boxes) or (mistakes and not speech.undo):
             raise ConfigError(f"oracle: dialect '{dialect}' has no Box or no Undo; leave box_first and mistakes at 0")
         self.name = name
@@ -108,10 +106,10 @@ class OraclePolicy:
             return Reply("This question needs no pixels.", (Stop(answer or ""),))
         size, turns = observation.image.size, observation.turns
         if turns and self._erred(observation.case_id, turns, len(turns) - 1):
-            steps = len(_prompts(turns[-1]))
+            steps = len(turns[-1].reply.prompts)
             return Reply("My last action was wrong; I take it back.", (Undo(steps),))
         absent = tuple(name for name, ground_truth in targets.items() if not ground_truth.any())
-        given = [prompt for turn in turns for prompt in _prompts(turn)]
+        given = [prompt for turn in turns for prompt in turn.reply.prompts]
         actions: list[Action] = []
         thoughts = []
         for name, ground_truth in targets.items():
@@ -145,16 +143,12 @@ class OraclePolicy:
                 del self._ground_truths[next(iter(self._ground_truths))]
         return self._ground_truths[case_id]
 
-    def _random(self, case_id: str, *what: object) -> np.random.Generator:
-        key = repr((self._seed, case_id, *what)).encode()
-        return np.random.default_rng(int.from_bytes(hashlib.sha256(key).digest()[:8], "little"))
-
     def _erred(self, case_id: str, turns: Sequence[Turn], index: int) -> bool:
         """Whether turn `index` (0-based) was wrong on purpose: it was drawn so and gave prompts."""
-        return self._self_corrects(case_id, index) and bool(_prompts(turns[index]))
+        return self._self_corrects(case_id, index) and bool(turns[index].reply.prompts)
 
     def _self_corrects(self, case_id: str, index: int) -> bool:
-        return bool(self._mistakes) and self._random(case_id, index, "mistake").random() < self._mistakes
+        return bool(self._mistakes) and random_of(self._seed, case_id, index, "mistake").random() < self._mistakes
 
     def _next_prompt(self, observation: Observation, name: str, ground_truth: Mask, current: Mask) -> Prompt | None:
         case_id, index = observation.case_id, len(observation.turns)
@@ -163,10 +157,14 @@ class OraclePolicy:
         right = next_click(ground_truth, current, name, clicks)
         if right is None:
             return None
-        random = self._random(case_id, index, name)
+        random = random_of(self._seed, case_id, index, name)
         if self._self_corrects(case_id, index):
             return _wrong_click(right, ground_truth, current, clicks, random)
-        if not kept and name not in observation.masks and self._random(case_id, "box").random() < self._box_first:
+        if (
+            not kept
+            and name not in observation.masks
+            and random_of(self._seed, case_id, "box").random() < self._box_first
+        ):
             return self._box(ground_truth, name, random)
         return self._moved(right, ground_truth, current, clicks, random)
 
@@ -200,14 +198,9 @@ class OraclePolicy:
         box = bounding_box(ground_truth, name)
         if box is None:
             raise PolicyError(f"the oracle was asked to box '{name}', which is not there")
-        height, width = ground_truth.shape
-        shift = random.uniform(-1, 1, size=4) * self._jitter * BOX_JITTER
-        side_x, side_y = box.x1 - box.x0, box.y1 - box.y0
-        x0 = int(np.clip(round(box.x0 + shift[0] * side_x), 0, width - 1))
-        y0 = int(np.clip(round(box.y0 + shift[1] * side_y), 0, height - 1))
-        x1 = int(np.clip(round(box.x1 + shift[2] * side_x), x0 + 1, width))
-        y1 = int(np.clip(round(box.y1 + shift[3] * side_y), y0 + 1, height))
-        return Box(x0, y0, x1, y1, name)
+        sides = np.array([box.x1 - box.x0, box.y1 - box.y0] * 2)
+        shifts = random.uniform(-1, 1, size=4) * self._jitter * BOX_JITTER * sides
+        return moved_box(box, shifts, (int(ground_truth.shape[0]), int(ground_truth.shape[1])))
 
 
 def _wrong_click(
@@ -221,10 +214,6 @@ def _wrong_click(
         if wrong not in past:
             return wrong
     return Click(right.x, right.y, not right.positive, right.target)
-
-
-def _prompts(turn: Turn) -> list[Prompt]:
-    return [action for action in turn.reply.actions if isinstance(action, Click | Box)]
 
 
 def _thought(prompt: Prompt, *, first: bool) -> str:

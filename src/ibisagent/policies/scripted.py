@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ibisagent import protocol
 from ibisagent.domain import Completion, Observation
-from ibisagent.errors import ConfigError, DataError, PolicyError
+from ibisagent.errors import DataError, PolicyError
 
 
 class ScriptedPolicy:
@@ -22,10 +22,8 @@ class ScriptedPolicy:
         name: str = "scripted",
     ) -> None:
         """replies: texts in `dialect`, in turn order; or such lists by case id. ConfigError for an unknown dialect."""
-        if dialect not in protocol.DIALECTS:
-            raise ConfigError(f"unknown dialect '{dialect}'; there are: {', '.join(protocol.DIALECTS)}")
         self.name = name
-        self.dialect = dialect
+        self.dialect = protocol.dialect_of(dialect).name
         self._replies = replies
 
     @classmethod

@@ -34,7 +34,7 @@ from ibisagent.training.images import (
     random_turn,
     recolored,
 )
-from ibisagent.training.loop import Report, TrainingRun, ignore_progress, run_to_the_end
+from ibisagent.training.loop import Report, TrainingRun, ignore_progress, map_losses, run_to_the_end
 
 IMAGENET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 AVERAGE_DECAY = 0.998
@@ -217,11 +217,7 @@ class _Run(TrainingRun):
         pixels, maps, known = self._batch()
         logits = self.network(pixels)
         shown, absent = known == 1, known == 0
-        there, wanted = logits[shown], maps[shown]
-        cross = F.binary_cross_entropy_with_logits(there, wanted)
-        inside = there.sigmoid()
-        both, sums = (inside * wanted).sum((1, 2)), inside.sum((1, 2)) + wanted.sum((1, 2))
-        overlap = (1 - (2 * both + 1) / (sums + 1)).mean()
+        cross, overlap = map_losses(logits[shown], maps[shown])
         # The mean of the largest values: where a name is wrongly seen, and not the many places where nothing is.
         wrong = F.softplus(logits[absent].flatten(1).topk(64, dim=1).values).mean() if absent.any() else cross * 0
         self.descend(cross + overlap + ABSENT_WEIGHT * wrong)

@@ -1,15 +1,16 @@
-"""The images that the small networks learn from: in memory, squashed to a square, drawn in balance, augmented."""
+"""The images that the small networks learn from: in memory, squashed to a square, drawn in balance, augmented; and the
+context features of their views."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -24,6 +25,7 @@ from ibisagent.segmenters.context_features import GRID as CONTEXT_GRID
 # Images of these have no up or down, left or right; of those, no left or right.
 TURNABLE = {"microscopy", "pathology", "dermoscopy", "endoscope", "electron microscopy"}
 MIRRORED = {"fundus", "OCT", "ultrasound"}
+FULL_GROUP = 40  # images of a data set that get every augmented view
 
 
 def read_training_cases(paths: Sequence[Path], licence_class: str) -> CaseSource:
@@ -170,20 +172,74 @@ def recolored(view: np.ndarray, random: np.random.Generator) -> np.ndarray:
     return view
 
 
-def context_features(images: TrainingImages, folder: Path) -> np.memmap:
-    """What `segmenters.context_features` sees in each image: (N, FEATURES, GRID, GRID) float16, mapped from `folder`.
+@dataclass(frozen=True, eq=False)
+class FeatureCache:
+    """Context features (`segmenters.context_features`) of V views of N squashed images; number 0 is the plain image.
 
-    Missing ones are computed first, 0.1 s each and core; 0.4 MB each.
+    The encoder is never trained, so each view is embedded once, into memory-mapped arrays, before training: what makes
+    training of the small networks possible on a CPU. features (V, N, FEATURES, GRID, GRID) float16, 0.4 MB each;
+    turns (V, N, 2, 3) float32, the affine maps from squashed pixels to view pixels; done (V, N) uint8, 1 where a view
+    is complete. place: the number of an image by its content hash.
     """
-    content = hashlib.sha256(images.pixels.data).hexdigest()[:16]
-    path, done_path = folder / f"context-{content}.f16", folder / f"context-{content}.done"
-    shape = (len(images.pixels), FEATURES, CONTEXT_GRID, CONTEXT_GRID)
-    folder.mkdir(parents=True, exist_ok=True)
-    features = np.memmap(path, dtype=np.float16, mode="r+" if path.exists() else "w+", shape=shape)
-    done = np.memmap(done_path, dtype=np.uint8, mode="r+" if done_path.exists() else "w+", shape=shape[:1])
-    encoder = None if done.all() else ContextEncoder()
-    for number in np.flatnonzero(done == 0):
-        assert encoder is not None
-        features[number] = encoder.embed(context_input(images.pixels[number])[None])[0]
-        done[number] = 1
-    return features
+
+    features: np.memmap
+    turns: np.memmap
+    done: np.memmap
+    place: Mapping[str, int]
+
+    @classmethod
+    def of(cls, cases: Iterable[Case], folder: Path, augmentations_per_image: int, seed: int) -> FeatureCache:
+        """The cache of the images of `cases` under `folder`; missing views are embedded first (0.1 s a view and core).
+
+        Augmented views leave out part of a data set of more than FULL_GROUP images, which has variety of its own.
+        """
+        images = list({case.image.sha256: case for case in cases}.values())
+        cache = cls._open(folder, [case.image.sha256 for case in images], augmentations_per_image, seed)
+        sizes = Counter(case.meta.get("dataset") for case in images)
+        for augmentation, number in np.argwhere(cache.done == 0):
+            random, case = np.random.default_rng([seed, augmentation, number]), images[number]
+            if augmentation and random.random() >= FULL_GROUP / sizes[case.meta.get("dataset")]:
+                continue
+            view = cv2.resize(case.image.pixels, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+            turn = np.eye(2, 3, dtype=np.float32)
+            if augmentation:
+                turn = random_turn(case.meta.get("modality", ""), random)
+                view = recolored(cv2.warpAffine(view, turn, (SIDE, SIDE), flags=cv2.INTER_LINEAR), random)
+            cache._embed(view, turn, augmentation, number)
+        return cache
+
+    @classmethod
+    def _open(cls, folder: Path, hashes: Sequence[str], views: int, seed: int) -> FeatureCache:
+        content = hashlib.sha256(" ".join([str(views), str(seed), *hashes]).encode()).hexdigest()[:16]
+        folder = folder / f"context-{content}"
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def array(name: str, dtype: type, *shape: int) -> np.memmap:
+            path = folder / name
+            mode: Literal["r+", "w+"] = "r+" if path.exists() else "w+"
+            return np.memmap(path, dtype=dtype, mode=mode, shape=(views, len(hashes), *shape))
+
+        features = array("features.f16", np.float16, FEATURES, CONTEXT_GRID, CONTEXT_GRID)
+        place = {content: number for number, content in enumerate(hashes)}
+        return cls(features, array("turns.f32", np.float32, 2, 3), array("done.u8", np.uint8), place)
+
+    @cached_property
+    def _encoder(self) -> ContextEncoder:
+        return ContextEncoder()
+
+    def _embed(self, view: np.ndarray, turn: np.ndarray, augmentation: int, number: int) -> None:
+        self.features[augmentation, number] = self._encoder.embed(context_input(view)[None])[0]
+        self.turns[augmentation, number] = turn
+        self.done[augmentation, number] = 1
+
+    def draw(self, image: int, random: np.random.Generator) -> int:
+        """The augmentation of a random view of an image, given by its number."""
+        return int(random.choice(np.flatnonzero(self.done[:, image])))
+
+
+def context_features(images: TrainingImages, folder: Path) -> np.ndarray:
+    """The context features of the plain images, (N, FEATURES, GRID, GRID) float16; see `FeatureCache`."""
+    cache = FeatureCache._open(folder, [hashlib.sha256(one).hexdigest() for one in images.pixels], 1, 0)
+    for number in np.flatnonzero(cache.done[0] == 0):
+        cache._embed(images.pixels[number], np.eye(2, 3, dtype=np.float32), 0, int(number))
+    return cache.features[0]

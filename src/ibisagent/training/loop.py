@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from ibisagent.errors import ConfigError
 from ibisagent.files import appearing_whole, same_run
@@ -42,6 +43,13 @@ def rate_factor(step: int, warmup_steps: int, progress: float) -> float:
     """Learning rate as a share of its peak: linear warm-up, then a cosine down to 2%. progress: 0 to 1."""
     cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     return min(1.0, (step + 1) / warmup_steps) * (0.02 + 0.98 * cosine)
+
+
+def map_losses(logits: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of each cell, and 1 - soft Dice, of maps (N, H, W); wanted: shares in [0, 1]."""
+    inside = logits.sigmoid()
+    both, sums = (inside * wanted).sum((1, 2)), inside.sum((1, 2)) + wanted.sum((1, 2))
+    return F.binary_cross_entropy_with_logits(logits, wanted), (1 - (2 * both + 1) / (sums + 1)).mean()
 
 
 @torch.no_grad()

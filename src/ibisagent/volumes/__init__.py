@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ibisagent.errors import DataError
 from ibisagent.volumes.grid import Volume
+from ibisagent.volumes.headers import SUFFIXES
 from ibisagent.volumes.views import SliceView
 from ibisagent.volumes.windows import Window, parse_window
 
@@ -19,7 +20,6 @@ __all__ = ["SliceView", "Volume", "Window", "is_volume", "parse_window", "read_v
 
 _NIBABEL = (".nii", ".nii.gz", ".hdr", ".img", ".hdr.gz", ".img.gz", ".mgh", ".mgz", ".mgh.gz")
 _ITK = (".mha", ".mhd", ".nrrd", ".nhdr")
-_DICOM = (".dcm", ".dicom", ".ima")
 
 
 def is_volume(path: str | Path) -> bool:
@@ -75,7 +75,7 @@ def whole_series(paths: Sequence[str]) -> list[list[str]]:
     So `series/*.dcm` is one volume. Files that do not say where they lie stay alone: they are views, not slices. What
     cannot be read goes to the slices beside it, whose reader passes it over and says so.
     """
-    if sum(path.lower().endswith(_DICOM) or _kind(Path(path)) == "dicom" for path in paths) < 2:
+    if sum(path.lower().endswith(SUFFIXES) or _kind(Path(path)) == "dicom" for path in paths) < 2:
         return [[path] for path in paths]
     groups: dict[object, list[str]] = {}
     unreadable: list[str] = []
@@ -98,7 +98,7 @@ def whole_series(paths: Sequence[str]) -> list[list[str]]:
 
 def _series_of_slice(path: Path) -> str | None:
     """The series that a DICOM file is a slice of; None for other files. DataError for a DICOM file that is damaged."""
-    if not path.is_file() or not (path.name.lower().endswith(_DICOM) or _kind(path) == "dicom"):
+    if not path.is_file() or not (path.name.lower().endswith(SUFFIXES) or _kind(path) == "dicom"):
         return None
     from ibisagent.volumes.headers import numbers, read_header
 
@@ -133,7 +133,7 @@ def _kind(path: Path) -> str | None:
         return "nibabel"
     if head.startswith((b"NRRD0", b"ObjectType = Image", b"NDims = ")):
         return "itk"
-    for kind, suffixes in (("nibabel", _NIBABEL), ("itk", _ITK), ("dicom", _DICOM), ("zip", (".zip",))):
+    for kind, suffixes in (("nibabel", _NIBABEL), ("itk", _ITK), ("dicom", SUFFIXES), ("zip", (".zip",))):
         if name.endswith(suffixes):
             return kind
     return None

@@ -12,7 +12,7 @@ from pathlib import Path
 from ibisagent.errors import DataError, TooLargeError
 from ibisagent.imaging import limits
 from ibisagent.volumes.grid import Volume
-from ibisagent.volumes.headers import told
+from ibisagent.volumes.headers import may_be_dicom, told
 
 _CHUNK = 2**20
 
@@ -29,7 +29,7 @@ def read_archive(path: Path, channel: int | None, series: str | None) -> Volume:
     try:
         _unpack(path, folder)
         files = [file for file in sorted(folder.rglob("*")) if file.is_file() and not _is_of_macos(file, folder)]
-        others = [file for file in files if is_volume(file) and not _is_dicom(file)]
+        others = [file for file in files if is_volume(file) and not may_be_dicom(file)]
         chosen = others[0] if len(others) == 1 else folder
         try:
             volume = read_volume(chosen, channel=channel, series=series)
@@ -73,8 +73,3 @@ def _unpack(path: Path, folder: Path) -> None:
 
 def _is_of_macos(file: Path, folder: Path) -> bool:
     return file.name.startswith("._") or "__MACOSX" in file.relative_to(folder).parts
-
-
-def _is_dicom(file: Path) -> bool:
-    with file.open("rb") as opened:
-        return opened.read(132)[128:] == b"DICM" or file.suffix.lower() in (".dcm", ".dicom", ".ima")

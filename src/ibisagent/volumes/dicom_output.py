@@ -20,7 +20,7 @@ from pydicom.valuerep import DSfloat
 from ibisagent.errors import ConfigError, DataError, IbisError
 from ibisagent.files import appearing_whole
 from ibisagent.volumes.grid import Volume, release
-from ibisagent.volumes.headers import quiet, told
+from ibisagent.volumes.headers import long_string, makers, quiet, told
 from ibisagent.volumes.measures import Measures
 from ibisagent.volumes.sources import Source, dataset_of, describe_source
 from ibisagent.volumes.terms import Code, Rgb, colours, term
@@ -94,7 +94,7 @@ def _empty_segmentation(
             instance_number=1,
             manufacturer=MANUFACTURER,
             manufacturer_model_name="ibisagent",
-            software_versions=_short(provenance.get("ibisagent", "unknown")),
+            software_versions=long_string(provenance.get("ibisagent", "unknown")),
             device_serial_number="1",
             content_label="IBISAGENT",
             series_description="Masks by ibisagent, not for clinical use",
@@ -200,7 +200,7 @@ def _report(
                 ),
                 finding_type=hd.sr.CodedConcept(kind.CodeValue, kind.CodingSchemeDesignator, kind.CodeMeaning),
                 algorithm_id=hd.sr.AlgorithmIdentification(
-                    _algorithm(provenance), _short(provenance.get("ibisagent", "?"))
+                    makers(provenance), long_string(provenance.get("ibisagent", "?"))
                 ),
                 measurements=[
                     hd.sr.Measurement(name=name, value=round(float(value), 4), unit=unit)
@@ -247,9 +247,9 @@ def _description(hd: Any, number: int, name: str, colour: Rgb, provenance: Mappi
         display_color=hd.color.CIELabColor.from_rgb(*colour),
         algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
         algorithm_identification=hd.AlgorithmIdentificationSequence(
-            name=_algorithm(provenance),
+            name=makers(provenance),
             family=codes.cid7162.ArtificialIntelligence,
-            version=_short(provenance.get("ibisagent", "unknown")),
+            version=long_string(provenance.get("ibisagent", "unknown")),
         ),
         tracking_uid=hd.UID(),
         tracking_id=name[:64],
@@ -263,17 +263,6 @@ def _description(hd: Any, number: int, name: str, colour: Rgb, provenance: Mappi
 
 def _concept(hd: Any, code: Code) -> Any:
     return hd.sr.CodedConcept(code.value, code.scheme, code.meaning)
-
-
-def _algorithm(provenance: Mapping[str, str]) -> str:
-    """Policy and segmenter, without the folders that a path may hold."""
-    parts = [provenance.get(part, "").rsplit("/", 1)[-1] for part in ("policy", "segmenter")]
-    return _short(" with ".join(part for part in parts if part) or "ibisagent")
-
-
-def _short(text: str) -> str:
-    """As DICOM's long strings are: 64 characters, no backslash."""
-    return text.replace("\\", "/")[:64]
 
 
 def _highdicom(path: Path) -> Any:

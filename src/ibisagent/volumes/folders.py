@@ -9,9 +9,8 @@ from typing import Any
 
 from ibisagent.errors import DataError
 from ibisagent.files import one_line
-from ibisagent.volumes.headers import check_image, first_number, is_no_image, numbers, read_header
+from ibisagent.volumes.headers import check_image, first_number, is_no_image, may_be_dicom, numbers, read_header
 
-_SUFFIXES = (".dcm", ".dicom", ".ima")
 _LONGEST_LIST = 400  # characters
 
 
@@ -41,7 +40,7 @@ def images_below(folder: Path) -> Images:
     not told. Passed over and told are: what is named as DICOM and is none, what cannot be read, and an instance that
     was there already.
     """
-    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and _may_be_dicom(file))
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and may_be_dicom(file))
     images = images_of(files)
     if not images.headers:
         raise DataError(
@@ -136,7 +135,7 @@ def files_by_series(folder: Path) -> list[list[Path]]:
     found: dict[str, list[Path]] = {}
     ranks: dict[str, tuple[bool, float, str]] = {}
     for file in sorted(folder.rglob("*")):
-        if file.name.startswith("._") or not file.is_file() or not _may_be_dicom(file):
+        if file.name.startswith("._") or not file.is_file() or not may_be_dicom(file):
             continue
         try:
             header = read_header(file)
@@ -147,11 +146,6 @@ def files_by_series(folder: Path) -> list[list[Path]]:
         rank = is_no_image(header), first_number(header.get("SeriesNumber")), uid
         ranks[uid] = min(ranks.get(uid, rank), rank)
     return [found[uid] for uid in sorted(found, key=lambda uid: ranks[uid])]
-
-
-def _may_be_dicom(file: Path) -> bool:
-    with file.open("rb") as opened:
-        return opened.read(132)[128:] == b"DICM" or file.suffix.lower() in _SUFFIXES
 
 
 def _instance(header: Any) -> tuple[Any, ...] | None:

@@ -6,7 +6,7 @@ import logging
 import threading
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from ibisagent.errors import DataError, IbisError, TooLargeError
 from ibisagent.files import one_line
 from ibisagent.imaging import limits
 
+SUFFIXES = (".dcm", ".dicom", ".ima")
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
+STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
 _MEDIA_DIRECTORY = "1.2.840.10008.1.3.10"
 _WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
 _COPIES = 4  # of an inflated file that pydicom and its decoders hold at a time
@@ -25,6 +27,33 @@ _CHUNK = 2**20
 _process_wide = threading.Lock()  # warning filters and log levels belong to the whole process
 _OF_PYTHON = (AttributeError, TypeError, KeyError, IndexError, AssertionError, RecursionError, UnicodeError)
 _OF_CONVERSIONS = ("invalid literal", "could not convert", "cannot convert", "cannot reshape", "setting an array")
+
+
+def has_preamble(path: Path) -> bool:
+    """Whether a file begins as DICOM files do; some older ones do not."""
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def may_be_dicom(path: Path) -> bool:
+    """By its beginning or its name, unread."""
+    return has_preamble(path) or path.suffix.lower() in SUFFIXES
+
+
+def is_of_class(path: Path, *classes: str) -> bool:
+    """Whether the file is DICOM of one of these SOP classes."""
+    return has_preamble(path) and str(read_header(path).get("SOPClassUID", "")) in classes
+
+
+def long_string(text: str) -> str:
+    """As DICOM's long strings are: 64 characters, no backslash."""
+    return text.replace("\\", "/")[:64]
+
+
+def makers(provenance: Mapping[str, str]) -> str:
+    """Policy and segmenter as a long string, without the folders that a path may hold."""
+    parts = [provenance.get(part, "").rsplit("/", 1)[-1] for part in ("policy", "segmenter")]
+    return long_string(" with ".join(part for part in parts if part) or "ibisagent")
 
 
 def read_header(path: Path) -> Any:

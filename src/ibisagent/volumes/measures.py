@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ import cv2
 import numpy as np
 
 from ibisagent.domain import Mask
-from ibisagent.files import csv_text, write_whole
+from ibisagent.files import csv_text, write_json, write_whole
 from ibisagent.volumes.views import SliceView
 
 
@@ -74,7 +73,7 @@ def write_measures(measured: Mapping[str, Measures], name: str, path: Path) -> N
     """Write {target: Measures} of the volume called `name` as `.json` or `.csv`, as the path says."""
     rows = {target: asdict(values) for target, values in measured.items()}
     if path.suffix == ".json":
-        write_whole((json.dumps({"volume": name, "measures": rows}, indent=1) + "\n").encode(), path)
+        write_json({"volume": name, "measures": rows}, path)
         return
     columns = [column for column in Measures.__dataclass_fields__ if column != "slices"]
     table: list[list[object]] = [["volume", "target", *columns, "first_slice", "last_slice"]]

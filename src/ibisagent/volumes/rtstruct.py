@@ -22,11 +22,10 @@ from ibisagent.errors import DataError
 from ibisagent.files import write_whole
 from ibisagent.volumes.contours import filled, polygons
 from ibisagent.volumes.grid import LPS, Volume, release, scratch_mask
-from ibisagent.volumes.headers import quiet, read_header, turning_damage_into_one_line
+from ibisagent.volumes.headers import STRUCTURE_SET, makers, quiet, turning_damage_into_one_line
 from ibisagent.volumes.sources import Source, dataset_of, describe_source
 from ibisagent.volumes.terms import colours, term
 
-STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
 SERIES_NUMBER = 902
 OFF_SLICE = 0.1
 """Share of the slices' distance by which a contour may lie beside its slice."""
@@ -61,7 +60,7 @@ def write_rtstruct(masks: Mapping[str, np.ndarray], volume: Volume, path: Path, 
                     ReferencedFrameOfReferenceUID=made.FrameOfReferenceUID,
                     ROIName=name[:64],
                     ROIGenerationAlgorithm="AUTOMATIC",
-                    ROIGenerationDescription=_makers(provenance),
+                    ROIGenerationDescription=makers(provenance),
                 )
             )
             made.ROIContourSequence.append(
@@ -80,14 +79,6 @@ def write_rtstruct(masks: Mapping[str, np.ndarray], volume: Volume, path: Path, 
 def check_rtstruct(volume: Volume, path: Path) -> tuple[str, ...]:
     """What of the source will be repaired in a structure set of `volume`, a line each. Raises as `write_rtstruct`."""
     return _placed_source(volume, path).notes
-
-
-def is_rtstruct(path: Path) -> bool:
-    """Whether the file is a DICOM structure set."""
-    with path.open("rb") as file:
-        if file.read(132)[128:] != b"DICM":
-            return False
-    return str(read_header(path).get("SOPClassUID", "")) == STRUCTURE_SET
 
 
 def read_rtstruct(path: Path, volume: Volume) -> dict[str, np.ndarray]:
@@ -195,12 +186,6 @@ def _observation(number: int, name: str) -> Any:
         code = dataset_of(CodeValue=kind.value, CodingSchemeDesignator=kind.scheme, CodeMeaning=kind.meaning)
         item.RTROIIdentificationCodeSequence = [code]
     return item
-
-
-def _makers(provenance: Mapping[str, str]) -> str:
-    """Policy and segmenter, without the folders that a path may hold."""
-    parts = [provenance.get(part, "").rsplit("/", 1)[-1] for part in ("policy", "segmenter")]
-    return (" with ".join(part for part in parts if part) or "ibisagent").replace("\\", "/")[:64]
 
 
 def _outlines(contours: Any, volume: Volume) -> Iterator[np.ndarray]:

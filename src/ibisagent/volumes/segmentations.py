@@ -12,7 +12,6 @@ from ibisagent.imaging import limits
 from ibisagent.volumes.dicom import check_compressed_frames
 from ibisagent.volumes.grid import LPS, Volume, scratch_mask
 from ibisagent.volumes.headers import (
-    SEGMENTATIONS,
     attribute,
     first_item,
     frame_count,
@@ -21,14 +20,6 @@ from ibisagent.volumes.headers import (
     read_header,
     turning_damage_into_one_line,
 )
-
-
-def is_segmentation(path: Path) -> bool:
-    """Whether the file is a DICOM segmentation."""
-    with path.open("rb") as file:
-        if file.read(132)[128:] != b"DICM":
-            return False
-    return str(read_header(path).get("SOPClassUID", "")) in SEGMENTATIONS
 
 
 def read_segmentation(path: Path, volume: Volume) -> dict[str, np.ndarray]:

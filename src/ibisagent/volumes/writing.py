@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from ibisagent.errors import DataError
-from ibisagent.files import appearing_whole, write_whole
+from ibisagent.files import appearing_whole, write_json
 from ibisagent.imaging.images import read_masks, write_mask_png
 from ibisagent.imaging.masks import decode_rle, encode_rle
 from ibisagent.volumes.grid import NiftiOrigin, Volume, places_off_mm, scratch_mask
+from ibisagent.volumes.headers import SEGMENTATIONS, STRUCTURE_SET, is_of_class
 from ibisagent.volumes.label_maps import SEGMENTATION, label_names
 
 RLE_FORMAT = "ibisagent volume masks"
@@ -83,7 +84,7 @@ def write_png_stack(mask: np.ndarray, volume: Volume, folder: Path) -> None:
         try:
             for k in range(volume.shape[2]):
                 write_mask_png(np.ascontiguousarray(mask[:, :, k].T).astype(bool), part / f"slice-{k:04d}.png")
-            write_whole((json.dumps(_grid(volume), indent=1) + "\n").encode(), part / _GRID_FILE)
+            write_json(_grid(volume), part / _GRID_FILE)
             part.chmod(0o755)
             if (folder / _GRID_FILE).is_file():
                 shutil.rmtree(folder)
@@ -107,7 +108,7 @@ def write_rle(masks: Mapping[str, np.ndarray], volume: Volume, path: Path) -> No
         for name, mask in masks.items()
     }
     content = {"format": RLE_FORMAT, "version": 1, **_grid(volume), "masks": coded}
-    write_whole((json.dumps(content, indent=1) + "\n").encode(), path)
+    write_json(content, path)
 
 
 def read_volume_masks(path: str | Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -146,13 +147,13 @@ def masks_on(volume: Volume, path: str | Path) -> dict[str, np.ndarray]:
     differ otherwise: a mask is never resampled.
     """
     from ibisagent.volumes import is_volume
-    from ibisagent.volumes.rtstruct import is_rtstruct, read_rtstruct
-    from ibisagent.volumes.segmentations import is_segmentation, read_segmentation
+    from ibisagent.volumes.rtstruct import read_rtstruct
+    from ibisagent.volumes.segmentations import read_segmentation
 
     path = Path(path)
-    if path.is_file() and is_volume(path) and is_segmentation(path):
+    if path.is_file() and is_volume(path) and is_of_class(path, *SEGMENTATIONS):
         return read_segmentation(path, volume)
-    if path.is_file() and is_volume(path) and is_rtstruct(path):
+    if path.is_file() and is_volume(path) and is_of_class(path, STRUCTURE_SET):
         return read_rtstruct(path, volume)
     masks, affine = read_volume_masks(path)
     if volume.oriented:

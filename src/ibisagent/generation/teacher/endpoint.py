@@ -17,13 +17,14 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import openai
 
 from ibisagent.domain import Box, Click, Undo
 from ibisagent.errors import ConfigError, DataError, PolicyError
 from ibisagent.files import make_folder, one_line, write_whole
+from ibisagent.generation.config import EndpointConfig
 from ibisagent.generation.teacher.base import Refusal, Thought
 from ibisagent.generation.teacher.visual_facts import TeacherContext, VisualFacts
 from ibisagent.policies.endpoint import png_data_url
@@ -55,45 +56,10 @@ _SCHEMA = {
 }
 
 
-class EndpointSettings(Protocol):
-    """What the teacher is told; see `generation.config.EndpointConfig`."""
-
-    @property
-    def url(self) -> str: ...  # noqa: D102
-    @property
-    def model(self) -> str: ...  # noqa: D102
-    @property
-    def images(self) -> bool: ...  # noqa: D102
-    @property
-    def structured(self) -> bool: ...  # noqa: D102
-    @property
-    def max_tokens(self) -> int: ...  # noqa: D102
-    @property
-    def temperature(self) -> float: ...  # noqa: D102
-    @property
-    def concurrency(self) -> int: ...  # noqa: D102
-    @property
-    def requests_per_minute(self) -> float: ...  # noqa: D102
-    @property
-    def retries(self) -> int: ...  # noqa: D102
-    @property
-    def pause_seconds(self) -> float: ...  # noqa: D102
-    @property
-    def timeout_seconds(self) -> float: ...  # noqa: D102
-    @property
-    def price_in(self) -> float: ...  # noqa: D102
-    @property
-    def price_out(self) -> float: ...  # noqa: D102
-    @property
-    def budget(self) -> float | None: ...  # noqa: D102
-    @property
-    def tokens_per_image(self) -> int: ...  # noqa: D102
-
-
 class EndpointTeacher:
     """The teacher. `counts` says how often what happened: asked, cached, retried, and every refusal by its reason."""
 
-    def __init__(self, settings: EndpointSettings, cache: Path, seed: int = 0) -> None:
+    def __init__(self, settings: EndpointConfig, cache: Path, seed: int = 0) -> None:
         """cache: folder of the replies and of what they cost. The key is read from IBIS_API_KEY."""
         if not settings.url.startswith(("http://", "https://")):
             raise ConfigError(f"endpoint url '{settings.url}': give one that begins with http")

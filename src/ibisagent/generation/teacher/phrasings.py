@@ -193,19 +193,6 @@ PHRASINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """Question templates by kind."""
 
-FAMILIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "referring": ("referring",),
-        "reasoning": ("reasoning", "abnormality", "comparison"),
-        "existence": ("existence",),
-        "multiple": ("multiple",),
-        "refinement": ("refinement",),
-        "vqa": ("modality", "organ", "side", "count", "size", "which"),
-        "inconsistency": ("refinement", "wrong side"),
-    }
-)
-"""Kinds of question by family."""
-
 
 def phrasings(kind: str, *, held_out: bool) -> list[tuple[int, str]]:
     """The (number, template) of `kind` that are for training, or those that are kept for evaluation."""

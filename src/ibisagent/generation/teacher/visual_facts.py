@@ -14,9 +14,6 @@ from ibisagent.imaging.masks import iou
 
 TurnKind = Literal["first", "missed", "leaked", "wrong", "undo", "done", "absent", "words", "unrelated", "claim"]
 WELL_COVERED = 0.91
-TURN_KINDS: tuple[TurnKind, ...] = (
-    "first", "missed", "leaked", "wrong", "undo", "done", "absent", "words", "unrelated", "claim",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +128,9 @@ def first_facts(name: str, image: Image, ground_truth: Mask, prompt: Prompt) -> 
     """What is seen before the first prompt on an object."""
     facts = object_facts(name, image, ground_truth)
     if isinstance(prompt, Click) and not facts.get("place"):
-        facts = {**facts, "side": "in its middle" if _central(prompt, ground_truth) else ""}
+        central = side_of(prompt.x, prompt.y, ground_truth) == "in the middle"
+        facts = {**facts, "side": "in its middle" if central else ""}
     return VisualFacts(name, "first", boxed=isinstance(prompt, Box), **facts)
-
-
-def _central(click: Click, ground_truth: Mask) -> bool:
-    return side_of(click.x, click.y, ground_truth) == "in the middle"
 
 
 def error_facts(name: str, image: Image, ground_truth: Mask, current: Mask, prompt: Prompt) -> VisualFacts:

@@ -73,7 +73,7 @@ class SegmentationLoop(AgentLoopBase):  # type: ignore[misc]  # verl is not type
         self._weights = weights_of(plain, "agent loop ibisagent")
 
     async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> AgentLoopOutput:
-        """Play one rollout. kwargs: a record of `generation.exports.read_verl` as verl's dataset passes it on.
+        """Play one rollout. kwargs: a record of `generation.exports.VERL_SCHEMA`, as verl's dataset passes it on.
 
         DataError for a record that is none of ours, SegmenterError and PolicyError when machinery fails.
         """

@@ -18,10 +18,11 @@ from skimage.segmentation import felzenszwalb
 from ibisagent.domain import Box, Case, Click, Mask, Prompt
 from ibisagent.errors import DataError
 from ibisagent.imaging.clicks import bounding_box, interior_depth, next_click
+from ibisagent.imaging.masks import CORRUPTIONS, corrupt
+from ibisagent.segmenters.backbone_sizes import SIDE as VIEW_SIDE
 from ibisagent.segmenters.context_features import places_seen
 from ibisagent.segmenters.letterbox import prompt_maps
-from ibisagent.training.views import SIDE as VIEW_SIDE
-from ibisagent.training.views import FeatureCache
+from ibisagent.training.images import FeatureCache
 
 STORED_SIDE = 512  # images are kept in memory at this longer side
 TARGET = "object"
@@ -182,19 +183,10 @@ def jittered_box(ground_truth: Mask, random: np.random.Generator, spread: float)
 
 def corrupted(ground_truth: Mask, random: np.random.Generator) -> Mask:
     """A corrupted start mask: eroded, dilated, shifted or with a bite taken out."""
-    kind, side = random.integers(4), ground_truth.shape[0]
-    radius = int(random.integers(1, max(2, side // 20)))
-    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
-    if kind == 0:
-        return cv2.erode(ground_truth.astype(np.uint8), kernel) > 0
-    if kind == 1:
-        return cv2.dilate(ground_truth.astype(np.uint8), kernel) > 0
-    if kind == 2:
-        return np.roll(ground_truth, random.integers(-2 * radius, 2 * radius + 1, size=2), axis=(0, 1))
-    x, y = _random_pixel(ground_truth, random)
-    bite = np.zeros_like(ground_truth, dtype=np.uint8)
-    cv2.circle(bite, (x, y), 2 * radius, 1, cv2.FILLED)
-    return ground_truth & (bite == 0) if random.random() < 0.5 else ground_truth | (bite > 0)
+    kind = random.choice(CORRUPTIONS, p=[0.25, 0.25, 0.25, 0.125, 0.125])
+    radius = int(random.integers(1, max(2, ground_truth.shape[0] // 20)))
+    move = random.integers(-2 * radius, 2 * radius + 1, size=2)
+    return corrupt(ground_truth, kind, radius, _random_pixel(ground_truth, random), (move[0], move[1]))
 
 
 def coarsened(probability: np.ndarray, random: np.random.Generator) -> np.ndarray:

@@ -5,8 +5,6 @@ The training pass is also the step of the simulated episode (see `states`), so s
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
@@ -21,7 +19,7 @@ from torch.nn import functional as F
 from ibisagent.config import Paths, Recipe
 from ibisagent.domain import Click, Image
 from ibisagent.errors import ConfigError, DataError
-from ibisagent.files import try_folder
+from ibisagent.files import appearing_whole, try_folder, write_json
 from ibisagent.imaging.clicks import bounding_box, next_click
 from ibisagent.imaging.masks import iou
 from ibisagent.segmenters.click_network import ClickNetwork
@@ -39,9 +37,8 @@ from ibisagent.training.click.states import (
     new_state,
     pairs_from,
 )
-from ibisagent.training.images import read_training_cases, sha256_of
+from ibisagent.training.images import FeatureCache, read_training_cases, sha256_of
 from ibisagent.training.loop import Report, TrainingRun, ignore_progress, warn_without_metrics
-from ibisagent.training.views import FeatureCache
 
 FEATURE_DROPOUT = 0.1  # of the context features' channels in each example, against learning images by heart
 REPEATED_PASSES = 0.15  # of the steps of an episode bring no click, only the mask of the pass before
@@ -301,9 +298,8 @@ def save_weights(network: ClickNetwork, out: Path, recipe: dict[str, Any], quali
 
     tensors = {name: tensor.half().cpu().contiguous() for name, tensor in network.state_dict().items()}
     weights = out / "ibis-click.safetensors"
-    temporary = weights.with_suffix(".tmp")
-    save_file(tensors, temporary)
-    os.replace(temporary, weights)
+    with appearing_whole(weights) as part:
+        save_file(tensors, part)
     description = {"network": network.config.to_dict(), "quality": quality, "trained": recipe}
-    (out / "ibis-click.json").write_text(json.dumps(description, indent=1) + "\n")
+    write_json(description, out / "ibis-click.json")
     return weights

@@ -33,16 +33,16 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.generic import ModelOutput
 
 from ibisagent import files
-from ibisagent.domain import Image, Observation, Wording
+from ibisagent.domain import Observation, Wording
 from ibisagent.environment import package_version
-from ibisagent.errors import ConfigError, DataError, PolicyError
+from ibisagent.errors import ConfigError, PolicyError
 from ibisagent.files import one_line
 from ibisagent.generation.exports import TRAINING_TEMPLATE
-from ibisagent.imaging.images import read_image
 from ibisagent.policies import load_policy
 from ibisagent.policies.mllm import MllmPolicy
 from ibisagent.protocol import History, Message, OverlayStyle, render
 from ibisagent.training.finetune.recipes import StageRecipe
+from ibisagent.training.nano.trainer import CHAT_TEMPLATE
 
 RECIPE_NAME = "recipe.json"
 FREE_TO_CHANGE = {
@@ -63,27 +63,8 @@ Report = Callable[[int, int, Mapping[str, float]], None]
 
 # ------------------------------------------------------------------------------------------- models and their words
 
-NANO_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- if message['content'] is string -%}{%- set parts = [{'type': 'text', 'text': message['content']}] -%}"
-    "{%- else -%}{%- set parts = message['content'] -%}{%- endif -%}"
-    "{%- if message['role'] == 'assistant' -%}{{- '<|assistant|>' -}}"
-    "{%- if message.get('loss', true) is false -%}"
-    "{%- for part in parts -%}{{- part['text'] -}}{%- endfor -%}{{- '<|end|>' -}}"
-    "{%- else -%}"
-    "{%- generation -%}{%- for part in parts -%}{{- part['text'] -}}{%- endfor -%}"
-    "{%- for call in message.get('tool_calls') or [] -%}"
-    "{{- call['function']['name'] + (call['function']['arguments'] | tojson) -}}"
-    "{%- endfor -%}{{- '<|end|>' -}}{%- endgeneration -%}"
-    "{%- endif -%}"
-    "{%- else -%}{{- '<|system|>' if message['role'] == 'system' else '<|user|>' -}}"
-    "{%- for part in parts -%}{{- '<image>' if part['type'] == 'image' else part['text'] -}}{%- endfor -%}"
-    "{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
-)
-"""ibis-nano's own chat template, which also masks what is not to be learned and shows role "tool" like "user"."""
-
 _TEMPLATES = {
-    "ibis_nano": NANO_TEMPLATE,
+    "ibis_nano": CHAT_TEMPLATE,
     "qwen2_vl": TRAINING_TEMPLATE,
     "qwen2_5_vl": TRAINING_TEMPLATE,
     "qwen3_vl": TRAINING_TEMPLATE,
@@ -209,21 +190,6 @@ def lora_config(student: Student, recipe: StageRecipe) -> LoraConfig | None:
     ]
     settings = recipe.lora
     return LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets)
-
-
-def find_image(source: str, folder: Path, sha256: str = "") -> Image:
-    """The image that a record in `folder` names, where it says or relative to the folder or the one above.
-
-    DataError if it is not there, or is not the one with the hash `sha256`.
-    """
-    places = [Path(source), folder / source, folder.parent / source]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
-        raise DataError(f"{source}: is not there, and {folder} needs it; put it back or build the data again")
-    image = read_image(found)
-    if sha256 and image.sha256 != sha256:
-        raise DataError(f"{found}: is not the image that {folder} was made with; build the data again")
-    return image
 
 
 # -------------------------------------------------------------------------------- models with logits of their own

@@ -31,8 +31,8 @@ from ibisagent.domain import Case, Completion, Episode, Observation
 from ibisagent.environment import SegmentationEnv, turn_limit
 from ibisagent.errors import ConfigError, DataError, PolicyError, SegmenterError
 from ibisagent.files import try_folder
-from ibisagent.generation.exports import read_grpo
-from ibisagent.imaging.masks import decode_rle, iou
+from ibisagent.generation.exports import prompt_case, read_grpo
+from ibisagent.imaging.masks import iou
 from ibisagent.query import target_of
 from ibisagent.rewards import RewardWeights, Score, match_names, score
 from ibisagent.segmenters import Segmenter, load_segmenter
@@ -41,7 +41,6 @@ from ibisagent.training.finetune.common import (
     LogCallback,
     Report,
     Student,
-    find_image,
     load_student,
     lora_config,
     run,
@@ -80,19 +79,7 @@ class _Questions(Sequence[Case]):
     def __getitem__(self, index: Any) -> Any:
         """The case of one question."""
         record = self._records[index]
-        image = find_image(record["image"], self._folder, record["image_sha256"])
-        targets = {entry["name"]: decode_rle(entry) for entry in record["targets"]}
-        targets |= {name: np.zeros(image.size, dtype=bool) for name in record["absent"]}
-        return Case(
-            record["id"],
-            image,
-            record["query"],
-            targets or None,
-            {entry["name"]: decode_rle(entry) for entry in record["start"]},
-            record["answer"],
-            record["patient"],
-            {"dataset": record["dataset"], "modality": record["modality"], "family": record["family"]},
-        )
+        return prompt_case(record["id"], record["query"], record, self._folder)
 
 
 def read_training_cases(recipe: RlRecipe) -> Sequence[Case]:

@@ -15,29 +15,25 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import cv2
 import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image as PillowImage
 from pydantic import Field
-from torch.nn import functional as F
 from transformers.utils.chat_template_utils import render_jinja_template
 from trl import SFTConfig, SFTTrainer
 
 from ibisagent.domain import Episode, Image, Mask, Observation, union
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.files import try_folder
-from ibisagent.generation.exports import Conversation, read_trl
+from ibisagent.generation.exports import Conversation, find_image, read_trl
 from ibisagent.imaging.images import read_image
-from ibisagent.policies.nano_input import LOCATIONS
 from ibisagent.protocol import History, Message
 from ibisagent.store import EpisodeStore, StoredEpisodes
 from ibisagent.training.finetune.common import (
     LogCallback,
     Report,
     Student,
-    find_image,
     load_student,
     lora_config,
     run,
@@ -46,7 +42,8 @@ from ibisagent.training.finetune.common import (
     without_library_warnings,
 )
 from ibisagent.training.finetune.recipes import StageRecipe
-from ibisagent.training.nano.curriculum import plainly
+from ibisagent.training.loop import map_losses
+from ibisagent.training.nano.curriculum import plainly, region_target
 
 UNLEARNED = -100  # label of a token without loss
 _IMAGES_KEPT = 64  # decoded, for the episodes of one image
@@ -234,14 +231,7 @@ class RegionMap:
 
     def targets(self, example: Example) -> torch.Tensor:
         """(images, LOCATIONS, LOCATIONS): share of each cell that is object; -1 where the object is unknown."""
-        unknown = np.full((LOCATIONS, LOCATIONS), -1, np.float32)
-        maps = [
-            unknown
-            if wanted is None
-            else cv2.resize(wanted.astype(np.float32), (LOCATIONS, LOCATIONS), interpolation=cv2.INTER_AREA)
-            for wanted in example.objects
-        ]
-        return torch.from_numpy(np.stack(maps))
+        return torch.from_numpy(np.stack([region_target(wanted) for wanted in example.objects]))
 
     def loss(self, output: Any, targets: torch.Tensor) -> torch.Tensor:
         """Mean over the images whose object is known; 0 if there is none."""
@@ -251,10 +241,7 @@ class RegionMap:
         logits, wanted = output.region_logits.float()[known], targets[known]
         if not len(wanted):
             return output.region_logits.sum() * 0
-        inside = logits.sigmoid()
-        shared = 2 * (inside * wanted).sum((1, 2)) + 1
-        overlap = shared / (inside.sum((1, 2)) + wanted.sum((1, 2)) + 1)
-        return F.binary_cross_entropy_with_logits(logits, wanted) + (1 - overlap).mean()
+        return sum(map_losses(logits, wanted), logits.new_zeros(()))
 
 
 SIDE_TASKS: Mapping[str, Callable[[], SideTask]] = {"region": RegionMap}

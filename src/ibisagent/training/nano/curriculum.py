@@ -176,6 +176,13 @@ def depth_distribution(region: Mask, power: float = 1.0) -> np.ndarray:
     return (cells / max(float(cells.sum()), 1e-9)).astype(np.float32)
 
 
+def region_target(mask: Mask | None) -> np.ndarray:
+    """(LOCATIONS, LOCATIONS) float32: the share of each cell that is object; -1 where the object is unknown."""
+    if mask is None:
+        return np.full((LOCATIONS, LOCATIONS), -1, np.float32)
+    return cv2.resize(mask.astype(np.float32), (LOCATIONS, LOCATIONS), interpolation=cv2.INTER_AREA)
+
+
 def corner_distribution(x: float, y: float, spread: float = 0.7) -> np.ndarray:
     """(LOCATIONS, LOCATIONS) float32 that sums to 1: a bump of `spread` cells around view pixel (x, y)."""
     row, column = np.mgrid[:LOCATIONS, :LOCATIONS] + 0.5

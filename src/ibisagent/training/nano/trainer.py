@@ -12,7 +12,6 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, Self
 
-import cv2
 import numpy as np
 import torch
 from pydantic import Field, model_validator
@@ -42,9 +41,16 @@ from ibisagent.training.backbone import BackboneRecipe
 from ibisagent.training.backbone import train as train_backbone
 from ibisagent.training.click.states import is_development
 from ibisagent.training.images import TrainingImages, context_features, read_training_cases
-from ibisagent.training.loop import Report, TrainingRun, ignore_progress, run_to_the_end, warn_without_metrics
-from ibisagent.training.nano import curriculum as curriculum
-from ibisagent.training.nano.curriculum import CELL, VIEW, Curriculum, Example, Pair, pairs_of
+from ibisagent.training.loop import (
+    Report,
+    TrainingRun,
+    ignore_progress,
+    map_losses,
+    run_to_the_end,
+    warn_without_metrics,
+)
+from ibisagent.training.nano import curriculum
+from ibisagent.training.nano.curriculum import CELL, VIEW, Curriculum, Example, Pair, pairs_of, region_target
 from ibisagent.training.nano.on_policy import OnPolicyStates
 from ibisagent.training.nano.vocabulary import write_vocabulary
 
@@ -64,12 +70,20 @@ CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message['content'] is string -%}{%- set parts = [{'type': 'text', 'text': message['content']}] -%}"
     "{%- else -%}{%- set parts = message['content'] -%}{%- endif -%}"
-    "{%- if message['role'] == 'assistant' -%}<|assistant|>{%- generation -%}"
-    "{%- for part in parts -%}{{ part['text'] }}{%- endfor -%}<|end|>{%- endgeneration -%}"
-    "{%- else -%}{{ '<|system|>' if message['role'] == 'system' else '<|user|>' }}"
-    "{%- for part in parts -%}{{ '<image>' if part['type'] == 'image' else part['text'] }}{%- endfor -%}"
-    "{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
+    "{%- if message['role'] == 'assistant' -%}{{- '<|assistant|>' -}}"
+    "{%- if message.get('loss', true) is false -%}"
+    "{%- for part in parts -%}{{- part['text'] -}}{%- endfor -%}{{- '<|end|>' -}}"
+    "{%- else -%}"
+    "{%- generation -%}{%- for part in parts -%}{{- part['text'] -}}{%- endfor -%}"
+    "{%- for call in message.get('tool_calls') or [] -%}"
+    "{{- call['function']['name'] + (call['function']['arguments'] | tojson) -}}"
+    "{%- endfor -%}{{- '<|end|>' -}}{%- endgeneration -%}"
+    "{%- endif -%}"
+    "{%- else -%}{{- '<|system|>' if message['role'] == 'system' else '<|user|>' -}}"
+    "{%- for part in parts -%}{{- '<image>' if part['type'] == 'image' else part['text'] -}}{%- endfor -%}"
+    "{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
+"""Marks what is to be learned, without replies of which a message says "loss": false; role "tool" reads like "user"."""
 
 
 def build_processor(names: Sequence[str], words: int = 1280) -> IbisNanoProcessor:
@@ -191,16 +205,9 @@ def losses(
 def region_losses(region_logits: torch.Tensor, examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the maps of the objects asked for, (N, LOCATIONS, LOCATIONS) logits: cross-entropy of each cell, and overlap,
     1 less soft Dice. Examples that ask for no region count nothing."""
-    regions = [cv2.resize(e.ground_truth.astype(np.float32), (LOCATIONS,) * 2, interpolation=cv2.INTER_AREA)
-               if e.ground_truth is not None else np.full((LOCATIONS,) * 2, -1, np.float32)
-               for e in examples]  # fmt: skip
-    target = torch.from_numpy(np.stack(regions))
+    target = torch.from_numpy(np.stack([region_target(example.ground_truth) for example in examples]))
     known = target[:, 0, 0] >= 0
-    region_logits, target = region_logits.float()[known], target[known]
-    region = F.binary_cross_entropy_with_logits(region_logits, target)
-    inside = region_logits.sigmoid()
-    overlap = 1 - (2 * (inside * target).sum((1, 2)) + 1) / (inside.sum((1, 2)) + target.sum((1, 2)) + 1)
-    return region, overlap.mean()
+    return map_losses(region_logits.float()[known], target[known])
 
 
 @torch.no_grad()

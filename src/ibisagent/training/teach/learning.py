@@ -67,7 +67,8 @@ class _Run(TrainingRun):
     free = frozenset({"out", "workers", "folds", "adapter"})
 
     def __init__(self, recipe: PartRecipe, source: CaseSource, start: Path) -> None:
-        self.recipe, self.goal = recipe, recipe.examples
+        images = TrainingImages.of(source, absent=True)
+        self.recipe, self.goal, self.learned_from = recipe, recipe.examples, images.sha256
         torch.manual_seed(recipe.seed)
         self.processor, self.network = load(start)
         self.average = deepcopy(self.network).eval()
@@ -77,7 +78,7 @@ class _Run(TrainingRun):
             learned, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98)
         )
         self.resume()
-        self.curriculum = _MapCurriculum(TrainingImages.of(source, absent=True), recipe.seed + self.step)
+        self.curriculum = _MapCurriculum(images, recipe.seed + self.step)
 
     def go(self, report: Callable[[int], None]) -> None:
         """Learn to the end."""
