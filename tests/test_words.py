@@ -62,7 +62,7 @@ PROSE = {
     r"pictures?": "image",
     r"(?:un)?learnt": "learned",
     r"persons?": "user",
-    r"(?<!ground )truths?": "ground truth",
+    r"(?<!ground[ -])truths?": "ground truth",
     r"settling": "convergence",
     r"own[-_]turns": "on-policy",
     r"in words(?! alone)": "as text, text-only",
