@@ -545,8 +545,8 @@ def test_a_window_of_a_scan_changes_nothing_but_the_view(page: Any, tmp_path: Pa
     click(page, 18, 28)
     until(page, lambda: turns(page) == 1 and shown(page).any(), "the slice has no mask")
     mask = shown(page)
-    page.click("#window input")
-    page.locator("#windows li", has_text="liver").click()
+    page.select_option("#window select", "liver")
+    assert page.input_value("#window input") == "liver"
     until(page, lambda: is_slice("liver", 10), "it is another window")
     assert turns(page) == 1
     assert np.array_equal(shown(page), mask)

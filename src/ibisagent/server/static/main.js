@@ -8,6 +8,7 @@ import * as panel from "/static/panel.js";
 import { listen } from "/static/pointer.js";
 import * as queue from "/static/queue.js";
 import * as scan from "/static/scan.js";
+import { clamp } from "/static/stage.js";
 import * as teach from "/static/teach.js";
 
 const FAST = 100; // ms: slower clicks have no preview
@@ -75,15 +76,13 @@ function show(view) {
 // The same; of a scan, with the masks as they lie in the volume.
 async function told(view) {
   show(view);
-  if (!app.scan) return;
-  await scan.showSlice(true);
-  scan.countShown();
+  if (app.scan) await scan.showAxis(true);
 }
 
 // Whether what is open now is still open later: the item, and of a scan the slice.
 function standing() {
-  const { item } = app, place = app.scan && JSON.stringify(scan.where());
-  return () => app.item === item && (!place || (app.scan && JSON.stringify(scan.where()) === place));
+  const place = () => JSON.stringify([app.item?.id, app.scan && scan.where()]), then = place();
+  return () => place() === then;
 }
 
 // Acting.
@@ -264,15 +263,14 @@ function place() {
 function moveCross(dx, dy) {
   if (!stage.width) return;
   const { x, y } = stage.cross || { x: Math.floor(stage.width / 2), y: Math.floor(stage.height / 2) };
-  const within = (value, most) => Math.max(0, Math.min(most - 1, value));
-  stage.setMarks({ cross: { x: within(x + dx, stage.width), y: within(y + dy, stage.height) } });
+  stage.setMarks({ cross: { x: clamp(x + dx, 0, stage.width - 1), y: clamp(y + dy, 0, stage.height - 1) } });
   stage.reveal(stage.cross);
   say(`x ${stage.cross.x}, y ${stage.cross.y}; press x to act there.`);
 }
 
 addEventListener("keydown", (event) => {
   const at = event.target, control = event.ctrlKey || event.metaKey, key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
-  if (event.altKey || $("keys").open || at.matches("input[type=text], .combo input, select")) return event.key === "Escape" && at.blur();
+  if (event.altKey || $("keys").open || at.matches("input[type=text], select")) return event.key === "Escape" && at.blur();
   const arrow = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[key];
   let done = DO[key];
   if (control) done = key === "z" ? DO[event.shiftKey ? "r" : "u"] : key === "y" ? DO.r : null;
@@ -299,13 +297,11 @@ function wire() {
   $("home").onclick = (event) => { event.preventDefault(); queue.load().then(() => shown(null)); };
   $("ask").onsubmit = (event) => { event.preventDefault(); $("image").focus(); run().catch(report); };
   $("new-object").onsubmit = (event) => { event.preventDefault(); if ($("target").value.trim()) acts.choose($("target").value.trim()); $("target").value = ""; $("image").focus(); };
-  for (const button of document.querySelectorAll("[data-tool]")) button.onclick = tool(button.dataset.tool);
-  $("opacity").oninput = () => { stage.setOpacity(Number($("opacity").value) / 100); localStorage.setItem("opacity", $("opacity").value); };
+  for (const button of document.querySelectorAll("#tools [data-tool]")) button.onclick = tool(button.dataset.tool);
+  $("opacity").oninput = () => { stage.setOpacity($("opacity").value / 100); keep("opacity", $("opacity").value); };
   $("radius").oninput = () => { $("radius-value").value = $("radius").value; if (stage.cursor) stage.setMarks({ cursor: { ...stage.cursor, radius: acts.radius() } }); };
   $("marks").onchange = panel.showMasks;
-  Object.assign($("opacity"), { value: localStorage.getItem("opacity") || 40 }).dispatchEvent(new Event("input"));
-  Object.assign($("radius"), { value: 8 }).dispatchEvent(new Event("input"));
-  for (const id of ["file", "folder"]) $(id).onkeydown = (event) => { if (event.key === "Enter" || event.key === " ") $(id).querySelector("input").click(); };
+  Object.assign($("opacity"), { value: stored("opacity", 40) }).dispatchEvent(new Event("input"));
   const keys = [...KEYS, ["1-8", "choose an object"]].map(([key, what]) => [make("dt", { textContent: key.replace(" ", "space") }), make("dd", { textContent: what })]);
   $("keys").querySelector("dl").append(...keys.flat());
   addEventListener("click", (event) => { // back to the image, so that keys count there
@@ -328,7 +324,6 @@ async function begin() {
   scan.begin(panel.render, () => say(summary()));
   panel.begin(acts);
   listen(stage, acts);
-  levels.begin();
   wire();
   const [models] = await Promise.all([get("/v1/models"), queue.load()]);
   app.limits = models.limits;

@@ -1,7 +1,7 @@
 // COCO run lengths: by columns, outside and inside by turns, compressed as the COCO API does.
 
-// [start, length] of the runs inside, over the pixels column by column.
-export function runs({ counts }) {
+// The lengths of the runs, outside and inside by turns.
+function lengthsOf(counts) {
   const lengths = [];
   for (let at = 0; at < counts.length;) {
     let value = 0, shift = 0, chunk;
@@ -13,21 +13,20 @@ export function runs({ counts }) {
     if (chunk & 16) value |= -1 << shift;
     lengths.push(lengths.length > 2 ? value + lengths[lengths.length - 2] : value);
   }
-  const inside = [];
-  let start = 0;
-  lengths.forEach((length, index) => { if (index % 2 && length) inside.push([start, length]); start += length; });
-  return inside;
+  return lengths;
 }
 
-// The same as [x, top, bottom) of vertical bars, column by column.
-export function bars(code) {
-  const height = code.size[0], found = [];
-  for (let [start, length] of runs(code)) {
-    while (length > 0) {
-      const top = start % height, part = Math.min(length, height - top);
-      found.push([Math.floor(start / height), top, top + part]);
-      start += part;
-      length -= part;
+// What is inside, as [x, top, bottom) of vertical bars, column by column.
+export function bars({ size: [height], counts }) {
+  const found = [];
+  let end = 0;
+  for (const [index, length] of lengthsOf(counts).entries()) {
+    let start = end;
+    end += length;
+    while (index % 2 && start < end) { // a run goes on in the next column
+      const x = Math.floor(start / height), top = start % height, bottom = Math.min(height, top + end - start);
+      found.push([x, top, bottom]);
+      start += bottom - top;
     }
   }
   return found;

@@ -3,13 +3,14 @@
 import { $, app, colour, keep, make, stage, target } from "/static/app.js";
 import { renderScan } from "/static/scan.js";
 
+const FILES = [["record", "Record"], ["report", "Report"], ["export", "Everything"], ["training", "Training data"]];
+
 let acts; // { act(path, body, said), choose(name), look(turn) }
 
 export const begin = (given) => { acts = given; };
 
 export function render() {
   const { view, item } = app, open = Boolean(item);
-  $("welcome").hidden = open;
   document.body.classList.toggle("idle", !open);
   document.body.classList.remove("loading");
   document.title = open ? `${item.name} - ibisagent` : "ibisagent";
@@ -24,9 +25,8 @@ export function render() {
     ["accept", open], ["delete", open], ["fit", open], ["turn", open && !busy], ["previous", app.items.length], ["next", app.items.length]]) {
     $(id).disabled = !can;
   }
-  for (const button of document.querySelectorAll("[data-tool]")) button.setAttribute("aria-checked", button.dataset.tool === app.tool);
-  $("image").dataset.tool = app.tool;
-  $("radius-row").hidden = app.tool !== "brush" && app.tool !== "eraser";
+  for (const button of document.querySelectorAll("#tools [data-tool]")) button.setAttribute("aria-checked", button.dataset.tool === app.tool);
+  document.body.dataset.tool = app.tool;
 }
 
 export function showMasks() {
@@ -66,23 +66,16 @@ function rename(name) {
 }
 
 function renderTurns() {
-  const { view } = app, lines = [];
-  const edits = [...(view?.edits || [])];
-  const before = (turn) => { while (edits.length && edits[0].after < turn) lines.push(line("user", edits.shift().what)); };
-  for (const turn of view?.turns || []) { before(turn.number); lines.push(turnLine(turn)); }
-  before(Infinity);
-  $("turns").replaceChildren(...lines);
-  $("history").hidden = !lines.length;
-  $("looking").hidden = app.looking === null;
-  const files = !view ? [] : [["record", "Record"], ["report", "Report"], ["export", "Everything"], ["training", "Training data"]];
-  const links = files.map(([path, text]) => make("a", { href: `/v1/sessions/${view.id}/${path}`, textContent: text, download: "", className: path }));
-  for (const { name } of view ? app.targets : []) {
-    links.push(make("a", { className: "mask", href: `/v1/sessions/${view.id}/mask?target=${encodeURIComponent(name)}`, textContent: `Mask: ${name}`, download: "" }));
-  }
-  $("downloads").replaceChildren(...(links.length ? ["Download: ", ...links] : []));
+  const { view } = app;
+  const turns = (view?.turns || []).map((turn) => ({ after: turn.number, line: turnLine(turn) }));
+  const edits = (view?.edits || []).map(({ after, what }) => ({ after: after + 0.5, line: editLine(what) }));
+  $("turns").replaceChildren(...[...turns, ...edits].sort((a, b) => a.after - b.after).map(({ line }) => line));
+  const masks = app.targets.map(({ name }) => ["mask", `Mask: ${name}`, `mask?target=${encodeURIComponent(name)}`]);
+  const link = ([className, textContent, path = className]) => make("a", { className, textContent, href: `/v1/sessions/${view.id}/${path}`, download: "" });
+  $("downloads").replaceChildren(...(view ? [...FILES, ...masks].map(link) : []));
 }
 
-const line = (by, what) => make("li", { className: by }, make("div", {}, make("b", { textContent: "You " }), make("span", { className: "act", textContent: what })));
+const editLine = (what) => make("li", { className: "user" }, make("div", {}, make("b", { textContent: "You " }), make("span", { className: "act", textContent: what })));
 
 function turnLine(turn) {
   const act = turn.problem ? `could not be read: ${turn.problem}` : turn.actions.map((action) => described(action, turn.by)).join("; ");

@@ -3,10 +3,12 @@
 // acts: tool(), radius(), colour(), click(x, y, positive), box(box, edited), brush(points, radius, add),
 //       hover(place or null), levels(dx, dy, done), slice(step), or null for slice where there are none.
 
+import { clamp } from "/static/stage.js";
+
 export function listen(stage, acts) {
   const { root } = stage;
   const pointers = new Map();
-  let drag = null; // { kind, ... } of the pointer that is down
+  let drag = null; // what a move, and the end, of the pointer that is down does: { move(event, before), done(event) }
 
   root.addEventListener("contextmenu", (event) => event.preventDefault());
 
@@ -15,102 +17,108 @@ export function listen(stage, acts) {
     root.focus({ preventScroll: true });
     root.setPointerCapture(event.pointerId);
     pointers.set(event.pointerId, event);
-    stage.setMarks({ cross: null });
-    if (pointers.size === 2) { stage.setMarks({ draft: null, stroke: null }); drag = { kind: "pinch" }; return; }
-    drag = begun(event, stage.at(event));
-    if (drag.kind === "stroke") stroke(drag, stage.at(event));
+    stage.setMarks({ cross: null, draft: null, stroke: null });
+    drag = pointers.size > 1 ? { move: pinch } : begun(event);
   });
 
-  function begun(event, place) {
+  function begun(event) {
     const tool = acts.tool();
-    if (event.button === 1 || event.shiftKey || tool === "move") return { kind: "pan", x: event.clientX, y: event.clientY };
-    if (event.button === 2) return { kind: "click", positive: false, x: event.clientX, y: event.clientY };
-    if (tool === "levels" || event.altKey) return { kind: "levels", x: event.clientX, y: event.clientY };
-    const corner = stage.grabbed(place);
-    if (corner) return { kind: "box", corner, edited: stage.editable };
-    if (tool === "box") return { kind: "box", corner: place, edited: null };
-    if (tool === "brush" || tool === "eraser") return { kind: "stroke", points: [], add: tool === "brush" };
-    return { kind: "click", positive: tool === "positive", x: event.clientX, y: event.clientY };
+    if (event.button === 1 || event.shiftKey || tool === "move") return { move: pan };
+    if (event.button === 2) return click(event, false);
+    if (tool === "levels" || event.altKey) return levels(event);
+    const place = stage.at(event), opposite = stage.grabbed(place);
+    if (opposite) return box(opposite, stage.editable);
+    if (tool === "box") return box(place, null);
+    if (tool === "brush" || tool === "eraser") return stroke(place, tool === "brush");
+    return click(event, tool === "positive");
   }
 
   root.addEventListener("pointermove", (event) => {
     const before = pointers.get(event.pointerId), tool = acts.tool();
-    if (before && drag?.kind === "pan") { // nothing is asked of the layout, so that a frame stays cheap
-      pointers.set(event.pointerId, event);
-      return stage.pan(event.clientX - before.clientX, event.clientY - before.clientY);
-    }
-    const place = stage.at(event);
     if (before) {
-      if (drag?.kind === "pinch" && pointers.size === 2) pinch(event);
-      else if (drag?.kind === "levels") acts.levels(event.clientX - drag.x, event.clientY - drag.y, false);
-      else if (drag?.kind === "box") stage.setMarks({ draft: boxed(drag.corner, place) });
-      else if (drag?.kind === "stroke") for (const one of event.getCoalescedEvents()) stroke(drag, stage.at(one));
       pointers.set(event.pointerId, event);
+      drag?.move?.(event, before);
     }
-    const brush = tool === "brush" || tool === "eraser";
+    if (drag?.move === pan) return; // nothing is asked of the layout, so that a frame stays cheap
+    const place = stage.at(event), brush = tool === "brush" || tool === "eraser";
     if (brush || stage.cursor) stage.setMarks({ cursor: brush && event.pointerType !== "touch" ? { ...place, radius: acts.radius() } : null });
     acts.hover(!drag && stage.inside(place) ? place : null);
   });
 
   const up = (event) => {
-    if (!pointers.delete(event.pointerId)) return;
-    const done = drag, place = stage.at(event);
-    if (pointers.size) return; // one finger of two
+    if (!pointers.delete(event.pointerId) || pointers.size) return; // one finger of two
+    const { done } = drag;
     drag = null;
     stage.setMarks({ draft: null, stroke: null });
-    if (event.type === "pointercancel" || !done) return;
-    if (done.kind === "levels") acts.levels(event.clientX - done.x, event.clientY - done.y, true);
-    if (done.kind === "stroke" && done.points.length) acts.brush(done.points, acts.radius(), done.add);
-    if (done.kind === "box") {
-      const box = boxed(done.corner, place);
-      if (box.x1 > box.x0 && box.y1 > box.y0) acts.box(box, done.edited);
-    }
-    const still = done.kind === "click" && Math.hypot(event.clientX - done.x, event.clientY - done.y) < 6;
-    if (still && stage.inside(place)) acts.click(Math.floor(place.x), Math.floor(place.y), done.positive);
+    if (event.type === "pointerup") done?.(event);
   };
   root.addEventListener("pointerup", up);
   root.addEventListener("pointercancel", up);
   root.addEventListener("pointerleave", () => { stage.setMarks({ cursor: null }); acts.hover(null); });
 
-  function stroke(one, { x, y }) {
-    const radius = acts.radius();
-    const inside = x > -radius && y > -radius && x < stage.width + radius && y < stage.height + radius;
-    const last = one.points.at(-1);
-    const far = !last || Math.hypot(x - last[0], y - last[1]) >= Math.max(0.5, radius / 8);
-    if (inside && far && one.points.length < 5000) one.points.push([x, y]);
-    const colour = one.add ? acts.colour() + "99" : "#ffffff88";
-    stage.setMarks({ stroke: one.points.length ? { points: one.points, radius, colour } : null });
-  }
+  // What a drag can be.
 
-  // Whole pixels between two corners, inside the image.
-  function boxed(a, b) {
-    const within = (value, most) => Math.max(0, Math.min(most, value));
-    return {
-      kind: "box",
-      x0: within(Math.floor(Math.min(a.x, b.x)), stage.width), x1: within(Math.ceil(Math.max(a.x, b.x)), stage.width),
-      y0: within(Math.floor(Math.min(a.y, b.y)), stage.height), y1: within(Math.ceil(Math.max(a.y, b.y)), stage.height),
-    };
-  }
+  function pan(event, before) { stage.pan(event.clientX - before.clientX, event.clientY - before.clientY); }
 
-  function pinch(event) {
-    const [other] = [...pointers.values()].filter((one) => one.pointerId !== event.pointerId);
-    const before = pointers.get(event.pointerId);
+  function pinch(event, before) {
+    const other = [...pointers.values()].find((one) => one.pointerId !== event.pointerId);
+    if (!other) return;
     const apart = (one) => Math.hypot(one.clientX - other.clientX, one.clientY - other.clientY);
     stage.pan((event.clientX - before.clientX) / 2, (event.clientY - before.clientY) / 2);
     const [x, y] = [(event.clientX + other.clientX) / 2, (event.clientY + other.clientY) / 2];
     if (apart(before) > 0) stage.zoom(apart(event) / apart(before), x, y);
   }
 
+  function click(start, positive) {
+    return { done(event) {
+      const place = stage.at(event), still = Math.hypot(event.clientX - start.clientX, event.clientY - start.clientY) < 6;
+      if (still && stage.inside(place)) acts.click(Math.floor(place.x), Math.floor(place.y), positive);
+    } };
+  }
+
+  function levels(start) {
+    const show = (event, done) => acts.levels(event.clientX - start.clientX, event.clientY - start.clientY, done);
+    return { move: (event) => show(event, false), done: (event) => show(event, true) };
+  }
+
+  function box(corner, edited) {
+    const whole = (a, b, most) => [Math.floor(Math.min(a, b)), Math.ceil(Math.max(a, b))].map((end) => clamp(end, 0, most));
+    const drawn = (event) => {
+      const end = stage.at(event), [x0, x1] = whole(corner.x, end.x, stage.width), [y0, y1] = whole(corner.y, end.y, stage.height);
+      return { kind: "box", x0, y0, x1, y1 };
+    };
+    return {
+      move: (event) => stage.setMarks({ draft: drawn(event) }),
+      done(event) {
+        const found = drawn(event);
+        if (found.x1 > found.x0 && found.y1 > found.y0) acts.box(found, edited);
+      },
+    };
+  }
+
+  function stroke(start, add) {
+    const points = [];
+    const reach = ({ x, y }) => {
+      const radius = acts.radius(), last = points.at(-1);
+      const inside = x > -radius && y > -radius && x < stage.width + radius && y < stage.height + radius;
+      const far = !last || Math.hypot(x - last[0], y - last[1]) >= Math.max(0.5, radius / 8);
+      if (inside && far && points.length < 5000) points.push([x, y]);
+      if (points.length) stage.setMarks({ stroke: { points, radius, colour: add ? acts.colour() + "99" : "#ffffff88" } });
+    };
+    reach(start);
+    return {
+      move(event) { for (const one of event.getCoalescedEvents()) reach(stage.at(one)); },
+      done() { if (points.length) acts.brush(points, acts.radius(), add); },
+    };
+  }
+
   let rest = 0; // of a wheel's way to the next slice
   root.addEventListener("wheel", (event) => {
     event.preventDefault();
     if (!stage.width) return;
-    const lines = event.deltaMode === 1 ? 16 : 1;
-    if (!acts.slice || event.ctrlKey) {
-      stage.zoom(Math.exp(-event.deltaY * lines * (event.ctrlKey ? 0.01 : 0.0015)), event.clientX, event.clientY);
-      return;
-    }
-    rest += event.deltaY * lines;
+    const way = event.deltaY * (event.deltaMode === 1 ? 16 : 1);
+    if (!acts.slice || event.ctrlKey) return stage.zoom(Math.exp(-way * (event.ctrlKey ? 0.01 : 0.0015)), event.clientX, event.clientY);
+    rest += way;
     if (Math.abs(rest) < 30) return;
     acts.slice(Math.sign(rest));
     rest = 0;

@@ -1,12 +1,13 @@
 // The images to label: opened, in a row, worked on ahead by the agent.
 
 import { call, get, post } from "/static/api.js";
-import { $, app, keep, make, report, request, say } from "/static/app.js";
+import { $, app, keep, make, report, request, say, stored } from "/static/app.js";
 
 const AT_ONCE = 2; // images that the agent works on ahead
 const IMAGES = /\.(png|jpe?g|tiff?|bmp)$/i;
 const SCANS = /\.(nii|nii\.gz|mha|mhd|nrrd)$/i;
 const DICOM = /\.(dcm|dicom|ima)$/i;
+const PATHS = { image: "/v1/sessions", scan: "/v1/scans" };
 const STATES = { new: "new", agent: "agent done", corrected: "corrected", accepted: "accepted" };
 
 let open, changed; // show an item; show what the agent made of the one that is open
@@ -14,13 +15,17 @@ let ahead = 0;
 
 export function begin(show, shown) {
   [open, changed] = [show, shown];
-  $("file").querySelector("input").onchange = (event) => chosen(event.target, false);
-  $("folder").querySelector("input").onchange = (event) => chosen(event.target, true);
-  $("order").value = app.order = localStorage.getItem("order") || "added";
-  $("order").onchange = () => { localStorage.setItem("order", $("order").value); rankAnew().catch(report); };
+  for (const input of document.querySelectorAll("input[type=file]")) {
+    input.onchange = () => {
+      take([...input.files].map((file) => [file, file.webkitRelativePath || file.name]), input.webkitdirectory);
+      input.value = "";
+    };
+  }
   $("filter").onchange = render;
-  $("ahead").checked = localStorage.getItem("ahead") !== "no";
-  $("ahead").onchange = () => { localStorage.setItem("ahead", $("ahead").checked ? "yes" : "no"); workAhead(); };
+  $("order").value = stored("order", "added");
+  $("order").onchange = () => { keep("order", $("order").value); rankAnew().catch(report); };
+  $("ahead").checked = stored("ahead", true);
+  $("ahead").onchange = () => { keep("ahead", $("ahead").checked); workAhead(); };
   for (const kind of ["dragover", "dragleave", "drop"]) addEventListener(kind, (event) => dropped(event, kind));
 }
 
@@ -28,34 +33,24 @@ export async function load() { app.items = await get("/v1/worklist"); render(); 
 
 // What is opened.
 
-function chosen(input, folder) {
-  const files = [...input.files];
-  input.value = "";
-  take(files.map((file) => [file, file.webkitRelativePath || file.name]), folder);
-}
-
 async function dropped(event, kind) {
   if (!event.dataTransfer?.types.includes("Files")) return;
   event.preventDefault();
   document.body.classList.toggle("dropping", kind === "dragover");
   if (kind !== "drop") return;
   const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean);
-  const folder = entries.some((entry) => entry.isDirectory);
-  const found = [];
-  for (const entry of entries) await walk(entry, found);
-  take(found, folder);
+  const found = await Promise.all(entries.map(walk));
+  take(found.flat(), entries.some((entry) => entry.isDirectory));
 }
 
-async function walk(entry, found) {
-  if (entry.isFile) {
-    found.push([await new Promise((done, failed) => entry.file(done, failed)), entry.fullPath.slice(1)]);
-    return;
-  }
-  const reader = entry.createReader();
+// All files of an entry, with their paths.
+async function walk(entry) {
+  if (entry.isFile) return [[await new Promise((done, failed) => entry.file(done, failed)), entry.fullPath.slice(1)]];
+  const reader = entry.createReader(), found = [];
   for (;;) { // some at a time
     const some = await new Promise((done, failed) => reader.readEntries(done, failed));
-    if (!some.length) return;
-    for (const one of some) await walk(one, found);
+    if (!some.length) return found;
+    for (const one of some) found.push(...(await walk(one)));
   }
 }
 
@@ -99,10 +94,8 @@ async function send(kind, files) {
   const form = new FormData();
   form.set("query", request());
   for (const file of files) form.append(kind === "scan" ? "files" : "image", file, file.name);
-  const view = await call("POST", kind === "scan" ? "/v1/scans" : "/v1/sessions", form);
-  const name = kind === "scan" ? view.name : view.image;
-  const created = Date.now() / 1000;
-  return { id: view.id, kind, name, query: view.query, state: "new", turns: 0, reliability: null, rank: null, running: false, created, opened: true };
+  const view = await call("POST", PATHS[kind], form);
+  return { id: view.id, kind, name: view.name ?? view.image, query: view.query, state: "new", reliability: null, rank: null, running: false, opened: true };
 }
 
 export async function openSample() {
@@ -113,7 +106,7 @@ export async function openSample() {
 
 export async function remove(item) {
   if (!confirm(`Delete ${item.name} and all that was made of it?`)) return;
-  await call("DELETE", `/v1/${item.kind === "scan" ? "scans" : "sessions"}/${item.id}`);
+  await call("DELETE", base(item));
   const after = beside(1) || beside(-1);
   app.items = app.items.filter((one) => one !== item);
   await open(after === item ? null : after);
@@ -146,12 +139,11 @@ export function nextToDo() {
 
 export function update(item, view) {
   Object.assign(item, { state: view.state, query: view.query });
-  if (view.turns) item.turns = view.turns.length;
   if (item.state !== "agent") item.reliability = null;
   render();
 }
 
-export const base = (item) => `/v1/${item.kind === "scan" ? "scans" : "sessions"}/${item.id}`;
+export const base = (item) => `${PATHS[item.kind]}/${item.id}`;
 
 export function render() {
   const accepted = app.items.filter((item) => item.state === "accepted").length;
@@ -159,31 +151,30 @@ export function render() {
   $("count").textContent = app.items.length ? `${accepted} of ${app.items.length} accepted` : "";
   const old = new Map([...$("strip").children].map((child) => [child.dataset.id, child]));
   const thumbs = row().map((item) => thumb(item, old.get(item.id)));
-  if (thumbs.length !== $("strip").children.length || thumbs.some((one, at) => one !== $("strip").children[at])) {
-    $("strip").replaceChildren(...thumbs);
-  }
+  const same = thumbs.length === old.size && thumbs.every((one, at) => one === $("strip").children[at]);
+  if (!same) $("strip").replaceChildren(...thumbs); // which would take the focus from what has it
 }
 
 function thumb(item, element) {
   if (!element) {
     const image = make("img", { alt: "", loading: "lazy" });
     const button = make("button", { onclick: () => open(item) }, image, make("span", { className: "state" }));
-    if (item.kind === "scan") button.append(make("span", { className: "kind", textContent: "3D" }));
     button.append(make("span", { className: "name", textContent: item.name }), make("span", { className: "score" }));
-    element = make("li", {}, button);
+    element = make("li", { className: item.kind }, button);
     element.dataset.id = item.id;
   }
   const button = element.firstElementChild, small = button.firstElementChild;
   // A scan is not read for its thumbnail alone, and is never copied for that.
   if (!small.src && (item.opened || item.kind === "image")) small.src = `${base(item)}/thumbnail`;
-  const busy = item.running ? " busy" : "";
   const sure = item.reliability === null ? "" : Math.round(item.reliability * 100);
   const label = `${item.name}: ${item.running ? "the agent is at work" : STATES[item.state]}${sure === "" ? "" : `, reliability ${sure} %`}`;
-  Object.assign(button, { className: item.state + busy, title: label, ariaLabel: label });
+  Object.assign(button, { className: `${item.state}${item.running ? " busy" : ""}`, title: label, ariaLabel: label });
   button.setAttribute("aria-current", item === app.item);
   Object.assign(button.lastElementChild, { textContent: sure, hidden: sure === "" });
-  if (item === app.item && app.seen !== item) button.scrollIntoView({ block: "nearest", inline: "nearest" });
-  if (item === app.item) app.seen = item;
+  if (item === app.item && app.seen !== item) {
+    app.seen = item;
+    button.scrollIntoView({ block: "nearest", inline: "nearest" });
+  }
   return element;
 }
 
@@ -198,10 +189,8 @@ export function workAhead() {
     const next = row().concat(app.items).find((item) => isWaiting(item));
     if (!next) return;
     ahead += 1;
-    runAhead(next).catch((error) => { next.failed = true; report(new Error(`${next.name}: ${error.message}`)); }).finally(() => {
-      ahead -= 1;
-      workAhead();
-    });
+    const failed = (error) => { next.failed = true; report(new Error(`${next.name}: ${error.message}`)); };
+    runAhead(next).catch(failed).finally(() => { ahead -= 1; workAhead(); });
   }
 }
 

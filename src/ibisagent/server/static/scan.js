@@ -2,6 +2,7 @@
 
 import { get, fetchImage, post } from "/static/api.js";
 import { $, app, colour, make, report, request, say, stage, target } from "/static/app.js";
+import { clamp } from "/static/stage.js";
 import { update } from "/static/queue.js";
 
 const NEAR = 3; // slices that are fetched beforehand
@@ -20,8 +21,7 @@ export function begin(render, tell) {
 export const axis = () => app.scan.axes.find((one) => one.name === app.scan.axis);
 const path = (rest) => `/v1/scans/${app.item.id}/${rest}`;
 export const where = () => ({ axis: app.scan.axis, index: app.scan.index });
-const query = (values) => new URLSearchParams(values).toString();
-const imageOf = (index) => path(`image?${query({ axis: app.scan.axis, index, window: app.scan.window })}`);
+const imageOf = (index) => path(`image?${new URLSearchParams({ axis: app.scan.axis, index, window: app.scan.window })}`);
 
 export async function openScan(item) {
   const view = await get(`/v1/scans/${item.id}`);
@@ -29,24 +29,21 @@ export async function openScan(item) {
   const main = view.axes.find((one) => one.name === along) || view.axes[0];
   const middle = Math.floor(main.count / 2);
   app.scan = { ...view, axis: main.name, index: Math.min(Number(index ?? middle), main.count - 1), window: "auto" };
-  $("axes").replaceChildren(...view.axes.map((one) => make("button", { role: "radio", textContent: one.name, onclick: () => along_(one) })));
+  $("axes").replaceChildren(...view.axes.map((one) => make("button", { role: "radio", textContent: one.name, onclick: () => goAlong(one) })));
   update(item, view);
-  await showSlice(false);
-  countShown();
+  await showAxis(false);
 }
 
-function along_(one) {
-  app.scan.axis = one.name;
-  app.scan.index = Math.floor(one.count / 2);
-  showSlice(false).then(countShown).then(told).catch(report);
+function goAlong(one) {
+  Object.assign(app.scan, { axis: one.name, index: Math.floor(one.count / 2) });
+  showAxis(false).then(told).catch(report);
 }
 
 export function goTo(index) {
-  const within = Math.max(0, Math.min(axis().count - 1, index));
+  const within = clamp(index, 0, axis().count - 1);
   if (within === app.scan.index) return;
   app.scan.index = within;
-  $("slice").value = within;
-  $("slice-number").value = `${within + 1} of ${axis().count}`;
+  renderScan();
   if (!loading) showSlice(true).then(told).catch(report); // else the one under way goes on to it
 }
 
@@ -55,18 +52,16 @@ export async function showSlice(stay) {
   const { scan } = app;
   loading = true;
   try {
-    for (;;) {
-      const wanted = JSON.stringify([scan.axis, scan.index, scan.window]);
-      const [image, slice] = await Promise.all([fetchImage(imageOf(scan.index)), get(path(`slice?${query(where())}`))]);
+    let wanted; // its address names axis, index and window
+    do {
+      wanted = imageOf(scan.index);
+      const [image, slice] = await Promise.all([fetchImage(wanted), get(path(`slice?${new URLSearchParams(where())}`))]);
       if (app.scan !== scan) return;
       stage.show(image, axis().width, axis().height, stay);
       stage.setLevels(null);
-      app.targets = slice.targets;
-      app.view = slice.session;
-      app.looking = null;
+      Object.assign(app, { targets: slice.targets, view: slice.session, looking: null });
       shown();
-      if (wanted === JSON.stringify([scan.axis, scan.index, scan.window])) break;
-    }
+    } while (wanted !== imageOf(scan.index));
   } finally { loading = false; }
   history.replaceState(history.state, "", `#${scan.axis}/${scan.index}`);
   for (let step = 1; step <= NEAR; step++) {
@@ -96,10 +91,12 @@ export function renderScan() {
   }
 }
 
-export async function countShown() {
+// The slice, and which others of its axis have masks.
+export async function showAxis(stay) {
   const { scan } = app;
-  if (!scan) return; // another item was opened while the slice came
-  const found = await get(path(`shown?${query({ axis: scan.axis })}`)).catch(report);
+  await showSlice(stay);
+  if (app.scan !== scan) return; // another item was opened while the slice came
+  const found = await get(path(`shown?${new URLSearchParams({ axis: scan.axis })}`)).catch(report);
   if (app.scan === scan && found) scan.shown = found;
   renderScan();
 }
@@ -119,8 +116,7 @@ async function change(what, body, said) {
     Object.assign(scan, view);
     update(item, view);
     if (app.item !== item) return;
-    await showSlice(true);
-    await countShown();
+    await showAxis(true);
     say(said);
   } catch (error) {
     scan.progress = null;
@@ -137,10 +133,11 @@ async function find() {
 }
 
 export async function acceptScan() {
+  const { item, scan } = app;
   await app.chain;
-  const view = await post(path("accept"));
-  Object.assign(app.scan, view);
-  update(app.item, view);
+  const view = await post(`/v1/scans/${item.id}/accept`);
+  Object.assign(scan, view);
+  update(item, view);
 }
 
 // The session of the slice that is shown, to act in. Programs open it the same way.

@@ -9,6 +9,8 @@ const SHARP = 3; // from here on pixels are seen as squares
 const HANDLE = 7;
 const BEYOND = 256; // screen pixels on each side that masks and marks are drawn beyond what is seen
 
+export const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
+
 export class Stage {
   constructor(root) {
     this.root = root;
@@ -31,8 +33,7 @@ export class Stage {
     const same = stay && this.width === width && this.height === height;
     this.image?.remove();
     this.image = image;
-    image.alt = "";
-    image.draggable = false;
+    Object.assign(image, { alt: "", draggable: false });
     this.stage.prepend(image);
     if (!this.overlay.isConnected) this.stage.append(this.overlay);
     [this.width, this.height] = [width, height];
@@ -49,23 +50,16 @@ export class Stage {
 
   // targets: [{ name, mask, colour, hidden }]
   setMasks(targets) {
-    this.targets = targets;
-    const context = this.overlay.getContext("2d");
-    context.clearRect(0, 0, this.overlay.width, this.overlay.height);
-    const used = new Map();
-    for (const { mask, colour, hidden } of targets) {
-      const shape = this.shape(mask);
-      used.set(`${mask.size} ${mask.counts}`, shape);
-      if (!hidden) fill(context, shape.bars, colour);
-    }
-    this.shapes = used;
+    const context = this.overlay.getContext("2d"), before = this.shapes;
+    context.reset();
+    this.shapes = new Map();
+    this.targets = targets.map((target) => {
+      const key = `${target.mask.size} ${target.mask.counts}`, shape = before.get(key) || shaped(target.mask);
+      this.shapes.set(key, shape);
+      if (!target.hidden) fill(context, shape.bars, target.colour);
+      return { ...target, ...shape };
+    });
     this.draw(true);
-  }
-
-  shape(mask) {
-    let shape = this.shapes.get(`${mask.size} ${mask.counts}`);
-    if (!shape) { const found = bars(mask); shape = { bars: found, outline: outline(found) }; }
-    return shape;
   }
 
   setOpacity(share) { this.opacity = share; this.draw(true); }
@@ -107,7 +101,7 @@ export class Stage {
     const box = this.root.getBoundingClientRect();
     const [x, y] = [(clientX ?? box.left + box.width / 2) - box.left, (clientY ?? box.top + box.height / 2) - box.top];
     const smallest = Math.min(1, 60 / Math.max(this.width, this.height));
-    const scale = Math.max(smallest, Math.min(LARGEST, this.scale * factor));
+    const scale = clamp(this.scale * factor, smallest, LARGEST);
     this.x = x - ((x - this.x) * scale) / this.scale;
     this.y = y - ((y - this.y) * scale) / this.scale;
     this.scale = scale;
@@ -131,7 +125,7 @@ export class Stage {
   }
 
   resized() {
-    const { clientWidth, clientHeight } = this.root, ratio = window.devicePixelRatio || 1;
+    const { clientWidth, clientHeight } = this.root, ratio = window.devicePixelRatio;
     const [width, height] = [clientWidth + 2 * BEYOND, clientHeight + 2 * BEYOND];
     for (const canvas of [this.paint, this.marks]) {
       Object.assign(canvas, { width: width * ratio, height: height * ratio });
@@ -142,8 +136,7 @@ export class Stage {
   }
 
   laidOut() {
-    this.image.style.width = `${this.width * this.scale}px`;
-    this.image.style.height = `${this.height * this.scale}px`;
+    Object.assign(this.image.style, { width: `${this.width * this.scale}px`, height: `${this.height * this.scale}px` });
     this.image.classList.toggle("sharp", this.scale >= SHARP);
     this.moved();
     this.draw(true);
@@ -170,39 +163,38 @@ export class Stage {
     });
   }
 
-  // A canvas with nothing on it, ready to be drawn on; or hidden, as even an empty one is laid over the image.
+  // A canvas with nothing on it, to be drawn on in pixels of the screen from the image's corner on; or hidden, as even an
+  // empty one is laid over the image.
   cleared(canvas, empty) {
     canvas.hidden = empty;
-    const context = canvas.getContext("2d");
-    context.setTransform(1, 0, 0, 1, 0, 0);
-    if (!empty) context.clearRect(0, 0, canvas.width, canvas.height);
+    const context = canvas.getContext("2d"), ratio = window.devicePixelRatio;
+    context.reset();
+    context.scale(ratio, ratio);
+    context.translate(this.drawn.x + BEYOND, this.drawn.y + BEYOND);
     return context;
   }
 
   drawMasks() {
-    const ratio = window.devicePixelRatio || 1, size = ratio * this.scale;
     const empty = !this.width || !this.opacity || this.targets.every((one) => one.hidden);
     const context = this.cleared(this.paint, empty);
     if (empty) return;
     context.globalAlpha = this.opacity;
     context.imageSmoothingEnabled = this.scale < SHARP;
-    const [left, top] = [ratio * (this.drawn.x + BEYOND), ratio * (this.drawn.y + BEYOND)];
-    context.drawImage(this.overlay, left, top, this.width * size, this.height * size);
+    context.drawImage(this.overlay, 0, 0, this.width * this.scale, this.height * this.scale);
   }
 
   drawMarks() {
     const { preview, stroke: line, draft, cursor, cross, prompts, targets, scale } = this;
     const outlined = this.opacity ? targets.filter((one) => !one.hidden) : [];
     const empty = !this.width || !(preview || line || draft || cursor || cross || prompts.length || outlined.length);
-    const context = this.cleared(this.marks, empty), ratio = window.devicePixelRatio || 1;
+    const context = this.cleared(this.marks, empty);
     if (empty) return;
-    const [left, top] = [ratio * (this.drawn.x + BEYOND), ratio * (this.drawn.y + BEYOND)];
-    context.setTransform(ratio * scale, 0, 0, ratio * scale, left, top); // in pixels of the image
     context.lineCap = context.lineJoin = "round";
-    for (const { mask, colour } of outlined) stroke(context, this.shape(mask).outline, colour, 1.5 / scale);
+    context.scale(scale, scale); // in pixels of the image
+    for (const one of outlined) stroke(context, one.outline, one.colour, 1.5 / scale);
     if (preview) stroke(context, preview.path, preview.colour, 2 / scale, [5 / scale, 4 / scale]);
     if (line) stroke(context, way(line.points), line.colour, Math.max(1, 2 * line.radius));
-    context.setTransform(ratio, 0, 0, ratio, left, top); // in those of the screen
+    context.scale(1 / scale, 1 / scale); // in those of the screen
     for (const prompt of prompts) {
       if (prompt.kind === "box") this.drawBox(context, prompt, prompt === this.editable);
       else this.drawClick(context, prompt);
@@ -227,10 +219,11 @@ export class Stage {
 
   // Which corner of the editable box a place is at, as its opposite corner.
   grabbed({ x, y }) {
-    const box = this.editable, near = (HANDLE + 2) / this.scale;
-    const corners = box ? [[box.x0, box.y0, box.x1, box.y1], [box.x1, box.y0, box.x0, box.y1], [box.x0, box.y1, box.x1, box.y0], [box.x1, box.y1, box.x0, box.y0]] : [];
-    const found = corners.find(([cx, cy]) => Math.abs(x - cx) <= near && Math.abs(y - cy) <= near);
-    return found ? { x: found[2], y: found[3] } : null;
+    if (!this.editable) return null;
+    const { x0, y0, x1, y1 } = this.editable, near = (HANDLE + 2) / this.scale;
+    const opposite = (at, low, high) => (Math.abs(at - low) <= near ? high : Math.abs(at - high) <= near ? low : null);
+    const found = { x: opposite(x, x0, x1), y: opposite(y, y0, y1) };
+    return found.x === null || found.y === null ? null : found;
   }
 
   drawClick(context, { x, y, positive }) {
@@ -242,6 +235,8 @@ export class Stage {
     if (positive) stroke(context, way([[cx, cy - 3], [cx, cy + 3]]), "#fff", 2);
   }
 }
+
+function shaped(mask) { const found = bars(mask); return { bars: found, outline: outline(found) }; }
 
 function stroke(context, path, colour, width, dash = []) {
   Object.assign(context, { strokeStyle: colour, lineWidth: width });
