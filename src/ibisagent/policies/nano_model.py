@@ -347,8 +347,8 @@ class _Llama:
             read = shares @ value / shares.sum(axis=-1, keepdims=True)
             states = states + read.transpose(1, 0, 2).reshape(count, -1) @ layer["self_attn.o_proj"].T
             normed = self._normed(states, layer["post_attention_layernorm"])
-            gate = normed @ layer["mlp.gate_proj"].T
-            states = states + (gate * _sigmoid(gate) * (normed @ layer["mlp.up_proj"].T)) @ layer["mlp.down_proj"].T
+            opened = normed @ layer["mlp.gate_proj"].T
+            states = states + (opened * _sigmoid(opened) * (normed @ layer["mlp.up_proj"].T)) @ layer["mlp.down_proj"].T
         return self._normed(states, self._norm), kept
 
     def _normed(self, states: np.ndarray, weight: np.ndarray) -> np.ndarray:
