@@ -370,9 +370,9 @@ def test_sft_learns_from_episodes_and_writes_a_policy(episodes, start, tmp_path)
     assert len(losses) == 2
     assert all(np.isfinite(losses))
     assert any("side/region" in told for _, told in logs) == nano
-    policy = load_policy(f"mllm:{folder}", device="cpu", max_new_tokens=4)
+    policy = load_policy(f"mllm:{folder}", device="cpu", dtype="float32", max_new_tokens=4)
     assert (policy.history, policy.dialect) == ("full", "ibis")
-    before, _ = load_policy(start, device="cpu").parts
+    before, _ = load_policy(start, device="cpu", dtype="float32").parts
     after, _ = policy.parts
     changed = {
         name for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True)

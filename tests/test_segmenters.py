@@ -738,6 +738,16 @@ print(session.predict([Click(3, 4, True, "a")]).logits.sum())
             assert kinds == ["compiled", "network.bin", "network.xml"]  # nothing half written is left
 
     @OPENVINO
+    def test_a_conversion_reports_to_nobody(self, click_weights: Path, tmp_path: Path) -> None:
+        settings = {**os.environ, "PYTHONPATH": str(SOURCE), "XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        code = (
+            self.CODE + "\nimport multiprocessing\nassert not multiprocessing.active_children()"
+            "\nassert not [name for name in sys.modules if name.startswith('openvino_telemetry.')]"
+        )
+        command = [sys.executable, "-c", f"import sys\n{code}", str(click_weights)]
+        assert subprocess.run(command, env=settings, stdout=subprocess.DEVNULL).returncode == 0
+
+    @OPENVINO
     def test_one_thread_gives_the_same_on_any_machine(self, click_weights: Path) -> None:
         with one_thread():
             alone = IbisClick(click_weights, device="cpu", runtime="openvino")

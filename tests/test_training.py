@@ -23,7 +23,7 @@ from ibisagent.policies import load_policy
 from ibisagent.policies.nano_input import LOCATIONS
 from ibisagent.protocol import START_LINE, parse, render, write
 from ibisagent.segmenters import load_segmenter
-from ibisagent.segmenters.backbone import SIDE
+from ibisagent.segmenters.backbone_sizes import SIDE
 from ibisagent.segmenters.click_network import ClickNetwork
 from ibisagent.segmenters.ibis_click import PACKAGED_WEIGHTS, read_click_network
 from ibisagent.segmenters.letterbox import letterbox, letterbox_scale, prompt_maps

@@ -36,6 +36,9 @@ RUNTIMES = ("auto", "torch", "openvino")
 
 log = logging.getLogger(__name__)
 
+# OpenVINO's converter reports its use over the network, unasked, by forked processes; without this package it does not.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
 
 _one_thread: ContextVar[bool] = ContextVar("one_thread", default=False)
 
