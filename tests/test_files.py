@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from ibisagent.files import (
     same_run,
     try_file,
     try_folder,
+    unfinished_folder,
 )
 
 FACTS = {"seed": 0, "sides": (3, 4), "recipe": {"rate": 0.1, "device": "cpu"}}
@@ -147,3 +149,15 @@ def test_places_for_results_are_tried(tmp_path: Path) -> None:
             problem()
     with pytest.raises(DataError, match="is a folder"):
         try_file(tmp_path)
+
+
+def test_what_a_killed_run_left_of_a_result_goes_with_the_next_one(tmp_path: Path) -> None:
+    with unfinished_folder(tmp_path, "a/b") as part:
+        (part / "half.png").write_bytes(b"x")
+        shutil.copytree(part, tmp_path / "kept")
+    assert list(tmp_path.iterdir()) == [tmp_path / "kept"]
+    (tmp_path / "kept").rename(part)  # as after a kill
+    with unfinished_folder(tmp_path, "a/b") as again:
+        assert again == part
+        assert not list(again.iterdir())
+    assert not list(tmp_path.iterdir())

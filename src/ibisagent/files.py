@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,6 +45,21 @@ def appearing_whole(path: Path, suffix: str = ".part") -> Iterator[Path]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise DataError(f"{path}: cannot be written ({reason}); free space or choose another folder") from error
+
+
+@contextmanager
+def unfinished_folder(folder: Path, name: str) -> Iterator[Path]:
+    """A hidden folder in `folder` to prepare the files of the result `name` in; it is gone when the block ends.
+
+    What a run of the same result left there when it was killed goes first. OSError where it cannot be made.
+    """
+    part = folder / f".ibisagent-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
+        yield part
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_whole(content: bytes, path: str | os.PathLike[str]) -> None:

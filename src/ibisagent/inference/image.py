@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from ibisagent.domain import (
 )
 from ibisagent.environment import SegmentationEnv, rollout, turn_limit
 from ibisagent.errors import DataError
-from ibisagent.files import safe_name
+from ibisagent.files import safe_name, unfinished_folder
 from ibisagent.imaging.images import read_image, read_masks, write_mask_png, write_png
 from ibisagent.policies.base import Knowing, Policy
 from ibisagent.protocol import overlay
@@ -132,8 +131,7 @@ def export(episode: Episode, image: Image, folder: str | Path, name: str) -> Out
     outputs = outputs_of(folder, name, masks)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".ibisagent-", dir=folder) as unfinished:
-            part = Path(unfinished)
+        with unfinished_folder(folder, name) as part:
             for target, file in outputs.masks.items():
                 write_mask_png(masks[target], part / file.name)
             write_png(overlay(image, masks), part / outputs.overlay.name)

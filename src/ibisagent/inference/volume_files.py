@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ import PIL.Image
 from ibisagent.domain import Episode, Image
 from ibisagent.environment import package_version
 from ibisagent.errors import ConfigError, DataError, IbisError
-from ibisagent.files import safe_name, write_json
+from ibisagent.files import safe_name, unfinished_folder, write_json
 from ibisagent.imaging.images import write_png
 from ibisagent.inference.volume import VolumeSegmentation, Why
 from ibisagent.protocol import overlay
@@ -76,12 +76,12 @@ class VolumeWriter:
             raise ConfigError(f"unknown format '{wrong[0]}': give {', '.join(FORMATS)}")
         self._folder, self._name = folder, name
         self._formats = tuple(dict.fromkeys(formats))
+        self._unfinished = ExitStack()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._unfinished = tempfile.TemporaryDirectory(prefix=".ibisagent-", dir=folder)
+            self._part = self._unfinished.enter_context(unfinished_folder(folder, name))
         except OSError as error:
             raise DataError(f"{folder}: cannot be used as a folder ({error.strerror}); choose another one") from error
-        self._part = Path(self._unfinished.name)
         self._files: list[str] = []
         self._episodes: dict[int, list[str]] = {}
         self._failed: dict[str, str] = {}
@@ -119,7 +119,7 @@ class VolumeWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._unfinished.cleanup()
+        self._unfinished.close()
 
     def episode(self, index: int, _why: Why, episode: Episode, _image: Image) -> None:
         """Write the record of one episode at once; for `run_volume(on_episode=...)`."""

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ibisagent.errors import DataError
-from ibisagent.files import appearing_whole, write_json
+from ibisagent.files import appearing_whole, unfinished_folder, write_json
 from ibisagent.imaging.images import read_masks, write_mask_png
 from ibisagent.imaging.masks import decode_rle, encode_rle
 from ibisagent.volumes.grid import NiftiOrigin, Volume, places_off_mm, scratch_mask
@@ -80,17 +79,13 @@ def write_png_stack(mask: np.ndarray, volume: Volume, folder: Path) -> None:
     """
     _check_grid(mask, volume, str(folder))
     try:
-        part = Path(tempfile.mkdtemp(prefix=".ibisagent-", dir=folder.parent))
-        try:
+        with unfinished_folder(folder.parent, folder.name) as part:
             for k in range(volume.shape[2]):
                 write_mask_png(np.ascontiguousarray(mask[:, :, k].T).astype(bool), part / f"slice-{k:04d}.png")
             write_json(_grid(volume), part / _GRID_FILE)
-            part.chmod(0o755)
             if (folder / _GRID_FILE).is_file():
                 shutil.rmtree(folder)
             os.replace(part, folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
         raise DataError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
 
