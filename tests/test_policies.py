@@ -393,6 +393,10 @@ def test_doctor_tells_what_a_7b_folder_needs_without_its_weights(tmp_path: Path)
         check_machine(str(tmp_path), "abacus")
 
 
+def test_a_large_model_shows_no_features_to_compare_images_by(qwen: MllmPolicy) -> None:
+    assert qwen.features(Image(np.zeros((32, 32, 3), dtype=np.uint8))) is None
+
+
 def test_the_size_of_a_model_is_that_of_its_weights(qwen: MllmPolicy, qwen_folder: Path) -> None:
     model, _ = qwen.parts
     size = size_of_folder(qwen_folder)

@@ -113,7 +113,7 @@ class MllmPolicy(OneByOne):
 
     def features(self, image: Image) -> np.ndarray | None:
         """The second of what `see` gives, which no query changes; None for other models than an ibis-nano."""
-        return self.see(image, "Segment the object.")[1] if hasattr(self._model, "see") else None
+        return self.see(image, "Segment the object.")[1] if _is_nano(self._folder) else None
 
     def look(self, image: Image, query: str) -> Look:
         """What the model sees of one object, without any mask; kept for a while."""
