@@ -20,6 +20,7 @@ from ibisagent.cli.options import (
     PolicyOption,
     SegmenterOption,
     SessionsOption,
+    SplitOption,
     UploadOption,
     VoxelsOption,
     spread_options,
@@ -27,7 +28,6 @@ from ibisagent.cli.options import (
 from ibisagent.cli.output import status, stderr
 from ibisagent.errors import ConfigError
 
-SplitOption = Annotated[str | None, typer.Option(help="Of a data set: only the rows of this split.")]
 GroundTruthOption = Annotated[
     bool, typer.Option("--ground-truth", help="Of a data set: begin with its masks, to look through and correct them.")
 ]

@@ -101,8 +101,8 @@ def _print_taught(taught: Taught) -> None:
     table = new_table("mean IoU on images kept from it", "object", "images", "before", "after", "gain, 95%", "answers")
     for one in taught.objects:
         span = "" if one.interval is None else f"{one.interval[0]:+.2f} to {one.interval[1]:+.2f}"
-        figures = ["" if value is None else f"{value:.3f}" for value in (one.before, one.after)]
-        table.add_row(one.name, str(one.images), *figures, span, "taught" if one.kept else "as before")
+        means = ["" if value is None else f"{value:.3f}" for value in (one.before, one.after)]
+        table.add_row(one.name, str(one.images), *means, span, "taught" if one.kept else "as before")
     stdout.print(table)
     for one in taught.objects:
         if not one.kept or one.before is None:

@@ -60,8 +60,8 @@ class IbisNanoConfig(PretrainedConfig):
 
     two_pass: read an image that has a mask without the mask first, and then both with the map of that pass.
     reply_tokens: longest reply. It writes 20 to 30; a sampled one that never ends must not hold up its whole batch.
-    max_turns: most turns of an episode; more do not help it. candidates: ways to begin an object
-    that are tried where there is a vocabulary, see `one_by_one.proposed`.
+    max_turns: most turns of an episode; more do not help it. candidates: ways to begin an object that are tried where
+    there is a vocabulary, see `one_by_one.proposed`.
     Location tokens are the last LOCATIONS ** 2 ids of the vocabulary, row by row.
     """
 

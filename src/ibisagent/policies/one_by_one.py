@@ -14,18 +14,7 @@ from dataclasses import replace
 import cv2
 import numpy as np
 
-from ibisagent.domain import (
-    Box,
-    Click,
-    Completion,
-    Image,
-    Mask,
-    Observation,
-    Reply,
-    Stop,
-    Undo,
-    standing,
-)
+from ibisagent.domain import Box, Click, Completion, Image, Mask, Observation, Reply, Stop, Undo, standing
 from ibisagent.imaging.clicks import bounding_box, next_click
 from ibisagent.policies.base import Proposal
 from ibisagent.policies.vocabulary import Asked, Look, Vocabulary

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -343,11 +343,8 @@ class Teacher:
 
     def _set(self, status: Status, *, must: bool = True) -> None:
         """Keep a status. must: DataError where it cannot be kept, and it is not so then."""
-        if must:
+        with nullcontext() if must else suppress(DataError):
             write_whole(json.dumps(asdict(status)).encode(), self._folder / STATE_FILE)
-        else:
-            with suppress(DataError):
-                write_whole(json.dumps(asdict(status)).encode(), self._folder / STATE_FILE)
         self._status = status
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ibisagent.files import markdown_cell, weights_sha256, write_whole
+from ibisagent.files import markdown_cell, weights_sha256, write_json, write_whole
 from ibisagent.policies import NANO_FOLDER, source_of
 from ibisagent.policies.agents import ADAPTER, AGENT_FILE, BASE, EXPERTS, SCHEMA, Agent
 from ibisagent.training.teach.reading import Found
@@ -51,7 +50,7 @@ def write_agent(
     records = [*old.records, record]
     said = {"schema": SCHEMA, "base": base, "experts": experts, "adapter": adapter, "records": records}
     write_whole(_card(out.name, names, objects, records).encode(), out / CARD)
-    write_whole((json.dumps(said, indent=1) + "\n").encode(), out / AGENT_FILE)
+    write_json(said, out / AGENT_FILE)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -96,7 +95,7 @@ def _card(
     last = records[-1]
     found = found_of(last)
     rows = [
-        f"| {markdown_cell(one.name)} | {one.images} | {_figure(one.before)} | {_figure(one.after)} |"
+        f"| {markdown_cell(one.name)} | {one.images} | {_number(one.before)} | {_number(one.after)} |"
         f" {_span(one.interval)} | {'taught' if one.kept else 'old'} | {one.reason} |"
         for one in objects
     ]
@@ -113,7 +112,7 @@ def _card(
             f"- **From**: {found.images} images of {found.patients} patients,",
             f"  {markdown_cell(', '.join(last['data']))}; content {last['content_sha256'][:16]}.",
             f"- **By**: ibisagent {last['ibisagent']}, {made} at {last['recipe']['learning_rate']:g}.",
-            "- **Limits**: it knows images like those that taught it. Judged on few images, its figures are rough: see",
+            "- **Limits**: it knows images like those that taught it. Judged on few images, its results are rough: see",
             "  the intervals. Not for clinical use.",
             "",
             "Mean IoU on the user's own images, each judged by weights that had not seen its patient:",
@@ -126,7 +125,7 @@ def _card(
     )
 
 
-def _figure(value: float | None) -> str:
+def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 

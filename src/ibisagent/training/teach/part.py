@@ -23,6 +23,7 @@ from ibisagent.training.teach.recipe import PartRecipe
 
 TASK, RESULT, PROGRESS, ERROR = "task.json", "result.json", "progress", "error.json"
 CHECKED_AT_ONCE = 8  # cases
+EXAMPLES_A_CASE = 16  # that can be learned from in the time that it takes to run two policies on a case
 WHERE = "the data to teach from"
 Report = Callable[[int], None]
 
@@ -71,10 +72,6 @@ class Task:
         said["recipe"] = PartRecipe.model_validate(said["recipe"])
         said["learned"], said["judged"] = (tuple(map(_row, said[name])) for name in ("learned", "judged"))
         return cls(**said)
-
-
-EXAMPLES_A_CASE = 16
-"""Turns that can be learned from in the time that it takes to run two policies on a case."""
 
 
 def _row(said: Mapping[str, Any]) -> CaseRow:
