@@ -352,7 +352,7 @@ def test_a_session_of_another_segmenter_is_refused_new_clicks(tmp_path: Path) ->
     other = session()
     other.click(60, 45)
     plain = json.loads((tmp_path / "session.json").read_text())
-    plain["rounds"][0]["steps"][0]["masks"] = other.steps[0].plain["masks"]
+    plain["rounds"][0]["steps"][0]["masks"] = other.steps[0].plain_masks
     (tmp_path / "session.json").write_text(json.dumps(plain))
     with pytest.raises(DataError, match="not what it was"):
         Session.load(tmp_path, RegionSegmenter()).click(1, 1)

@@ -25,7 +25,7 @@ def to_learn_from(episode: Episode, steps: Sequence[Step]) -> Episode:
     that took that back. A target's mask is made of its own prompts alone, so the masks of all others stay as they were.
     """
     made = {name: number for name, number in episode.answer_turns.items() if number is not None}
-    answer = {one["name"]: one for name, at in made.items() for one in steps[at].plain["masks"] if one["name"] == name}
+    answer = {one["name"]: one for name, at in made.items() for one in steps[at].plain_masks if one["name"] == name}
     stand: Standing = ()
     turns: list[Turn] = []
     users: list[int] = []
@@ -37,12 +37,12 @@ def to_learn_from(episode: Episode, steps: Sequence[Step]) -> Episode:
             actions.append(reply.stop)
         if actions:
             reply = replace(reply, actions=tuple(actions))
-            masks = [
-                answer[one["name"]] if number > made.get(one["name"], number) else one for one in step.plain["masks"]
-            ]
+            masks = [answer[one["name"]] if number > made.get(one["name"], number) else one for one in step.plain_masks]
             completion = replace(step.turn.completion, text=write(reply, episode.size, dialect="ibis"))
             left = turns[-1].after if turns else episode.start
-            turns.append(replace(step.turn, completion=completion, reply=reply, before=left, after=CodedMasks(masks)))
+            turns.append(
+                replace(step.turn, completion=completion, reply=reply, before=left, after=CodedMasks.of(masks))
+            )
             if step.by == "user":
                 users.append(len(turns))
     if not turns or turns[-1].reply.stop is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,33 +24,47 @@ SESSION_FILE = "session.json"
 class CodedMasks(Mapping[str, Mask]):
     """Masks that are held as run-length codes, a few hundred bytes in place of all pixels; each look decodes one."""
 
-    def __init__(self, plain: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, coded: bytes, names: Iterable[str], part: str = "masks") -> None:
+        """coded: JSON with what `plain_masks` gives for masks of these names under the key `part`."""
+        self._coded, self._names, self._part = coded, tuple(names), part
+
+    @classmethod
+    def of(cls, plain: Sequence[Mapping[str, Any]]) -> CodedMasks:
         """plain: as `plain_masks` gives them."""
-        self._codes = {one["name"]: one["rle"] for one in plain}
+        return cls(json.dumps({"masks": plain}).encode("ascii"), (one["name"] for one in plain))
 
     def __getitem__(self, name: str) -> Mask:
-        return decode_rle(self._codes[name])
+        if name not in self._names:
+            raise KeyError(name)
+        return decode_rle(next(one["rle"] for one in json.loads(self._coded)[self._part] if one["name"] == name))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._codes
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._codes)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._codes)
+        return len(self._names)
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
     """One turn of a session, and whose it was. A user's turn is written in the dialect "ibis".
 
-    plain: the step for the session's file; its codes are what `turn` holds as masks.
+    coded: the step as the session's file has it, in JSON: all that is kept of its masks, as sessions have hundreds of
+    steps, and servers many sessions.
     """
 
     turn: Turn
     by: Author
-    plain: Mapping[str, Any]
+    coded: bytes
+
+    @property
+    def plain_masks(self) -> list[dict[str, Any]]:
+        """The masks after it, as `store.plain_masks` gives them."""
+        masks: list[dict[str, Any]] = json.loads(self.coded)["masks"]
+        return masks
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,10 +93,17 @@ class Round:
         return self.steps[-1].turn.after if self.steps else self.start
 
     def extended(self, turn: Turn, by: Author, prompt_state: PromptState | None = None) -> Round:
-        """The round with one more step. A session has hundreds of turns: their masks are held coded."""
-        plain = {"by": by, **plain_turn(turn)}
-        coded = replace(turn, before=self._left, after=CodedMasks(plain["masks"]))
-        return replace(self, steps=(*self.steps, Step(coded, by, plain)), prompt_state=prompt_state)
+        """The round with one more step."""
+        coded = json.dumps({"by": by, **plain_turn(turn)}).encode("ascii")
+        drafts = CodedMasks(coded, turn.completion.drafts, "drafts")
+        held = Turn(
+            replace(turn.completion, drafts=drafts),
+            turn.reply,
+            self._left,
+            CodedMasks(coded, turn.after),
+            turn.segmenter_score,
+        )
+        return replace(self, steps=(*self.steps, Step(held, by, coded)), prompt_state=prompt_state)
 
     @property
     def turns(self) -> tuple[Turn, ...]:
@@ -102,8 +123,14 @@ class Round:
 
     @cached_property
     def plain_start(self) -> list[dict[str, Any]]:
-        """For the session's file."""
+        """The masks that it began with, as `store.plain_masks` gives them."""
         return plain_masks(self.start)
+
+    @property
+    def coded(self) -> bytes:
+        """The round as the session's file has it, in JSON."""
+        head = json.dumps({"query": self.query, "edit": self.edit, "start": self.plain_start}).encode("ascii")
+        return head.removesuffix(b"}") + b', "steps": [' + b", ".join(step.coded for step in self.steps) + b"]}"
 
 
 def read_round(plain: Mapping[str, Any], size: tuple[int, int], where: str) -> Round:

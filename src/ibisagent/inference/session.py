@@ -163,12 +163,11 @@ class Session:
     def answer_codes(self) -> Mapping[str, Mapping[str, Any]]:
         """The run lengths (`masks.encode_rle`) of `masks`, as the steps hold them: nothing is decoded."""
         last = self._rounds[-1]
-        held = {number: step.plain["masks"] for number, step in enumerate(last.steps)}
         answer = last.episode(self.id, self.image, {})
         codes = {
             name: one["rle"]
             for name, turn in answer.answer_turns.items()
-            for one in (last.plain_start if turn is None else held[turn])
+            for one in (last.plain_start if turn is None else last.steps[turn].plain_masks)
             if one["name"] == name
         }
         empty = {
@@ -556,22 +555,9 @@ class Session:
     def _save(self, rounds: tuple[Round, ...]) -> None:
         if self.folder is None:
             return
-        plain = {
-            "format": SESSION_FORMAT,
-            "version": SESSION_VERSION,
-            "id": self.id,
-            "source": self.image.source,
-            "rounds": [
-                {
-                    "query": one.query,
-                    "edit": one.edit,
-                    "start": one.plain_start,
-                    "steps": [step.plain for step in one.steps],
-                }
-                for one in rounds
-            ],
-        }
-        write_whole(json.dumps(plain).encode("ascii"), self.folder / SESSION_FILE)
+        facts = {"format": SESSION_FORMAT, "version": SESSION_VERSION, "id": self.id, "source": self.image.source}
+        head = json.dumps(facts).encode("ascii").removesuffix(b"}") + b', "rounds": ['
+        write_whole(head + b", ".join(one.coded for one in rounds) + b"]}", self.folder / SESSION_FILE)
 
 
 class _AtWork:
