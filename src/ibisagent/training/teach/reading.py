@@ -16,7 +16,7 @@ from ibisagent.datasets import CaseRow, CaseSource, EmptyMaskError, read_cases, 
 from ibisagent.domain import Case
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.files import one_line
-from ibisagent.query import known_as, requests
+from ibisagent.query import known_as, means_everything, requests
 from ibisagent.segmenters.backbone_sizes import SIDE
 from ibisagent.training.images import squash
 
@@ -143,6 +143,8 @@ class _Reader:
         """What an object is taught as: the name that the policy knows for it, else its own."""
         name = " ".join(name.split())
         taught = known_as(name, self._known) or name
+        if means_everything(taught):
+            raise DataError(f"object '{one_line(name)}': asks for all that there is; rename it in the data")
         try:
             asked = requests(f"Segment the {taught}.", {*self._known, taught})
         except ConfigError as error:
