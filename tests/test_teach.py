@@ -459,6 +459,17 @@ def test_a_teaching_that_was_stopped_resumes_and_leaves_nothing_half_done(data: 
     load_policy(str(folder))
 
 
+def test_two_do_not_teach_one_agent(data: Path, tmp_path: Path) -> None:
+    def again(_progress: TeachProgress) -> None:
+        if _progress.stage == "learning":
+            with pytest.raises(ConfigError, match="is being taught by another process"):
+                teach([data], tmp_path / "agent", check=False, recipe=BRIEF)
+            raise _StoppedError
+
+    with pytest.raises(_StoppedError):
+        teach([data], tmp_path / "agent", check=False, recipe=BRIEF, report=again)
+
+
 def test_the_command_runs_in_processes_of_its_own(tmp_path: Path) -> None:
     """The whole command is slow; what is judged here is that its processes start, report and fail in one line."""
     data = write_data(tmp_path / "data", 1, ["bright block"])

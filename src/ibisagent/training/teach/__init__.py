@@ -12,10 +12,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from ibisagent.environment import package_version
 from ibisagent.errors import ConfigError, PolicyError
@@ -115,19 +117,17 @@ def teach(
     if not _is_nano(old.base):
         require_libraries()
     claim(out / WORK / "run.json", facts, free=_FREE)
-    tasks = _tasks(out / WORK, material, old, policy, segmenter, check, seed, recipe)
-    _run(tasks, recipe, report)
-    report(TeachProgress("writing", 0, 1, 0.0))
-    results = [result_of(task.recipe.out) for task in tasks]
-    objects = _decided(results, material, old, check=check, together=not tasks[-1].start)
-    calibration, run = calibration_of(objects, results) if tasks[-1].start else None, tasks[-1].recipe.out
-    if calibration is not None:
-        calibration.write(run / "expert" / CALIBRATION)
-    calibrated_on = 0 if calibration is None else calibration.cases
-    write_agent(out, old, run, objects, record_of(material.found, objects, calibrated_on, facts))
+    try:
+        with FileLock(out / WORK / "lock", timeout=0):
+            tasks = _tasks(out / WORK, material, old, policy, segmenter, check, seed, recipe)
+            _run(tasks, recipe, report)
+            report(TeachProgress("writing", 0, 1, 0.0))
+            taught = _written(tasks, out, material, old, facts)
+    except Timeout:
+        raise ConfigError(f"{out}: is being taught by another process; wait until it is done") from None
     shutil.rmtree(out / WORK, ignore_errors=True)
     report(TeachProgress("writing", 1, 1, 0.0))
-    return Taught(out, objects, material.found, calibrated_on)
+    return taught
 
 
 _FREE = {"ibisagent", "data", "workers", "policy"}
@@ -262,6 +262,19 @@ def _run(tasks: Sequence[Task], recipe: TeachRecipe, report: Callable[[TeachProg
         report(TeachProgress(stage, done, total, left))
 
     run_all(tasks, min(recipe.workers, os.cpu_count() or 1), told)
+
+
+def _written(tasks: Sequence[Task], out: Path, material: TeachingData, old: Agent, facts: Mapping[str, Any]) -> Taught:
+    """The agent, of what the tasks found."""
+    results, run = [result_of(task.recipe.out) for task in tasks], tasks[-1].recipe.out
+    are_experts = bool(tasks[-1].start)
+    objects = _decided(results, material, old, check=facts["check"], together=not are_experts)
+    calibration = calibration_of(objects, results) if are_experts else None
+    if calibration is not None:
+        calibration.write(run / "expert" / CALIBRATION)
+    taught = Taught(out, objects, material.found, 0 if calibration is None else calibration.cases)
+    write_agent(out, old, run, objects, record_of(material.found, objects, taught.calibrated_on, facts))
+    return taught
 
 
 def _decided(

@@ -23,12 +23,14 @@ from torch.nn import functional as F
 from ibisagent.datasets import CaseSource
 from ibisagent.errors import DataError
 from ibisagent.files import make_folder, one_line, write_whole
-from ibisagent.policies.mllm import MllmPolicy
 from ibisagent.policies.nano import IbisNanoForConditionalGeneration
+from ibisagent.policies.nano_input import image_planes
 from ibisagent.policies.nano_model import load_backbone
 from ibisagent.policies.one_by_one import sentence_for
 from ibisagent.policies.vocabulary import FILE as VOCABULARY_FILE
+from ibisagent.policies.vocabulary import Vocabulary
 from ibisagent.query import Request
+from ibisagent.segmenters.runtime import Network
 from ibisagent.training.images import TrainingImages
 from ibisagent.training.loop import TrainingRun
 from ibisagent.training.nano.curriculum import QUESTIONS, VIEW, Curriculum, Example, Pair, pairs_of
@@ -88,7 +90,7 @@ class _Run(TrainingRun):
         frozen = self.network.backbone
         self.average = deepcopy(self.network, {id(frozen): frozen}).eval()
         self.network.train()
-        self._see = load_backbone(start)
+        self.see = load_backbone(start)
         learned = [one for one in self.network.parameters() if one.requires_grad]
         self.optimizer = torch.optim.AdamW(
             learned, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98), fused=True
@@ -120,7 +122,7 @@ class _Run(TrainingRun):
         seen: dict[int, np.ndarray] = {}
         for number, example in enumerate(examples):
             if id(example.pixels) not in seen:
-                [seen[id(example.pixels)]] = self._see(colour[number : number + 1])
+                [seen[id(example.pixels)]] = self.see(colour[number : number + 1])
         return torch.from_numpy(np.concatenate([seen[id(example.pixels)] for example in examples]))
 
 
@@ -140,23 +142,26 @@ def learn(recipe: PartRecipe, source: CaseSource, start: Path, report: Callable[
             save(run.average, run.processor, part)
         except (OSError, SafetensorError) as error:
             raise DataError(f"{part}: cannot be written ({one_line(error)}); free space, then start again") from error
-        _write_vocabulary(part, start, source)
+        _write_vocabulary(part, start, source, run.see)
         part.rename(folder)
     (recipe.out / "checkpoint.pt").unlink(missing_ok=True)
     return folder
 
 
-def _write_vocabulary(folder: Path, start: Path, source: CaseSource) -> None:
+def _write_vocabulary(folder: Path, start: Path, source: CaseSource, see: Network) -> None:
     """The expert's names: images of every kind can show them, and those that look like the taught ones are expected to.
 
-    Nothing is called absent before it is looked for: what a few images teach of absence, the expert says itself.
+    Nothing is called absent before it is looked for: what a few images teach of absence, the expert says itself. see:
+    the backbone.
     """
-    policy = MllmPolicy(start)
+    vocabulary = Vocabulary.read(start)
+    assert vocabulary is not None
     said = json.loads((start / VOCABULARY_FILE).read_bytes())
     kinds: dict[str, set[int]] = defaultdict(set)
     for row in source.rows:
         if row.mask is not None:
-            kinds[row.object].add(int(policy.look(source.decode(row).image, _sentence(row.object)).kinds.argmax()))
+            [features] = see(image_planes(source.decode(row).image.pixels)[None, :3])
+            kinds[row.object].add(int(vocabulary.kinds_of(features[0].mean(axis=(1, 2))).argmax()))
     everywhere = list(range(len(said["kinds"])))
     said["objects"] = {
         name: {"learned": sorted(taught), "possible": everywhere} for name, taught in sorted(kinds.items())
