@@ -116,8 +116,10 @@ def on_page(page: Any, service: Service, files: list[Path]) -> tuple[list[float]
             )
             page.mouse.click(box["x"] + x, box["y"] + y, button="left" if click.positive else "right")
             wait(lambda turns=turns: page.locator("#turns li").count() > turns, "the click's mask")
-        page.keyboard.press("Enter")
-        wait(lambda number=number: session(number).state == "accepted", "the acceptance")
+        if number + 1 < last[0]:  # to accept shows the next one, and what was seen is not done again
+            page.focus("#image")
+            page.keyboard.press("Enter")
+            wait(lambda number=number: session(number).state == "accepted", "the acceptance")
     wait(lambda: page.locator("#learn").is_enabled(), "the button")
     page.locator("#learn").press("Enter")
     wait(lambda: service.teaching.now.state not in ("none", "running"), "the end of the teaching")

@@ -182,7 +182,7 @@ def test_masks_unlike_all_others_are_named() -> None:
 
 # -------------------------------------------------------------------------------------------------- how sure it is
 
-MADE_WITH = {"segmenter": "region", "mask_selection": "last"}
+MADE_WITH = {"segmenter": "region", "mask_selection": "best"}
 
 
 def kept(name: str = "cyst", *, better: bool = True) -> TaughtObject:
@@ -373,7 +373,7 @@ def test_two_objects_of_one_sentence_go_to_whom_they_belong(agent: TaughtPolicy)
 def test_an_agent_brings_how_sure_it_is_of_what_it_was_taught(taught, tmp_path: Path) -> None:
     folder = tmp_path / "sure"
     shutil.copytree(taught[0].folder, folder)
-    made_with = {"segmenter": "region", "mask_selection": "last"}
+    made_with = {"segmenter": "region", "mask_selection": "best"}
     calibration = Reliability({"quality": 1.0, "belief": 0.5}, -2.0, 12, 0.1, 0.05, made_with)
     calibration.write(folder / "experts" / "1" / "reliability.json")
     agent, region = load_policy(str(folder)), load_segmenter("region")
