@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -31,9 +31,6 @@ from ibisagent.segmenters import backbone_sizes
 from ibisagent.segmenters.backbone_sizes import GRID, SIDE, WIDTH
 from ibisagent.segmenters.cache import EmbeddingCache
 from ibisagent.segmenters.runtime import Network, choose_runtime, load_network
-
-if TYPE_CHECKING:
-    from torch import nn
 
 _KEPT_READINGS = 8
 _KEPT_FEATURES = 2**25  # bytes: of 64 images
@@ -460,7 +457,7 @@ def _keys(content: bytes) -> dict[str, str]:
 
 
 def _network(folder: Path, part: str, key: str, example: Sequence[np.ndarray]) -> Network:
-    def build() -> nn.Module:
+    def build() -> Any:
         from ibisagent.policies.nano import vision_networks
 
         return vision_networks(folder)[list(_PARTS).index(part)]
