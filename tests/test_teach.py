@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,19 +17,23 @@ from typer.testing import CliRunner
 
 import ibisagent
 from ibisagent.cli import app
-from ibisagent.domain import Box, Image, Observation, Prompt, Turn
+from ibisagent.domain import Box, Case, Image, Observation, Prompt, Turn
 from ibisagent.errors import ConfigError, DataError, PolicyError
+from ibisagent.evaluation.reliability import Queue, Reliability, Reviewer, brought_by, expected_iou_of
 from ibisagent.imaging.images import write_mask_png, write_png
-from ibisagent.policies import load_policy
+from ibisagent.inference.image import run_case
+from ibisagent.policies import Policy, load_policy
 from ibisagent.policies.agents import Agent
 from ibisagent.policies.following import follow
 from ibisagent.policies.mllm import MllmPolicy
 from ibisagent.policies.taught import TaughtPolicy
 from ibisagent.protocol import parse
+from ibisagent.segmenters import Segmenter, load_segmenter
+from ibisagent.server.batching import SharedPolicy
 from ibisagent.training.teach import TeachProgress, TeachRecipe, teach
-from ibisagent.training.teach.part import Compared
+from ibisagent.training.teach.part import Compared, Result
 from ibisagent.training.teach.reading import folds_of, read_teaching_data
-from ibisagent.training.teach.self_check import decide
+from ibisagent.training.teach.self_check import TaughtObject, calibration_of, decide
 
 SIZES = ((72, 91), (85, 64))
 OLD = "optic disc"  # one that the packaged policy learned
@@ -99,8 +104,8 @@ def test_what_was_found_is_told_before_anything_is_learned(tmp_path: Path) -> No
     assert found.absent == {"bright block": 2}
     assert found.renamed == {"Optic_Disc": OLD}
     assert found.sizes == SIZES
-    assert len(found.unreadable) == 2
-    assert "3.png" in found.unreadable[0]
+    assert len(found.left_out) == 2
+    assert "3.png" in found.left_out[0]
 
 
 def test_the_same_pixels_are_one_image_of_one_patient(tmp_path: Path) -> None:
@@ -127,7 +132,7 @@ def test_each_object_is_spread_over_the_folds_and_no_patient_is_in_two(tmp_path:
     [
         (lambda rows: [{**one, "mask": ""} for one in rows], "no image shows an object to learn"),
         (lambda rows: [{**one, "object": "tumor and its edge, or not?"} for one in rows], "rename it in the data"),
-        (lambda rows: [{**one, "mask": one["image"].replace("0", "1")} for one in rows[:1]], "could not be read"),
+        (lambda rows: [{**one, "mask": one["image"].replace("0", "1")} for one in rows[:1]], "the first of 1 left out"),
     ],
 )
 def test_data_that_teaches_nothing_is_one_line(tmp_path: Path, change, message: str) -> None:
@@ -141,9 +146,14 @@ def test_data_that_teaches_nothing_is_one_line(tmp_path: Path, change, message: 
 # --------------------------------------------------------------------------------------------------- the decision
 
 
+def signals_of(iou: float) -> dict[str, float]:
+    """Of an expert that is far too sure of its masks."""
+    return {"quality": 0.9 + iou / 12, "stability": 0.95 + iou / 40, "convergence": 1.0, "belief": 0.8 + iou / 6}
+
+
 def compared(gains: Sequence[float], before: float = 0.5) -> list[Compared]:
     return [
-        Compared("cyst", f"{number}.png", f"p{number}", before, before + gain, 2, 2)
+        Compared("cyst", f"{number}.png", f"p{number}", before, before + gain, 2, 2, signals_of(before + gain))
         for number, gain in enumerate(gains)
     ]
 
@@ -168,6 +178,34 @@ def test_masks_unlike_all_others_are_named() -> None:
     odd = replace(compared([0.0])[0], image="odd.png", patient="x", after=0.02)
     assert decide("cyst", 5, False, [*compared([0.4] * 4), odd], check=True).doubtful == ("odd.png",)
     assert decide("cyst", 5, False, [*compared([-0.4] * 4), odd], check=True).doubtful == ()
+
+
+# -------------------------------------------------------------------------------------------------- how sure it is
+
+MADE_WITH = {"segmenter": "region", "mask_selection": "best"}
+
+
+def kept(name: str = "cyst", *, better: bool = True) -> TaughtObject:
+    return TaughtObject(name, 12, False, 0.1, 0.5, None, better, "")
+
+
+def test_the_masks_of_the_check_say_how_sure_the_agent_is() -> None:
+    gains = [-0.45, -0.4, -0.3, -0.3, -0.2, 0.0, 0.1, 0.2, 0.3, 0.4]
+    other = [
+        replace(one, object="scar", after=0.0) for one in compared(gains)
+    ]  # not kept: the old agent answers for it
+    found = calibration_of([kept(), kept("scar", better=False)], [Result((*compared(gains), *other), MADE_WITH)])
+    assert found is not None
+    assert (found.cases, found.provenance) == (10, MADE_WITH)
+    scores = [found.score(signals_of(0.5 + gain)) for gain in gains]
+    assert np.mean(scores) == pytest.approx(0.5 + np.mean(gains), abs=0.1)  # the plain means are above 0.9
+    assert scores == sorted(scores)
+
+
+def test_too_few_masks_of_the_check_say_nothing() -> None:
+    absent = replace(compared([0.1])[0], signals={})
+    assert calibration_of([kept()], [Result((*compared([0.1] * 9), absent), MADE_WITH)]) is None
+    assert calibration_of([kept()], [Result((), {})]) is None
 
 
 # ------------------------------------------------------------------------------------------------ going by a map
@@ -332,6 +370,41 @@ def test_two_objects_of_one_sentence_go_to_whom_they_belong(agent: TaughtPolicy)
     assert result.episode.provenance["policy_base"] == "ibis-nano"
 
 
+def test_an_agent_brings_how_sure_it_is_of_what_it_was_taught(taught, tmp_path: Path) -> None:
+    folder = tmp_path / "sure"
+    shutil.copytree(taught[0].folder, folder)
+    made_with = {"segmenter": "region", "mask_selection": "best"}
+    calibration = Reliability({"quality": 1.0, "belief": 0.5}, -2.0, 12, 0.1, 0.05, made_with)
+    calibration.write(folder / "experts" / "1" / "reliability.json")
+    agent, region = load_policy(str(folder)), load_segmenter("region")
+    image = Image(phantom(9)[0])
+
+    def brought(query: str, policy: Policy = agent, segmenter: Segmenter = region) -> Reliability | None:
+        return brought_by(policy, image, query, segmenter)
+
+    assert brought("bright block") == brought("the bright block, the dark block") == calibration
+    assert brought(OLD) is None
+    assert brought(f"the bright block, the {OLD}") is None
+    assert brought("bright block", segmenter=load_segmenter("ellipse")) is None
+    assert brought("bright block", load_policy(str(taught[0].folder))) is None
+    shared = SharedPolicy(agent)
+    try:
+        assert brought("bright block", shared) == calibration
+    finally:
+        shared.close()
+    case = Case("9", image, "bright block")
+    episode = run_case(case, agent, region)
+    queue = Queue(Reviewer(agent, region))
+    score = queue.add("9.png", episode, case)
+    assert queue.calibrated
+    assert score == expected_iou_of(episode, image, case.query, agent, region)
+    assert score == calibration.score(Reviewer(agent, region).signals(episode, case))
+    plain = Queue(Reviewer(agent, region))
+    other = Case("9", image, OLD)
+    plain.add("9.png", run_case(other, agent, region), other)
+    assert not plain.calibrated
+
+
 def test_a_finished_agent_is_returned_at_once_and_refused_to_others(taught, data: Path, tmp_path: Path) -> None:
     told = []
     again = teach([data], taught[0].folder, check=False, on_found=told.append)
@@ -375,6 +448,8 @@ def test_a_teaching_that_was_stopped_resumes_and_leaves_nothing_half_done(data: 
         teach([data], folder, recipe=BRIEF, seed=3)
     done: list[int] = []
     found = teach([data], folder, recipe=BRIEF, report=lambda one: done.append(one.done))
+    assert found.calibrated_on == 0  # six masks were judged
+    assert "takes 10 masks" in (folder / "README.md").read_text()
     assert 8 not in done  # the half of the first run that was learned already
     assert {path.name for path in folder.iterdir()} <= {"agent.json", "README.md", "experts"}
     for one in found.objects:
@@ -382,6 +457,17 @@ def test_a_teaching_that_was_stopped_resumes_and_leaves_nothing_half_done(data: 
         assert 0 <= one.before <= 1
         assert one.kept is (one.after > one.before) or not one.kept
     load_policy(str(folder))
+
+
+def test_two_do_not_teach_one_agent(data: Path, tmp_path: Path) -> None:
+    def again(_progress: TeachProgress) -> None:
+        if _progress.stage == "learning":
+            with pytest.raises(ConfigError, match="is being taught by another process"):
+                teach([data], tmp_path / "agent", check=False, recipe=BRIEF)
+            raise _StoppedError
+
+    with pytest.raises(_StoppedError):
+        teach([data], tmp_path / "agent", check=False, recipe=BRIEF, report=again)
 
 
 def test_the_command_runs_in_processes_of_its_own(tmp_path: Path) -> None:

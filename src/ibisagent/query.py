@@ -166,13 +166,13 @@ def _phrases(query: str, names: Collection[str], everything: Callable[[], Sequen
 def _sentence_names(text: str) -> list[str]:
     """What each sentence that commands names, else what the first sentence does."""
     sentences = [part.strip() for part in _SENTENCE_END.split(text) if part.strip()]
-    if any(_everything(sentence) for sentence in sentences):
+    if any(means_everything(sentence) for sentence in sentences):
         return ["everything"]
     commands = [name for part in sentences if _COMMAND.match(part) and not _HOLLOW.fullmatch(name := _name_in(part))]
     return commands or [name for part in sentences if not _HOLLOW.fullmatch(name := _name_in(part))][:1]
 
 
-def _everything(sentence: str) -> bool:
+def means_everything(sentence: str) -> bool:
     """Whether a sentence asks for all that there is: the words around a name would hide the "all"."""
     verbless = re.sub(rf"^(?:(?:please|could|can|you|{_VERBS}|me)\s+)*", "", sentence, flags=re.IGNORECASE)
     verbless = _PLACE.sub("", _TRAILING.sub("", verbless)).strip(" .,;:!?")

@@ -139,7 +139,8 @@ def segment(
         batch.review = queue = Queue(reviewer, None if calibration is None else Reliability.read(calibration))
     failed = _run_batch(batch, images, start_mask or [], select or [], queue, as_json)
     if queue is not None and not as_json:
-        stdout.print(f"to be reviewed, worst first ({output / 'review.csv'}):")
+        meaning = "expected IoU" if queue.calibrated else "a score that only sorts"
+        stdout.print(f"to be reviewed, worst first, with {meaning} ({output / 'review.csv'}):")
         for entry in queue.worst_first:
             stdout.print(f"  {entry['score']:.2f}  {one_line(str(entry['image']), 200)}")
     if failed:

@@ -75,7 +75,8 @@ def teach(
             data, out, policy=policy, segmenter=segmenter, check=check, seed=seed, report=report, on_found=tell
         )
     if as_json:
-        print_json({"agent": str(taught.folder), "objects": [asdict(one) for one in taught.objects]})
+        said = {"agent": str(taught.folder), "objects": [asdict(one) for one in taught.objects]}
+        print_json({**said, "calibrated_on": taught.calibrated_on})
     else:
         _print_taught(taught)
 
@@ -91,6 +92,8 @@ def _print_found(found: Found) -> None:
         stderr.print(f"'{own}' is taught as '{name}', the name that the agent knows for it")
     if found.duplicates:
         stderr.print(f"{found.duplicates} pairs are there twice: counted once")
+    if found.left_out:
+        stderr.print(f"{len(found.left_out)} pairs are left out, for the reasons above")
     if found.left_aside:
         stderr.print(f"{found.left_aside} pairs for validation or testing are left aside: judge the agent on them")
     if found.images < 3:
@@ -98,6 +101,8 @@ def _print_found(found: Found) -> None:
 
 
 def _print_taught(taught: Taught) -> None:
+    from ibisagent.training.teach.agents import how_sure
+
     table = new_table("mean IoU on images kept from it", "object", "images", "before", "after", "gain, 95%", "answers")
     for one in taught.objects:
         span = "" if one.interval is None else f"{one.interval[0]:+.2f} to {one.interval[1]:+.2f}"
@@ -109,6 +114,7 @@ def _print_taught(taught: Taught) -> None:
             stdout.print(f"{one.name}: {one.reason}")
         for image in one.doubtful:
             stdout.print(f"{one.name}: the mask of {image} is unlike the others: look whether it is right")
+    stdout.print(how_sure(taught.calibrated_on))
     stdout.print(f"agent: {taught.folder}\nuse it with --policy {taught.folder}")
 
 

@@ -12,16 +12,19 @@ Up to five signals of an episode, each in [0, 1]:
 
 `Reliability` turns them into an expected IoU: a logistic regression on their log odds whose target is the measured IoU
 itself (Papke and Wooldridge, Econometric Methods for Fractional Response Variables, 1996), pulled towards the plain
-mean of the signals, so that 20 to 40 labelled cases are enough. `fit` makes one; without any, the mean is the score.
+mean of the signals, so that 20 to 40 labelled cases are enough. `fit` makes one; without any, the mean is the score. A
+taught agent brings its own, from the cases of its self-check.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -46,7 +49,7 @@ from ibisagent.evaluation.calibration import calibration
 from ibisagent.files import csv_text, write_json, write_whole
 from ibisagent.imaging.clicks import moved_box
 from ibisagent.imaging.masks import expected_iou, iou
-from ibisagent.policies.base import Knowing, Policy
+from ibisagent.policies.base import Calibrated, Knowing, Policy
 from ibisagent.segmenters import Segmenter
 
 FREE_SIGNALS = ("quality", "stability", "convergence")  # that every episode has
@@ -60,6 +63,7 @@ USUAL = 0.75  # most of the cases in which a signal may have one and the same va
 _EDGE = 0.01  # log odds of signals are those of values clipped to [_EDGE, 1 - _EDGE]
 KIND = "ibisagent reliability 3"  # 2 called the convergence otherwise, 1 cut the log odds elsewhere
 Signals = Mapping[str, float]
+log = logging.getLogger(__name__)
 
 
 def signals(
@@ -124,10 +128,13 @@ class Reviewer:
     @property
     def identity(self) -> dict[str, str]:
         """What a calibration holds for: names and hashes of policy and segmenter, and what is handed out."""
-        facts = {**self.segmenter.describe(), **getattr(self.policy, "describe", dict)()}
-        hashes = {name: value for name, value in facts.items() if name.endswith("sha256")}
-        names = {"policy": self.policy.name, "segmenter": self.segmenter.name}
-        return {**names, "mask_selection": mask_choice(self.policy, self.mask_selection), **hashes}
+        own = _hashes(getattr(self.policy, "describe", dict)())
+        return {"policy": self.policy.name, **own, **self.made_with}
+
+    @property
+    def made_with(self) -> dict[str, str]:
+        """That part of the identity which is not the policy's."""
+        return _made_with(self.policy, self.segmenter, self.mask_selection)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -212,24 +219,70 @@ class Reliability:
                 raise ConfigError(f"the calibration was made with {name} {value}, this run has {provenance[name]}")
 
 
+def brought_by(
+    policy: Policy, image: Image, query: str, segmenter: Segmenter, mask_selection: MaskSelection | None = None
+) -> Reliability | None:
+    """The calibration that `policy` brings for masks of what a query asks for, made by these; None where it has none.
+
+    One for another segmenter or mask selection is not used, and a warning says so, once. DataError for a damaged one.
+    """
+    path = policy.calibration(image, query) if isinstance(policy, Calibrated) else None
+    return None if path is None else _read_for(path, tuple(_made_with(policy, segmenter, mask_selection).items()))
+
+
+@cache
+def _read_for(path: Path, made_with: tuple[tuple[str, str], ...]) -> Reliability | None:
+    found = Reliability.read(path)
+    try:
+        found.check(dict(made_with))
+    except ConfigError as error:
+        log.warning("%s: not used, scores are the plain mean of the signals: %s", path, error)
+        return None
+    return found
+
+
+def expected_iou_of(episode: Episode, image: Image, query: str, policy: Policy | None, segmenter: Segmenter) -> float:
+    """The score of an episode that answered `query`: by the calibration that `policy` brings, else the plain mean of
+    the signals. Raises SegmenterError, and PolicyError where the policy looks again."""
+    found = signals(episode, image, segmenter, beliefs=beliefs_of(policy, image, query))
+    own = None if policy is None else brought_by(policy, image, query, segmenter)
+    return (own or Reliability.plain(tuple(found))).score(found)
+
+
 class Queue:
     """The masks of a batch with their scores, to be reviewed worst first."""
 
     def __init__(self, reviewer: Reviewer, reliability: Reliability | None = None) -> None:
-        """reliability: None scores by the plain mean of the signals. ConfigError if it was made for something else."""
-        self._reviewer = reviewer
-        self._reliability = reliability or Reliability.plain(reviewer.names)
-        self._reliability.check(reviewer.identity)
-        if unknown := set(self._reliability.weights) - set(reviewer.names):
-            raise ConfigError(
-                f"the calibration needs the signal {min(unknown)}: give --samples as for 'eval calibrate'"
-            )
+        """reliability: None takes what the policy brings, else the plain mean of the signals. ConfigError if it was
+        made for something else."""
+        self._reviewer, self._given = reviewer, reliability
+        if reliability is not None:
+            reliability.check(reviewer.identity)
+            if unknown := set(reliability.weights) - set(reviewer.names):
+                raise ConfigError(
+                    f"the calibration needs the signal {min(unknown)}: give --samples as for 'eval calibrate'"
+                )
+        self._plain = Reliability.plain(reviewer.names)
         self._entries: list[dict[str, Any]] = []
+        self._uncalibrated = 0
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether all scores so far are expected IoUs, rather than means of the signals."""
+        return bool(self._entries) and not self._uncalibrated
 
     def add(self, image: str, episode: Episode, case: Case) -> float:
         """Score an episode; the score. Raises PolicyError and SegmenterError."""
-        found = self._reviewer.signals(episode, case)
-        score = self._reliability.score(found)
+        return self._add(image, self._reviewer.signals(episode, case), case)
+
+    def _add(self, image: str, found: Signals, case: Case | None) -> float:
+        """case: one of those that the signals are of; None where nothing was found."""
+        reliability = self._given
+        if reliability is None and case is not None:
+            who = self._reviewer
+            reliability = brought_by(who.policy, case.image, case.query, who.segmenter, who.mask_selection)
+        self._uncalibrated += not (reliability or self._plain).cases
+        score = (reliability or self._plain).score(found)
         rounded = {name: round(value, 4) for name, value in found.items()}
         self._entries.append({"image": image, "score": round(score, 4), **rounded})
         return score
@@ -240,16 +293,13 @@ class Queue:
         Slices that the segmenter was carried through are not scored. A volume in which nothing was found has 0 in each
         signal. Raises PolicyError and SegmenterError.
         """
-        found = [
-            self._reviewer.signals(episode, case)
-            for episode, case in episodes
-            if any(mask.any() for mask in episode.answer_masks.values())
-        ]
+        found, asked = [], None
+        for episode, case in episodes:
+            if any(mask.any() for mask in episode.answer_masks.values()):
+                found.append(self._reviewer.signals(episode, case))
+                asked = case
         means = {name: float(np.mean([one[name] for one in found])) if found else 0.0 for name in self._reviewer.names}
-        score = self._reliability.score(means)
-        rounded = {name: round(value, 4) for name, value in means.items()}
-        self._entries.append({"image": image, "score": round(score, 4), **rounded})
-        return score
+        return self._add(image, means, asked)
 
     @property
     def worst_first(self) -> list[dict[str, Any]]:
@@ -263,7 +313,7 @@ class Queue:
         columns = ["image", "score", *SIGNALS]
         table = csv_text([columns, *([entry.get(column, "") for column in columns] for entry in entries)])
         write_whole(table.encode(), folder / "review.csv")
-        content = {"calibrated": self._reliability.cases > 0, "worst_first": entries}
+        content = {"calibrated": self.calibrated, "worst_first": entries}
         write_json(content, folder / "review.json")
 
 
@@ -306,6 +356,15 @@ def gain_of_dropping(scores: Sequence[float], ious: Sequence[float], share: floa
     kept = np.argsort(np.asarray(scores), kind="stable")[round(share * len(scores)) :]
     measured = np.asarray(ious, dtype=float)
     return float(measured[kept].mean() - measured.mean())
+
+
+def _made_with(policy: Policy, segmenter: Segmenter, selection: MaskSelection | None) -> dict[str, str]:
+    hashes = _hashes(segmenter.describe())
+    return {"segmenter": segmenter.name, "mask_selection": mask_choice(policy, selection), **hashes}
+
+
+def _hashes(facts: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in facts.items() if name.endswith("sha256")}
 
 
 def _log_odds(values: Any) -> np.ndarray:

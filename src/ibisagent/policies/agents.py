@@ -4,7 +4,8 @@ Its folder, which `training.teach` writes:
 
     agent.json    what taught it, which names each expert answers for, and which policy is the base
     README.md     the same for people
-    experts/N/    the weights of an expert, a normal ibis-nano
+    experts/N/    the weights of an expert, a normal ibis-nano; with reliability.json where enough was checked: how sure
+                  its masks are (`evaluation.reliability`)
     base/         the base policy, where it was a folder of an ibis-nano; the packaged one is named only
     adapter/      of a large model, a PEFT adapter for the base in place of experts
 
@@ -23,6 +24,7 @@ from ibisagent.errors import PolicyError
 from ibisagent.files import one_line
 
 AGENT_FILE, EXPERTS, BASE, ADAPTER = "agent.json", "experts", "base", "adapter"
+CALIBRATION = "reliability.json"
 SCHEMA = 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -36,7 +37,8 @@ class Policy(Protocol):
 
     It may have an attribute `max_turns`, the most turns that an episode of it needs (see `environment.turn_limit`),
     and a method `describe`, facts such as hashes and seeds for the record of what it makes. One that is also a
-    `Proposer` has several first turns tried, one that is `Knowing` tells what it was never taught.
+    `Proposer` has several first turns tried, one that is `Knowing` tells what it was never taught, one that is
+    `Calibrated` brings what scores of its masks are made with.
     """
 
     @property
@@ -77,6 +79,16 @@ class Knowing(Protocol):
 
     def refine(self, observation: Observation) -> list[Completion]:
         """First turns to try where a mask was brought; none where `respond` is to begin."""
+        ...
+
+
+@runtime_checkable
+class Calibrated(Protocol):
+    """A policy that may bring its own calibration, see `evaluation.reliability`."""
+
+    def calibration(self, image: Image, query: str) -> Path | None:
+        """File of the calibration that holds for masks of what a query asks for; None where there is none.
+        ConfigError as `Knowing.about`."""
         ...
 
 

@@ -197,6 +197,11 @@ class MllmPolicy(OneByOne):
         return written
 
     @property
+    def folder(self) -> Path:
+        """Where the weights are."""
+        return self._folder
+
+    @property
     def parts(self) -> tuple[Any, Any]:
         """The model, in evaluation mode, and its processor: what training starts from. ConfigError without torch."""
         return self._model.parts

@@ -14,7 +14,6 @@ import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from ibisagent.protocol import Message
 from ibisagent.segmenters import backbone_sizes
 from ibisagent.segmenters.backbone_sizes import GRID, SIDE, WIDTH
 from ibisagent.segmenters.cache import EmbeddingCache
-from ibisagent.segmenters.runtime import Network, load_network
+from ibisagent.segmenters.runtime import Network, choose_runtime, load_network
 
 _KEPT_READINGS = 8
 _KEPT_FEATURES = 2**25  # bytes: of 64 images
@@ -44,6 +43,8 @@ _NEEDED = (
     *("pointer.evidence.weight", "pointer.evidence.bias"),
 )
 _OF_TWO_PASSES = ("vision.comparison.reply.weight",)
+_PARTS = {"backbone": "backbone.", "stem": "vision.", "maps": "pointer."}
+"""Networks, in the order of `nano.vision_networks`, with what the names of their weights begin with."""
 _CELLS = LOCATIONS**2
 _BLANK = np.finfo(np.float32).min
 _ROLES = {"system": "<|system|>", "assistant": "<|assistant|>"}  # all others speak as the user
@@ -433,30 +434,48 @@ def _read_weights(content: bytes) -> dict[str, np.ndarray]:
     return weights
 
 
-def _networks(folder: Path, content: bytes, config: Mapping[str, Any]) -> tuple[Network, Network, Network]:
-    """Backbone, stem and maps: the convolutions of the model, see `nano.vision_networks`."""
+def load_backbone(folder: Path) -> Network:
+    """The backbone of a saved model as the policy runs it on a CPU: colour (1, 3, SIDE, SIDE) -> features (1, WIDTH,
+    GRID, GRID). OSError where the model cannot be read."""
+    key = _keys((folder / "model.safetensors").read_bytes())["backbone"]
+    return _network(folder, "backbone", key, [_zeros(3, SIDE, SIDE)])
 
-    @cache
-    def whole() -> tuple[Any, Any, Any]:
-        from ibisagent.policies.nano import vision_networks
 
-        return vision_networks(folder)
-
+def _keys(content: bytes) -> dict[str, str]:
+    """What the conversion of each of `_PARTS` is kept under, by its own weights and the code alone: so taught experts
+    share the backbone of the policy that they were made of."""
     code = hashlib.sha256()
     for path in (Path(__file__).with_name("nano.py"), Path(backbone_sizes.__file__).with_name("backbone.py")):
         code.update(path.read_bytes())
-    key = f"ibis-nano-{hashlib.sha256(content).hexdigest()[:16]}-{code.hexdigest()[:8]}"
+    keys = {part: code.copy() for part in _PARTS}
+    stored_all: Any = safetensors.deserialize  # untyped
+    for name, stored in sorted(stored_all(content), key=lambda one: str(one[0])):
+        for part, prefix in _PARTS.items():
+            if name.startswith(prefix):
+                keys[part].update(f"{name} {stored['dtype']} {stored['shape']}".encode() + stored["data"])
+    return {part: f"ibis-nano-{part}-{key.hexdigest()[:16]}" for part, key in keys.items()}
+
+
+def _network(folder: Path, part: str, key: str, example: Sequence[np.ndarray]) -> Network:
+    def build() -> Any:
+        from ibisagent.policies.nano import vision_networks
+
+        return vision_networks(folder)[list(_PARTS).index(part)]
+
+    return load_network(build, example, key=key, runtime=choose_runtime("auto", "cpu"), device="cpu")
+
+
+def _networks(folder: Path, content: bytes, config: Mapping[str, Any]) -> tuple[Network, Network, Network]:
+    """Backbone, stem and maps: the convolutions of the model, see `nano.vision_networks`."""
     width, hidden = int(config["vision_width"]), int(config["text_config"]["hidden_size"])
     features, fine = _zeros(WIDTH, GRID, GRID), _zeros(width, GRID, GRID)
     compared = [_zeros(4, LOCATIONS, LOCATIONS)] if config.get("two_pass") else []
 
-    def load(number: int, part: str, example: Sequence[np.ndarray]) -> Network:
-        return load_network(lambda: whole()[number], example, key=f"{key}-{part}", runtime="openvino", device="cpu")
-
+    keys = _keys(content)
     return (
-        load(0, "backbone", [_zeros(3, SIDE, SIDE)]),
-        load(1, "stem", [features, _zeros(4, SIDE, SIDE), *compared]),
-        load(2, "maps", [_zeros(TOKENS_PER_IMAGE, hidden), fine, features]),
+        _network(folder, "backbone", keys["backbone"], [_zeros(3, SIDE, SIDE)]),
+        _network(folder, "stem", keys["stem"], [features, _zeros(4, SIDE, SIDE), *compared]),
+        _network(folder, "maps", keys["maps"], [_zeros(TOKENS_PER_IMAGE, hidden), fine, features]),
     )
 
 

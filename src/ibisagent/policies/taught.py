@@ -13,10 +13,10 @@ import numpy as np
 from ibisagent.domain import Completion, Image, Observation
 from ibisagent.errors import ConfigError
 from ibisagent.policies import source_of
-from ibisagent.policies.agents import Agent
+from ibisagent.policies.agents import CALIBRATION, Agent
 from ibisagent.policies.following import follow
 from ibisagent.policies.mllm import MllmPolicy
-from ibisagent.policies.one_by_one import OneByOne, sentence_for
+from ibisagent.policies.one_by_one import OneByOne, sentence_for, understood
 from ibisagent.policies.vocabulary import Look, Vocabulary
 from ibisagent.protocol import write
 from ibisagent.query import Request, target_of
@@ -55,6 +55,15 @@ class TaughtPolicy(OneByOne):
     def features(self, image: Image) -> np.ndarray | None:
         """As `MllmPolicy.features`, of the base."""
         return self.base.features(image)
+
+    def calibration(self, image: Image, query: str) -> Path | None:
+        """See `policies.base.Calibrated`: that of the expert that answers for all objects of a query."""
+        asked = understood(image, query, self.vocabulary, self.look)
+        names = [self.vocabulary.meant(one) for one in asked]
+        experts = {self._experts.get(name) if name is not None else None for name in names}
+        expert = experts.pop() if len(experts) == 1 else None
+        path = None if expert is None else expert.folder / CALIBRATION
+        return path if path is not None and path.is_file() else None
 
     def describe(self) -> dict[str, str]:
         """As `MllmPolicy.describe`, of the base; the hash is that of all weights, and the taught names are told."""

@@ -6,13 +6,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 
 import numpy as np
 
 from ibisagent.domain import Completion, Image, Observation
 from ibisagent.environment import turn_limit
 from ibisagent.errors import PolicyError
-from ibisagent.policies.base import Knowing, Policy, Proposal, Proposer, Seeing, proposals
+from ibisagent.policies.base import Calibrated, Knowing, Policy, Proposal, Proposer, Seeing, proposals
 from ibisagent.policies.vocabulary import Asked, Vocabulary
 
 MAX_BATCH = 16
@@ -101,6 +102,10 @@ class SharedPolicy:
     def features(self, image: Image) -> np.ndarray | None:
         """As the policy itself, apart from the batches; None where it shows none."""
         return self.inner.features(image) if isinstance(self.inner, Seeing) else None
+
+    def calibration(self, image: Image, query: str) -> Path | None:
+        """As the policy itself, apart from the batches; None where it brings none."""
+        return self.inner.calibration(image, query) if isinstance(self.inner, Calibrated) else None
 
     def describe(self) -> dict[str, str]:
         """As the policy itself, under the name that it has here."""

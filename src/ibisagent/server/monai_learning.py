@@ -15,7 +15,7 @@ from fastapi import APIRouter, Body, HTTPException, Query, Response
 
 from ibisagent.domain import Image
 from ibisagent.errors import ConfigError
-from ibisagent.evaluation.reliability import Reliability, beliefs_of, signals
+from ibisagent.evaluation.reliability import expected_iou_of
 from ibisagent.evaluation.selection import Candidate, choose, features_of
 from ibisagent.server.app import AgentThreads
 from ibisagent.server.monai_store import ImageStore, Stored, volume_ending
@@ -123,9 +123,8 @@ class _Offers:
             image = self._look(stored)
             session = self._service.segment(image, self._query)
             [episode] = session.episodes()
-            believed = beliefs_of(session.policy, image, self._query)
-            found = signals(episode, image, self._service.segmenter, beliefs=believed)
-            stored.reliability = round(Reliability.plain(tuple(found)).score(found), 4)
+            score = expected_iou_of(episode, image, self._query, session.policy, self._service.segmenter)
+            stored.reliability = round(score, 4)
             stored.judged_by = policy
             self._images.keep(stored)
         for stored in images:

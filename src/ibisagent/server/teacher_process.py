@@ -54,7 +54,7 @@ def main(argument: str, recipe: TeachRecipe | None = None) -> None:
 
 
 def _end_with_the_server() -> None:
-    sys.stdin.buffer.read()  # to its end
+    os.read(sys.stdin.fileno(), 1)  # its end; not through the buffer, whose lock an ending interpreter wants
     signal.raise_signal(signal.SIGTERM)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from ibisagent.environment import package_version
 from ibisagent.errors import ConfigError, DataError
-from ibisagent.evaluation.reliability import Reliability, beliefs_of, signals
+from ibisagent.evaluation.reliability import expected_iou_of
 from ibisagent.evaluation.selection import Candidate, choose, features_of
 from ibisagent.files import file_names, make_folder, write_whole
 from ibisagent.imaging.masks import rle_area, rle_box
@@ -138,9 +138,8 @@ class Worklist:
         known = self._kept_score(session.id, stamp) if stamp else None
         if known is not None:
             return known
-        believed = beliefs_of(session.policy, session.image, session.query)
-        found = signals(session.episodes()[-1], session.image, self._service.segmenter, beliefs=believed)
-        score = round(Reliability.plain(tuple(found)).score(found), 4)
+        episode, image = session.episodes()[-1], session.image
+        score = round(expected_iou_of(episode, image, session.query, session.policy, self._service.segmenter), 4)
         if folder is not None and stamp:
             features = features_of(self._eye, session.image)
             kept = {"stamp": stamp, "score": score, "by": self._eye_is, "features": features.tolist()}

@@ -14,11 +14,9 @@ import torch
 from torch.nn import functional as F
 
 from ibisagent.errors import ConfigError
-from ibisagent.files import appearing_whole, same_run
+from ibisagent.files import appearing_whole, one_line, same_run
 
 log = logging.getLogger(__name__)
-
-_STATES = ("network", "average", "optimizer")
 
 Report = Callable[[int, Mapping[str, float], Mapping[str, float] | None], None]
 """Called after each step with the examples so far, the running losses, and the metrics of a validation if there was
@@ -66,9 +64,11 @@ class TrainingRun:
     A subclass sets recipe, network, average, optimizer and learned_from, then calls `resume`. recipe: has out,
     batch_size, eval_every, learning_rate and warmup_steps. learned_from: hash of the images and masks, which must stay.
     A group of the optimizer may have a "factor" of the rate. goal: how many examples the run learns from. free:
-    settings that name this machine, so that a run may go on with others.
+    settings that name this machine, so that a run may go on with others. parts: attributes whose states a checkpoint
+    keeps.
     """
 
+    parts: tuple[str, ...] = ("network", "average", "optimizer")
     recipe: Any
     network: torch.nn.Module
     average: torch.nn.Module
@@ -109,10 +109,13 @@ class TrainingRun:
 
     def save_checkpoint(self) -> None:
         """Write `OUT/checkpoint.pt`, whole or not at all."""
-        state = {name: getattr(self, name).state_dict() for name in _STATES}
+        state = {name: getattr(self, name).state_dict() for name in self.parts}
         with appearing_whole(self._checkpoint) as part:
             facts = {"step": self.step, "recipe": json.dumps(self.described()), "learned_from": self.learned_from}
-            torch.save({**state, **facts}, part)
+            try:
+                torch.save({**state, **facts}, part)
+            except RuntimeError as error:  # torch's own writer, where the disk is full
+                raise OSError(one_line(error, 200)) from error
 
     def resume(self) -> None:
         """Go on from the checkpoint, where there is one. ConfigError where it is of another recipe or other data."""
@@ -124,7 +127,7 @@ class TrainingRun:
             raise ConfigError(
                 f"{self._checkpoint}: images or masks of its data have changed since; put them back or give another out"
             )
-        for name in _STATES:
+        for name in self.parts:
             getattr(self, name).load_state_dict(saved[name])
         self.step = saved["step"]
 

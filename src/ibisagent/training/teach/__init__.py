@@ -12,24 +12,26 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from ibisagent.environment import package_version
 from ibisagent.errors import ConfigError, PolicyError
 from ibisagent.files import claim, make_folder, one_line, same_run, try_folder, weights_sha256
 from ibisagent.policies import is_hub_id, source_of
-from ibisagent.policies.agents import AGENT_FILE, Agent
+from ibisagent.policies.agents import AGENT_FILE, CALIBRATION, Agent
 from ibisagent.policies.vocabulary import Vocabulary
 from ibisagent.training.finetune.recipes import require_libraries
 from ibisagent.training.teach.agents import found_of, objects_of, record_of, write_agent
-from ibisagent.training.teach.part import Compared, Task, result_of
+from ibisagent.training.teach.part import Result, Task, result_of
 from ibisagent.training.teach.reading import Found, TeachingData, folds_of, read_teaching_data
 from ibisagent.training.teach.recipe import PartRecipe, TeachRecipe
 from ibisagent.training.teach.running import run_all
-from ibisagent.training.teach.self_check import TaughtObject, decide, decide_together
+from ibisagent.training.teach.self_check import TaughtObject, calibration_of, decide, decide_together
 
 __all__ = ["Found", "Taught", "TaughtObject", "TeachProgress", "TeachRecipe", "teach"]
 
@@ -52,11 +54,13 @@ class TeachProgress:
 
 @dataclass(frozen=True, slots=True)
 class Taught:
-    """A finished agent: `folder` is given to --policy."""
+    """A finished agent: `folder` is given to --policy. calibrated_on: masks of the self-check that say how sure it is
+    of the taught objects (`evaluation.reliability`); 0: too few."""
 
     folder: Path
     objects: tuple[TaughtObject, ...]
     found: Found
+    calibrated_on: int
 
 
 def ignore_progress(_progress: TeachProgress) -> None:
@@ -101,6 +105,7 @@ def teach(
         PolicyError: for weights that are missing, and where a process dies.
     """
     out, recipe = Path(out), recipe or TeachRecipe.model_validate({})
+    _check_is_own(out)
     try_folder(out)
     report(TeachProgress("reading", 0, 1, None))
     old = _old_agent(policy)
@@ -112,18 +117,30 @@ def teach(
     if not _is_nano(old.base):
         require_libraries()
     claim(out / WORK / "run.json", facts, free=_FREE)
-    tasks = _tasks(out / WORK, material, old, policy, segmenter, check, seed, recipe)
-    _run(tasks, recipe, report)
-    report(TeachProgress("writing", 0, 1, 0.0))
-    objects = _decided(tasks, material, old, check=check)
-    write_agent(out, old, tasks[-1].recipe.out, objects, record_of(material.found, objects, facts))
+    try:
+        with FileLock(out / WORK / "lock", timeout=0):
+            tasks = _tasks(out / WORK, material, old, policy, segmenter, check, seed, recipe)
+            _run(tasks, recipe, report)
+            report(TeachProgress("writing", 0, 1, 0.0))
+            taught = _written(tasks, out, material, old, facts)
+    except Timeout:
+        raise ConfigError(f"{out}: is being taught by another process; wait until it is done") from None
     shutil.rmtree(out / WORK, ignore_errors=True)
     report(TeachProgress("writing", 1, 1, 0.0))
-    return Taught(out, objects, material.found)
+    return taught
 
 
 _FREE = {"ibisagent", "data", "workers", "policy"}
 """Facts that may differ between two starts of a teaching: where things are, and what they run on."""
+
+
+def _check_is_own(out: Path) -> None:
+    """ConfigError for a folder in which something else lies, that an agent's files could replace."""
+    if not out.is_dir() or (out / AGENT_FILE).exists() or (out / WORK).is_dir():
+        return
+    others = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    if others:
+        raise ConfigError(f"{out}: holds other files ({one_line(others[0])}); choose a new folder for the agent")
 
 
 def _old_agent(policy: str) -> Agent:
@@ -190,11 +207,15 @@ def _finished(out: Path, facts: dict[str, Any], on_found: Callable[[Found], None
     records = Agent.read(out).records
     if not records:
         raise PolicyError(f"{out / AGENT_FILE}: tells of no teaching; choose another folder")
-    same_run({name: records[-1].get(name) for name in facts}, facts, out / AGENT_FILE, free=_FREE | {"recipe"})
+    last = records[-1]
+    same_run({name: last.get(name) for name in facts}, facts, out / AGENT_FILE, free=_FREE | {"recipe"})
+    try:
+        finished = Taught(out, objects_of(last), found_of(last), int(last["calibrated_on"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise PolicyError(f"{out / AGENT_FILE}: is damaged ({one_line(error)}); choose another folder") from error
     shutil.rmtree(out / WORK, ignore_errors=True)
-    found = found_of(records[-1])
-    on_found(found)
-    return Taught(out, objects_of(records[-1]), found)
+    on_found(finished.found)
+    return finished
 
 
 def _tasks(
@@ -213,16 +234,18 @@ def _tasks(
     start = str([Path(source_of(old.base)), *begun][-1]) if _is_nano(old.base) else ""
 
     def task(name: str, held_out: Sequence[str]) -> Task:
-        make_folder(work / name)
         made = PartRecipe.model_validate({**recipe.model_dump(), "out": work / name, "seed": seed})
         learned = [row for row in material.rows if material.patient[row.id] not in held_out]
-        judged = [row for row in material.rows if material.patient[row.id] in held_out]
-        task = Task(made, tuple(learned), tuple(judged), material.patient, start, policy, segmenter)
-        task.write()
-        return task
+        names = {row.object for row in learned if row.mask is not None}  # of others it can learn nothing to be judged
+        judged = [row for row in material.rows if material.patient[row.id] in held_out and row.object in names]
+        return Task(made, tuple(learned), tuple(judged), material.patient, start, policy, segmenter)
 
     checks = [task(f"fold-{number}", held_out) for number, held_out in enumerate(folds, 1) if len(folds) > 1]
-    return [*checks, task("all", ())]
+    tasks = [*(one for one in checks if one.judged), task("all", ())]
+    for one in tasks:
+        make_folder(one.recipe.out)
+        one.write()
+    return tasks
 
 
 def _run(tasks: Sequence[Task], recipe: TeachRecipe, report: Callable[[TeachProgress], None]) -> None:
@@ -241,10 +264,25 @@ def _run(tasks: Sequence[Task], recipe: TeachRecipe, report: Callable[[TeachProg
     run_all(tasks, min(recipe.workers, os.cpu_count() or 1), told)
 
 
-def _decided(tasks: Sequence[Task], material: TeachingData, old: Agent, *, check: bool) -> tuple[TaughtObject, ...]:
-    compared: list[Compared] = [one for task in tasks for one in result_of(task.recipe.out)]
+def _written(tasks: Sequence[Task], out: Path, material: TeachingData, old: Agent, facts: Mapping[str, Any]) -> Taught:
+    """The agent, of what the tasks found."""
+    results, run = [result_of(task.recipe.out) for task in tasks], tasks[-1].recipe.out
+    are_experts = bool(tasks[-1].start)
+    objects = _decided(results, material, old, check=facts["check"], together=not are_experts)
+    calibration = calibration_of(objects, results) if are_experts else None
+    if calibration is not None:
+        calibration.write(run / "expert" / CALIBRATION)
+    taught = Taught(out, objects, material.found, 0 if calibration is None else calibration.cases)
+    write_agent(out, old, run, objects, record_of(material.found, objects, taught.calibrated_on, facts))
+    return taught
+
+
+def _decided(
+    results: Sequence[Result], material: TeachingData, old: Agent, *, check: bool, together: bool
+) -> tuple[TaughtObject, ...]:
+    compared = [one for result in results for one in result.compared]
     known = _known_names(old)
     found = [
         decide(name, images, name in known, compared, check=check) for name, images in material.found.objects.items()
     ]
-    return tuple(found if tasks[-1].start else decide_together(found, compared))
+    return tuple(decide_together(found, compared) if together else found)

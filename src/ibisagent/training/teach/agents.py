@@ -8,7 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ibisagent.files import markdown_cell, weights_sha256, write_json, write_whole
+from ibisagent.errors import DataError
+from ibisagent.evaluation.reliability import MIN_CASES
+from ibisagent.files import markdown_cell, one_line, weights_sha256, write_json, write_whole
 from ibisagent.policies import NANO_FOLDER, source_of
 from ibisagent.policies.agents import ADAPTER, AGENT_FILE, BASE, EXPERTS, SCHEMA, Agent
 from ibisagent.training.teach.reading import Found
@@ -56,15 +58,22 @@ def write_agent(
 def _copy(source: Path, target: Path) -> None:
     """A copy of a folder of weights, which appears whole."""
     part = target.with_name(f"{target.name}.part")
-    for left in (part, target):
-        shutil.rmtree(left, ignore_errors=True)
-    shutil.copytree(source, part)
-    part.rename(target)
+    try:
+        for left in (part, target):
+            shutil.rmtree(left, ignore_errors=True)
+        shutil.copytree(source, part)
+        part.rename(target)
+    except OSError as error:  # that of shutil names every file
+        cause = error.args[0][0][-1] if isinstance(error, shutil.Error) else error.strerror
+        raise DataError(f"{target}: cannot be written ({one_line(cause)}); free space, then start it again") from error
 
 
-def record_of(found: Found, objects: Sequence[TaughtObject], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What one teaching leaves in `agent.json`. facts: what made it."""
-    return {**facts, "found": asdict(found), "objects": [asdict(one) for one in objects]}
+def record_of(
+    found: Found, objects: Sequence[TaughtObject], calibrated_on: int, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What one teaching leaves in `agent.json`. calibrated_on: see `Taught`. facts: what made it."""
+    said = {"found": asdict(found), "objects": [asdict(one) for one in objects], "calibrated_on": calibrated_on}
+    return {**facts, **said}
 
 
 def objects_of(record: Mapping[str, Any]) -> tuple[TaughtObject, ...]:
@@ -85,7 +94,7 @@ def found_of(record: Mapping[str, Any]) -> Found:
     """What the data of a teaching held."""
     said = record["found"]
     sizes = tuple((int(height), int(width)) for height, width in said["sizes"])
-    return Found(**{**said, "sizes": sizes, "unreadable": tuple(said["unreadable"])})
+    return Found(**{**said, "sizes": sizes, "left_out": tuple(said["left_out"])})
 
 
 def _card(
@@ -112,6 +121,7 @@ def _card(
             f"- **From**: {found.images} images of {found.patients} patients,",
             f"  {markdown_cell(', '.join(last['data']))}; content {last['content_sha256'][:16]}.",
             f"- **By**: ibisagent {last['ibisagent']}, {made} at {last['recipe']['learning_rate']:g}.",
+            f"- **How sure it is**: {how_sure(last['calibrated_on'])}.",
             "- **Limits**: it knows images like those that taught it. Judged on few images, its results are rough: see",
             "  the intervals. Not for clinical use.",
             "",
@@ -122,6 +132,15 @@ def _card(
             *rows,
             "",
         ]
+    )
+
+
+def how_sure(calibrated_on: int) -> str:
+    """What the scores of its masks of taught objects are."""
+    if calibrated_on:
+        return f"scores of its masks are expected IoUs, calibrated on {calibrated_on} masks of the self-check"
+    return (
+        f"scores of its masks only sort them: it takes {MIN_CASES} masks that the self-check judged to calibrate them"
     )
 
 

@@ -10,25 +10,31 @@ from __future__ import annotations
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch.nn import functional as F
 
 from ibisagent.datasets import CaseSource
-from ibisagent.files import make_folder, write_whole
-from ibisagent.policies.mllm import MllmPolicy
+from ibisagent.errors import DataError
+from ibisagent.files import make_folder, one_line, write_whole
 from ibisagent.policies.nano import IbisNanoForConditionalGeneration
+from ibisagent.policies.nano_input import image_planes
+from ibisagent.policies.nano_model import load_backbone
 from ibisagent.policies.one_by_one import sentence_for
 from ibisagent.policies.vocabulary import FILE as VOCABULARY_FILE
+from ibisagent.policies.vocabulary import Vocabulary
 from ibisagent.query import Request
+from ibisagent.segmenters.runtime import Network
 from ibisagent.training.images import TrainingImages
 from ibisagent.training.loop import TrainingRun
 from ibisagent.training.nano.curriculum import QUESTIONS, VIEW, Curriculum, Example, Pair, pairs_of
-from ibisagent.training.nano.trainer import FEATURE_DROPOUT, collate, load, region_losses, save, seen_features
+from ibisagent.training.nano.trainer import FEATURE_DROPOUT, collate, load, region_losses, save
 from ibisagent.training.teach.recipe import PartRecipe
 
 AVERAGE_DECAY = 0.98
@@ -42,6 +48,15 @@ class _MapCurriculum(Curriculum):
     def __init__(self, images: TrainingImages, seed: int) -> None:
         super().__init__(images, pairs_of(images), None, np.empty(0), seed)
         self.questions = min(QUESTIONS, max(map(len, images.present.values())))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where its draws are, and those of torch."""
+        return {"draws": json.dumps(self._random.bit_generator.state), "torch": torch.get_rng_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self._random.bit_generator.state = json.loads(state["draws"])
+        torch.set_rng_state(state["torch"])
 
     def _first_turn(self, example: Example, pair: Pair) -> None:
         example.query = _sentence(pair.name)
@@ -58,8 +73,9 @@ def _sentence(name: str) -> str:
 
 
 class _Run(TrainingRun):
-    """One expert that learns."""
+    """One expert that learns. Stopped and resumed it ends with the weights that it would have ended with."""
 
+    parts = (*TrainingRun.parts, "curriculum")
     recipe: PartRecipe
     network: IbisNanoForConditionalGeneration
     average: IbisNanoForConditionalGeneration
@@ -71,14 +87,16 @@ class _Run(TrainingRun):
         self.recipe, self.goal, self.learned_from = recipe, recipe.examples, images.sha256
         torch.manual_seed(recipe.seed)
         self.processor, self.network = load(start)
-        self.average = deepcopy(self.network).eval()
+        frozen = self.network.backbone
+        self.average = deepcopy(self.network, {id(frozen): frozen}).eval()
         self.network.train()
+        self.see = load_backbone(start)
         learned = [one for one in self.network.parameters() if one.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            learned, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98)
+            learned, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98), fused=True
         )
+        self.curriculum = _MapCurriculum(images, recipe.seed)
         self.resume()
-        self.curriculum = _MapCurriculum(images, recipe.seed + self.step)
 
     def go(self, report: Callable[[int], None]) -> None:
         """Learn to the end."""
@@ -91,13 +109,21 @@ class _Run(TrainingRun):
     def _loss(self, examples: Sequence[Example]) -> torch.Tensor:
         batch, _ = collate(examples, self.processor)
         del batch["labels"]
-        features = seen_features(self.network, batch, examples)
-        batch["image_features"] = F.dropout2d(features, FEATURE_DROPOUT)
+        batch["image_features"] = F.dropout2d(self._features(examples, batch["pixel_values"]), FEATURE_DROPOUT)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             region = self.network(**batch, logits_to_keep=1, use_cache=False).region_logits
         assert region is not None
         cells, overlap = region_losses(region, examples)
         return cells + overlap
+
+    def _features(self, examples: Sequence[Example], planes: torch.Tensor) -> torch.Tensor:
+        """The backbone's features of a batch; those of a view that is asked about several times are made once."""
+        colour = planes[:, :3].numpy()
+        seen: dict[int, np.ndarray] = {}
+        for number, example in enumerate(examples):
+            if id(example.pixels) not in seen:
+                [seen[id(example.pixels)]] = self.see(colour[number : number + 1])
+        return torch.from_numpy(np.concatenate([seen[id(example.pixels)] for example in examples]))
 
 
 def learn(recipe: PartRecipe, source: CaseSource, start: Path, report: Callable[[int], None]) -> Path:
@@ -112,24 +138,30 @@ def learn(recipe: PartRecipe, source: CaseSource, start: Path, report: Callable[
         run.go(report)
         part = recipe.out / "expert.part"
         shutil.rmtree(part, ignore_errors=True)
-        save(run.average, run.processor, part)
-        _write_vocabulary(part, start, source)
+        try:
+            save(run.average, run.processor, part)
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{part}: cannot be written ({one_line(error)}); free space, then start again") from error
+        _write_vocabulary(part, start, source, run.see)
         part.rename(folder)
     (recipe.out / "checkpoint.pt").unlink(missing_ok=True)
     return folder
 
 
-def _write_vocabulary(folder: Path, start: Path, source: CaseSource) -> None:
+def _write_vocabulary(folder: Path, start: Path, source: CaseSource, see: Network) -> None:
     """The expert's names: images of every kind can show them, and those that look like the taught ones are expected to.
 
-    Nothing is called absent before it is looked for: what a few images teach of absence, the expert says itself.
+    Nothing is called absent before it is looked for: what a few images teach of absence, the expert says itself. see:
+    the backbone.
     """
-    policy = MllmPolicy(start)
+    vocabulary = Vocabulary.read(start)
+    assert vocabulary is not None
     said = json.loads((start / VOCABULARY_FILE).read_bytes())
     kinds: dict[str, set[int]] = defaultdict(set)
     for row in source.rows:
         if row.mask is not None:
-            kinds[row.object].add(int(policy.look(source.decode(row).image, _sentence(row.object)).kinds.argmax()))
+            [features] = see(image_planes(source.decode(row).image.pixels)[None, :3])
+            kinds[row.object].add(int(vocabulary.kinds_of(features[0].mean(axis=(1, 2))).argmax()))
     everywhere = list(range(len(said["kinds"])))
     said["objects"] = {
         name: {"learned": sorted(taught), "possible": everywhere} for name, taught in sorted(kinds.items())

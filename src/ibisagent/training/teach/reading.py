@@ -16,7 +16,9 @@ from ibisagent.datasets import CaseRow, CaseSource, EmptyMaskError, read_cases, 
 from ibisagent.domain import Case
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.files import one_line
-from ibisagent.query import known_as, requests
+from ibisagent.query import known_as, means_everything, requests
+from ibisagent.segmenters.backbone_sizes import SIDE
+from ibisagent.training.images import squash
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +30,8 @@ class Found:
     objects: images that show each object, by the name that it is taught under. absent: images that are known not to
     show it. renamed: names of the data that the policy knows under another one, which they are taught under. sizes: of
     the images, (height, width), the commonest first. left_aside: pairs for validation or testing. duplicates: pairs
-    that are there more than once, counted once. unreadable: pairs left out, each with its reason in one line.
+    that are there more than once, counted once. left_out: pairs that cannot be learned from, each with its reason in
+    one line.
     """
 
     objects: dict[str, int]
@@ -39,7 +42,7 @@ class Found:
     sizes: tuple[tuple[int, int], ...]
     left_aside: int
     duplicates: int
-    unreadable: tuple[str, ...]
+    left_out: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,7 +97,8 @@ class _Reader:
         self._rows: dict[tuple[str, str], CaseRow] = {}
         self._patients: dict[str, str] = {}
         self._size: dict[str, tuple[int, int]] = {}
-        self._unreadable: list[str] = []
+        self._masks: dict[tuple[str, str], bytes] = {}
+        self._left_out: list[str] = []
         self._duplicates = 0
         self._content = hashlib.sha256()
 
@@ -103,25 +107,44 @@ class _Reader:
         try:
             row, case = _decoded(row)
         except DataError as error:
-            self._unreadable.append(one_line(error, 300))
-            log.warning("left out: %s", self._unreadable[-1])
+            self._leave_out(one_line(error, 300))
             return
         image = case.image.sha256
         name = self._names.setdefault(row.object, self._named(row.object))
-        if (image, name) in self._rows:
-            self._duplicates += 1
+        mask = next(iter((case.targets or {}).values()))
+        packed, where = np.packbits(mask).tobytes(), row.where or row.id
+        if row.mask is not None and not squash(mask).any():
+            self._leave_out(
+                f"{where}: {name} covers {int(mask.sum())} of {mask.shape[1]} x {mask.shape[0]} pixels, less than the"
+                f" agent sees on its {SIDE} x {SIDE}; cut the image"
+            )
             return
+        if (image, name) in self._rows:
+            if packed == self._masks[image, name]:
+                self._duplicates += 1
+            else:
+                before = self._rows[image, name].where or self._rows[image, name].id
+                self._leave_out(
+                    f"{where}: has another mask of {name} than the same image at {before}; keep the right one"
+                )
+            return
+        self._masks[image, name] = packed
         number = len(self._rows)
         self._rows[image, name] = replace(row, id=f"{number:05} {row.id}", object=name, query=f"Segment the {name}.")
         self._patients.setdefault(image, row.patient or image)
         self._size[image] = case.image.size
-        mask = next(iter((case.targets or {}).values()))
-        self._content.update(repr((image, name, self._patients[image])).encode() + np.packbits(mask).tobytes())
+        self._content.update(repr((image, name, self._patients[image])).encode() + packed)
+
+    def _leave_out(self, reason: str) -> None:
+        self._left_out.append(reason)
+        log.warning("left out: %s", reason)
 
     def _named(self, name: str) -> str:
         """What an object is taught as: the name that the policy knows for it, else its own."""
         name = " ".join(name.split())
         taught = known_as(name, self._known) or name
+        if means_everything(taught):
+            raise DataError(f"object '{one_line(name)}': asks for all that there is; rename it in the data")
         try:
             asked = requests(f"Segment the {taught}.", {*self._known, taught})
         except ConfigError as error:
@@ -135,7 +158,7 @@ class _Reader:
         shown = Counter(name for (_, name), row in self._rows.items() if row.mask is not None)
         absent = Counter(name for (_, name), row in self._rows.items() if row.mask is None)
         if not shown:
-            reason = f"; the first that could not be read: {self._unreadable[0]}" if self._unreadable else ""
+            reason = f"; the first of {len(self._left_out)} left out: {self._left_out[0]}" if self._left_out else ""
             raise DataError(f"{where}: no image shows an object to learn{reason}")
         rows = {key: row for key, row in self._rows.items() if key[1] in shown}
         sizes = Counter(self._size[image] for image in dict.fromkeys(image for image, _ in rows))
@@ -150,7 +173,7 @@ class _Reader:
             tuple(size for size, _ in sizes.most_common()),
             left_aside,
             self._duplicates,
-            tuple(self._unreadable),
+            tuple(self._left_out),
         )
         return TeachingData(tuple(rows.values()), patient, self._content.hexdigest(), found)
 

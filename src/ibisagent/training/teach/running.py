@@ -11,9 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from ibisagent.errors import PolicyError
+from ibisagent.errors import DataError, PolicyError
 from ibisagent.files import one_line
-from ibisagent.training.teach.part import ERROR, PROGRESS, RESULT, Report, Task, perform, raise_error_of
+from ibisagent.training.teach.part import (
+    ERROR,
+    PROGRESS,
+    RESULT,
+    Report,
+    Task,
+    is_learned,
+    judge,
+    learn,
+    raise_error_of,
+)
 
 POLL_SECONDS = 0.3
 LOG = "log.txt"
@@ -37,16 +47,27 @@ class _Running:
     def done(self) -> int:
         return _done(self.task)
 
+    def close(self) -> None:
+        """Wait for the process that is ending, and let go of what leads to it."""
+        self.process.wait()
+        self.log.close()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+
     def end(self) -> None:
         """Raise as the run did, if it failed."""
-        self.log.close()
+        self.close()
         folder = self.task.recipe.out
         if self.process.returncode == 0:
             return
         raise_error_of(folder)
         last = (folder / LOG).read_text(errors="replace").strip().rpartition("\n")[2]
         killed = self.process.returncode < 0
-        reason = "it was killed, most likely for want of memory" if killed else one_line(last, 300)
+        reason = (
+            "it was killed, most likely for want of memory"
+            if killed
+            else one_line(last, 300) or "it said nothing, so the disk may be full"
+        )
         raise PolicyError(f"teaching failed: {reason}; start it again to go on, {folder / LOG} says more")
 
 
@@ -62,7 +83,8 @@ def run_all(tasks: Sequence[Task], workers: int, report: Report) -> None:
         return
     waiting = [task for task in tasks if not (task.recipe.out / RESULT).is_file()]
     running: list[_Running] = []
-    threads = max(1, (os.cpu_count() or 1) // max(1, min(workers, len(waiting))))
+    # the same whatever is done already, as the sums of more threads differ in their last bits
+    threads = max(1, (os.cpu_count() or 1) // min(workers, len(tasks)))
     try:
         while waiting or running:
             while waiting and len(running) < workers:
@@ -71,12 +93,13 @@ def run_all(tasks: Sequence[Task], workers: int, report: Report) -> None:
             for one in [one for one in running if one.process.poll() is not None]:
                 running.remove(one)
                 one.end()
+                if not (one.task.recipe.out / RESULT).is_file():  # it has learned
+                    waiting.insert(0, one.task)
             report(sum(map(_done, tasks)))
     finally:
         for one in running:
-            one.process.terminate()
-            one.process.wait()
-            one.log.close()
+            one.process.kill()  # nothing of it is half written
+            one.close()
 
 
 def _run_here(tasks: Sequence[Task], report: Report) -> None:
@@ -87,7 +110,9 @@ def _run_here(tasks: Sequence[Task], report: Report) -> None:
 
     for task in tasks:
         if not (task.recipe.out / RESULT).is_file():
-            perform(task, told(before))
+            if not is_learned(task):
+                learn(task, told(before))
+            judge(task, told(before))
         before += task.steps
         report(before)
 
@@ -95,11 +120,16 @@ def _run_here(tasks: Sequence[Task], report: Report) -> None:
 def _start(task: Task, threads: int) -> _Running:
     folder = task.recipe.out
     (folder / ERROR).unlink(missing_ok=True)
-    log = (folder / LOG).open("ab")
+    try:
+        log = (folder / LOG).open("ab")
+    except OSError as error:
+        raise DataError(
+            f"{folder / LOG}: cannot be written ({error.strerror}); free space, then start again"
+        ) from error
     process = subprocess.Popen(
         [sys.executable, "-m", "ibisagent.training.teach", str(folder)],
         env={**os.environ, **_ENVIRONMENT, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)},
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,  # closed with this process, however that ends
         stdout=log,
         stderr=log,
     )

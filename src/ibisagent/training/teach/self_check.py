@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ibisagent.evaluation.reliability import MIN_CASES, Reliability, fit
 from ibisagent.evaluation.statistics import Interval, patient_interval
-from ibisagent.training.teach.part import Compared
+from ibisagent.training.teach.part import Compared, Result
 
 RESAMPLES = 2_000
 SURE_NEW, SURE_KNOWN = 0.5, 0.8
@@ -67,6 +68,17 @@ def decide_together(found: Sequence[TaughtObject], compared: Sequence[Compared])
     kept = _sureness([(one.patient, one.after - one.before) for one in compared]) >= SURE_KNOWN if compared else True
     reason = "better on the whole" if kept else "not surely better on the whole: left as it was"
     return [replace(one, kept=kept, reason=reason if compared else one.reason) for one in found]
+
+
+def calibration_of(objects: Sequence[TaughtObject], results: Sequence[Result]) -> Reliability | None:
+    """How sure the taught weights are, from the masks of the check: each of an object that is kept, drawn by weights
+    that had not seen its patient. None for fewer than `MIN_CASES`."""
+    names = {one.name for one in objects if one.kept}
+    cases = [one for result in results for one in result.compared if one.object in names and one.signals]
+    if len(cases) < MIN_CASES:
+        return None
+    made_with = next(result.made_with for result in results if result.made_with)
+    return fit([one.signals for one in cases], [one.after for one in cases], made_with)
 
 
 def _sureness(gains: Collection[tuple[str, float]]) -> float:
