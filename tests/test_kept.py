@@ -258,6 +258,18 @@ def test_a_slice_stays_as_long_as_its_scan(tmp_path: Path) -> None:
     service.close()
 
 
+def test_a_scan_can_be_labelled_on_more_slices_than_there_may_be_sessions(tmp_path: Path) -> None:
+    service, scans = scans_in(tmp_path, sessions=2)
+    scan = a_scan(scans)
+    for index in range(6):
+        scans.session_to_act_in(scan, "axial", index, "auto").click(3, 2)
+    for _ in range(2):
+        opened(service)
+    with pytest.raises(FullError, match="2 sessions in use"):
+        opened(service)
+    service.close()
+
+
 def test_scans_of_the_same_name_are_all_exported_and_empty_ones_stop_nothing(tmp_path: Path) -> None:
     service, scans = scans_in(tmp_path / "data")
     worklist = Worklist(service, scans)

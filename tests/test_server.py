@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -207,6 +208,21 @@ def test_whoever_hangs_up_takes_over(tmp_path: Path) -> None:
             time.sleep(0.05)
         assert not session.view["running"]
         assert len(session.view["turns"]) < 6
+
+
+def test_a_model_that_fails_after_a_client_hung_up_is_no_crash(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(tmp_path, SlowPolicy([CLICK], seconds=0.3)) as url, Client(url, token="") as client:
+        session = client.open(png(), "bright box")
+        for _ in session.stream():
+            break  # the second turn fails: there is no reply for it
+        deadline = time.time() + 20
+        while session.refresh()["running"] and time.time() < deadline:
+            time.sleep(0.05)
+        assert not session.view["running"]
+    gc.collect()
+    assert not [record for record in caplog.records if "never retrieved" in record.getMessage()]
 
 
 def test_turns_of_different_sessions_are_answered_together(tmp_path: Path) -> None:

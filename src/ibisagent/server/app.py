@@ -12,7 +12,7 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
@@ -76,6 +76,7 @@ _log = logging.getLogger("ibisagent.server")
 KEPT = {"cache-control": "private, max-age=3600, immutable"}  # what never changes at its address
 FORM_BYTES = 2**20  # what a request may hold beside its upload
 EXPIRY_SECONDS = 30.0  # between two looks at what is idle: sessions, jobs, memory
+M_ARENA_MAX, HEAPS = -8, 2  # as malloc.h has it
 ALIVE_SECONDS = 15.0  # in which a stream says something, so that no proxy takes it for dead
 
 
@@ -211,6 +212,7 @@ def serve(
     for its user alone.
     """
     os.umask(0o077)
+    _keep_few_heaps()
     tempfile.tempdir = str(service.folder / "uploads")
     app = create_app(service, token=token_for(host), mounts=mounts, origins=origins)
     listen(app, host, port, on_stop=service.stop)
@@ -226,12 +228,17 @@ async def _expire(service: Service) -> None:
         await run_in_threadpool(_give_back_memory)
 
 
+def _keep_few_heaps() -> None:
+    """Let the threads that are still to come share HEAPS of glibc's heaps, which otherwise has eight for each core:
+    arrays of megabytes that come and go leave holes in every one of them, and it keeps those."""
+    with suppress(OSError):  # not glibc
+        ctypes.CDLL("libc.so.6").mallopt(M_ARENA_MAX, HEAPS)
+
+
 def _give_back_memory() -> None:
     """Return to the system what is free between living objects, in some 20 ms.
 
-    glibc has many heaps, as there are many threads; arrays of megabytes that come and go in all of them leave holes,
-    which it keeps, hundreds of megabytes of them. Mapping each array by itself leaves none, but batches then cost half
-    as much again in time.
+    Mapping each array by itself would leave no holes, but batches then cost half as much again in time.
     """
     with suppress(OSError):  # not glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -546,7 +553,8 @@ async def _events(
         finally:
             loop.call_soon_threadsafe(steps.put_nowait, None)
 
-    ended: Awaitable[RunEnd] = asyncio.ensure_future(threads(work))
+    ended = asyncio.ensure_future(threads(work))
+    ended.add_done_callback(lambda run: run.cancelled() or run.exception())  # also where nobody is there to be told
     try:
         while True:
             try:
