@@ -145,6 +145,22 @@ def test_a_session_from_end_to_end(client: Client, tmp_path: Path) -> None:
         session.refresh()
 
 
+def test_what_is_expected_of_a_session_is_asked_before_anything_is_done(client: Client) -> None:
+    """Who works ahead on a list of a while ago never goes over what somebody did meanwhile."""
+    session = client.open(png(), "bright box")
+    session.click(50, 40)
+    for path, expected in (("run", "new"), ("run", "agent"), ("reset", "agent")):
+        with pytest.raises(ConfigError, match=r"'corrected' by now.*409"):
+            client.call("POST", f"/v1/sessions/{session.id}/{path}", json={"expected": expected})
+    with pytest.raises(DataError, match="expected"):
+        client.call("POST", f"/v1/sessions/{session.id}/reset", json={"expected": "none of them"})
+    assert [turn["by"] for turn in session.refresh()["turns"]] == ["user"]
+    session.reset()
+    client.call("POST", f"/v1/sessions/{session.id}/run", json={"expected": "new"})
+    client.call("POST", f"/v1/sessions/{session.id}/reset", json={"expected": "agent"})
+    assert not session.refresh()["turns"]
+
+
 def test_a_mask_to_refine(client: Client) -> None:
     encoded = io.BytesIO()
     PIL.Image.fromarray(ground_truth().astype(np.uint8) * 255).save(encoded, format="PNG")

@@ -57,6 +57,7 @@ from ibisagent.server.schemas import (
     ClickRequest,
     ErrorView,
     ForkRequest,
+    ResetRequest,
     RunRequest,
     SegmentView,
     SessionView,
@@ -86,7 +87,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         400: "cannot be read",
         401: "wrong or missing token",
         404: "not there",
-        409: "the agent is at work",
+        409: "the agent, or somebody else, is at work",
         413: "too large",
         422: "cannot be used as it is",
         429: "the server is full",
@@ -394,7 +395,7 @@ def _add_agent(router: APIRouter, service: Service, threads: AgentThreads, metri
                 on_step(step)
 
         turns = None if asked.max_turns is None else min(asked.max_turns, service.limits.turns)
-        return session.run(asked.query, max_turns=turns, on_step=count)
+        return session.run(asked.query, max_turns=turns, on_step=count, expected=asked.expected)
 
     @router.post("/ask")
     async def ask(id: str, asked: AskRequest) -> StepView:  # noqa: A002
@@ -467,9 +468,9 @@ def _add_user(router: APIRouter, service: Service) -> None:
         return after(id, Session.redo)
 
     @router.post("/reset")
-    def reset(id: str) -> SessionView:  # noqa: A002
+    def reset(id: str, asked: ResetRequest | None = None) -> SessionView:  # noqa: A002
         """Back to the beginning."""
-        return after(id, Session.reset)
+        return after(id, lambda session: session.reset(expected=asked and asked.expected))
 
     @router.post("/fork", status_code=201)
     def fork(id: str, asked: ForkRequest) -> SessionView:  # noqa: A002

@@ -59,8 +59,7 @@ class FullError(ConfigError):
 class Limits:
     """What one server takes. Sizes in bytes, pixels and voxels (see `limits`), times in seconds.
 
-    sessions: in use at a time; all that a visitor of the page opens count as one, and what is offered and the slices
-    of scans do not.
+    sessions: in use at a time; all of one visitor of the page count as one, slices of scans and what is offered as none.
     idle_seconds: without a use, after which something is idle, see `Service.expire`.
     delete_seconds: without a use, after which everything goes, whoever made it; None: never.
     """
@@ -481,7 +480,7 @@ class Service:
                 for id_, session in self._sessions.items()
                 if self._touched[id_] < max(idle, asked) and not (session is not None and session.running)
             ]
-        parts = self._parts
+        parts = {id_ for held in self.held for id_ in held()}
         for id_ in left:
             if id_ not in parts and (self._touched.get(id_, now) < asked or self._goes_when_idle(id_)):
                 with suppress(MissingError):  # somebody closed it meanwhile
@@ -500,11 +499,6 @@ class Service:
                 if path.stat().st_mtime < idle:
                     path.rmdir() if path.is_dir() else path.unlink()
         return deleted
-
-    @property
-    def _parts(self) -> set[str]:
-        """The sessions that are parts of something else, see `held`."""
-        return {id_ for held in self.held for id_ in held()}
 
     def _goes_when_idle(self, id_: str) -> bool:
         folder = self._folder_of(id_)
@@ -565,10 +559,9 @@ class Service:
     def _add(self, make: Callable[[str, Path], Session], owner: str | None, passing: bool) -> Session:
         id_ = uuid.uuid4().hex
         marks = {OWNER_FILE: owner, PASSING_FILE: "" if passing else None}
-        parts = self._parts
+        free = self.offers.keys() | {part for held in self.held for part in held()}
         with self._lock:
             idle = clock() - self.limits.idle_seconds
-            free = self.offers.keys() | parts
             recent = (one for one, last in self._touched.items() if last >= idle and one not in free)
             in_use = len({self._owners.get(one, one) for one in recent} - {owner})
             if in_use >= self.limits.sessions:
