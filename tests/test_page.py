@@ -297,6 +297,8 @@ def test_a_whole_day(browser: Any, server: Server, tmp_path: Path) -> None:
         assert states(page) == ["accepted", "corrected", *["agent"] * 10]
         accept()
         page.select_option("#order", "doubt")
+        sure = [int(text) for text in page.locator("#strip button.agent .score").all_inner_texts()]
+        assert sure == sorted(sure), "the most doubtful does not come first"
         for _ in range(10):
             accept()
         assert states(page) == ["accepted"] * 12
@@ -452,6 +454,10 @@ def test_everything_by_keyboard(page: Any, served: tuple[str, Service], tmp_path
     page.keyboard.press("Delete")
     says(page, "undo brings it back")
     assert not session.masks
+    page.keyboard.press("u")
+    until(page, lambda: list(session.masks) == ["oval"], "it did not come back")
+    page.keyboard.press("r")
+    until(page, lambda: not session.masks, "it was not done again")
     page.keyboard.press("u")
     until(page, lambda: list(session.masks) == ["oval"], "it did not come back")
     opacity = page.input_value("#opacity")

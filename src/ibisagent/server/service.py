@@ -59,7 +59,7 @@ class FullError(ConfigError):
 class Limits:
     """What one server takes. Sizes in bytes, pixels and voxels (see `limits`), times in seconds.
 
-    sessions: in use at a time; all of one visitor of the page count as one, slices of scans and what is offered as none.
+    sessions: in use at a time; all of a visitor of the page count as one, slices of scans and what is offered as none.
     idle_seconds: without a use, after which something is idle, see `Service.expire`.
     delete_seconds: without a use, after which everything goes, whoever made it; None: never.
     """
