@@ -470,7 +470,7 @@ def _add_user(router: APIRouter, service: Service) -> None:
     @router.post("/reset")
     def reset(id: str, asked: ResetRequest | None = None) -> SessionView:  # noqa: A002
         """Back to the beginning."""
-        return after(id, lambda session: session.reset(expected=asked and asked.expected))
+        return after(id, lambda session: session.reset(expected=None if asked is None else asked.expected))
 
     @router.post("/fork", status_code=201)
     def fork(id: str, asked: ForkRequest) -> SessionView:  # noqa: A002
