@@ -2,7 +2,7 @@
 
     python benchmarks/server.py [--sessions 50] [--seconds 180] [--together 16] [--policy NAME] [--segmenter NAME]
 
-Every session has an image of its own, drawn from its number. It asks the agent once, then acts like a user: a click
+Every session has an image of its own, made from its number. It asks the agent once, then acts like a user: a click
 (or an undo) every `PAUSE` seconds on average. At the end each session's record is played again with a segmenter of this
 process on that session's image: a mask that came from elsewhere could not be rebuilt. Run it on an idle machine. With
 `--seconds 1200` it is a soak: `server_growth_percent` says whether memory stays, from the second quarter of the time,
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +39,16 @@ from ibisagent.store import read_record
 PAUSE = 5.0
 LOOKS = 40  # at the server's memory
 SIZE = (240, 320)
+QUERY = "Segment the optic disc."
 
 
 def draw(number: int) -> np.ndarray:
-    """A noisy image with one bright ellipse; both differ from number to number."""
+    """A photograph of an eye, turned, moved and lit by `number`: the packaged policy finds its optic disc."""
     rng = np.random.default_rng(number)
-    pixels = rng.normal(70, 12, (*SIZE, 3))
-    centre = (int(rng.integers(80, 240)), int(rng.integers(70, 170)))
-    axes = (int(rng.integers(20, 60)), int(rng.integers(20, 50)))
-    bright = cv2.ellipse(np.zeros(SIZE, np.uint8), centre, axes, float(rng.integers(0, 180)), 0, 360, 1, -1)
-    pixels[bright > 0] += 90
-    return pixels.clip(0, 255).astype(np.uint8)
+    whole = cv2.resize(cv2.imread(str(files("skimage") / "data" / "retina.jpg"))[..., ::-1], SIZE[::-1])
+    turn = cv2.getRotationMatrix2D((SIZE[1] / 2, SIZE[0] / 2), rng.uniform(-20, 20), rng.uniform(0.9, 1.2))
+    turn[:, 2] += rng.uniform(-15, 15, 2)
+    return np.asarray(cv2.warpAffine(whole, turn, SIZE[::-1]) * rng.uniform(0.8, 1.1)).clip(0, 255).astype(np.uint8)
 
 
 def encoded(pixels: np.ndarray) -> bytes:
@@ -88,7 +88,7 @@ class User(threading.Thread):
         chance = random.Random(self.number)
         try:
             with Client(self.url, token="") as client:
-                self.session = client.open(encoded(draw(self.number)), "Segment the polyp.")
+                self.session = client.open(encoded(draw(self.number)), QUERY)
                 self.turns = len(self.session.run()["turns"])
                 while time.time() < self.until:
                     time.sleep(chance.expovariate(1 / PAUSE))
@@ -134,7 +134,7 @@ def throughput(url: str, process: int, count: int, together: bool) -> dict[str, 
     beginning with the same ones, which the policy has embedded by then."""
     with Client(url, token="") as client:
         offset = 1000 if together else 2000
-        sessions = [client.open(encoded(draw(offset + number)), "Segment the polyp.") for number in range(count)]
+        sessions = [client.open(encoded(draw(offset + number)), QUERY) for number in range(count)]
         results = _run_all(sessions, process, together, "new")
         for session in sessions:
             session.reset()

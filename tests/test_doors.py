@@ -674,6 +674,25 @@ def test_slow_clients_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
                 got += one.recv(1000)
             one.sendall(again[:20])
             assert one.recv(1000) == b""
+        with connected(url) as one:  # also where it begins with the first
+            one.sendall(again + again[:20])
+            while one.recv(1000):
+                pass
+
+
+def test_a_connection_is_kept_for_the_next_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Clients that keep one for as long as the server does send on it while it is closed, now and then."""
+    monkeypatch.setattr(listening, "IDLE_SECONDS", 0.3)
+    assert listening.KEPT_SECONDS > 60, "nginx keeps those behind it for a minute"
+    with serving(tmp_path) as (url, _, _), connected(url) as one:
+        for _ in range(3):
+            one.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            got = b""
+            while not got.endswith(b'{"status":"ok"}'):
+                piece = one.recv(1000)
+                assert piece, "closed between two requests"
+                got += piece
+            time.sleep(1)
 
 
 def test_answers_that_are_not_taken_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ import httpx
 import loopback
 import nibabel
 import numpy as np
+import PIL.Image
 import pytest
 from loopback import Slow, png
 from volume_phantoms import GRIDS, blob, hounsfield
@@ -255,6 +256,34 @@ def test_a_slice_stays_as_long_as_its_scan(tmp_path: Path) -> None:
     assert scans.masks(scan, "axial", 4)["blob"][8, 9]
     assert service.expire(later + 11 * DAY) == 1
     assert not service.session_ids
+    service.close()
+
+
+def test_a_scan_can_be_labelled_on_more_slices_than_there_may_be_sessions(tmp_path: Path) -> None:
+    service, scans = scans_in(tmp_path, sessions=2)
+    scan = a_scan(scans)
+    for index in range(6):
+        scans.session_to_act_in(scan, "axial", index, "auto").click(3, 2)
+    for _ in range(2):
+        opened(service)
+    with pytest.raises(FullError, match="2 sessions in use"):
+        opened(service)
+    service.close()
+
+
+def test_accepted_images_are_exported_as_png_under_names_that_stay_inside(tmp_path: Path) -> None:
+    service, scans = scans_in(tmp_path / "data")
+    opened(service).click(20, 20)  # not accepted
+    session = opened(service)
+    session.click(20, 20, target="../../bright box")
+    session.accept()
+    with Worklist(service, scans).exported(None, "png") as path, zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        assert not [name for name in names if name.startswith("/") or ".." in Path(name).parts]
+        [mask] = [name for name in names if "_mask" in name]
+        archive.extract(mask, tmp_path)
+    exported = np.array(PIL.Image.open(tmp_path / mask)) > 0
+    assert np.array_equal(exported, session.masks["../../bright box"])
     service.close()
 
 

@@ -20,6 +20,7 @@ from ibisagent.policies.nano_model import NanoModel
 from ibisagent.policies.torch_model import TorchModel
 from ibisagent.protocol import parse
 from ibisagent.segmenters import load_segmenter
+from ibisagent.server.batching import SharedPolicy
 from ibisagent.training.nano.trainer import build_model, build_processor
 
 SIZE = (61, 83)
@@ -146,3 +147,27 @@ def test_a_second_start_loads_neither_torch_nor_transformers(two, tmp_path):
     assert done.returncode == 0, done.stderr
     record = json.loads(Path(tmp_path, "a_record.json").read_text())
     assert record["made_by"]["policy_runtime"].startswith("openvino ")
+
+
+def test_it_answers_one_turn_after_another_and_the_server_knows(two):
+    quick, slow = two
+    assert (quick.batch_size, slow.batch_size) == (1, 16)
+    sizes = []
+    shared = SharedPolicy(quick, on_batch=sizes.append)
+    try:
+        said = shared.respond(observations())
+    finally:
+        shared.close()
+    assert sizes == [1, 1, 1], "one is answered, and its mask drawn, while the next is read"
+    assert [one.text for one in said] == [one.text for one in quick.respond(observations())]
+
+
+def test_what_was_looked_at_is_not_read_again_for_the_reply(two, monkeypatch):
+    quick, _ = two
+    read = []
+    anew = NanoModel._read_anew
+    monkeypatch.setattr(
+        NanoModel, "_read_anew", lambda model, prompt: read.append(prompt.digest) or anew(model, prompt)
+    )
+    quick.respond([Observation(str(seed), noise(seed), "Segment the bright disc.") for seed in range(20, 32)])
+    assert len(read) == len(set(read)), "more images at once than readings are kept"

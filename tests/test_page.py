@@ -297,6 +297,8 @@ def test_a_whole_day(browser: Any, server: Server, tmp_path: Path) -> None:
         assert states(page) == ["accepted", "corrected", *["agent"] * 10]
         accept()
         page.select_option("#order", "doubt")
+        sure = [int(text) for text in page.locator("#strip button.agent .score").all_inner_texts()]
+        assert sure == sorted(sure), "the most doubtful does not come first"
         for _ in range(10):
             accept()
         assert states(page) == ["accepted"] * 12
@@ -454,6 +456,10 @@ def test_everything_by_keyboard(page: Any, served: tuple[str, Service], tmp_path
     assert not session.masks
     page.keyboard.press("u")
     until(page, lambda: list(session.masks) == ["oval"], "it did not come back")
+    page.keyboard.press("r")
+    until(page, lambda: not session.masks, "it was not done again")
+    page.keyboard.press("u")
+    until(page, lambda: list(session.masks) == ["oval"], "it did not come back")
     opacity = page.input_value("#opacity")
     page.keyboard.press("]")
     assert int(page.input_value("#opacity")) == int(opacity) + 10
@@ -513,6 +519,12 @@ def test_objects_boxes_and_what_a_click_would_give(page: Any, served: tuple[str,
     moved = image.bounding_box()
     assert abs(moved["x"] - wide["x"] - 50) <= 1
     assert abs(moved["y"] - wide["y"] + 30) <= 1
+    touch = page.context.new_cdp_session(page)
+    for kind, apart in (("touchStart", 40), ("touchMove", 60), ("touchMove", 80), ("touchEnd", 0)):
+        points = [{"x": x + way * apart, "y": y, "id": way} for way in (0, 1)] if apart else []
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    until(page, lambda: image.bounding_box()["width"] > 1.5 * moved["width"], "two fingers do not bring it closer")
+    assert len(session.steps) == 4, "two fingers clicked"
     page.keyboard.press("l")
     drag(page, (64, 60), (70, 60))
     assert "/" in page.input_value("#window input")
@@ -526,12 +538,64 @@ def item_free(url: str, id_: str) -> bool:
     return id_ not in url
 
 
+def test_two_tabs_never_undo_each_others_work(browser: Any, served: tuple[str, Service], tmp_path: Path) -> None:
+    Thinking.may_go_on.set()
+    files = [tmp_path / f"tab-{number}.png" for number in range(4)]
+    for number, file in enumerate(files):
+        write_png(cell(number), file)
+    context = browser.new_context(viewport={"width": 1280, "height": 800})
+    context.set_default_timeout(180_000)
+    failed: list[str] = []
+    one, other = context.new_page(), context.new_page()
+    for page in (one, other):
+        page.on("pageerror", lambda error: failed.append(str(error)))
+    one.goto(served[0])
+    take(one, *files[:3])
+    until(one, lambda: one.locator("#strip li").count() == 3, "the images are not open")
+    other.goto(served[0])
+    until(other, lambda: states(other) == ["new"] * 3, "the second tab does not find them")
+    one.fill("#query", "Segment the bright cell.")
+    one.press("#query", "Enter")
+    until(one, lambda: states(one) == ["agent"] * 3, "the agent did not work ahead")
+    one.keyboard.press(".")
+    wait_for_turns(one, 2)
+    click(one, 64, 60, button="right")
+    wait_for_turns(one, 3)
+    session = session_of(one, served)
+    assert states(other) == ["new"] * 3  # as they were when it was opened
+    take(other, files[3])
+    until(other, lambda: other.title().startswith("tab-3"), "the fourth image is not open")
+    other.fill("#query", "Segment the bright cell.")
+    other.press("#query", "Enter")
+    until(
+        other,
+        lambda: states(other) == ["agent", "corrected", "agent", "agent"],
+        "it does not see what the first tab did",
+    )
+    assert "did not work" not in other.inner_text("#status")
+    assert [step.by for step in session.steps] == ["agent", "agent", "user"], "the agent went over a user's work"
+    other.locator("#strip button").nth(1).click()
+    wait_for_turns(other, 3)
+    other.keyboard.press("u")
+    wait_for_turns(other, 4)
+    assert turns(one) == 3
+    one.evaluate("() => document.dispatchEvent(new Event('visibilitychange', { bubbles: true }))")  # looked at again
+    wait_for_turns(one, 4)
+    one.go_back()
+    until(one, lambda: one.title().startswith("tab-0"), "the back button does not go back")
+    context.close()
+    assert not failed
+
+
 def test_a_window_of_a_scan_changes_nothing_but_the_view(page: Any, tmp_path: Path) -> None:
     inside = blob((46, 34, 20))
     nibabel.save(nibabel.Nifti1Image(hounsfield(inside), GRIDS["RAS-uneven"]), tmp_path / "scan.nii.gz")
     take(page, tmp_path / "scan.nii.gz")
     says(page, "20 x 34 x 46 slices")
-    view = {window: SliceView(read_volume(tmp_path / "scan.nii.gz"), "axial", window) for window in ("auto", "liver")}
+    view = {
+        window: SliceView(read_volume(tmp_path / "scan.nii.gz"), "axial", window)
+        for window in ("auto", "liver", "55/90")
+    }
 
     def is_slice(window: str, index: int) -> bool:
         source = page.locator("#image img").get_attribute("src")
@@ -549,6 +613,11 @@ def test_a_window_of_a_scan_changes_nothing_but_the_view(page: Any, tmp_path: Pa
     assert page.input_value("#window input") == "liver"
     until(page, lambda: is_slice("liver", 10), "it is another window")
     assert turns(page) == 1
+    assert np.array_equal(shown(page), mask)
+    for typed, window in (("55/90", "55/90"), ("liver", "liver")):
+        page.fill("#window input", typed)
+        page.press("#window input", "Enter")
+        until(page, lambda window=window: is_slice(window, 10), "a level and width that is typed does nothing")
     assert np.array_equal(shown(page), mask)
     page.mouse.move(*at(page, 18, 28))
     page.mouse.wheel(0, 50)

@@ -109,6 +109,19 @@ def test_the_agent_finds_it_and_users_stand(service: Service) -> None:
     assert len(scans.shown_slices(scan, "axial")) > 1
 
 
+def test_what_was_drawn_along_another_axis_stands_when_masks_are_carried_on(service: Service) -> None:
+    scans, view = Scans(service), view_of(GRIDS["RAS-uneven"])
+    scan = scans.open([("blob.nii", content())], "blob", None)
+    click(scans.session_to_act_in(scan, "axial", 6, "auto"), view, 6)
+    scans.propagate(scan, "axial", 6)
+    scans.session_to_act_in(scan, "coronal", 14, "auto").brush([(1.5, 1.5)], 1, target="blob")
+    drawn = scans.masks(scan, "coronal", 14)["blob"]
+    scans.propagate(scan, "axial", 6)
+    assert np.array_equal(scans.masks(scan, "coronal", 14)["blob"], drawn)
+    scans.undo(scan)
+    assert np.array_equal(scans.masks(scan, "coronal", 14)["blob"], drawn), "what was before was changed as well"
+
+
 def test_a_dicom_series_and_what_is_none(service: Service, tmp_path: Path) -> None:
     scans = Scans(service)
     files = slice_files(tmp_path / "ct", hounsfield(blob()), GRIDS["LPS-uneven"])

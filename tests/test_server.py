@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -144,6 +145,22 @@ def test_a_session_from_end_to_end(client: Client, tmp_path: Path) -> None:
         session.refresh()
 
 
+def test_what_is_expected_of_a_session_is_asked_before_anything_is_done(client: Client) -> None:
+    """Who works ahead on a list of a while ago never goes over what somebody did meanwhile."""
+    session = client.open(png(), "bright box")
+    session.click(50, 40)
+    for path, expected in (("run", "new"), ("run", "agent"), ("reset", "agent")):
+        with pytest.raises(ConfigError, match=r"'corrected' by now.*409"):
+            client.call("POST", f"/v1/sessions/{session.id}/{path}", json={"expected": expected})
+    with pytest.raises(DataError, match="expected"):
+        client.call("POST", f"/v1/sessions/{session.id}/reset", json={"expected": "none of them"})
+    assert [turn["by"] for turn in session.refresh()["turns"]] == ["user"]
+    session.reset()
+    client.call("POST", f"/v1/sessions/{session.id}/run", json={"expected": "new"})
+    client.call("POST", f"/v1/sessions/{session.id}/reset", json={"expected": "agent"})
+    assert not session.refresh()["turns"]
+
+
 def test_a_mask_to_refine(client: Client) -> None:
     encoded = io.BytesIO()
     PIL.Image.fromarray(ground_truth().astype(np.uint8) * 255).save(encoded, format="PNG")
@@ -207,6 +224,21 @@ def test_whoever_hangs_up_takes_over(tmp_path: Path) -> None:
             time.sleep(0.05)
         assert not session.view["running"]
         assert len(session.view["turns"]) < 6
+
+
+def test_a_model_that_fails_after_a_client_hung_up_is_no_crash(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(tmp_path, SlowPolicy([CLICK], seconds=0.3)) as url, Client(url, token="") as client:
+        session = client.open(png(), "bright box")
+        for _ in session.stream():
+            break  # the second turn fails: there is no reply for it
+        deadline = time.time() + 20
+        while session.refresh()["running"] and time.time() < deadline:
+            time.sleep(0.05)
+        assert not session.view["running"]
+    gc.collect()
+    assert not [record for record in caplog.records if "never retrieved" in record.getMessage()]
 
 
 def test_turns_of_different_sessions_are_answered_together(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ SESSION_FORMAT, SESSION_VERSION = "ibisagent session", 2
 
 
 class BusyError(ConfigError):
-    """The agent is at work in a session, and was asked once more."""
+    """Somebody else is at work in a session: the agent, or a user where none was expected."""
 
 
 class Session:
@@ -237,13 +237,15 @@ class Session:
         *,
         max_turns: int | None = None,
         on_step: Callable[[Step], None] | None = None,
+        expected: State | None = None,
     ) -> RunEnd:
         """Turns of the agent until it stops, has had `max_turns`, gets stuck, or a user takes over. As `ask`.
 
-        max_turns: default the policy's own limit. on_step: called after every turn, from this thread.
+        max_turns: default the policy's own limit. on_step: called after every turn, from this thread. expected: how far
+        the session is for who asks; BusyError where it is not, and nothing has changed.
         """
         turns: list[Turn] = []
-        with self._at_work(query) as policy:
+        with self._at_work(query, expected) as policy:
             limit = turn_limit(policy, self.query) if max_turns is None else max_turns
             while len(turns) < limit:
                 asked = self._ask()
@@ -391,9 +393,13 @@ class Session:
             self._commit(self._undone[-1])
             self._undone.pop()
 
-    def reset(self) -> None:
-        """Back to the beginning, with the latest request: no turns, and the masks that the session was opened with."""
+    def reset(self, *, expected: State | None = None) -> None:
+        """Back to the beginning, with the latest request: no turns, and the masks that the session was opened with.
+
+        expected: as `run` has it.
+        """
         with self._lock:
+            self._check_state(expected)
             before = self._rounds
             self._commit((Round(before[-1].query, before[0].start),))
             self._undone.append(before)
@@ -473,8 +479,12 @@ class Session:
 
     # Inside.
 
-    def _at_work(self, query: str | None) -> _AtWork:
-        return _AtWork(self, query)
+    def _at_work(self, query: str | None, expected: State | None = None) -> _AtWork:
+        return _AtWork(self, query, expected)
+
+    def _check_state(self, expected: State | None) -> None:
+        if expected is not None and self.state != expected:
+            raise BusyError(f"this session is '{self.state}' by now, not '{expected}': somebody has worked in it")
 
     def _asked_facts(self, one: Round) -> dict[str, str]:
         """What the policy says of the objects of a round in which it had a turn."""
@@ -563,8 +573,8 @@ class Session:
 class _AtWork:
     """Marks a session as asked, one at a time."""
 
-    def __init__(self, session: Session, query: str | None) -> None:
-        self._session, self._query = session, query
+    def __init__(self, session: Session, query: str | None, expected: State | None) -> None:
+        self._session, self._query, self._expected = session, query, expected
 
     def __enter__(self) -> Policy:
         session = self._session
@@ -573,6 +583,7 @@ class _AtWork:
                 raise BusyError("the agent is at work in this session: wait, or take over first")
             if session.policy is None:
                 raise ConfigError("this session has no policy: it cannot be asked")
+            session._check_state(self._expected)
             if self._query is not None:
                 session.request(self._query)
             session._running = True

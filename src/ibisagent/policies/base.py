@@ -36,9 +36,10 @@ class Policy(Protocol):
     """Anything that answers observations with text in a dialect of `protocol`.
 
     It may have an attribute `max_turns`, the most turns that an episode of it needs (see `environment.turn_limit`),
-    and a method `describe`, facts such as hashes and seeds for the record of what it makes. One that is also a
-    `Proposer` has several first turns tried, one that is `Knowing` tells what it was never taught, one that is
-    `Calibrated` brings what scores of its masks are made with.
+    an attribute `batch_size`, the most observations that it gains from answering together, and a method `describe`,
+    facts such as hashes and seeds for the record of what it makes. One that is also a `Proposer` has several first
+    turns tried, one that is `Knowing` tells what it was never taught, one that is `Calibrated` brings what scores of
+    its masks are made with.
     """
 
     @property
@@ -157,6 +158,11 @@ class LanguageModel(Protocol):
     @property
     def parts(self) -> tuple[Any, Any]:
         """The torch model, in evaluation mode, and its processor. ConfigError where there are none."""
+        ...
+
+    @property
+    def at_once(self) -> int | None:
+        """The most conversations that it reads at once; None: as many as it is given."""
         ...
 
     def bound_images(self, least: int | None, most: int | None, usual: int | None) -> None:

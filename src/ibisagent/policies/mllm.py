@@ -43,7 +43,7 @@ class MllmPolicy(OneByOne):
     MAX_NEW_TOKENS. `max_turns` is what `config.max_turns` says, else None. device "auto" is cuda where there is one,
     else cpu; dtype "auto" is bfloat16 on cuda, else float32.
     temperature 0 is greedy; otherwise what is drawn depends on `seed` and the batch alone, not on earlier calls.
-    batch_size: conversations per forward pass. min_pixels, max_pixels: bounds of the area that an image is resized to,
+    batch_size: most conversations per forward pass. min_pixels, max_pixels: bounds of the area an image is resized to,
     for models with a free image size (Qwen); None takes the dialect's own where it has any. prompts: a TOML file with
     what the model is told (`policies.wording`); None takes `config.wording`, else the dialect's own words.
     candidates: replies that `propose` gives at most; None takes `config.candidates` where it has a vocabulary, else 1.
@@ -81,10 +81,11 @@ class MllmPolicy(OneByOne):
         _check_sampling(max_new_tokens, temperature)
         self.name = name or f"mllm:{source}"
         self.temperature, self.seed = temperature, seed
-        self._batch_size, self._adapter = batch_size, Path(adapter) if adapter else None
+        self._adapter = Path(adapter) if adapter else None
         self._folder = _resolve_folder(str(source))
         self._lock = threading.Lock()
         self._model = self._load(device, dtype)
+        self.batch_size = min(batch_size, self._model.at_once or batch_size)
 
         config = self._model.config
         own = "released" if is_public(str(source)) else "ibis"
@@ -132,7 +133,7 @@ class MllmPolicy(OneByOne):
         divided by its size."""
         conversations = [self._ask(observation) for observation in observations]
         completions = []
-        for batch in _batches(conversations, self._batch_size):
+        for batch in _batches(conversations, self.batch_size):
             started = time.perf_counter()
             generations = self.generate(batch)
             seconds = (time.perf_counter() - started) / len(batch)
@@ -159,7 +160,7 @@ class MllmPolicy(OneByOne):
         """One less than `candidates` replies to each of `observations`, drawn at PROPOSAL_TEMPERATURE."""
         draws = self.candidates - 1
         conversations = [self._ask(observation) for observation in observations]
-        for batch in _batches(conversations, max(1, self._batch_size // self.candidates)):
+        for batch in _batches(conversations, max(1, self.batch_size // self.candidates)):
             started = time.perf_counter()
             written = self.generate(batch, temperature=PROPOSAL_TEMPERATURE, draws=draws)
             seconds = (time.perf_counter() - started) / len(written)
@@ -191,7 +192,7 @@ class MllmPolicy(OneByOne):
         seed = self.seed if seed is None else seed
         written: list[Generation] = []
         with self._lock:
-            for batch in _batches(conversations, self._batch_size):
+            for batch in _batches(conversations, self.batch_size):
                 adapted = [[self._adapt(message) for message in conversation] for conversation in batch]
                 written += self._model.write(adapted, max_new_tokens, temperature, seed, draws if temperature else 1)
         return written

@@ -113,6 +113,11 @@ class NanoModel:
         """See `LanguageModel`."""
         raise ConfigError(f"{self._name} runs without torch here: load it with a dtype, such as float32")
 
+    @property
+    def at_once(self) -> int:
+        """See `LanguageModel`."""
+        return 1
+
     def bound_images(self, least: int | None, most: int | None, usual: int | None) -> None:
         """See `LanguageModel`."""
         if least is not None or most is not None:

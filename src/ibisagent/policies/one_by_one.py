@@ -46,6 +46,7 @@ class OneByOne:
     """A policy that is asked for one object after another, where it has a vocabulary. A subclass writes and looks."""
 
     dialect: str
+    batch_size: int
     max_turns: int | None
     vocabulary: Vocabulary | None
 
@@ -65,7 +66,10 @@ class OneByOne:
         vocabulary, limit = self.vocabulary, self.max_turns or MAX_TURNS_OF_ONE
         if vocabulary is None:
             return self.write(observations)
-        return self._answered([answering(one, vocabulary, self.look, self.dialect, limit) for one in observations])
+        answers = [answering(one, vocabulary, self.look, self.dialect, limit) for one in observations]
+        size = self.batch_size  # what is looked at is written about while the model still has its reading
+        batches = [answers[start : start + size] for start in range(0, len(answers), size)]
+        return [completion for batch in batches for completion in self._answered(batch)]
 
     def refine(self, observation: Observation) -> list[Completion]:
         """First turns to try where a mask was brought, see `refinements`; none where there is no choice.

@@ -31,7 +31,7 @@ class TaughtPolicy(OneByOne):
         if base.vocabulary is None:
             raise ConfigError(f"{base.name}: declares no names (objects.json), so nothing can be taught beside them")
         self.name, self.dialect, self.max_turns, self.candidates = name, base.dialect, base.max_turns, base.candidates
-        self.base = base
+        self.base, self.batch_size = base, base.batch_size
         self.vocabulary: Vocabulary = base.vocabulary
         self._experts = {taught: expert for expert, names in experts for taught in names}
         for expert, names in experts:

@@ -62,6 +62,11 @@ class TorchModel:
         """The model, in evaluation mode, and its processor."""
         return self._model, self._processor
 
+    @property
+    def at_once(self) -> None:
+        """See `LanguageModel`."""
+        return None
+
     def bound_images(self, least: int | None, most: int | None, usual: int | None) -> None:
         """Bound the area, in pixels, that an image is resized to. usual: the bound where neither is given, for models
         that take any size. ConfigError for models that take one size."""

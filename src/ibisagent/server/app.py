@@ -12,7 +12,7 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
@@ -57,6 +57,7 @@ from ibisagent.server.schemas import (
     ClickRequest,
     ErrorView,
     ForkRequest,
+    ResetRequest,
     RunRequest,
     SegmentView,
     SessionView,
@@ -76,6 +77,7 @@ _log = logging.getLogger("ibisagent.server")
 KEPT = {"cache-control": "private, max-age=3600, immutable"}  # what never changes at its address
 FORM_BYTES = 2**20  # what a request may hold beside its upload
 EXPIRY_SECONDS = 30.0  # between two looks at what is idle: sessions, jobs, memory
+M_ARENA_MAX, HEAPS = -8, 2  # as malloc.h has it
 ALIVE_SECONDS = 15.0  # in which a stream says something, so that no proxy takes it for dead
 
 
@@ -85,7 +87,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         400: "cannot be read",
         401: "wrong or missing token",
         404: "not there",
-        409: "the agent is at work",
+        409: "the agent, or somebody else, is at work",
         413: "too large",
         422: "cannot be used as it is",
         429: "the server is full",
@@ -211,6 +213,7 @@ def serve(
     for its user alone.
     """
     os.umask(0o077)
+    _keep_few_heaps()
     tempfile.tempdir = str(service.folder / "uploads")
     app = create_app(service, token=token_for(host), mounts=mounts, origins=origins)
     listen(app, host, port, on_stop=service.stop)
@@ -226,12 +229,17 @@ async def _expire(service: Service) -> None:
         await run_in_threadpool(_give_back_memory)
 
 
+def _keep_few_heaps() -> None:
+    """Let the threads that are still to come share HEAPS of glibc's heaps, which otherwise has eight for each core:
+    arrays of megabytes that come and go leave holes in every one of them, and it keeps those."""
+    with suppress(OSError):  # not glibc
+        ctypes.CDLL("libc.so.6").mallopt(M_ARENA_MAX, HEAPS)
+
+
 def _give_back_memory() -> None:
     """Return to the system what is free between living objects, in some 20 ms.
 
-    glibc has many heaps, as there are many threads; arrays of megabytes that come and go in all of them leave holes,
-    which it keeps, hundreds of megabytes of them. Mapping each array by itself leaves none, but batches then cost half
-    as much again in time.
+    Mapping each array by itself would leave no holes, but batches then cost half as much again in time.
     """
     with suppress(OSError):  # not glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -387,7 +395,7 @@ def _add_agent(router: APIRouter, service: Service, threads: AgentThreads, metri
                 on_step(step)
 
         turns = None if asked.max_turns is None else min(asked.max_turns, service.limits.turns)
-        return session.run(asked.query, max_turns=turns, on_step=count)
+        return session.run(asked.query, max_turns=turns, on_step=count, expected=asked.expected)
 
     @router.post("/ask")
     async def ask(id: str, asked: AskRequest) -> StepView:  # noqa: A002
@@ -460,9 +468,9 @@ def _add_user(router: APIRouter, service: Service) -> None:
         return after(id, Session.redo)
 
     @router.post("/reset")
-    def reset(id: str) -> SessionView:  # noqa: A002
+    def reset(id: str, asked: ResetRequest | None = None) -> SessionView:  # noqa: A002
         """Back to the beginning."""
-        return after(id, Session.reset)
+        return after(id, lambda session: session.reset(expected=None if asked is None else asked.expected))
 
     @router.post("/fork", status_code=201)
     def fork(id: str, asked: ForkRequest) -> SessionView:  # noqa: A002
@@ -546,7 +554,8 @@ async def _events(
         finally:
             loop.call_soon_threadsafe(steps.put_nowait, None)
 
-    ended: Awaitable[RunEnd] = asyncio.ensure_future(threads(work))
+    ended = asyncio.ensure_future(threads(work))
+    ended.add_done_callback(lambda run: run.cancelled() or run.exception())  # also where nobody is there to be told
     try:
         while True:
             try:

@@ -1,4 +1,4 @@
-"""One model for many sessions: whoever waits while it works is answered together in the next batch."""
+"""One model for many sessions: whoever waits while it works is answered together, where it gains from that."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ together come back one after the other, as the segmenter draws their masks, and 
 class SharedPolicy:
     """A policy that batches the turns of different threads, first come, first served.
 
-    Every session waits with one turn at a time, so nobody gets two turns while another waits for one. A session that
-    has the model to itself never waits; several wait for each other, see PATIENCE. If a batch fails, its turns are
-    tried one by one, so that only those fail that are at fault.
+    One that gains nothing from company (its `batch_size` is 1) answers one turn after another: the segmenter draws the
+    masks of one session while it works for the next. Every session waits with one turn at a time, so nobody gets two
+    turns while another waits for one. A session that has the model to itself never waits; several wait for each other,
+    see PATIENCE. If a batch fails, its turns are tried one by one, so that only those fail that are at fault.
     """
 
     def __init__(
@@ -38,11 +39,9 @@ class SharedPolicy:
         max_turns: int | None = None,
         on_batch: Callable[[int], None] | None = None,
     ) -> None:
-        """max_turns: bounds the policy's own limit of turns. on_batch: called with the size of
-        every batch."""
-        self._most_turns = max_turns
+        """max_batch, max_turns: bound the policy's own. on_batch: called with the size of every batch."""
+        self._most_turns, self._most_together, self._on_batch = max_turns, max_batch, on_batch
         self.switch(policy)
-        self._max_batch, self._on_batch = max_batch, on_batch
         self._waiting: deque[tuple[Observation, Future[Proposal]]] = deque()
         self._arrived = threading.Condition()
         self._company = 1  # turns of the last batch, and those that came meanwhile
@@ -57,6 +56,7 @@ class SharedPolicy:
         """
         self.inner, self.name, self.dialect = policy, name or policy.name, policy.dialect
         self.max_turns = min(turn_limit(policy), self._most_turns or turn_limit(policy))
+        self._max_batch = min(self._most_together, getattr(policy, "batch_size", self._most_together))
 
     @property
     def waiting(self) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, cast
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -17,7 +18,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from ibisagent.server.auth import bare_host
 
 MOST_CONNECTIONS = 1000
-IDLE_SECONDS = 8.0  # for a whole header, from the first byte or the answer before it
+IDLE_SECONDS = 8.0  # for a whole header, from its first byte or the beginning of the connection
+KEPT_SECONDS = 75  # from an answer to the next request: longer than clients and proxies keep a connection
 STALL_SECONDS = 30.0  # in which a client has to take some of its answer
 GRACEFUL_SECONDS = 5
 OPEN_FILES = 4096
@@ -30,6 +32,9 @@ class PatientProtocol(H11Protocol):
     Where no answer is owed (the header is not there yet, or the rest of a refused body is still coming) a connection
     ends after IDLE_SECONDS, and earlier where there are too many: the oldest of these makes room. So clients that send
     slowly, or nothing, never keep others out. One that does not take its answer ends as well.
+
+    One that has its answer and sends nothing is kept for KEPT_SECONDS: whoever sends on a connection while it is being
+    closed gets an error, and does not know whether the request was read.
     """
 
     _idle_since = 0.0
@@ -58,7 +63,10 @@ class PatientProtocol(H11Protocol):
         """As uvicorn has it; it may begin to answer the next request."""
         self._unwatch()
         super().on_response_complete()
-        self._watch()
+        if self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
+            self._idle_since = self.loop.time()  # uvicorn ends it, see `options`
+        else:
+            self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """As asyncio has it."""
@@ -108,6 +116,7 @@ def options() -> dict[str, Any]:
         # each time.
         "proxy_headers": "FORWARDED_ALLOW_IPS" in os.environ,
         "timeout_graceful_shutdown": GRACEFUL_SECONDS,
+        "timeout_keep_alive": KEPT_SECONDS,
     }
 
 

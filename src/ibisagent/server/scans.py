@@ -320,7 +320,8 @@ class Scans:
             self._save(scan)
 
     def propagate(self, scan: Scan, axis: str, index: int) -> None:
-        """Carry the masks of a slice, and of all that a user or the agent worked on along `axis`, to the others.
+        """Carry the masks of a slice, and of all that a user or the agent worked on along `axis`, to the others. What
+        was drawn along another axis stays as it is.
 
         DataError where none of them shows anything; BusyError while the scan is worked on.
         """
@@ -427,7 +428,7 @@ class Scans:
             loaded = self._settled(scan)
             loaded.before = loaded.masks, dict(loaded.written)
             loaded.masks = {name: mask for name, mask in {**loaded.masks, **found.masks}.items() if mask.any()}
-            if start is None:  # what users drew stands
+            if start is None or any(along != axis for along, _ in scan.slices):  # what users drew stands
                 loaded.masks = {name: mask.copy() for name, mask in loaded.masks.items()}
                 loaded.written = {}
                 self._settled(scan)

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ibisagent.domain import MAX_NAME_CHARS, MAX_QUERY_CHARS, Completion, Reply, Turn
 from ibisagent.imaging.masks import rle_area
-from ibisagent.inference.rounds import Step
+from ibisagent.inference.rounds import State, Step
 from ibisagent.inference.session import Session
 from ibisagent.store import plain_turn
 
@@ -37,9 +37,20 @@ class AskRequest(StrictBody):
 
 
 class RunRequest(AskRequest):
-    """Turns of the agent until it stops, at most `max_turns`, by default the policy's own limit."""
+    """Turns of the agent until it stops, at most `max_turns`, by default the policy's own limit.
+
+    expected: the state that the session has for who asks; where it has another one by now, the answer is 409 and
+    nothing has changed.
+    """
 
     max_turns: Annotated[int, Field(ge=1, le=1000)] | None = None
+    expected: State | None = None
+
+
+class ResetRequest(StrictBody):
+    """Back to the beginning. expected: as for a run."""
+
+    expected: State | None = None
 
 
 class ClickRequest(StrictBody):

@@ -59,7 +59,7 @@ class FullError(ConfigError):
 class Limits:
     """What one server takes. Sizes in bytes, pixels and voxels (see `limits`), times in seconds.
 
-    sessions: in use at a time; all that a visitor of the page opens count as one, and what is offered does not.
+    sessions: in use at a time; all of a visitor of the page count as one, slices of scans and what is offered as none.
     idle_seconds: without a use, after which something is idle, see `Service.expire`.
     delete_seconds: without a use, after which everything goes, whoever made it; None: never.
     """
@@ -559,9 +559,10 @@ class Service:
     def _add(self, make: Callable[[str, Path], Session], owner: str | None, passing: bool) -> Session:
         id_ = uuid.uuid4().hex
         marks = {OWNER_FILE: owner, PASSING_FILE: "" if passing else None}
+        free = self.offers.keys() | {part for held in self.held for part in held()}
         with self._lock:
             idle = clock() - self.limits.idle_seconds
-            recent = (one for one, last in self._touched.items() if last >= idle and one not in self.offers)
+            recent = (one for one, last in self._touched.items() if last >= idle and one not in free)
             in_use = len({self._owners.get(one, one) for one in recent} - {owner})
             if in_use >= self.limits.sessions:
                 raise FullError(f"there are {in_use} sessions in use, more are not taken: close one, or wait")

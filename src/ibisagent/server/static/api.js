@@ -3,17 +3,13 @@
 export async function call(method, path, body, signal) {
   const options = { method, signal, body };
   if (body && !(body instanceof FormData)) Object.assign(options, { body: JSON.stringify(body), headers: { "content-type": "application/json" } });
-  let answer;
-  try {
-    answer = await fetch(path, options);
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Error("the server does not answer: is it still running? Nothing that was shown is lost");
-  }
+  const answer = await fetch(path, options).catch((error) => {
+    throw error.name === "AbortError" ? error : new Error("the server does not answer: is it still running? Nothing that was shown is lost");
+  });
   if (answer.ok) return answer.status === 204 ? null : answer.json();
   if (answer.status === 401) location.href = "/login";
   const said = await answer.json().then((found) => found.detail).catch(() => null);
-  throw new Error(said || `the server answers ${answer.status}`);
+  throw Object.assign(new Error(said || `the server answers ${answer.status}`), { status: answer.status });
 }
 
 export const get = (path) => call("GET", path);

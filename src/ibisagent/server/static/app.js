@@ -26,9 +26,7 @@ export const app = {
 };
 
 export function stored(name, otherwise) {
-  try {
-    return JSON.parse(localStorage.getItem(name)) ?? otherwise;
-  } catch { return otherwise; }
+  try { return JSON.parse(localStorage.getItem(name)) ?? otherwise; } catch { return otherwise; }
 }
 
 export const keep = (name, value) => localStorage.setItem(name, JSON.stringify(value));

@@ -163,6 +163,16 @@ async function look(turn) {
   say(`The masks as they were after turn ${turn}.`);
 }
 
+// What another tab, or another user, did meanwhile.
+async function lookAgain() {
+  await queue.load();
+  const { item } = app, here = standing();
+  if (!item || item.running || app.looking !== null) return;
+  if (app.scan) return scan.showAxis(true);
+  const view = await app.chain.then(() => get(queue.base(item)));
+  if (here()) show(view);
+}
+
 function back() { Object.assign(app, { looking: null, targets: app.view.targets }); panel.render(); }
 
 async function fork() {
@@ -241,10 +251,7 @@ const KEYS = [
 ];
 const DO = Object.fromEntries(KEYS.map(([key, , does]) => [key, does]));
 
-function step(by) {
-  const next = queue.beside(by);
-  return next ? open(next) : say(by > 0 ? "This is the last one." : "This is the first one.");
-}
+const step = (by) => (queue.beside(by) ? open(queue.beside(by)) : say(by > 0 ? "This is the last one." : "This is the first one."));
 
 // The keyboard's click, at the cross; of a box one of two corners.
 function place() {
@@ -310,6 +317,7 @@ function wire() {
     if (!event.target.closest("#export") || event.target.closest("#export a")) $("export").open = false;
   });
   addEventListener("popstate", route);
+  addEventListener("visibilitychange", () => document.hidden || lookAgain().catch(report));
 }
 
 async function route() {

@@ -29,7 +29,12 @@ export function begin(show, shown) {
   for (const kind of ["dragover", "dragleave", "drop"]) addEventListener(kind, (event) => dropped(event, kind));
 }
 
-export async function load() { app.items = await get("/v1/worklist"); render(); }
+export async function load() {
+  const known = new Map(app.items.map((item) => [item.id, item])), found = await get("/v1/worklist");
+  const opened = app.items.filter((item) => !known.has(item.id)); // meanwhile
+  app.items = [...found.map((item) => Object.assign(known.get(item.id) || {}, item)), ...opened];
+  render();
+}
 
 // What is opened.
 
@@ -189,15 +194,18 @@ export function workAhead() {
     const next = row().concat(app.items).find((item) => isWaiting(item));
     if (!next) return;
     ahead += 1;
-    const failed = (error) => { next.failed = true; report(new Error(`${next.name}: ${error.message}`)); };
-    runAhead(next).catch(failed).finally(() => { ahead -= 1; workAhead(); });
+    const failed = (error) => { // 409: another tab, or another user, has it
+      next.failed = true;
+      return error.status === 409 ? get(base(next)).then((view) => update(next, view)) : report(new Error(`${next.name}: ${error.message}`));
+    };
+    runAhead(next).catch(failed).catch(report).finally(() => { ahead -= 1; workAhead(); });
   }
 }
 
 const isWaiting = (item) => item.kind === "image" && item.state === "new" && (item.given === "query" || (!item.given && app.request)) && item !== app.item && !item.running && !item.failed;
 
 async function runAhead(item) {
-  const { session } = await work(item, item.id, item.given ? {} : { query: app.request });
+  const { session } = await work(item, item.id, { expected: "new", ...(item.given ? {} : { query: app.request }) });
   if (app.item === item) changed(session);
   else update(item, session);
   if (item.state === "agent") await judge(item);

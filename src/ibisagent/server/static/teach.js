@@ -2,7 +2,7 @@
 
 import { call, get, post } from "/static/api.js";
 import { $, app, keep, report, say, stored } from "/static/app.js";
-import { base, render, workAhead } from "/static/queue.js";
+import { base, update, workAhead } from "/static/queue.js";
 
 const EVERY = 2000; // ms between two looks
 let now = { state: "none" }, timer;
@@ -45,9 +45,7 @@ async function goOn() {
   keep("agent", now.agent);
   const seen = stored("seen", []), ahead = (item) => item.kind === "image" && item.state === "agent" && !item.running && item !== app.item;
   for (const item of $("ahead").checked ? app.items.filter((one) => ahead(one) && !seen.includes(one.id)) : []) {
-    await post(`${base(item)}/reset`);
-    Object.assign(item, { state: "new", reliability: null, rank: null });
+    update(Object.assign(item, { rank: null }), await post(`${base(item)}/reset`, { expected: "agent" }).catch(() => get(base(item))));
   }
-  render();
   workAhead();
 }
