@@ -1,6 +1,6 @@
 """Are the rewards alive? What every term does over a batch of recorded episodes, before a training run spends on it.
 
-GRPO learns from differences within a group (several episodes of one case), so a term that does not vary teaches
+GRPO learns from differences within a group (multiple episodes of one case), so a term that does not vary teaches
 nothing, and one that varies most decides. Two terms of the paper's public release are constant; nothing told so.
 """
 
@@ -59,7 +59,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class RewardReport:
-    """A batch: how many episodes, cases and groups (cases with several episodes), the total, and every term."""
+    """A batch: how many episodes, cases and groups (cases with multiple episodes), the total, and every term."""
 
     episodes: int
     cases: int

@@ -28,7 +28,7 @@ from ibisagent.query import Request
 from ibisagent.training.images import TrainingImages
 from ibisagent.training.loop import TrainingRun
 from ibisagent.training.nano.curriculum import QUESTIONS, VIEW, Curriculum, Example, Pair, pairs_of
-from ibisagent.training.nano.trainer import FEATURE_DROPOUT, collate, load, region_losses, save, seen_features
+from ibisagent.training.nano.trainer import BETAS, FEATURE_DROPOUT, collate, load, region_losses, save, seen_features
 from ibisagent.training.teach.recipe import PartRecipe
 
 AVERAGE_DECAY = 0.98
@@ -64,6 +64,7 @@ class _Run(TrainingRun):
     network: IbisNanoForConditionalGeneration
     average: IbisNanoForConditionalGeneration
     average_decay = AVERAGE_DECAY
+    betas = BETAS
     free = frozenset({"out", "workers", "folds", "adapter"})
 
     def __init__(self, recipe: PartRecipe, source: CaseSource, start: Path) -> None:
@@ -73,11 +74,7 @@ class _Run(TrainingRun):
         self.processor, self.network = load(start)
         self.average = deepcopy(self.network).eval()
         self.network.train()
-        learned = [one for one in self.network.parameters() if one.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            learned, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98)
-        )
-        self.resume()
+        self.start(one for one in self.network.parameters() if one.requires_grad)
         self.curriculum = _MapCurriculum(images, recipe.seed + self.step)
 
     def go(self, report: Callable[[int], None]) -> None:

@@ -129,7 +129,8 @@ def _judged(task: Task, weights: Path, report: Report) -> Iterator[Compared]:
 def measured(policy: Policy, segmenter: Segmenter, cases: CaseSource) -> dict[str, tuple[float, float]]:
     """IoU and turns of an episode of each case, by id; cases that fail are left out."""
     from ibisagent.environment import mask_choice, turn_limit
-    from ibisagent.evaluation import Judge, judge_cases
+    from ibisagent.evaluation import Judge
+    from ibisagent.inference.cases import judge_cases
 
     judge = Judge(policy, segmenter, {}, False, turn_limit(policy), mask_choice(policy, None), {})
     judged, _ = judge_cases(cases, judge, batch_size=CHECKED_AT_ONCE)
