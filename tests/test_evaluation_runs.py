@@ -1,4 +1,4 @@
-"""Runs on disk: killed and continued, in several processes, compared, and as a page in a real browser."""
+"""Runs on disk: killed and continued, in multiple processes, compared, and as a page in a real browser."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_gives_up_when_everything_fails(tmp_path: Path) -> None:
 
 
 def test_no_run(tmp_path: Path, finished: Path) -> None:
-    with pytest.raises(DataError, match="holds no run"):
+    with pytest.raises(DataError, match="cannot be read"):
         Run(tmp_path)
     shutil.copytree(finished, tmp_path / "damaged")
     with (tmp_path / "damaged" / "cases.jsonl").open("ab") as log:

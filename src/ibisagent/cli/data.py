@@ -250,7 +250,7 @@ def build(
     data: Annotated[Path, typer.Argument(help="Data set folder, or a manifest (.csv, .jsonl).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an unfinished one is continued.")],
     config: Annotated[Path | None, typer.Option("--config", "-c", help="TOML file, such as recipes/data.toml.")] = None,
-    stage: Annotated[list[str] | None, typer.Option(help="Only this stage; give it several times for several.")] = None,
+    stage: Annotated[list[str] | None, typer.Option(help="Only this stage; may be repeated.")] = None,
     split: SplitOption = None,
     licence_class: Annotated[str | None, typer.Option(help="Only pairs of this class, from that column.")] = None,
     hold_out: Annotated[

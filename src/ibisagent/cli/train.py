@@ -96,7 +96,7 @@ def sft(
 ) -> None:
     """Fine-tune a policy on episodes with thoughts (the cold start); use it as --policy mllm:OUT/policy.
 
-    Several GPUs: accelerate launch --config_file recipes/accelerate/8-gpu-fsdp.yaml -m ibisagent train sft RECIPE. A
+    Multiple GPUs: accelerate launch --config_file recipes/accelerate/8-gpu-fsdp.yaml -m ibisagent train sft RECIPE. A
     stopped run resumes from its last checkpoint.
     """
     with status("reading recipe, model and data", quiet=as_json):
@@ -148,8 +148,8 @@ def check_rewards(
     """Check that every reward term varies over recorded EPISODES, and which one decides.
 
     Exit code 1 if a term is the same in all of them: training would not feel it. Episodes of the same case make a
-    group, as in GRPO; give several folders to bring them together. Episodes without ground truth in DATA are listed and
-    left out; the exit code is then 2.
+    group, as in GRPO; give more than one folder to bring them together. Episodes without ground truth in DATA are
+    listed and left out; the exit code is then 2.
     """
     with status("reading the data", quiet=as_json):
         from ibisagent.rewards import PAPER
@@ -187,7 +187,7 @@ def _told(*, quiet: bool) -> Callable[[int, int, Mapping[str, float]], None]:
 
 
 def _print_policy(folder: Path, as_json: bool) -> None:
-    if os.environ.get("RANK", "0") != "0":  # one process of several says it
+    if os.environ.get("RANK", "0") != "0":  # one process says it for all
         return
     if as_json:
         print_json({"policy": str(folder)})
@@ -196,7 +196,7 @@ def _print_policy(folder: Path, as_json: bool) -> None:
 
 
 def _print_rewards(report: RewardReport) -> None:
-    groups = f", {report.groups} of them with several" if report.groups else ""
+    groups = f", {report.groups} of them with more than one episode" if report.groups else ""
     title = f"{report.episodes} episodes of {report.cases} cases{groups}"
     table = new_table(title, "", "weight", "min", "mean", "max", "std", "varies", "corr.", "share")
     for term in (*report.terms, report.total):

@@ -28,6 +28,7 @@ from ibisagent.evaluation import metrics
 from ibisagent.evaluation.metrics import EMPTY_RULE, EmptyRule, SizeClass
 from ibisagent.evaluation.statistics import Difference, Interval, Row, differences, intervals
 from ibisagent.imaging.masks import Overlap
+from ibisagent.inference.cases import Failure
 
 GroupBy = Literal["modality", "object", "size", "dataset"]
 Size = SizeClass | Literal["absent", ""]
@@ -65,15 +66,6 @@ class CaseResult:
         """The result that `asdict` made plain; KeyError and TypeError if it is no such thing."""
         overlap = None if plain["overlap"] is None else Overlap(**plain["overlap"])
         return cls(**{**plain, "overlap": overlap, "ious": tuple(plain["ious"])})
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A case that could not be judged, and why, in one line; machinery: whether policy or segmenter failed."""
-
-    case_id: str
-    error: str
-    machinery: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,12 +68,7 @@ class Difference:
 
 
 def differences(
-    a: Sequence[Row],
-    b: Sequence[Row],
-    *,
-    resamples: int = RESAMPLES,
-    permutations: int = PERMUTATIONS,
-    seed: int = 0,
+    a: Sequence[Row], b: Sequence[Row], *, resamples: int = RESAMPLES, permutations: int = PERMUTATIONS, seed: int = 0
 ) -> dict[str, Difference]:
     """Compare two runs, case for case: `a[i]` and `b[i]` are the same case of the same patient.
 

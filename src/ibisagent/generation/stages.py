@@ -25,14 +25,7 @@ from ibisagent.environment import package_version
 from ibisagent.errors import ConfigError, DataError, IbisError
 from ibisagent.files import FileHashes, claim, try_folder, write_json, write_whole
 from ibisagent.generation import filters
-from ibisagent.generation.config import (
-    STAGES,
-    FactoryConfig,
-    Question,
-    Stage,
-    read_questions,
-    write_questions,
-)
+from ibisagent.generation.config import STAGES, FactoryConfig, Question, Stage, read_questions, write_questions
 from ibisagent.generation.expert_episodes import RecallingSegmenter, expert_episodes
 from ibisagent.generation.narration import Narrator, Rejected
 from ibisagent.generation.questions import QuestionGenerator

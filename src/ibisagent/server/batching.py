@@ -25,7 +25,7 @@ class SharedPolicy:
     """A policy that batches the turns of different threads, first come, first served.
 
     Every session waits with one turn at a time, so nobody gets two turns while another waits for one. A session that
-    has the model to itself never waits; several wait for each other, see PATIENCE. If a batch fails, its turns are
+    has the model to itself never waits; others wait for each other, see PATIENCE. If a batch fails, its turns are
     tried one by one, so that only those fail that are at fault.
     """
 
