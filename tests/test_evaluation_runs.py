@@ -23,12 +23,12 @@ from commands import ibisagent
 
 from ibisagent.domain import Click, Stop, Undo
 from ibisagent.errors import ConfigError, DataError, IbisError
-from ibisagent.evaluation import MAX_FAILURES
 from ibisagent.evaluation.report import coverage_curve, iou_by_turn, write_report
 from ibisagent.evaluation.results import Evaluation, compare
 from ibisagent.evaluation.runs import Run, Setup, run
 from ibisagent.imaging.images import write_mask_png, write_png
 from ibisagent.imaging.masks import encode_rle
+from ibisagent.inference.cases import MAX_FAILURES
 
 SIZE = (37, 53)
 box_mask = partial(phantoms.box_mask, size=SIZE)

@@ -30,7 +30,7 @@ from ibisagent.cli.options import (
     TurnsOption,
     spread_options,
 )
-from ibisagent.cli.output import EXIT_ERROR, new_table, print_json, progress, status, stderr, stdout
+from ibisagent.cli.output import EXIT_ERROR, new_table, print_failures, print_json, progress, status, stderr, stdout
 from ibisagent.domain import check_mask_selection
 from ibisagent.files import one_line, try_file, try_folder
 
@@ -305,8 +305,7 @@ def _print_evaluation(result: Evaluation, by: GroupBy, empty: EmptyRule) -> None
             stdout.print(f"{words}: {value} ({overall.patients} patients resampled)")
     if overall.stops:
         stdout.print("episodes ended: " + ", ".join(f"{name} {count}" for name, count in overall.stops.items()))
-    for failure in result.failures:
-        stderr.print(f"failed, left out: {failure.case_id}: {one_line(failure.error, 300)}")
+    print_failures(result.failures)
 
 
 def _print_ceiling(result: Ceiling, agent: Agent | None) -> None:
@@ -318,8 +317,7 @@ def _print_ceiling(result: Ceiling, agent: Agent | None) -> None:
         stdout.print(f"peak memory of this process: {result.peak_memory_bytes / 1e6:.0f} MB")
     if result.absent:
         stdout.print(f"left out, as they have no mask: {result.absent}")
-    for failure in result.failures:
-        stderr.print(f"failed, left out: {failure.case_id}: {one_line(failure.error, 300)}")
+    print_failures(result.failures)
     stdout.print(result.verdict(agent))
 
 
@@ -430,7 +428,6 @@ def calibrate(
             f"each case scored by the others: expected calibration error {found.error:.3f},"
             f" dropping the worst 20% changes the mean IoU by {found.kept_gain:+.3f}"
         )
-        for failure in failures:
-            stderr.print(f"failed, left out: {failure.case_id}: {one_line(failure.error, 300)}")
+        print_failures(failures)
     if failures:
         raise typer.Exit(EXIT_ERROR)

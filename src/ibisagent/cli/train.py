@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ibisagent.cli.options import ChangesOption, JsonOption
-from ibisagent.cli.output import EXIT_ERROR, new_table, print_json, progress, status, stderr, stdout
-from ibisagent.files import one_line
+from ibisagent.cli.output import EXIT_ERROR, new_table, print_failures, print_json, progress, status, stderr, stdout
 
 if TYPE_CHECKING:
     from ibisagent.training.reward_check import RewardReport
@@ -164,8 +163,7 @@ def check_rewards(
         print_json(report.to_json())
     else:
         _print_rewards(report)
-    for failure in report.failures:
-        stderr.print(f"failed, left out: {failure.case_id}: {one_line(failure.error, 300)}")
+    print_failures(report.failures)
     if constant := [term for term in report.terms if term.constant]:
         listed = ", ".join(f"{term.name} ({term.mean:.3g})" for term in constant)
         stderr.print(f"constant over all {report.episodes} episodes, so nothing can be learned from it: {listed}")

@@ -154,9 +154,7 @@ def shares(result: CaseResult, empty: EmptyRule = EMPTY_RULE) -> dict[str, tuple
     return {name: share for name, share in found.items() if share is not None}
 
 
-def summarise(
-    results: Sequence[CaseResult], *, empty: EmptyRule = EMPTY_RULE, resamples: int = 2_000, seed: int = 0
-) -> Summary:
+def summarise(results: Sequence[CaseResult], *, empty: EmptyRule = EMPTY_RULE) -> Summary:
     """The metrics of `results`; an empty sequence has none."""
     rows: list[Row] = [(one.subject, shares(one, empty)) for one in results]
     means = {}
@@ -166,9 +164,7 @@ def summarise(
             means[name] = found
     if dice := [row["dice"][0] for _, row in rows if "dice" in row]:
         means["dice_median"] = float(np.median(dice))
-    spread = intervals(
-        [(who, {name: row[name] for name in row if name in means}) for who, row in rows], resamples=resamples, seed=seed
-    )
+    spread = intervals([(who, {name: row[name] for name in row if name in means}) for who, row in rows])
     stops = Counter(one.stop for one in results if one.stop is not None)
     positives = sum(one.overlap is not None and one.overlap.target > 0 for one in results)
     subjects = len({one.subject for one in results})
@@ -189,7 +185,7 @@ class Comparison:
 
 
 def compare(a: Evaluation, b: Evaluation, *, empty: EmptyRule = EMPTY_RULE, seed: int = 0) -> Comparison:
-    """Compare two runs case by case; see `resampling.differences`. groups: the IoU by modality, size and object.
+    """Compare two runs case by case; see `statistics.differences`. groups: the IoU by modality, size and object.
 
     DataError if they have no case in common, or a case shows different targets in the two.
     """

@@ -117,7 +117,7 @@ def label_names(path: Path) -> dict[int, str]:
     DataError for a file beside it that is damaged.
     """
     described, snap = _beside(path)
-    with reading(f"{path}: what names its numbers", "mend or remove it"):
+    with reading(described if described.is_file() else snap, "mend or remove it"):
         if described.is_file():
             loaded = json.loads(described.read_bytes())
             if isinstance(loaded, dict) and "labels" in loaded:
