@@ -42,11 +42,12 @@ def module_of(path: Path, source: Path = SOURCE) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path: Path, source: Path = SOURCE) -> set[str]:
-    """Absolute dotted names of everything that a file imports, anywhere in it."""
+def imports(path: Path, source: Path = SOURCE, *, at_once: bool = False) -> set[str]:
+    """Absolute dotted names of everything that a file imports, anywhere in it; at_once: as soon as it is imported."""
     found: set[str] = set()
     package = path.relative_to(source).parent.parts
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body if at_once else ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -86,6 +87,17 @@ def test_there_are_few_layers_and_no_circles() -> None:
     for path in MODULES:
         uses.setdefault(module_of(path).split(".")[0], set()).update(rooms_used(path))
     order = TopologicalSorter(uses)
+    order.prepare()  # raises CycleError, which names the circle
+
+
+def test_no_module_needs_itself_while_it_is_imported() -> None:
+    names = {f"ibisagent.{module_of(path)}".rstrip("."): path for path in MODULES}
+
+    def needed(dotted: str) -> str:
+        return dotted if dotted in names else dotted.rpartition(".")[0]  # a module, or what is in one
+
+    uses = {name: {needed(one) for one in imports(path, at_once=True)} & names.keys() for name, path in names.items()}
+    order = TopologicalSorter({name: used - {name} for name, used in uses.items()})
     order.prepare()  # raises CycleError, which names the circle
 
 

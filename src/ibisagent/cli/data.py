@@ -222,14 +222,7 @@ def trajectories(
         cases = read_cases(data, split=split)
         engine = load_segmenter(segmenter, device=device)
     with progress(len(cases), "cases", quiet=as_json) as advance:
-        done = 0
-
-        def report(now: int, _total: int) -> None:
-            nonlocal done
-            advance(now - done)
-            done = now
-
-        summary = maker.generate(cases, engine, output, config, report, batch_size=batch_size)
+        summary = maker.generate(cases, engine, output, config, lambda now, _: advance(done=now), batch_size=batch_size)
     if as_json:
         print_json(asdict(summary))
     else:

@@ -56,15 +56,17 @@ def status(what: str, *, quiet: bool) -> Iterator[None]:
 
 @contextmanager
 def progress(total: int | None, what: str, *, quiet: bool) -> Iterator[Callable[..., None]]:
-    """A bar on stderr while the block runs; call what it gives with the number of finished items (default 1), and
-    with `total` once it is known."""
+    """A bar on stderr while the block runs; call what it gives with the number of items finished since (default 1), or
+    with `done`, the number of all, and with `total` once it is known."""
     if quiet or not stderr.is_terminal:
-        yield lambda _count=1, total=None: None
+        yield lambda _count=1, done=None, total=None: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr, transient=True) as bar:
         task = bar.add_task(what, total=total)
-        yield lambda count=1, total=total: bar.update(task, advance=count, total=total)
+        yield lambda count=1, done=None, total=total: bar.update(
+            task, advance=None if done is not None else count, completed=done, total=total
+        )
 
 
 def new_table(title: str, *columns: str) -> Table:

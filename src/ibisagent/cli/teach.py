@@ -59,13 +59,10 @@ def teach(
     from ibisagent.training.teach import teach as run
 
     with progress(None, "teaching", quiet=as_json) as advance:
-        before = 0
 
         def report(now: TeachProgress) -> None:
-            nonlocal before
             if now.stage in ("learning", "checking"):
-                advance(now.done - before, total=now.total)
-                before = now.done
+                advance(done=now.done, total=now.total)
 
         def tell(found: Found) -> None:
             if not as_json:

@@ -75,12 +75,9 @@ def _named_metrics(named: Mapping[str, float]) -> str:
 def _training(total: int, what: str, *, quiet: bool) -> Iterator[Callable[..., None]]:
     """A progress bar for a training run, as its report (number done, losses, metrics of a validation, or None)."""
     with progress(total, what, quiet=quiet) as advance:
-        before = 0
 
         def report(done: int, losses: Mapping[str, float], metrics: Mapping[str, float] | None) -> None:
-            nonlocal before
-            advance(done - before)
-            before = done
+            advance(done=done)
             if metrics is not None and not quiet:
                 stderr.print(f"{done} {what}, {_named_metrics(losses)}; held-out patients: {_named_metrics(metrics)}")
 

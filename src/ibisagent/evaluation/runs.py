@@ -46,6 +46,12 @@ log = logging.getLogger(__name__)
 
 RUN_NAME, CASES_NAME, CONTENTS_NAME, RESULT_NAME = "run.json", "cases.jsonl", "contents.json", "evaluation.json"
 
+_LOADING = (
+    *("dialect", "history", "device", "dtype", "adapter", "max_pixels", "prompts", "candidates", "temperature", "seed"),
+    "batch_size",
+)
+"""Options of `load_policy` among those of a `Setup`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Setup:
@@ -83,21 +89,8 @@ class Setup:
         prior = location_prior(everything, cases) if needs_prior else None
         policy: Policy
         if self.policy != "location-prior":
-            policy = load_policy(
-                self.policy,
-                dialect=self.dialect,
-                history=self.history,
-                device=self.device,
-                dtype=self.dtype,
-                adapter=self.adapter,
-                max_pixels=self.max_pixels,
-                prompts=self.prompts,
-                candidates=self.candidates,
-                temperature=self.temperature,
-                seed=self.seed,
-                batch_size=self.batch_size,
-                cases=cases.by_id,
-            )
+            loading: dict[str, Any] = {name: getattr(self, name) for name in _LOADING}
+            policy = load_policy(self.policy, cases=cases.by_id, **loading)
         elif prior is not None:
             policy = prior
         else:
