@@ -10,7 +10,7 @@ imitation of an expert's single turns, whose result is `--policy`. Every row is 
 "val" of DATA. Rows share the stages that they have in common. What is finished is not done again, a stage that was
 stopped resumes from its
 checkpoint. Rows of the training-strategy table that draw anything are run with every seed, the others with seed 0.
-Several starts with different `--only` may work side by side in RUNS if they share no unfinished stage; the tables hold
+Multiple starts with different `--only` may work side by side in RUNS if they share no unfinished stage; the tables hold
 all rows that are evaluated by then.
 
 Training sees split "train" of licence class "ok" without the patients held out for choosing settings; "val" is only

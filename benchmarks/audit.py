@@ -10,7 +10,7 @@ seldom among them). Corrupted, in turn, by
 - shifted: moved in a random direction by 20% to 50% of its box, until the IoU with the true one is below 0.75;
 - holes: discs cut out of its inside, about 10% to 30% of its area.
 All others of the data, training split included, are what masks are held against. One draw has 20 corrupted masks, so a
-share of 0.8 is known to within 0.09: several draws, one for each seed, say more.
+share of 0.8 is known to within 0.09: multiple draws, one for each seed, say more.
 """
 
 from __future__ import annotations

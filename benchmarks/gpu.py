@@ -44,27 +44,27 @@ def turns_of_a_policy(
     with torch.device(device):
         model: Any = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
     size, sheet = size_of(config), known_gpu(torch.cuda.get_device_name(0)) if device == "cuda" else None
-    figures: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for batch in BATCHES:
         if left() < 60:
-            figures[f"batch_{batch}"] = "left out: no time"
+            results[f"batch_{batch}"] = "left out: no time"
             continue
         try:
             prompt = _prompt(config, batch, side, device, dtype)
             _timed(model, prompt, 2)  # warms up
             first, whole = _timed(model, prompt, 1), _timed(model, prompt, REPLY_TOKENS)
         except torch.OutOfMemoryError:
-            figures[f"batch_{batch}"] = "left out: no memory"
+            results[f"batch_{batch}"] = "left out: no memory"
             continue
         written = batch * (REPLY_TOKENS - 1) / (whole - first)
-        figures |= {f"batch_{batch}_seconds_a_turn": whole / batch, f"batch_{batch}_first_token_seconds": first}
-        figures[f"batch_{batch}_tokens_a_second"] = written
+        results |= {f"batch_{batch}_seconds_a_turn": whole / batch, f"batch_{batch}_first_token_seconds": first}
+        results[f"batch_{batch}_tokens_a_second"] = written
         bound = need(size, gpu=sheet, batch=batch, turns=1).seconds
         if bound is not None:
-            figures[f"batch_{batch}_share_of_roofline"] = bound * batch / whole
+            results[f"batch_{batch}_share_of_roofline"] = bound * batch / whole
     if device == "cuda":
-        figures["policy_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    return figures
+        results["policy_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return results
 
 
 def _prompt(
@@ -116,7 +116,7 @@ def draw(folder: Path) -> Path:
 def training(folder: Path, examples: int, left: Callable[[], float]) -> dict[str, Any]:
     """Examples a second of both trainers, from the first report to the last."""
     data = draw(folder / "data")
-    figures: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     runs: dict[str, Callable[[Callable[..., None]], object]] = {
         "ibis_click_states_a_second": lambda report: click.train(
             click.ClickRecipe(data=data, out=folder / "click", states=examples, rounds=1, tensorboard=False), report
@@ -127,13 +127,13 @@ def training(folder: Path, examples: int, left: Callable[[], float]) -> dict[str
     }
     for name, run in runs.items():
         if left() < 90:
-            figures[name] = "left out: no time"
+            results[name] = "left out: no time"
             continue
         heard: list[tuple[float, int]] = []
         run(lambda done, *_rest, heard=heard: heard.append((time.perf_counter(), done)))
         (started, before), (ended, after) = heard[0], heard[-1]
-        figures[name] = (after - before) / max(ended - started, 1e-9)
-    return figures
+        results[name] = (after - before) / max(ended - started, 1e-9)
+    return results
 
 
 def main() -> None:
@@ -149,15 +149,15 @@ def main() -> None:
     def left() -> float:
         return ends - time.monotonic()
 
-    figures: dict[str, Any] = {"gpu": torch.cuda.get_device_name(0), "torch": torch.__version__}
-    figures |= turns_of_a_policy(Qwen2_5_VLConfig(**QWEN_7B, **IDS), "cuda", left)
+    results: dict[str, Any] = {"gpu": torch.cuda.get_device_name(0), "torch": torch.__version__}
+    results |= turns_of_a_policy(Qwen2_5_VLConfig(**QWEN_7B, **IDS), "cuda", left)
     torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as folder:
-        figures |= training(Path(folder), EXAMPLES, left)
+        results |= training(Path(folder), EXAMPLES, left)
     if options.json:
-        sys.stdout.write(json.dumps(figures, indent=1) + "\n")
+        sys.stdout.write(json.dumps(results, indent=1) + "\n")
     else:
-        sys.stdout.write("".join(line(name, value) + "\n" for name, value in figures.items()))
+        sys.stdout.write("".join(line(name, value) + "\n" for name, value in results.items()))
 
 
 if __name__ == "__main__":

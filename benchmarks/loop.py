@@ -29,7 +29,7 @@ from ibisagent.segmenters import load_segmenter
 IMAGES = 50
 WARMUP = 3
 TOGETHER = 16
-CASES_OF_A_GROUP = 2  # a training step of reinforcement learning draws several episodes of each case
+CASES_OF_A_GROUP = 2  # a training step of reinforcement learning draws multiple episodes of each case
 REPEATS = 7
 LIMITS = {
     "seconds_per_image": ("<=", 2.0),

@@ -4,8 +4,9 @@
 
 On the patients of split "train", licence class "ok", that training leaves out, as examples are chosen by these results.
 Mistakes: after the policy's own first turn, one positive click is given in its name at a random place outside mask and
-object; then it goes on. Printed: how often it used an undo after that, and the mean IoU after its first turn, after
-the click, and at the end. Brought: the ground truth, corrupted as in training, is what the user brings to be refined.
+object; then it goes on. Printed: the mean IoU after its first turn, after the click, of the masks that are handed out
+and of the last ones, and how often it used an undo, with the last two of these cases alone. Brought: the ground truth,
+corrupted as in training, is what the user brings to be refined.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def main() -> None:
         cases = cases.spread(options.limit)
     policy, segmenter = load_policy(options.policy, device="cpu"), load_segmenter(options.segmenter, device="cpu")
     random = np.random.default_rng(options.seed)
-    mistakes, brought, undone = [], [], 0
+    mistakes, brought, undone = [], [], []
     for labelled in cases:
         [ground_truth] = labelled.targets.values()
         case = replace(labelled, targets={})
@@ -65,8 +66,10 @@ def main() -> None:
             after, turns = reached(env.observation.masks, ground_truth), len(env.observation.turns)
             rollout(policy, [env])
             later = [action for turn in env.observation.turns[turns:] for action in turn.reply.actions]
-            undone += any(isinstance(action, Undo) for action in later)
-            mistakes.append((iou(mask, ground_truth), after, reached(env.episode().answer_masks, ground_truth)))
+            handed_out, last = (reached(one, ground_truth) for one in (env.episode().answer_masks, env.episode().masks))
+            mistakes.append((iou(mask, ground_truth), after, handed_out, last))
+            if any(isinstance(action, Undo) for action in later):
+                undone.append((handed_out, last))
         start = corrupted(ground_truth, random)
         case = replace(case, start={target_of(case.query): start})
         env = SegmentationEnv(case, segmenter, dialect=policy.dialect, max_turns=turn_limit(policy))
@@ -75,8 +78,9 @@ def main() -> None:
     gained = np.diff(brought, axis=1)[:, 0]
     results = {
         "mistakes": len(mistakes),
-        "undone": undone,
-        "iou_first_click_end": np.mean(mistakes, axis=0).round(3).tolist(),
+        "iou_first_click_handed_out_last": np.mean(mistakes, axis=0).round(3).tolist(),
+        "undone": len(undone),
+        "iou_undone_handed_out_last": np.mean(undone, axis=0).round(3).tolist() if undone else None,
         "brought": len(brought),
         "iou_brought_end": np.mean(brought, axis=0).round(3).tolist(),
         "better": round(float((gained > 0.005).mean()), 3),

@@ -66,7 +66,7 @@ def judge(folder: Path) -> tuple[int, int, dict[str, list[str]]]:
 
 
 def _read_one(file: Path) -> object:
-    """The volume of a file; the first where it holds several, which is what a user would then choose."""
+    """The volume of a file; the first where it holds more than one, which is what a user would then choose."""
     try:
         return read_volume(file)
     except IbisError as error:

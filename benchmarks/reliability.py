@@ -25,12 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from ibisagent import evaluation
 from ibisagent.datasets import CaseSource, read_cases
 from ibisagent.evaluation.calibration import calibration
 from ibisagent.evaluation.reliability import Reliability, Reviewer, fit, gain_of_dropping
 from ibisagent.files import write_whole
-from ibisagent.inference.image import run_case
 from ibisagent.policies import load_policy
 from ibisagent.segmenters import load_segmenter
 from ibisagent.training.click.states import is_development
@@ -51,15 +49,13 @@ def measured(cases: CaseSource, reviewer: Reviewer) -> list[Measured]:
     """All cases, in their order."""
     found = []
     for number, (row, case) in enumerate(zip(cases.rows, cases, strict=True), start=1):
-        episode = run_case(case, reviewer.policy, reviewer.segmenter, max_turns=reviewer.max_turns)
-        reached = evaluation.agreement(episode.answer_masks, case)[0]
-        found.append(Measured(row.patient or str(row.image), reviewer.signals(episode, case), reached))
+        found.append(Measured(row.patient or str(row.image), *reviewer.measured(case)))
         print(f"{number} of {len(cases)}", file=sys.stderr, flush=True)
     return found
 
 
 def kept(cases: Mapping[str, CaseSource], reviewer: Reviewer, file: Path | None) -> dict[str, list[Measured]]:
-    """`measured` for each of several sources, from `file` if that holds the same, else made and written there."""
+    """`measured` for each of multiple sources, from `file` if that holds the same, else made and written there."""
     settings = {"samples": reviewer.samples, "max_turns": reviewer.max_turns, "seed": reviewer.seed}
     ids = {name: [row.id for row in source.rows] for name, source in cases.items()}
     provenance = {"models": reviewer.identity, "settings": settings, "cases": ids}
@@ -69,7 +65,7 @@ def kept(cases: Mapping[str, CaseSource], reviewer: Reviewer, file: Path | None)
             return {name: [Measured(**one) for one in found] for name, found in content["measured"].items()}
     found = {name: measured(source, reviewer) for name, source in cases.items()}
     if file is not None:
-        plain = {name: [asdict(one) for one in multiple] for name, multiple in found.items()}
+        plain = {name: [asdict(one) for one in cases] for name, cases in found.items()}
         write_whole((json.dumps({"made_by": provenance, "measured": plain}) + "\n").encode(), file)
     return found
 
@@ -134,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signals = list(tested[0].signals)
     result: dict[str, Any] = {
         "cases": {name: len(multiple) for name, multiple in found.items()},
-        "mean IoU": {name: round(float(np.mean([one.iou for one in multiple])), 4) for name, multiple in found.items()},
+        "mean IoU": {name: round(float(np.mean([one.iou for one in cases])), 4) for name, cases in found.items()},
     }
     for label, names in {
         "with samples": signals,

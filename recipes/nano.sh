@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ibis-nano from image-mask pairs to its results, in one command: recipes/nano.sh OUT DATA...
-# DATA as in docs/guide/data.md, with splits "train" and "val"; several are learned from together and judged apart. A run
+# DATA as in docs/guide/data.md, with splits "train" and "val"; more than one are learned from together and judged apart. A run
 # that was stopped resumes. Use the result as --policy mllm:OUT/on-policy/ibis-nano. LICENCE= (empty) takes rows of every
 # licence class, SEED=1 draws otherwise.
 set -euo pipefail

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import resource
@@ -9,7 +10,7 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -21,8 +22,18 @@ from replies import text
 from typer.testing import Result
 
 from ibisagent.cli import app
+from ibisagent.cli import data as of_data
+from ibisagent.cli import evaluate as of_eval
+from ibisagent.cli.options import Drawing, PolicyChoice
+from ibisagent.cli.segment import VolumeChoice, segment
 from ibisagent.domain import Click, Stop
+from ibisagent.evaluation.audit import write_report
+from ibisagent.evaluation.reliability import Reviewer
+from ibisagent.evaluation.runs import Setup
+from ibisagent.generation.trajectories import TrajectoryConfig
 from ibisagent.imaging.images import read_image, read_masks, write_mask_png, write_png
+from ibisagent.inference.batch import Batch, VolumeOptions
+from ibisagent.policies import load_policy
 from ibisagent.store import read_record
 
 SIZE = (61, 83)
@@ -475,3 +486,35 @@ def test_threads_sleep_while_they_wait(given: str | None, used: str, monkeypatch
         monkeypatch.setenv("OMP_WAIT_POLICY", given)
     assert ibisagent("models").exit_code == 0
     assert os.environ["OMP_WAIT_POLICY"] == used
+
+
+# --- one default, wherever an option is given ---
+
+
+def defaults(of: Callable[..., object]) -> dict[str, object]:
+    parameters = inspect.signature(of).parameters.items()
+    return {name: one.default for name, one in parameters if one.default is not inspect.Parameter.empty}
+
+
+@pytest.mark.parametrize(
+    ("options", "library"),
+    [
+        (PolicyChoice, load_policy),
+        (Drawing, load_policy),
+        (VolumeChoice, VolumeOptions),
+        (segment, Batch),
+        (of_data.trajectories, TrajectoryConfig),
+        (of_data.audit, write_report),
+        (of_eval.run, Setup),
+        (of_eval.calibrate, Reviewer),
+    ],
+)
+def test_an_option_has_the_default_of_what_it_is_for(
+    options: Callable[..., object], library: Callable[..., object]
+) -> None:
+    """Commands state defaults again, as they are to be listed without loading the library."""
+    said, meant = defaults(options), defaults(library)
+    said |= {name: meant[name] for name, value in said.items() if value is None and name in meant}  # "as it is"
+    common = said.keys() & meant.keys()
+    assert common
+    assert {name: said[name] for name in common} == {name: meant[name] for name in common}

@@ -128,7 +128,7 @@ def test_the_command_reads_stores_and_records_and_fails_loudly(data: Path, tmp_p
     assert [episode.case_id for episode in read_episodes(tmp_path / "run")] == [a, b]
     result = run(tmp_path / "run", tmp_path / "one.json", "--data", data)
     assert result.exit_code == 0, result.output
-    assert "3 episodes of 2 cases, 1 of them with several" in result.stdout
+    assert "3 episodes of 2 cases, 1 of them with more than one episode" in result.stdout
     assert " decides: " in result.stdout
     assert max(len(line.rstrip()) for line in result.stdout.splitlines()) <= 80
 

@@ -19,6 +19,7 @@ from ibisagent.domain import Action, Box, Case, Click, Completion, Episode, Imag
 from ibisagent.errors import ConfigError, DataError, PolicyError
 from ibisagent.evaluation import metrics, results
 from ibisagent.imaging.images import write_mask_png, write_png
+from ibisagent.inference.cases import MAX_FAILURES
 from ibisagent.policies.baselines import CentreClickPolicy
 from ibisagent.policies.oracle import OraclePolicy
 from ibisagent.policies.scripted import ScriptedPolicy
@@ -191,7 +192,7 @@ def test_failures_are_listed_never_scored(cases: CaseSource, tmp_path: Path) -> 
 
 
 def test_gives_up_when_everything_fails(tmp_path: Path) -> None:
-    rows = {f"case{number}": (MIDDLE, {}) for number in range(evaluation.MAX_FAILURES + 5)}
+    rows = {f"case{number}": (MIDDLE, {}) for number in range(MAX_FAILURES + 5)}
     cases = read_cases(write_rows(tmp_path, rows))
     with pytest.raises(PolicyError, match="in a row"):
         evaluation.evaluate(cases, ScriptedPolicy([]), RegionSegmenter(), oracle=False)

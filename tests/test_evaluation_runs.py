@@ -1,4 +1,4 @@
-"""Runs on disk: killed and continued, in several processes, compared, and as a page in a real browser."""
+"""Runs on disk: killed and continued, in multiple processes, compared, and as a page in a real browser."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from commands import ibisagent
 
 from ibisagent.domain import Click, Stop, Undo
 from ibisagent.errors import ConfigError, DataError, IbisError
-from ibisagent.evaluation import MAX_FAILURES
 from ibisagent.evaluation.report import coverage_curve, iou_by_turn, write_report
 from ibisagent.evaluation.results import Evaluation, compare
 from ibisagent.evaluation.runs import Run, Setup, run
 from ibisagent.imaging.images import write_mask_png, write_png
 from ibisagent.imaging.masks import encode_rle
+from ibisagent.inference.cases import MAX_FAILURES
 
 SIZE = (37, 53)
 box_mask = partial(phantoms.box_mask, size=SIZE)
@@ -181,7 +181,7 @@ def test_gives_up_when_everything_fails(tmp_path: Path) -> None:
 
 
 def test_no_run(tmp_path: Path, finished: Path) -> None:
-    with pytest.raises(DataError, match="holds no run"):
+    with pytest.raises(DataError, match="cannot be read"):
         Run(tmp_path)
     shutil.copytree(finished, tmp_path / "damaged")
     with (tmp_path / "damaged" / "cases.jsonl").open("ab") as log:

@@ -18,9 +18,7 @@ import torch
 from commands import ibisagent
 from loopback import free_port
 from small_models import small_qwen
-from transformers import (
-    Qwen2_5_VLConfig,
-)
+from transformers import Qwen2_5_VLConfig
 
 from ibisagent.cli import app
 from ibisagent.datasets import read_cases
@@ -723,10 +721,7 @@ def test_from_pairs_to_metrics_in_one_command(tmp_path):
     recipes, images, out = tmp_path / "recipes", write_discs(tmp_path / "discs", 3), tmp_path / "out"
     write_discs(images, 1, "val")
     shutil.copytree(RECIPES, recipes)
-    small = {
-        "ibis-nano.toml": {"examples": 4, "backbone_examples": 16},
-        "ibis-nano-on-policy.toml": {"examples": 4},
-    }
+    small = {"ibis-nano.toml": {"examples": 4, "backbone_examples": 16}, "ibis-nano-on-policy.toml": {"examples": 4}}
     for name, settings in small.items():
         text = (recipes / name).read_text()
         for setting, value in settings.items():

@@ -42,11 +42,12 @@ def module_of(path: Path, source: Path = SOURCE) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path: Path, source: Path = SOURCE) -> set[str]:
-    """Absolute dotted names of everything that a file imports, anywhere in it."""
+def imports(path: Path, source: Path = SOURCE, *, at_once: bool = False) -> set[str]:
+    """Absolute dotted names of everything that a file imports, anywhere in it; at_once: as soon as it is imported."""
     found: set[str] = set()
     package = path.relative_to(source).parent.parts
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body if at_once else ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -89,6 +90,17 @@ def test_there_are_few_layers_and_no_circles() -> None:
     order.prepare()  # raises CycleError, which names the circle
 
 
+def test_no_module_needs_itself_while_it_is_imported() -> None:
+    names = {f"ibisagent.{module_of(path)}".rstrip("."): path for path in MODULES}
+
+    def needed(dotted: str) -> str:
+        return dotted if dotted in names else dotted.rpartition(".")[0]  # a module, or what is in one
+
+    uses = {name: {needed(one) for one in imports(path, at_once=True)} & names.keys() for name, path in names.items()}
+    order = TopologicalSorter({name: used - {name} for name, used in uses.items()})
+    order.prepare()  # raises CycleError, which names the circle
+
+
 def test_the_package_root_fits_on_a_screen() -> None:
     entries = [entry.name for entry in SOURCE.iterdir() if entry.name != "__pycache__"]
     assert len(entries) <= MOST_ENTRIES, sorted(entries)
@@ -100,8 +112,16 @@ def test_files_and_functions_are_short(path: Path) -> None:
     assert text.count("\n") <= LONGEST_FILE
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            lines = (node.end_lineno or 0) - node.body[0].lineno + 1  # a command's signature is the text of its help
+            lines = (node.end_lineno or 0) - node.lineno + 1
             assert lines <= LONGEST_FUNCTION, f"{node.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("path", sorted((SOURCE / "cli").glob("*.py")), ids=module_of)
+def test_commands_write_no_files(path: Path) -> None:
+    written = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    called = {node.func for node in written if isinstance(node, ast.Call)}
+    names = {node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "") for node in called}
+    assert not names & {"open", "write_text", "write_bytes", "write_whole", "write_json", "mkdir"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_of)

@@ -481,9 +481,7 @@ def test_such_a_limit_is_not_taken_for_damage_of_the_file(
         read(tmp_path / name)
 
 
-def test_a_photograph_of_900_megapixels_and_a_scan_of_2000_slices_are_possible(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_photograph_of_900_megapixels_and_a_scan_of_2000_slices_are_possible(monkeypatch: pytest.MonkeyPatch) -> None:
     limits.check_voxels((512, 512, 2000), "a scan", bytes_each=2)
     with raised(monkeypatch, "IBIS_MAX_PIXELS", 30_000**2):
         limits.check_pixels(30_000, 30_000, "a photograph", bytes_each=3)

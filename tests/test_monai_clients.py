@@ -107,7 +107,7 @@ FORMS: dict[str, tuple[dict[str, Any], str]] = {  # how a click on the voxel in 
         "spleen",
     ),
     "deepedit": ({"target": ["AT"], "label": "target", "query": "", **COMMON}, "target"),
-    "deepedit, several labels": ({"liver": ["AT"], "spleen": [], "background": [], "label": "liver"}, "liver"),
+    "deepedit, multiple labels": ({"liver": ["AT"], "spleen": [], "background": [], "label": "liver"}, "liver"),
     "deepedit, the label overwritten by the options": ({"target": ["AT"], "label": "", "query": ""}, "target"),
     "with a query": ({"foreground": ["AT"], "background": [], "query": "Segment the liver."}, "liver"),
     "OHIF": ({"foreground": ["AT"], "background": [], **OHIF}, "target"),

@@ -26,16 +26,7 @@ from ibisagent.domain import (
 )
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.generation.teacher.phrasings import phrasings
-from ibisagent.protocol import (
-    COLOURS,
-    DIALECTS,
-    MAX_ACTIONS,
-    MAX_REPLY_CHARS,
-    overlay,
-    parse,
-    render,
-    write,
-)
+from ibisagent.protocol import COLOURS, DIALECTS, MAX_ACTIONS, MAX_REPLY_CHARS, overlay, parse, render, write
 from ibisagent.query import target_of
 
 FUZZ = int(os.environ.get("IBIS_FUZZ", "2000"))
@@ -603,10 +594,7 @@ def observe(*turns, masks=None, query="Segment the disc."):
 
 
 FIRST, SECOND = {"disc": disc(30, 20, 8)}, {"disc": disc(30, 20, 12)}
-CLICKS = (
-    turn(wrap("click + (0.3675, 0.3361) disc"), {}, FIRST),
-    turn(wrap("click - (0.9, 0.9) disc"), FIRST, SECOND),
-)
+CLICKS = (turn(wrap("click + (0.3675, 0.3361) disc"), {}, FIRST), turn(wrap("click - (0.9, 0.9) disc"), FIRST, SECOND))
 
 
 def roles(messages):

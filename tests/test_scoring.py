@@ -241,7 +241,7 @@ def test_a_name_that_means_multiple_cases_is_told(tmp_path: Path, made: Path) ->
     found = score(made, tmp_path / "rows.csv")
     assert not found.evaluation.results
     assert [kind for kind, _ in kinds(found)] == ["duplicate"] * 2
-    assert "means several cases" in found.problems[0].message
+    assert "means multiple cases" in found.problems[0].message
 
 
 def test_a_code_beside_an_image_is_a_duplicate(data: Path, made: Path) -> None:

@@ -24,14 +24,7 @@ from loopback import serving
 from ibisagent.domain import Box, Click, Image, Prompt
 from ibisagent.errors import ConfigError, SegmenterError
 from ibisagent.imaging.masks import iou
-from ibisagent.segmenters import (
-    SEGMENTERS,
-    Multimask,
-    Prediction,
-    Segmenter,
-    SegmenterSession,
-    load_segmenter,
-)
+from ibisagent.segmenters import SEGMENTERS, Multimask, Prediction, Segmenter, SegmenterSession, load_segmenter
 from ibisagent.segmenters.cache import EmbeddingCache
 from ibisagent.segmenters.context_features import ContextEncoder, ContextFeatures, context_input, places_seen
 from ibisagent.segmenters.ibis_click import IbisClick
@@ -123,12 +116,7 @@ def sam2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = Sam2Config(
         vision_config=tiny_vision(32),
         prompt_encoder_config={"hidden_size": 32, "image_size": 128, "mask_input_channels": 8},
-        mask_decoder_config={
-            "hidden_size": 32,
-            "mlp_dim": 32,
-            "num_attention_heads": 2,
-            "iou_head_hidden_dim": 32,
-        },
+        mask_decoder_config={"hidden_size": 32, "mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 32},
     )
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("sam2")
@@ -180,10 +168,10 @@ def server() -> Iterator[str]:
 CONTRACT = [
     "region",
     "ellipse",
-    "litemedsam-torch",
-    pytest.param("litemedsam-openvino", marks=OPENVINO),
-    "ibis-click-torch",
-    pytest.param("ibis-click-openvino", marks=OPENVINO),
+    "litemedsam, torch",
+    pytest.param("litemedsam, openvino", marks=OPENVINO),
+    "ibis-click, torch",
+    pytest.param("ibis-click, openvino", marks=OPENVINO),
     "sam2",
     "remote",
 ]
@@ -191,16 +179,14 @@ CONTRACT = [
 
 @pytest.fixture(scope="module", params=CONTRACT)
 def segmenter(request: pytest.FixtureRequest) -> Segmenter:
-    kind, _, runtime = str(request.param).rpartition("-")
-    if kind.startswith("ibis-click"):
-        return load_segmenter(f"{kind}:{request.getfixturevalue('click_weights')}", device="cpu", runtime=runtime)
-    if kind:
-        return load_segmenter(kind, device="cpu", runtime=runtime)
-    if runtime == "sam2":
-        return load_segmenter(f"sam2:{request.getfixturevalue('sam2_folder')}", device="cpu")
-    if runtime == "remote":
-        return load_segmenter(f"remote:{request.getfixturevalue('server')}")
-    return load_segmenter(runtime)
+    spec, _, runtime = str(request.param).partition(", ")
+    if spec == "ibis-click":
+        return load_segmenter(f"{spec}:{request.getfixturevalue('click_weights')}", device="cpu", runtime=runtime)
+    if spec == "sam2":
+        return load_segmenter(f"{spec}:{request.getfixturevalue('sam2_folder')}", device="cpu")
+    if spec == "remote":
+        return load_segmenter(f"{spec}:{request.getfixturevalue('server')}")
+    return load_segmenter(spec, device="cpu", runtime=runtime or "auto")
 
 
 class TestContract:
@@ -767,11 +753,7 @@ print(session.predict([Click(3, 4, True, "a")]).logits.sum())
             IbisClick(click_weights, device="cpu", runtime="openvino")
 
     def test_without_a_cache_folder_it_still_runs(
-        self,
-        click_weights: Path,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        caplog: pytest.LogCaptureFixture,
+        self, click_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         (tmp_path / "file").touch()
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

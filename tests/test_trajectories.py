@@ -176,7 +176,7 @@ def test_failed_cases_are_listed_and_tried_again(tmp_path: Path) -> None:
     assert (summary.cases, summary.failed) == (9, 2)
     failures = [json.loads(line) for line in (tmp_path / "run" / "failures.jsonl").read_text().splitlines()]
     assert [failure["case_id"].split("/")[-1][:2] for failure in failures] == ["p4", "p7"]
-    assert "DataError" in failures[0]["error"]
+    assert "image file is truncated" in failures[0]["error"]
     assert "not this one" in failures[1]["error"]
     assert len(set(EpisodeStore(tmp_path / "run").open().column("case_id"))) == 7
 

@@ -1,4 +1,4 @@
-"""The agent on a volume, with the fakes: search, propagation, rechecks, several targets, cost."""
+"""The agent on a volume, with the fakes: search, propagation, rechecks, multiple targets, cost."""
 
 from __future__ import annotations
 

@@ -67,9 +67,7 @@ def test_a_series_keeps_values_and_places(tmp_path: Path, grid: str) -> None:
     volume = read_volume(tmp_path / "s")
     bright = (real(volume) > 60) & (real(volume) < 300)
     np.testing.assert_allclose(
-        world_points(bright, volume.affine),
-        world_points((VALUES > 60) & (VALUES < 300), GRIDS[grid]),
-        atol=0.01,
+        world_points(bright, volume.affine), world_points((VALUES > 60) & (VALUES < 300), GRIDS[grid]), atol=0.01
     )
     assert volume.modality == "CT"
 

@@ -60,6 +60,7 @@ PROSE = {
     r"go(?:es|ing)? on where (?:it|they)|goes on from (?:its|the|there|here)": "resumes",
     r"an option away": "one flag away",
     r"pictures?": "image",
+    r"several": "multiple",
     r"(?:un)?learnt": "learned",
     r"persons?": "user",
     r"(?<!ground[ -])truths?": "ground truth",

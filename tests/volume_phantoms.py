@@ -179,7 +179,7 @@ def mosaic(folder: Path, values: np.ndarray, affine: np.ndarray, *, told: bool =
 def enhanced(
     path: Path, stacks: Sequence[np.ndarray], windows: Sequence[tuple[float, float]], *, per_frame: bool = False
 ) -> Path:
-    """An enhanced MR file of several (I, J, K) int16 volumes on one grid, 1 x 1 x 3 mm, each with its (centre, width).
+    """An enhanced MR file of multiple (I, J, K) int16 volumes on one grid, 1 x 1 x 3 mm, each with its (centre, width).
 
     per_frame: pixel measures stand with each frame rather than with all of them.
     """

@@ -7,12 +7,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
 
 from ibisagent.errors import ConfigError
 
 Paths = Annotated[tuple[Path, ...], BeforeValidator(lambda one: [one] if isinstance(one, str | Path) else one)]
-"""A setting that takes one path or several."""
+"""A setting that takes one path or more."""
 
 
 class Recipe(BaseModel):
@@ -51,6 +60,18 @@ class Recipe(BaseModel):
             return field.get_default(call_default_factory=True)
         annotation: Any = field.annotation
         return TypeAdapter(annotation).validate_python(settings[name])
+
+
+class NetworkRecipe(Recipe):
+    """Settings that the training runs of all small networks share (`training.loop`); each has defaults of its own."""
+
+    batch_size: PositiveInt
+    learning_rate: PositiveFloat
+    """The peak, after the warm-up; it falls along a cosine from there."""
+    weight_decay: NonNegativeFloat = 0.05
+    warmup_steps: PositiveInt
+    eval_every: PositiveInt
+    """Examples between two validations on the patients held out for choosing settings (one in sixteen)."""
 
 
 def first_fault(error: ValidationError, where: str) -> ConfigError:

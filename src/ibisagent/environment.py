@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
@@ -56,8 +56,8 @@ def package_version() -> str:
 def turn_limit(policy: object, query: str = "") -> int:
     """Most turns of an episode of `policy` where the caller names none: its own `max_turns`, else MAX_TURNS.
 
-    query: what is asked; as often as that, and a turn for the answer, where the policy is asked for each of several
-    objects in turn. ConfigError where it does not settle what is asked for.
+    query: what is asked; as often as that, and a turn for the answer, where the policy is asked for one object after
+    another. ConfigError where it does not settle what is asked for.
     """
     own: int | None = getattr(policy, "max_turns", None)
     vocabulary = policy.vocabulary if isinstance(policy, Knowing) else None
@@ -153,13 +153,13 @@ class PromptState:
     def take_best(
         self, proposal: Proposal, read: Callable[[Completion], tuple[Completion, Reply]]
     ) -> tuple[Turn, bool]:
-        """Take the best of several replies for one turn; returns as `apply_reply`. read: see `read_reply`.
+        """Take the best of multiple replies for one turn; returns as `apply_reply`. read: see `read_reply`.
 
         Each that prompts the segmenter is tried. A turn is worth the segmenter's own score, and with a belief
         (`policies.base.Proposal`) the IoU that its masks would have if that was right: the segmenter knows whether a
         mask has an object's outline, the policy whether it is the object that was asked for. As both can be wrong,
         another reply than the first one has to be worth LEAD more. Without a belief it is the mean IoU of its masks
-        with those of the others that counts: what several prompts lead to is more likely right. The first reply is
+        with those of the others that counts: what multiple prompts lead to is more likely right. The first reply is
         taken where it does not prompt (it stops, or cannot be read), or where there is no other one. Raises as
         `apply_reply`.
         """
@@ -351,7 +351,7 @@ class SegmentationEnv:
         return any(mask.any() for mask in self._start.values())
 
     def step_best(self, proposal: Proposal) -> Turn:
-        """Take the best of several completions for one turn (`PromptState.take_best`), and record that turn alone.
+        """Take the best of multiple completions for one turn (`PromptState.take_best`), and record that turn alone.
 
         Raises as `step`.
         """
@@ -415,8 +415,35 @@ def rollout(
     return [replace(episode, provenance={"policy": policy.name, **episode.provenance}) for episode in episodes]
 
 
+def run_episodes(
+    policy: Policy,
+    segmenter: Segmenter,
+    cases: Iterable[Case],
+    *,
+    max_turns: int,
+    mask_selection: MaskSelection | None = None,
+    provenance: Mapping[str, str] = MappingProxyType({}),
+    on_turn: Callable[[int, Turn], None] | None = None,
+    refine: bool = True,
+) -> list[Episode]:
+    """One episode of `policy` on each case, in order: a `SegmentationEnv` for each, then `rollout`, and raises as they
+    do."""
+    envs = [
+        SegmentationEnv(
+            case,
+            segmenter,
+            dialect=policy.dialect,
+            max_turns=max_turns,
+            mask_selection=mask_selection,
+            provenance=provenance,
+        )
+        for case in cases
+    ]
+    return rollout(policy, envs, on_turn=on_turn, refine=refine)
+
+
 def _refine(policy: Knowing, envs: Sequence[SegmentationEnv], on_turn: Callable[[int, Turn], None] | None) -> None:
-    """The best of several first turns, for those of `envs` that a mask was brought to."""
+    """The best of multiple first turns, for those of `envs` that a mask was brought to."""
     for index, env in enumerate(envs):
         if env.has_start and not env.done and not env.observation.turns:
             completions = policy.refine(env.observation)

@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 import PIL.Image
 
-from ibisagent.errors import ConfigError, DataError
+from ibisagent.errors import ConfigError, DataError, IbisError
 
 MAX_NAME_BYTES = 80
 """Longest part of a file name that is taken from an image's or an object's name; file systems allow 255 in all."""
@@ -71,6 +71,23 @@ def write_whole(content: bytes, path: str | os.PathLike[str]) -> None:
 def write_json(value: object, path: Path, *, sort_keys: bool = False) -> None:
     """Write a value as JSON that people can read, as `write_whole`."""
     write_whole((json.dumps(value, indent=1, sort_keys=sort_keys) + "\n").encode(), path)
+
+
+@contextmanager
+def reading(where: object, remedy: str, kind: type[IbisError] = DataError) -> Iterator[None]:
+    """Raise what goes wrong while the block reads a file, and takes values out of it, as one error of `kind`.
+
+    where: the file. remedy: what to do about it, such as "copy it again". Errors of this package pass as they are.
+    """
+    try:
+        yield
+    except IbisError:
+        raise
+    except OSError as error:
+        raise kind(f"{where}: cannot be read ({error.strerror or one_line(error)}); {remedy}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error, 300)
+        raise kind(f"{where}: is damaged, or something else ({reason}); {remedy}") from error
 
 
 def make_folder(folder: Path) -> None:

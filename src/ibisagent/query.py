@@ -100,7 +100,7 @@ def _name_in(sentence: str) -> str:
     return _TRAILING.sub("", _PLACE.sub("", name)).strip(" .,;:!?\"'")
 
 
-# --------------------------------------------------------------------------------------------------- several objects
+# --------------------------------------------------------------------------------------------------- multiple objects
 
 _WORDS_WANTED = re.compile(
     r"\b(?:modality|imaging technique|kind of (?:medical )?image|how (?:was|many)|count|number of|which (?:side|half)|"

@@ -11,7 +11,7 @@ or leave it a hole, the rules are:
   an object that is there scores 0. Clicks on absent or not asked-for objects are misses, but for negative ones that
   take away a mask that they were given.
 - S_ans and IoU judge what the episode hands out (`Episode.answer_masks`), all else judges the masks turn by turn.
-- Several targets: S_ans and IoU are averaged over the targets and every other object that was given a mask, whose
+- Multiple targets: S_ans and IoU are averaged over the targets and every other object that was given a mask, whose
   ground truth is empty.
 - A box counts as a click: +1 if its IoU with the box around the missed region is at least `box_iou`, else -1.
 - An Undo is a step, no click: its S_pseg is 1 if it raises the IoU. Clicks of the same reply are judged by the masks

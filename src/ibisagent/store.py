@@ -119,11 +119,7 @@ class EpisodeStore:
         return dict(sorted(found.items()))
 
     def append(
-        self,
-        episodes: Iterable[Episode],
-        *,
-        shard: int | None = None,
-        notes: Mapping[str, Any] = MappingProxyType({}),
+        self, episodes: Iterable[Episode], *, shard: int | None = None, notes: Mapping[str, Any] = MappingProxyType({})
     ) -> Path:
         """Write `episodes` (none is fine) as one shard and return its file.
 

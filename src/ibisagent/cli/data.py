@@ -222,14 +222,7 @@ def trajectories(
         cases = read_cases(data, split=split)
         engine = load_segmenter(segmenter, device=device)
     with progress(len(cases), "cases", quiet=as_json) as advance:
-        done = 0
-
-        def report(now: int, _total: int) -> None:
-            nonlocal done
-            advance(now - done)
-            done = now
-
-        summary = maker.generate(cases, engine, output, config, report, batch_size=batch_size)
+        summary = maker.generate(cases, engine, output, config, lambda now, _: advance(done=now), batch_size=batch_size)
     if as_json:
         print_json(asdict(summary))
     else:
@@ -250,7 +243,7 @@ def build(
     data: Annotated[Path, typer.Argument(help="Data set folder, or a manifest (.csv, .jsonl).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an unfinished one is continued.")],
     config: Annotated[Path | None, typer.Option("--config", "-c", help="TOML file, such as recipes/data.toml.")] = None,
-    stage: Annotated[list[str] | None, typer.Option(help="Only this stage; give it several times for several.")] = None,
+    stage: Annotated[list[str] | None, typer.Option(help="Only this stage; may be repeated.")] = None,
     split: SplitOption = None,
     licence_class: Annotated[str | None, typer.Option(help="Only pairs of this class, from that column.")] = None,
     hold_out: Annotated[

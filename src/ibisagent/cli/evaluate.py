@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
@@ -30,9 +30,9 @@ from ibisagent.cli.options import (
     TurnsOption,
     spread_options,
 )
-from ibisagent.cli.output import EXIT_ERROR, new_table, print_json, progress, status, stderr, stdout
-from ibisagent.domain import Case, check_mask_selection
-from ibisagent.files import one_line, try_file, try_folder, write_json, write_whole
+from ibisagent.cli.output import EXIT_ERROR, new_table, print_failures, print_json, progress, status, stderr, stdout
+from ibisagent.domain import check_mask_selection
+from ibisagent.files import one_line, try_file, try_folder
 
 if TYPE_CHECKING:
     from ibisagent.evaluation.ceiling import Agent, Ceiling, Group
@@ -131,7 +131,7 @@ def compare(
     first.check_same_masks(second)
     found = results.compare(first.evaluation, second.evaluation, empty=check_empty_rule(empty), seed=seed)
     if output is not None:
-        write_whole(tables.comparison_markdown(found).encode(), output)
+        tables.write_comparison(found, output)
     if as_json:
         print_json(asdict(found))
     else:
@@ -239,16 +239,13 @@ def ceiling(
     are listed and left out.
     """
     with status("reading the data and loading the segmenter", quiet=as_json):
-        from importlib.util import find_spec
-
         from ibisagent.datasets import cases_to_judge
         from ibisagent.evaluation import ceiling as measuring
         from ibisagent.segmenters import load_segmenter
 
-        drawable = find_spec("matplotlib") is not None
         if output is not None:
             try_folder(output)
-            if not drawable:
+            if not measuring.CAN_DRAW:
                 stderr.print("matplotlib is not installed, so no ceiling.png: pip install 'ibisagent[plot]'")
         _, cases = cases_to_judge(data, split, limit)
         engine = load_segmenter(segmenter, device=device)
@@ -262,13 +259,10 @@ def ceiling(
             provenance={"data": str(data), "split": split or "", **engine.describe()},
             on_case=advance,
         )
-    plain = result.to_json(compared)
     if output is not None:
-        write_json(plain, output / "ceiling.json")
-        if drawable and result.results:
-            write_whole(measuring.draw(result), output / "ceiling.png")
+        result.write(output, compared)
     if as_json:
-        print_json(plain)
+        print_json(result.to_json(compared))
     else:
         _print_ceiling(result, compared)
     if result.failures:
@@ -311,8 +305,7 @@ def _print_evaluation(result: Evaluation, by: GroupBy, empty: EmptyRule) -> None
             stdout.print(f"{words}: {value} ({overall.patients} patients resampled)")
     if overall.stops:
         stdout.print("episodes ended: " + ", ".join(f"{name} {count}" for name, count in overall.stops.items()))
-    for failure in result.failures:
-        stderr.print(f"failed, left out: {failure.case_id}: {one_line(failure.error, 300)}")
+    print_failures(result.failures)
 
 
 def _print_ceiling(result: Ceiling, agent: Agent | None) -> None:
@@ -324,8 +317,7 @@ def _print_ceiling(result: Ceiling, agent: Agent | None) -> None:
         stdout.print(f"peak memory of this process: {result.peak_memory_bytes / 1e6:.0f} MB")
     if result.absent:
         stdout.print(f"left out, as they have no mask: {result.absent}")
-    for failure in result.failures:
-        stderr.print(f"failed, left out: {failure.case_id}: {one_line(failure.error, 300)}")
+    print_failures(result.failures)
     stdout.print(result.verdict(agent))
 
 
@@ -411,10 +403,9 @@ def calibrate(
     selection = None if mask_selection is None else check_mask_selection(mask_selection)
     try_file(output)
     with status("reading the data and loading the models", quiet=as_json):
-        from ibisagent import evaluation
         from ibisagent.datasets import read_cases
         from ibisagent.evaluation import reliability
-        from ibisagent.inference.image import run_case
+        from ibisagent.inference.cases import judge_cases
         from ibisagent.policies import load_policy
         from ibisagent.segmenters import load_segmenter
 
@@ -423,15 +414,10 @@ def calibrate(
         engine = load_segmenter(segmenter, device=device)
         reviewer = reliability.Reviewer(writer, engine, selection, samples, max_turns, seed)
 
-    def judge(batch: Sequence[Case]) -> list[tuple[dict[str, float], float]]:
-        judged = []
-        for case in batch:
-            episode = run_case(case, writer, engine, max_turns=max_turns, mask_selection=selection)
-            judged.append((reviewer.signals(episode, case), evaluation.agreement(episode.answer_masks, case)[0]))
-        return judged
-
     with progress(len(cases), "cases", quiet=as_json) as advance:
-        results, failures = evaluation.judge_cases(cases, judge, on_case=lambda _: advance())
+        results, failures = judge_cases(
+            cases, lambda batch: [*map(reviewer.measured, batch)], on_case=lambda _: advance()
+        )
     found = reliability.fit([one for one, _ in results], [reached for _, reached in results], reviewer.identity)
     found.write(output)
     if as_json:
@@ -442,7 +428,6 @@ def calibrate(
             f"each case scored by the others: expected calibration error {found.error:.3f},"
             f" dropping the worst 20% changes the mean IoU by {found.kept_gain:+.3f}"
         )
-        for failure in failures:
-            stderr.print(f"failed, left out: {failure.case_id}: {one_line(failure.error, 300)}")
+        print_failures(failures)
     if failures:
         raise typer.Exit(EXIT_ERROR)

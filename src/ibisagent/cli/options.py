@@ -1,4 +1,4 @@
-"""Options that several commands share, each written once."""
+"""Options that multiple commands share, each written once."""
 
 from __future__ import annotations
 
@@ -61,9 +61,7 @@ TemperatureOption = Annotated[float, typer.Option(help="0 takes the likeliest te
 SeedOption = Annotated[int, typer.Option(help="Seed of whatever is drawn.")]
 ChangesOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", metavar="NAME=VALUE", help="Another value for a setting of the recipe; give it several times."
-    ),
+    typer.Option("--set", metavar="NAME=VALUE", help="Another value for a setting of the recipe; may be repeated."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value for machines instead of text.")]
 
@@ -133,6 +131,7 @@ DataFolderOption = Annotated[
     Path | None, typer.Option("--data", help="Folder for sessions and jobs. Default: this user's data folder.")
 ]
 HostOption = Annotated[str, typer.Option(help="Address to listen on; beyond this machine set IBIS_TOKEN.")]
+PortOption = Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)]
 SessionsOption = Annotated[int, typer.Option(help="Most sessions at a time.", min=1)]
 IdleOption = Annotated[float, typer.Option(help="Minutes without use after which what nobody worked on goes.", min=0.1)]
 DeleteOption = Annotated[

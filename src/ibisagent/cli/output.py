@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -15,6 +15,9 @@ from rich.table import Table
 
 from ibisagent.errors import IbisError
 from ibisagent.files import one_line
+
+if TYPE_CHECKING:
+    from ibisagent.inference.cases import Failure
 
 EXIT_ERROR = 2
 stdout = Console(highlight=False, markup=False, soft_wrap=True)
@@ -28,6 +31,12 @@ def print_error(error: BaseException) -> None:
     else:
         message = str(error)
     stderr.print(f"error: {one_line(message, 600)}")
+
+
+def print_failures(failures: Iterable[Failure]) -> None:
+    """Say on stderr which cases are left out, and why."""
+    for failure in failures:
+        stderr.print(f"failed, left out: {failure.case_id}: {one_line(failure.error, 300)}")
 
 
 def print_json(value: Any) -> None:
@@ -47,15 +56,17 @@ def status(what: str, *, quiet: bool) -> Iterator[None]:
 
 @contextmanager
 def progress(total: int | None, what: str, *, quiet: bool) -> Iterator[Callable[..., None]]:
-    """A bar on stderr while the block runs; call what it gives with the number of finished items (default 1), and
-    with `total` once it is known."""
+    """A bar on stderr while the block runs; call what it gives with the number of items finished since (default 1), or
+    with `done`, the number of all, and with `total` once it is known."""
     if quiet or not stderr.is_terminal:
-        yield lambda _count=1, total=None: None
+        yield lambda _count=1, done=None, total=None: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr, transient=True) as bar:
         task = bar.add_task(what, total=total)
-        yield lambda count=1, total=total: bar.update(task, advance=count, total=total)
+        yield lambda count=1, done=None, total=total: bar.update(
+            task, advance=None if done is not None else count, completed=done, total=total
+        )
 
 
 def new_table(title: str, *columns: str) -> Table:

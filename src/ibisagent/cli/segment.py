@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,10 +29,76 @@ from ibisagent.files import one_line, try_folder
 if TYPE_CHECKING:
     from ibisagent.domain import Turn
     from ibisagent.evaluation.reliability import Queue
-    from ibisagent.inference.batch import Batch, ImageResult, Listener, Result, VolumeResult
+    from ibisagent.inference.batch import Batch, ImageResult, Listener, Result, VolumeOptions, VolumeResult
 
 LOW_PRESENCE = 0.5
 """Below this an object is as likely missing as there."""
+
+
+@dataclass(frozen=True)
+class VolumeChoice:
+    """The options of volumes, `inference.batch.VolumeOptions`."""
+
+    label: Annotated[
+        str | None, typer.Option(help="Volumes: the object of the start mask that is meant, by name or number.")
+    ] = None
+    axis: Annotated[str, typer.Option(help="Volumes: slices to look at: auto, axial, coronal, sagittal.")] = "auto"
+    slices: Annotated[
+        str | None,
+        typer.Option(help="Volumes: key slices, such as 12,40:60:5, or 'instance 12,40'. Default: searched."),
+    ] = None
+    window: Annotated[
+        str, typer.Option(help="Volumes: auto, lung, bone, 'soft tissue', brain, ..., LEVEL/WIDTH, or 1-99%.")
+    ] = "auto"
+    channel: Annotated[int | None, typer.Option(help="Volumes: which of those on one grid, from 0.", min=0)] = None
+    series: Annotated[
+        str | None, typer.Option(help="Volumes: which DICOM series of a folder: number, UID, or 1/2 for its stack 2.")
+    ] = None
+    recheck: Annotated[
+        int, typer.Option(help="Volumes: ask the agent again after so many slices; 0 never asks again.", min=0)
+    ] = 10
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format", help="Volumes: nifti (default), labels, seg.nrrd, seg, sr, rtstruct, png, rle; may be repeated."
+        ),
+    ] = None
+    store: Annotated[
+        str | None, typer.Option(help="Volumes: DICOMweb server to send DICOM results to; the images stay here.")
+    ] = None
+
+    def checked(self) -> VolumeOptions:
+        """As the batch takes them."""
+        from ibisagent.inference.batch import VolumeOptions
+
+        return VolumeOptions(**{**vars(self), "formats": tuple(self.formats or ("nifti",))})
+
+
+@dataclass(frozen=True)
+class ReviewChoice:
+    """The options of the review queue."""
+
+    review_queue: Annotated[
+        bool,
+        typer.Option(help="Score every mask (of volumes: their slices); review.csv and .json list them worst first."),
+    ] = False
+    calibration: Annotated[
+        Path | None, typer.Option(help="What 'eval calibrate' wrote: makes scores expected IoUs, in the review queue.")
+    ] = None
+    samples: Annotated[int, typer.Option(help="Review queue: further episodes an image, as for 'eval calibrate'.")] = 0
+
+    def __post_init__(self) -> None:
+        if not self.review_queue and (self.calibration is not None or self.samples):
+            raise ConfigError("--calibration and --samples are for the review queue: give --review-queue")
+
+    def queue(self, batch: Batch, seed: int) -> Queue | None:
+        """The queue of a batch; None where none is asked for."""
+        from ibisagent.evaluation.reliability import Queue, Reliability, Reviewer
+
+        if not self.review_queue:
+            return None
+        reviewer = Reviewer(batch.policy, batch.segmenter, batch.mask_selection, self.samples, batch.max_turns, seed)
+        return Queue(reviewer, None if self.calibration is None else Reliability.read(self.calibration))
 
 
 @spread_options
@@ -46,29 +112,15 @@ def segment(
         ),
     ],
     query: Annotated[str, typer.Argument(metavar="QUERY", help='What to segment, such as "the optic disc".')],
-    choice: PolicyChoice,
-    drawing: Drawing,
+    *,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("ibisagent-output"),
+    choice: PolicyChoice,
     segmenter: SegmenterOption = "ibis-click",
     max_turns: TurnsOption = None,
     mask_selection: SelectionOption = None,
+    drawing: Drawing,
     start_mask: Annotated[
         list[Path] | None, typer.Option(help="Mask to refine (0 outside); once per image, in their order.")
-    ] = None,
-    label: Annotated[
-        str | None, typer.Option(help="Volumes: the object of the start mask that is meant, by name or number.")
-    ] = None,
-    axis: Annotated[str, typer.Option(help="Volumes: slices to look at: auto, axial, coronal, sagittal.")] = "auto",
-    slices: Annotated[
-        str | None,
-        typer.Option(help="Volumes: key slices, such as 12,40:60:5, or 'instance 12,40'. Default: searched."),
-    ] = None,
-    window: Annotated[
-        str, typer.Option(help="Volumes: auto, lung, bone, 'soft tissue', brain, ..., LEVEL/WIDTH, or 1-99%.")
-    ] = "auto",
-    channel: Annotated[int | None, typer.Option(help="Volumes: which of several on one grid, from 0.", min=0)] = None,
-    series: Annotated[
-        str | None, typer.Option(help="Volumes: which DICOM series of a folder: number, UID, or 1/2 for its stack 2.")
     ] = None,
     select: Annotated[
         list[str] | None,
@@ -76,29 +128,11 @@ def segment(
             help="IMAGEs are folders of studies: segment these series, such as 'CT axial >= 20 slices', or all."
         ),
     ] = None,
-    recheck: Annotated[
-        int, typer.Option(help="Volumes: ask the agent again after so many slices; 0 never asks again.", min=0)
-    ] = 10,
-    formats: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--format", help="Volumes: nifti (default), labels, seg.nrrd, seg, sr, rtstruct, png, rle; may be repeated."
-        ),
-    ] = None,
-    store: Annotated[
-        str | None, typer.Option(help="Volumes: DICOMweb server to send DICOM results to; the images stay here.")
-    ] = None,
+    volumes: VolumeChoice,
+    review: ReviewChoice,
     overwrite: Annotated[
         bool, typer.Option(help="Make results that are there already again, in their place. Default: they are kept.")
     ] = False,
-    review_queue: Annotated[
-        bool,
-        typer.Option(help="Score every mask (of volumes: their slices); review.csv and .json list them worst first."),
-    ] = False,
-    calibration: Annotated[
-        Path | None, typer.Option(help="What 'eval calibrate' wrote: makes scores expected IoUs, in the review queue.")
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Review queue: further episodes an image, as for 'eval calibrate'.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Segment what QUERY names in each IMAGE.
@@ -115,28 +149,18 @@ def segment(
     """
     query = _check_query(query)
     selection = None if mask_selection is None else check_mask_selection(mask_selection)
-    if not review_queue and (calibration is not None or samples):
-        raise ConfigError("--calibration and --samples are for the review queue: give --review-queue")
     for spec in (choice.policy.removeprefix("one-shot:"), segmenter):
         if spec.startswith(("endpoint:", "remote:")):
             stderr.print(f"images are sent to {one_line(spec.partition(':')[2].partition('#')[0])}")
     try_folder(output)
     with status("loading the models", quiet=as_json):
-        from ibisagent.inference.batch import Batch, VolumeOptions
+        from ibisagent.inference.batch import Batch
         from ibisagent.segmenters import load_segmenter
 
-        options = VolumeOptions(
-            axis, slices, window, channel, series, recheck, tuple(formats or ("nifti",)), store, label
-        )
-        writer = choice.load(**asdict(drawing))
+        options, writer = volumes.checked(), choice.load(**vars(drawing))
         engine = load_segmenter(segmenter, device=choice.device)
         batch = Batch(writer, engine, query, output, max_turns, selection, options, overwrite)
-    queue = None
-    if review_queue:
-        from ibisagent.evaluation.reliability import Queue, Reliability, Reviewer
-
-        reviewer = Reviewer(writer, engine, selection, samples, max_turns, drawing.seed)
-        batch.review = queue = Queue(reviewer, None if calibration is None else Reliability.read(calibration))
+    batch.review = queue = review.queue(batch, drawing.seed)
     failed = _run_batch(batch, images, start_mask or [], select or [], queue, as_json)
     if queue is not None and not as_json:
         meaning = "expected IoU" if queue.calibrated else "a score that only sorts"
@@ -199,7 +223,7 @@ def replay(
     records: Annotated[list[Path], typer.Argument(metavar="RECORD...", help="Records that 'segment' wrote.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the rebuilt files here.")] = None,
     image: Annotated[
-        Path | None, typer.Option(help="Where the image or volume is now, or the folder of several images.")
+        Path | None, typer.Option(help="Where the image or volume is now, or the folder of multiple images.")
     ] = None,
     series: Annotated[str | None, typer.Option(help="Volumes: which DICOM series of a folder: number or UID.")] = None,
     device: DeviceOption = "auto",

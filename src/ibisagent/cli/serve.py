@@ -18,6 +18,7 @@ from ibisagent.cli.options import (
     LearnOption,
     PolicyChoice,
     PolicyOption,
+    PortOption,
     SegmenterOption,
     SessionsOption,
     SplitOption,
@@ -51,11 +52,7 @@ app = typer.Typer(
 
 @app.command()
 @spread_options
-def policy(
-    choice: PolicyChoice,
-    host: Annotated[str, typer.Option(help="Address to listen on; beyond this machine set IBIS_TOKEN.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
-) -> None:
+def policy(choice: PolicyChoice, host: HostOption = "127.0.0.1", port: PortOption = 8000) -> None:
     """Serve a model to anything that speaks the OpenAI chat protocol, such as --policy endpoint:URL#MODEL."""
     _require_server()
     with status("loading the model", quiet=False):
@@ -74,8 +71,8 @@ def policy(
 def segmenter_server(
     segmenter: SegmenterOption = "ibis-click",
     device: DeviceOption = "auto",
-    host: Annotated[str, typer.Option(help="Address to listen on; beyond this machine set IBIS_TOKEN.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8001,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8001,
 ) -> None:
     """Serve a segmenter to other machines, which use it as --segmenter remote:URL."""
     _require_server()
@@ -94,7 +91,7 @@ def api(
     segmenter: SegmenterOption = "ibis-click",
     data: DataFolderOption = None,
     host: HostOption = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8002,
+    port: PortOption = 8002,
     max_sessions: SessionsOption = 100,
     idle_minutes: IdleOption = 60.0,
     delete_after: DeleteOption = None,
@@ -174,7 +171,7 @@ def ui(
     device: DeviceOption = "auto",
     data: DataFolderOption = None,
     host: HostOption = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8002,
+    port: PortOption = 8002,
     max_upload: UploadOption = 64,
     browser: Annotated[bool, typer.Option(help="Open the page in the web browser.")] = True,
     split: SplitOption = None,

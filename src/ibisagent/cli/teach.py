@@ -46,7 +46,7 @@ def teach(
 ) -> None:
     """Teach the agent objects of your own from a few labelled images; use it as --policy AGENT.
 
-    Three images are enough to begin, ten are better; any names, one object or several. An empty mask says that the
+    Three images are enough to begin, ten are better; any names, one object or more. An empty mask says that the
     object is not there. It takes minutes on two cores. Every other object is answered as before. The check says for
     each object, on images that were kept from it, what teaching gained; where it gained nothing the old agent goes on
     answering. A stopped run resumes.
@@ -59,13 +59,10 @@ def teach(
     from ibisagent.training.teach import teach as run
 
     with progress(None, "teaching", quiet=as_json) as advance:
-        before = 0
 
         def report(now: TeachProgress) -> None:
-            nonlocal before
             if now.stage in ("learning", "checking"):
-                advance(now.done - before, total=now.total)
-                before = now.done
+                advance(done=now.done, total=now.total)
 
         def tell(found: Found) -> None:
             if not as_json:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ibisagent.cli.options import ChangesOption, JsonOption
-from ibisagent.cli.output import EXIT_ERROR, new_table, print_json, progress, status, stderr, stdout
-from ibisagent.files import one_line
+from ibisagent.cli.output import EXIT_ERROR, new_table, print_failures, print_json, progress, status, stderr, stdout
 
 if TYPE_CHECKING:
     from ibisagent.training.reward_check import RewardReport
@@ -76,12 +75,9 @@ def _named_metrics(named: Mapping[str, float]) -> str:
 def _training(total: int, what: str, *, quiet: bool) -> Iterator[Callable[..., None]]:
     """A progress bar for a training run, as its report (number done, losses, metrics of a validation, or None)."""
     with progress(total, what, quiet=quiet) as advance:
-        before = 0
 
         def report(done: int, losses: Mapping[str, float], metrics: Mapping[str, float] | None) -> None:
-            nonlocal before
-            advance(done - before)
-            before = done
+            advance(done=done)
             if metrics is not None and not quiet:
                 stderr.print(f"{done} {what}, {_named_metrics(losses)}; held-out patients: {_named_metrics(metrics)}")
 
@@ -96,7 +92,7 @@ def sft(
 ) -> None:
     """Fine-tune a policy on episodes with thoughts (the cold start); use it as --policy mllm:OUT/policy.
 
-    Several GPUs: accelerate launch --config_file recipes/accelerate/8-gpu-fsdp.yaml -m ibisagent train sft RECIPE. A
+    Multiple GPUs: accelerate launch --config_file recipes/accelerate/8-gpu-fsdp.yaml -m ibisagent train sft RECIPE. A
     stopped run resumes from its last checkpoint.
     """
     with status("reading recipe, model and data", quiet=as_json):
@@ -148,8 +144,8 @@ def check_rewards(
     """Check that every reward term varies over recorded EPISODES, and which one decides.
 
     Exit code 1 if a term is the same in all of them: training would not feel it. Episodes of the same case make a
-    group, as in GRPO; give several folders to bring them together. Episodes without ground truth in DATA are listed and
-    left out; the exit code is then 2.
+    group, as in GRPO; give more than one folder to bring them together. Episodes without ground truth in DATA are
+    listed and left out; the exit code is then 2.
     """
     with status("reading the data", quiet=as_json):
         from ibisagent.rewards import PAPER
@@ -164,8 +160,7 @@ def check_rewards(
         print_json(report.to_json())
     else:
         _print_rewards(report)
-    for failure in report.failures:
-        stderr.print(f"failed, left out: {failure.case_id}: {one_line(failure.error, 300)}")
+    print_failures(report.failures)
     if constant := [term for term in report.terms if term.constant]:
         listed = ", ".join(f"{term.name} ({term.mean:.3g})" for term in constant)
         stderr.print(f"constant over all {report.episodes} episodes, so nothing can be learned from it: {listed}")
@@ -187,7 +182,7 @@ def _told(*, quiet: bool) -> Callable[[int, int, Mapping[str, float]], None]:
 
 
 def _print_policy(folder: Path, as_json: bool) -> None:
-    if os.environ.get("RANK", "0") != "0":  # one process of several says it
+    if os.environ.get("RANK", "0") != "0":  # one process says it for all
         return
     if as_json:
         print_json({"policy": str(folder)})
@@ -196,7 +191,7 @@ def _print_policy(folder: Path, as_json: bool) -> None:
 
 
 def _print_rewards(report: RewardReport) -> None:
-    groups = f", {report.groups} of them with several" if report.groups else ""
+    groups = f", {report.groups} of them with more than one episode" if report.groups else ""
     title = f"{report.episodes} episodes of {report.cases} cases{groups}"
     table = new_table(title, "", "weight", "min", "mean", "max", "std", "varies", "corr.", "share")
     for term in (*report.terms, report.total):

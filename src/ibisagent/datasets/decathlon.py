@@ -19,7 +19,7 @@ def read_task(folder: Path) -> list[CaseRow]:
     """One row for every axial slice and object that it shows; patient: the volume.
 
     The test volumes have no public labels and are no cases. Every label map is read once, to find the slices. Of
-    several channels on one grid the first is shown. DataError for another structure, or labels on another grid.
+    multiple channels on one grid the first is shown. DataError for another structure, or labels on another grid.
     """
     index = folder / INDEX
     task = read_json(index)

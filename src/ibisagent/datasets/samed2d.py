@@ -123,7 +123,7 @@ def _class_of(mask_stem: str) -> str:
 
 
 def _joined(masks: list[str]) -> str:
-    """The address of the union of several instances (see `members`)."""
+    """The address of the union of multiple instances (see `members`)."""
     if len(masks) == 1:
         return masks[0]
     numbers = [Path(mask).stem.rpartition("_")[2] for mask in masks]

@@ -26,26 +26,21 @@ A case whose files, policy or segmenter fail is listed as a failure and counts n
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeVar
 
 import numpy as np
 
 from ibisagent.datasets import CaseSource, split_kind
 from ibisagent.domain import Box, Case, Click, Episode, Mask, Masks, MaskSelection, Stop
-from ibisagent.environment import SegmentationEnv, mask_choice, rollout, turn_limit
-from ibisagent.errors import DataError, IbisError, PolicyError, SegmenterError
+from ibisagent.environment import mask_choice, run_episodes, turn_limit
+from ibisagent.errors import DataError
 from ibisagent.evaluation import metrics
-from ibisagent.evaluation.results import (
-    CaseResult,
-    Evaluation,
-    Failure,
-    Size,
-)
+from ibisagent.evaluation.results import CaseResult, Evaluation, Size
 from ibisagent.imaging.clicks import bounding_box, ellipse
 from ibisagent.imaging.masks import Overlap, overlap
+from ibisagent.inference.cases import Failure, judge_cases
 from ibisagent.policies.base import Policy
 from ibisagent.policies.baselines import LocationPriorPolicy
 from ibisagent.policies.oracle import OraclePolicy
@@ -54,10 +49,6 @@ from ibisagent.segmenters import Segmenter
 
 ORACLE_CLICKS = (1, 2, 3, 5, 10)
 FIRST_BOX_IOU = 0.5
-MAX_FAILURES = 20
-"""Failures of policy or segmenter in a row after which an evaluation gives up: then it is not the cases."""
-
-Outcome = TypeVar("Outcome")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,18 +99,14 @@ class Judge:
         ]
 
     def _run(self, who: Policy, cases: Sequence[Case], turns: int) -> list[Episode]:
-        envs = [
-            SegmentationEnv(
-                case,
-                self.segmenter,
-                dialect=who.dialect,
-                max_turns=turns,
-                mask_selection=self.mask_selection,
-                provenance=self.provenance,
-            )
-            for case in cases
-        ]
-        return rollout(who, envs)
+        return run_episodes(
+            who,
+            self.segmenter,
+            cases,
+            max_turns=turns,
+            mask_selection=self.mask_selection,
+            provenance=self.provenance,
+        )
 
 
 def evaluate(
@@ -141,7 +128,7 @@ def evaluate(
     prior, centre: the blind one-click policies, each left out if None. oracle: whether to run the expert's clicks and
     the ellipse. max_turns: default the policy's own limit. mask_selection: which masks of an episode are its answer, by
     which it is judged (`Episode.answer_masks`). on_case: called after each case.
-    Cases that fail are listed, not scored; after MAX_FAILURES failures in a row the last error is raised again.
+    Cases that fail are listed, not scored; broken machinery ends it (`judge_cases`).
     ConfigError (a dialect that does not fit, for example) is raised at once.
     """
     blind = {name: baseline for name, baseline in (("prior", prior), ("centre", centre)) if baseline is not None}
@@ -149,67 +136,11 @@ def evaluate(
     chosen = mask_choice(policy, mask_selection)
     judge = Judge(policy, segmenter, blind, oracle, turns, chosen, provenance or {})
     results, failures = judge_cases(
-        cases,
-        lambda batch: [one.result for one in judge(batch)],
-        batch_size=batch_size,
-        on_case=on_case,
+        cases, lambda batch: [one.result for one in judge(batch)], batch_size=batch_size, on_case=on_case
     )
     facts = {"policy": policy.name, "segmenter": segmenter.name, "max_turns": str(turns)}
     facts |= {"mask_selection": chosen, **(provenance or {})}
     return Evaluation(facts, tuple(results), tuple(failures))
-
-
-def judge_cases(
-    cases: CaseSource,
-    judge: Callable[[Sequence[Case]], Sequence[Outcome]],
-    *,
-    batch_size: int = 1,
-    on_case: Callable[[Outcome | Failure], None] | None = None,
-) -> tuple[list[Outcome], list[Failure]]:
-    """(what `judge` says of every case that can be judged, the failures), both in the order of `cases`.
-
-    judge: one judgement per case of a batch, in order; a batch for which it raises DataError, PolicyError or
-    SegmenterError is judged again case by case, errors of other kinds are raised at once. on_case: called after each
-    case. After MAX_FAILURES failures of policy or segmenter in a row the last error is raised again; cases whose files
-    or texts cannot be used do not count, however many they are.
-    """
-    results: list[Outcome] = []
-    failures: list[Failure] = []
-    in_a_row = 0
-
-    def judged(batch: Sequence[Case]) -> Iterator[Outcome | IbisError]:
-        try:
-            yield from judge(batch)
-        except (DataError, PolicyError, SegmenterError) as error:
-            if len(batch) == 1:
-                yield error
-            else:  # find out which of them it was
-                for case in batch:
-                    yield from judged([case])
-
-    for start in range(0, len(cases), batch_size):
-        rows = cases.rows[start : start + batch_size]
-        outcomes: dict[str, Outcome | IbisError] = {}
-        batch: list[Case] = []
-        for row in rows:
-            try:
-                batch.append(cases.decode(row))
-            except DataError as error:
-                outcomes[row.id] = error
-        outcomes.update(zip((case.id for case in batch), judged(batch) if batch else (), strict=True))
-        for row in rows:
-            outcome = outcomes[row.id]
-            if isinstance(outcome, IbisError):
-                failures.append(Failure(row.id, str(outcome), machinery=not isinstance(outcome, DataError)))
-                in_a_row += failures[-1].machinery
-                if in_a_row == MAX_FAILURES:
-                    raise type(outcome)(f"{in_a_row} cases in a row failed, the last one: {outcome}") from outcome
-            else:
-                results.append(outcome)
-                in_a_row = 0
-            if on_case is not None:
-                on_case(failures[-1] if isinstance(outcome, IbisError) else outcome)
-    return results, failures
 
 
 def prior_cases(everything: CaseSource) -> CaseSource | None:
@@ -299,9 +230,8 @@ def oracle_curves(
     expert = OraclePolicy(
         cases, iou_threshold=1.0, max_clicks=prompts, box_first=float(box_first), jitter=jitter, seed=seed
     )
-    envs = [SegmentationEnv(case, segmenter, dialect=expert.dialect, max_turns=prompts) for case in cases]
     curves = []
-    for case, episode in zip(cases, rollout(expert, envs), strict=True):
+    for case, episode in zip(cases, run_episodes(expert, segmenter, cases, max_turns=prompts), strict=True):
         turns = [(turn.after, turn.segmenter_score) for turn in episode.turns]
         prompted = [(agreement(masks, case)[0], score) for masks, score in turns if score is not None]
         curves.append(OracleCurve(tuple(reached for reached, _ in prompted), tuple(score for _, score in prompted)))

@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -36,15 +37,17 @@ import numpy as np
 from ibisagent.datasets import CaseSource
 from ibisagent.domain import Case, Image, Prompt, union
 from ibisagent.errors import ConfigError, DataError
-from ibisagent.evaluation import OracleCurve, ellipse_iou, judge_cases, oracle_curves
+from ibisagent.evaluation import OracleCurve, ellipse_iou, oracle_curves
 from ibisagent.evaluation.calibration import Calibration, calibration
 from ibisagent.evaluation.metrics import GOALS, SMALL, SizeClass, clicks_to, size_class
-from ibisagent.evaluation.results import Failure
 from ibisagent.evaluation.statistics import patient_interval
+from ibisagent.files import reading, write_json, write_whole
+from ibisagent.inference.cases import Failure, judge_cases
 from ibisagent.policies.oracle import BOX_JITTER
 from ibisagent.protocol import DIALECTS
 from ibisagent.segmenters import Prediction, Segmenter, SegmenterSession
 
+CAN_DRAW = find_spec("matplotlib") is not None
 MAX_CLICKS = 20
 CLICKS = (1, 2, 3, 5, 10, 20)
 BOX_CLICKS = (1, 2, 3, 5)
@@ -253,6 +256,12 @@ class Ceiling:
             "cases": [asdict(result) for result in self.results],
         }
 
+    def write(self, folder: Path, agent: Agent | None = None) -> None:
+        """Write ceiling.json and, where it can be drawn, ceiling.png into `folder`."""
+        write_json(self.to_json(agent), folder / "ceiling.json")
+        if CAN_DRAW and self.results:
+            write_whole(_drawn(self), folder / "ceiling.png")
+
 
 def measure_ceiling(
     cases: CaseSource,
@@ -266,7 +275,7 @@ def measure_ceiling(
     """Prompt `segmenter` on every case as an expert who sees the ground truth would.
 
     max_clicks: of the expert who only clicks, and the cap of NoC. seed: of the moved boxes. on_case: called after each
-    case. Cases that fail are listed; after `evaluation.MAX_FAILURES` failures in a row the last error is raised again.
+    case. Cases that fail are listed; broken machinery ends it (`judge_cases`).
     Raises DataError if no case has a mask, ConfigError for max_clicks < 1.
     """
     if max_clicks < 1:
@@ -290,7 +299,7 @@ def read_agent(path: Path, segmenter: Segmenter, cases: CaseSource) -> Agent:
     DataError if `path` is no such evaluation, ConfigError if it was made with another segmenter or on other cases.
     """
     path = path / "evaluation.json" if path.is_dir() else path
-    try:
+    with reading(path, "give what 'ibisagent eval run -o' wrote"):
         loaded = json.loads(path.read_bytes())
         provenance, rows = loaded["made_by"], loaded["cases"]
         found = {row["case_id"]: row["measures"] for row in rows if "iou" in row["measures"]}
@@ -301,12 +310,6 @@ def read_agent(path: Path, segmenter: Segmenter, cases: CaseSource) -> Agent:
             "dialect" not in provenance or DIALECTS[provenance["dialect"]].boxes,
         )
         theirs = str(provenance["segmenter"])
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}); give what 'ibisagent eval run -o' wrote"
-        ) from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{path}: is no evaluation; give what 'ibisagent eval run -o' wrote") from error
     if theirs != segmenter.name:
         raise ConfigError(f"{path}: was made with segmenter {theirs}, this run has {segmenter.name}; use the same one")
     ours = segmenter.describe().get("weights_sha256", "")
@@ -331,17 +334,10 @@ def peak_memory_bytes() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def draw(ceiling: Ceiling) -> bytes:
-    """A PNG: IoU by clicks over all and by size class, by modality, and estimated against measured IoU.
+def _drawn(ceiling: Ceiling) -> bytes:
+    """A PNG: IoU by clicks over all and by size class, by modality, and estimated against measured IoU."""
+    from matplotlib.figure import Figure
 
-    Needs matplotlib; ConfigError where it is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("images of a ceiling need matplotlib: pip install 'ibisagent[plot]'") from error
-    if not ceiling.results:
-        raise DataError("no case could be judged, so there is nothing to draw; see the failures")
     groups = ceiling.groups()
     modalities = {name: one for name, one in groups.items() if name != "all" and not name.startswith("area ")}
     figure = Figure(figsize=(15, 5), layout="constrained")

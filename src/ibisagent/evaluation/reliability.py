@@ -31,24 +31,15 @@ from typing import Any
 
 import numpy as np
 
-from ibisagent.domain import (
-    Action,
-    Case,
-    Click,
-    Episode,
-    Image,
-    Masks,
-    MaskSelection,
-    Stop,
-    Turn,
-    Undo,
-)
-from ibisagent.environment import PromptState, SegmentationEnv, mask_choice, rollout, turn_limit
+from ibisagent.domain import Action, Case, Click, Episode, Image, Masks, MaskSelection, Stop, Turn, Undo
+from ibisagent.environment import PromptState, mask_choice, run_episodes, turn_limit
 from ibisagent.errors import ConfigError, DataError
+from ibisagent.evaluation import agreement as overlap_with
 from ibisagent.evaluation.calibration import calibration
-from ibisagent.files import csv_text, write_json, write_whole
+from ibisagent.files import csv_text, reading, write_json, write_whole
 from ibisagent.imaging.clicks import moved_box
 from ibisagent.imaging.masks import expected_iou, iou
+from ibisagent.inference.image import run_case
 from ibisagent.policies.base import Calibrated, Knowing, Policy
 from ibisagent.segmenters import Segmenter
 
@@ -148,19 +139,18 @@ class Reviewer:
         if self.samples:
             drawing = copy(self.policy)  # shares the model
             drawing.temperature = SAMPLING_TEMPERATURE  # type: ignore[attr-defined]
-            envs = [
-                SegmentationEnv(
-                    case,
-                    self.segmenter,
-                    dialect=drawing.dialect,
-                    max_turns=self.max_turns or turn_limit(drawing),
-                    mask_selection=self.mask_selection,
-                )
-                for _ in range(self.samples)
-            ]
-            others = rollout(drawing, envs)
+            limit = self.max_turns or turn_limit(drawing)
+            again = [case] * self.samples
+            others = run_episodes(drawing, self.segmenter, again, max_turns=limit, mask_selection=self.mask_selection)
         believed = beliefs_of(self.policy, case.image, case.query)
         return signals(episode, case.image, self.segmenter, others=others, beliefs=believed, seed=self.seed)
+
+    def measured(self, case: Case) -> tuple[dict[str, float], float]:
+        """(signals, IoU) of an episode of the policy on a labelled case. Raises PolicyError and SegmenterError."""
+        episode = run_case(
+            case, self.policy, self.segmenter, max_turns=self.max_turns, mask_selection=self.mask_selection
+        )
+        return self.signals(episode, case), overlap_with(episode.answer_masks, case)[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,18 +189,12 @@ class Reliability:
     @classmethod
     def read(cls, path: Path) -> Reliability:
         """What `write` wrote. DataError for anything else."""
-        try:
+        with reading(path, "'ibisagent eval calibrate' makes a calibration"):
             loaded = json.loads(path.read_bytes())
             if loaded.pop("kind") != KIND:
-                raise KeyError("kind")
+                raise ValueError("it is of another kind")
             found = cls(**loaded)
             return replace(found, weights={str(name): float(value) for name, value in found.weights.items()})
-        except OSError as error:
-            raise DataError(
-                f"{path}: cannot be read ({error.strerror}); 'ibisagent eval calibrate' makes one"
-            ) from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise DataError(f"{path}: is no calibration; make one with 'ibisagent eval calibrate'") from error
 
     def check(self, provenance: Mapping[str, str]) -> None:
         """ConfigError if it was fitted with another policy or segmenter, or other weights of them."""

@@ -28,6 +28,7 @@ from ibisagent.evaluation import metrics
 from ibisagent.evaluation.metrics import EMPTY_RULE, EmptyRule, SizeClass
 from ibisagent.evaluation.statistics import Difference, Interval, Row, differences, intervals
 from ibisagent.imaging.masks import Overlap
+from ibisagent.inference.cases import Failure
 
 GroupBy = Literal["modality", "object", "size", "dataset"]
 Size = SizeClass | Literal["absent", ""]
@@ -65,15 +66,6 @@ class CaseResult:
         """The result that `asdict` made plain; KeyError and TypeError if it is no such thing."""
         overlap = None if plain["overlap"] is None else Overlap(**plain["overlap"])
         return cls(**{**plain, "overlap": overlap, "ious": tuple(plain["ious"])})
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A case that could not be judged, and why, in one line; machinery: whether policy or segmenter failed."""
-
-    case_id: str
-    error: str
-    machinery: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +154,7 @@ def shares(result: CaseResult, empty: EmptyRule = EMPTY_RULE) -> dict[str, tuple
     return {name: share for name, share in found.items() if share is not None}
 
 
-def summarise(
-    results: Sequence[CaseResult], *, empty: EmptyRule = EMPTY_RULE, resamples: int = 2_000, seed: int = 0
-) -> Summary:
+def summarise(results: Sequence[CaseResult], *, empty: EmptyRule = EMPTY_RULE) -> Summary:
     """The metrics of `results`; an empty sequence has none."""
     rows: list[Row] = [(one.subject, shares(one, empty)) for one in results]
     means = {}
@@ -174,9 +164,7 @@ def summarise(
             means[name] = found
     if dice := [row["dice"][0] for _, row in rows if "dice" in row]:
         means["dice_median"] = float(np.median(dice))
-    spread = intervals(
-        [(who, {name: row[name] for name in row if name in means}) for who, row in rows], resamples=resamples, seed=seed
-    )
+    spread = intervals([(who, {name: row[name] for name in row if name in means}) for who, row in rows])
     stops = Counter(one.stop for one in results if one.stop is not None)
     positives = sum(one.overlap is not None and one.overlap.target > 0 for one in results)
     subjects = len({one.subject for one in results})
@@ -197,7 +185,7 @@ class Comparison:
 
 
 def compare(a: Evaluation, b: Evaluation, *, empty: EmptyRule = EMPTY_RULE, seed: int = 0) -> Comparison:
-    """Compare two runs case by case; see `resampling.differences`. groups: the IoU by modality, size and object.
+    """Compare two runs case by case; see `statistics.differences`. groups: the IoU by modality, size and object.
 
     DataError if they have no case in common, or a case shows different targets in the two.
     """

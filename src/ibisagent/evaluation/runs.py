@@ -1,4 +1,4 @@
-"""An evaluation on disk: resumable after any end, in several processes, the same metrics for the same settings.
+"""An evaluation on disk: resumable after any end, in multiple processes, the same metrics for the same settings.
 
 The folder of a run holds run.json (what makes it), cases.jsonl (a line per case: result, episode, ground truth),
 contents.json (the files that it was judged on, see `files.FileHashes`) and, when it has ended, evaluation.json and the
@@ -29,11 +29,12 @@ from typing import Any
 from ibisagent.datasets import CaseSource, cases_to_judge
 from ibisagent.domain import Episode, Masks, MaskSelection
 from ibisagent.environment import mask_choice, package_version, turn_limit
-from ibisagent.errors import ConfigError, DataError, IbisError, PolicyError
-from ibisagent.evaluation import MAX_FAILURES, Judge, judge_cases, location_prior, prior_cases
+from ibisagent.errors import ConfigError, DataError, PolicyError
+from ibisagent.evaluation import Judge, location_prior, prior_cases
 from ibisagent.evaluation.metrics import EMPTY_RULE, EmptyRule
-from ibisagent.evaluation.results import CaseResult, Evaluation, Failure
-from ibisagent.files import FileHashes, claim, try_folder, write_json, write_whole
+from ibisagent.evaluation.results import CaseResult, Evaluation
+from ibisagent.files import FileHashes, claim, reading, try_folder, write_json, write_whole
+from ibisagent.inference.cases import Failure, Streak, judge_cases
 from ibisagent.inference.image import provenance_of
 from ibisagent.policies import load_policy
 from ibisagent.policies.base import Policy
@@ -44,6 +45,12 @@ from ibisagent.store import plain_masks, plain_record, read_plain_masks, read_pl
 log = logging.getLogger(__name__)
 
 RUN_NAME, CASES_NAME, CONTENTS_NAME, RESULT_NAME = "run.json", "cases.jsonl", "contents.json", "evaluation.json"
+
+_LOADING = (
+    *("dialect", "history", "device", "dtype", "adapter", "max_pixels", "prompts", "candidates", "temperature", "seed"),
+    "batch_size",
+)
+"""Options of `load_policy` among those of a `Setup`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,21 +89,8 @@ class Setup:
         prior = location_prior(everything, cases) if needs_prior else None
         policy: Policy
         if self.policy != "location-prior":
-            policy = load_policy(
-                self.policy,
-                dialect=self.dialect,
-                history=self.history,
-                device=self.device,
-                dtype=self.dtype,
-                adapter=self.adapter,
-                max_pixels=self.max_pixels,
-                prompts=self.prompts,
-                candidates=self.candidates,
-                temperature=self.temperature,
-                seed=self.seed,
-                batch_size=self.batch_size,
-                cases=cases.by_id,
-            )
+            loading: dict[str, Any] = {name: getattr(self, name) for name in _LOADING}
+            policy = load_policy(self.policy, cases=cases.by_id, **loading)
         elif prior is not None:
             policy = prior
         else:
@@ -181,9 +175,8 @@ def run(
     Cases whose files have changed since they were judged are judged again; a warning says how many.
 
     workers: processes; each loads the models. on_start: called with (cases in all, cases that an earlier start judged).
-    on_case: called after each further case. Cases that fail are listed, not scored. After MAX_FAILURES failures of
-    policy or segmenter in a row an IbisError is raised: then it is not the cases. ConfigError if `folder` holds another
-    run.
+    on_case: called after each further case. Cases that fail are listed, not scored; broken machinery ends the run with
+    an IbisError (`inference.cases.Streak`). ConfigError if `folder` holds another run.
     """
     if workers < 1:
         raise ConfigError(f"{workers} workers: give 1 or more")
@@ -209,14 +202,11 @@ def run(
         left = sum(min(size, total - block * size) for block in blocks)
         if on_start is not None:
             on_start(total, total - left)
-        in_a_row = 0
+        streak = Streak()
         for lines in judge_blocks(blocks):
             kept.append([{**line, "content": contents[line["index"]]} for line in lines])
             for line in lines:
-                failed = line.get("failure")
-                in_a_row = 0 if failed is None else in_a_row + failed["machinery"]
-                if in_a_row == MAX_FAILURES:
-                    raise IbisError(f"{in_a_row} cases in a row failed, the last one: {line['failure']['error']}")
+                streak.add(Failure(**line["failure"]) if "failure" in line else None)
                 if on_case is not None:
                     on_case()
     evaluation = kept.evaluation(facts)
@@ -239,15 +229,9 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         """folder: what 'ibisagent eval run -o' or 'ibisagent eval score -o' wrote."""
-        try:
+        with reading(folder / RUN_NAME, "give a folder of 'ibisagent eval run -o'"):
             facts = json.loads((folder / RUN_NAME).read_bytes())
             self.cases = int(facts["cases"])
-        except OSError as error:
-            raise DataError(
-                f"{folder}: holds no run ({error.strerror}); give a folder of 'ibisagent eval run -o'"
-            ) from error
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise DataError(f"{folder / RUN_NAME}: is damaged ({error}); evaluate again") from error
         self.folder = folder
         self._log = _Log(folder / CASES_NAME)
         self._log.read()

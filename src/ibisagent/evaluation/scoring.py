@@ -31,11 +31,12 @@ from ibisagent.environment import package_version
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.evaluation import mask_measures, size_of
 from ibisagent.evaluation.metrics import EMPTY_RULE, EmptyRule, resize_target
-from ibisagent.evaluation.results import CaseResult, Evaluation, Failure
+from ibisagent.evaluation.results import CaseResult, Evaluation
 from ibisagent.evaluation.runs import CASES_NAME, RUN_NAME, write_results
 from ibisagent.files import claim, csv_text, try_folder, write_whole
 from ibisagent.imaging.images import read_masks
 from ibisagent.imaging.masks import decode_runs, overlap
+from ibisagent.inference.cases import Failure
 from ibisagent.store import plain_masks
 
 log = logging.getLogger(__name__)
@@ -199,10 +200,10 @@ def _assign(made: Path, cases: CaseSource, data: Path) -> tuple[dict[str, _Found
             problems.append(Problem("missing", "", case_id, "no mask was made for it"))
         elif len(claimed) > 1:
             names = ", ".join(one.file for one in claimed)
-            problems += [Problem("duplicate", one.file, case_id, f"several masks: {names}") for one in claimed]
+            problems += [Problem("duplicate", one.file, case_id, f"multiple masks: {names}") for one in claimed]
         elif shared:
             names = ", ".join(owners[id(shared[0])])
-            problems.append(Problem("duplicate", shared[0].file, case_id, f"this name means several cases: {names}"))
+            problems.append(Problem("duplicate", shared[0].file, case_id, f"this name means multiple cases: {names}"))
     for one in everything:
         if id(one) not in owners:
             problems.append(Problem("unknown name", one.file, "", "no case has this name"))

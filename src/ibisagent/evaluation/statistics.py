@@ -44,12 +44,10 @@ def intervals(rows: Sequence[Row], *, resamples: int = RESAMPLES, seed: int = 0)
     return {name: found[name] for name in names}
 
 
-def patient_interval(
-    values: Iterable[tuple[str, float]], *, resamples: int = RESAMPLES, seed: int = 0
-) -> Interval | None:
+def patient_interval(values: Iterable[tuple[str, float]]) -> Interval | None:
     """95% interval of the mean of `values`, pairs of (patient, value); None for fewer than two patients."""
     rows = [(patient, {"mean": (value, 1.0)}) for patient, value in values]
-    return intervals(rows, resamples=resamples, seed=seed).get("mean")
+    return intervals(rows).get("mean")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +66,7 @@ class Difference:
 
 
 def differences(
-    a: Sequence[Row],
-    b: Sequence[Row],
-    *,
-    resamples: int = RESAMPLES,
-    permutations: int = PERMUTATIONS,
-    seed: int = 0,
+    a: Sequence[Row], b: Sequence[Row], *, permutations: int = PERMUTATIONS, seed: int = 0
 ) -> dict[str, Difference]:
     """Compare two runs, case for case: `a[i]` and `b[i]` are the same case of the same patient.
 
@@ -96,7 +89,7 @@ def differences(
         interval = None
         if len(sums) >= 2:
             with np.errstate(invalid="ignore", divide="ignore"):  # a draw may have no part in a metric
-                drawn = _drawn(len(sums), resamples, seed) @ sums
+                drawn = _drawn(len(sums), RESAMPLES, seed) @ sums
                 spread = drawn[:, 2] / drawn[:, 3] - drawn[:, 0] / drawn[:, 1]
             low, high = np.nanpercentile(spread, LEVEL)
             interval = (float(low), float(high))

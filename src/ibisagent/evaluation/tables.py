@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import get_args
 
 from ibisagent.evaluation.metrics import EMPTY_RULE, EmptyRule
 from ibisagent.evaluation.results import CaseResult, Comparison, Evaluation, GroupBy, Summary, summarise
-from ibisagent.files import csv_text, markdown_cell
+from ibisagent.files import csv_text, markdown_cell, write_whole
 
 HEADINGS: Mapping[str, str] = {
     "iou": "IoU",
@@ -143,6 +144,11 @@ def interval_text(summary: Summary, name: str) -> str:
     """The interval of a metric as text, "" if there is none."""
     interval = summary.intervals.get(name)
     return "" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
+
+
+def write_comparison(found: Comparison, path: Path) -> None:
+    """Write `comparison_markdown` to a file."""
+    write_whole(comparison_markdown(found).encode(), path)
 
 
 def comparison_markdown(found: Comparison) -> str:

@@ -1,6 +1,6 @@
 """The expert's episodes of one image, which its questions then share: the only stage that asks the segmenter.
 
-Every prediction is made once: a mistake that is taken back, several targets at once and a wrong instruction reuse the
+Every prediction is made once: a mistake that is taken back, multiple targets at once and a wrong instruction reuse the
 masks of the plain episode, since the environment restores exact states and predicts each target on its own.
 """
 
@@ -296,7 +296,7 @@ class _Maker:
         return None
 
     def together(self, chosen: Sequence[tuple[Case, Episode]]) -> Episode:
-        """The plain episodes of several objects in one: turn k holds the k-th action of each."""
+        """The plain episodes of multiple objects in one: turn k holds the k-th action of each."""
         targets = {name: ground_truth for case, _ in chosen for name, ground_truth in (case.targets or {}).items()}
         case = replace(chosen[0][0], id=f"{chosen[0][0].id}|multiple", targets=targets)
         actions = [[a for turn in episode.turns for a in turn.reply.actions[:1]][:-1] for _, episode in chosen]

@@ -25,14 +25,7 @@ from ibisagent.environment import package_version
 from ibisagent.errors import ConfigError, DataError, IbisError
 from ibisagent.files import FileHashes, claim, try_folder, write_json, write_whole
 from ibisagent.generation import filters
-from ibisagent.generation.config import (
-    STAGES,
-    FactoryConfig,
-    Question,
-    Stage,
-    read_questions,
-    write_questions,
-)
+from ibisagent.generation.config import STAGES, FactoryConfig, Question, Stage, read_questions, write_questions
 from ibisagent.generation.expert_episodes import RecallingSegmenter, expert_episodes
 from ibisagent.generation.narration import Narrator, Rejected
 from ibisagent.generation.questions import QuestionGenerator
@@ -360,10 +353,10 @@ def _run_here(worker: Worker) -> Callable[[Plan, Stage, Sequence[int], Callable[
 def _claim(plan: Plan) -> None:
     """Write run.json, or check that the one there says the same."""
     # how fast and how dear the teacher may be asked can change between starts
-    narrated = {"endpoint": {"concurrency", "requests_per_minute", "retries", "pause_seconds", "timeout_seconds",
+    may_change = {"endpoint": {"concurrency", "requests_per_minute", "retries", "pause_seconds", "timeout_seconds",
                          "price_in", "price_out", "budget", "tokens_per_image"}}  # fmt: skip
     facts = {
-        **plan.config.model_dump(mode="json", exclude=narrated if plan.config.endpoint else None),
+        **plan.config.model_dump(mode="json", exclude=may_change if plan.config.endpoint else None),
         "cases": len(plan.cases),
         "cases_sha256": plan.cases.sha256,
     }

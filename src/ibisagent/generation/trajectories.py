@@ -11,25 +11,24 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-from ibisagent.datasets import CaseRow, CaseSource
+from ibisagent.datasets import CaseSource
 from ibisagent.domain import Case, Episode
-from ibisagent.environment import SegmentationEnv, package_version, rollout
-from ibisagent.errors import ConfigError, DataError, IbisError
+from ibisagent.environment import package_version, run_episodes
+from ibisagent.errors import ConfigError
 from ibisagent.files import FileHashes, claim, try_folder, write_json, write_whole
 from ibisagent.imaging.masks import iou
+from ibisagent.inference.cases import Streak, judge_cases
 from ibisagent.policies.oracle import IOU_THRESHOLD, MAX_CLICKS, OraclePolicy
 from ibisagent.segmenters import Segmenter
 from ibisagent.store import EpisodeStore
 
 log = logging.getLogger(__name__)
 
-MAX_FAILURES = 20
 RUN_NAME, CONTENTS_NAME, FAILURES_NAME, SUMMARY_NAME = "run.json", "contents.json", "failures.jsonl", "summary.json"
 
 
@@ -96,8 +95,8 @@ def generate(
     warning says how many. One process per folder at a time.
 
     Raises ConfigError when the folder holds a run of another kind (config, data, segmenter, version), DataError when it
-    cannot be written, and the last error again when MAX_FAILURES cases in a row fail by other things than their files:
-    then it is the machinery, not the cases.
+    cannot be
+    written, and the last error again where the machinery is broken (`judge_cases`).
     """
     config = config or TrajectoryConfig()
     if batch_size < 1:
@@ -122,26 +121,32 @@ def generate(
     )
     if progress is not None:
         progress(done, len(cases))
-    recent: deque[_Outcome] = deque(maxlen=MAX_FAILURES)
+
+    def rolled_out(batch: Sequence[Case]) -> list[tuple[Episode, dict[str, Any]]]:
+        oracle = config.oracle({case.id: case for case in batch})
+        episodes = run_episodes(
+            oracle,
+            segmenter,
+            batch,
+            max_turns=oracle.max_turns,
+            mask_selection="last",  # the expert sees the ground truth: the mask that it stops at is its answer
+            provenance=provenance,
+        )
+        return [(one, _result(case, one, config.iou_threshold)) for case, one in zip(batch, episodes, strict=True)]
+
+    streak = Streak()
     for start in blocks:
         if _shard(start, config) in finished:
             continue
-        rows = cases.rows[start : start + config.shard_cases]
-        outcomes: list[_Outcome] = []
-        for first in range(0, len(rows), batch_size):
-            batch = _run_batch(cases, rows[first : first + batch_size], segmenter, config, provenance)
-            outcomes += batch
-            recent.extend(batch)
-            _check_machinery(recent)
-        made = [outcome for outcome in outcomes if isinstance(outcome, _Made)]
-        failed = [outcome for outcome in outcomes if isinstance(outcome, _Failed)]
+        block = cases[start : start + config.shard_cases]
+        made, failed = judge_cases(block, rolled_out, batch_size=batch_size, streak=streak)
         notes = {
-            "results": [case.facts for case in made],
-            "failures": [case.facts for case in failed],
+            "results": [facts for _, facts in made],
+            "failures": [{"case_id": failure.case_id, "error": failure.error} for failure in failed],
             "contents": contents[start : start + config.shard_cases],
         }
-        store.append([case.episode for case in made], shard=_shard(start, config), notes=notes)
-        done += len(rows)
+        store.append([episode for episode, _ in made], shard=_shard(start, config), notes=notes)
+        done += len(block)
         if progress is not None:
             progress(done, len(cases))
     return _finish(store, len(cases))
@@ -166,64 +171,6 @@ def _remove_changed(store: EpisodeStore, contents: Sequence[str], config: Trajec
 def _run_facts(cases: CaseSource, config: TrajectoryConfig, provenance: Mapping[str, str]) -> dict[str, Any]:
     """What must be the same for a run to be continued."""
     return {**asdict(config), **provenance, "cases": len(cases), "cases_sha256": cases.sha256}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Made:
-    episode: Episode
-    facts: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Failed:
-    case_id: str
-    error: IbisError
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        return {"case_id": self.case_id, "error": f"{type(self.error).__name__}: {self.error}"}
-
-
-_Outcome: TypeAlias = _Made | _Failed
-
-
-def _run_batch(
-    cases: CaseSource,
-    rows: Sequence[CaseRow],
-    segmenter: Segmenter,
-    config: TrajectoryConfig,
-    provenance: Mapping[str, str],
-) -> list[_Outcome]:
-    """Roll out `rows` together; one by one if any of them fails."""
-    try:
-        batch = [cases.decode(row) for row in rows]
-        oracle = config.oracle({case.id: case for case in batch})
-        envs = [
-            SegmentationEnv(
-                case,
-                segmenter,
-                dialect=config.dialect,
-                max_turns=oracle.max_turns,
-                mask_selection="last",  # the expert sees the ground truth: the mask that it stops at is its answer
-                provenance=provenance,
-            )
-            for case in batch
-        ]
-        episodes = rollout(oracle, envs)
-    except IbisError as error:
-        if len(rows) == 1:
-            return [_Failed(rows[0].id, error)]
-        return [outcome for row in rows for outcome in _run_batch(cases, [row], segmenter, config, provenance)]
-    return [
-        _Made(episode, _result(case, episode, config.iou_threshold))
-        for case, episode in zip(batch, episodes, strict=True)
-    ]
-
-
-def _check_machinery(recent: Iterable[_Outcome]) -> None:
-    errors = [outcome.error for outcome in recent if isinstance(outcome, _Failed)]
-    if len(errors) == MAX_FAILURES and not any(isinstance(error, DataError) for error in errors):
-        raise type(errors[-1])(f"{MAX_FAILURES} cases in a row failed, the last one: {errors[-1]}") from errors[-1]
 
 
 def _result(case: Case, episode: Episode, threshold: float) -> dict[str, Any]:

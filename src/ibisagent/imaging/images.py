@@ -65,7 +65,7 @@ def read_image(path: str | os.PathLike[str]) -> Image:
     - 8-bit values stay as they are. 16-bit, 32-bit and float values are windowed: the 0.5th to the 99.5th percentile
       of all finite values of all channels goes to 0..255 linearly, what lies outside is clipped; if these two are
       equal, minimum to maximum is taken. NaN becomes 0.
-    - What the headers claim is held against `limits` before anything is decoded. Stacks of several images are refused.
+    - What the headers claim is held against `limits` before anything is decoded. Stacks of multiple images are refused.
 
     Raises DataError naming the file and the remedy.
     """
@@ -296,7 +296,7 @@ def _without_alpha(values: np.ndarray) -> _Stored:
 
 
 def _is_deep(image: ImageFile) -> bool:
-    """Whether the file holds more than 8 bits in each of several channels, which Pillow would cut to 8."""
+    """Whether the file holds more than 8 bits in each of multiple channels, which Pillow would cut to 8."""
     if image.mode not in ("RGB", "RGBA", "RGBX", "LA"):
         return False
     if isinstance(image, TiffImageFile):
@@ -328,7 +328,7 @@ def _is_by_tifffile(image: TiffImageFile) -> bool:
 
 
 def _decode_tiff(path: Path) -> _Stored:
-    """What a TIFF holds that Pillow cannot hold: many channels, more than 8 bits in each of several, rare kinds."""
+    """What a TIFF holds that Pillow cannot hold: many channels, more than 8 bits in each, rare kinds."""
     try:
         with tifffile.TiffFile(path) as file:
             series, page = file.series[0], file.pages.first

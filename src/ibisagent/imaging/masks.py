@@ -31,7 +31,7 @@ def check_same_shape(a: Mask, b: Mask) -> None:
 class Overlap:
     """Pixels (or voxels) of one mask and its target: all that the overlap measures need.
 
-    Sums over several targets of one case are allowed: `a + b`.
+    Sums over multiple targets of one case are allowed: `a + b`.
     """
 
     shared: int

@@ -9,20 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ibisagent.domain import (
-    Action,
-    Box,
-    Case,
-    Click,
-    Episode,
-    Image,
-    Mask,
-    MaskSelection,
-    Turn,
-    Undo,
-    check_query,
-)
-from ibisagent.environment import SegmentationEnv, rollout, turn_limit
+from ibisagent.domain import Action, Box, Case, Click, Episode, Image, Mask, MaskSelection, Turn, Undo, check_query
+from ibisagent.environment import run_episodes, turn_limit
 from ibisagent.errors import DataError
 from ibisagent.files import safe_name, unfinished_folder
 from ibisagent.imaging.images import read_image, read_masks, write_mask_png, write_png
@@ -30,9 +18,7 @@ from ibisagent.policies.base import Knowing, Policy
 from ibisagent.protocol import overlay
 from ibisagent.query import target_of
 from ibisagent.segmenters import Segmenter
-from ibisagent.store import (
-    write_record,
-)
+from ibisagent.store import write_record
 
 ASKED_FACT = "objects"
 """The fact of an episode's `provenance` that holds what `asked_objects` reads, as JSON."""
@@ -87,15 +73,15 @@ def run_case(
     default as is usual for the policy's dialect. on_turn: called after every turn. Raises PolicyError and
     SegmenterError when their machinery fails, ConfigError for a query that does not settle what is asked for.
     """
-    env = SegmentationEnv(
-        case,
+    [episode] = run_episodes(
+        policy,
         segmenter,
-        dialect=policy.dialect,
+        [case],
         max_turns=turn_limit(policy, case.query) if max_turns is None else max_turns,
         mask_selection=mask_selection,
         provenance={**provenance_of(policy, segmenter), **asked_facts(policy, case.image, case.query)},
+        on_turn=None if on_turn is None else lambda _, turn: on_turn(turn),
     )
-    [episode] = rollout(policy, [env], on_turn=None if on_turn is None else lambda _, turn: on_turn(turn))
     return episode
 
 

@@ -171,7 +171,7 @@ def _package(name: str) -> Check:
         return Check(name, True, version(name))
     except PackageNotFoundError:
         if name == "openvino":
-            return Check(name, True, "not installed: the CPU runs torch instead, several times slower")
+            return Check(name, True, "not installed: the CPU runs torch instead, many times slower")
         return Check(name, False, "not installed: pip install ibisagent brings it")
 
 

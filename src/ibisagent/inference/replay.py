@@ -12,14 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ibisagent.domain import (
-    MASK_SELECTION,
-    Completion,
-    Episode,
-    Image,
-    Masks,
-    Observation,
-)
+from ibisagent.domain import MASK_SELECTION, Completion, Episode, Image, Masks, Observation
 from ibisagent.environment import PromptState
 from ibisagent.errors import ConfigError, DataError, IbisError
 from ibisagent.files import file_names
@@ -135,8 +128,8 @@ def replay_records(
 ) -> Iterator[ReplayedRecord]:
     """Rebuild the masks of records of images and volumes, one after the other; a failing one does not stop the others.
 
-    output: a folder to write the files to once more. image: where the image or volume is now, or the folder of several
-    images. series: of a DICOM folder, see `read_volume`. ConfigError where `image` is one file of several records.
+    output: a folder to write the files to once more. image: where the image or volume is now, or the folder of all
+    images. series: of a DICOM folder, see `read_volume`. ConfigError where `image` is one file of multiple records.
     """
     records = without_slices(records)
     if image is not None and not image.is_dir() and len(records) > 1:
@@ -279,15 +272,15 @@ class _Recorded:
 
     def __init__(self, view: SliceView, episodes: Mapping[int, Sequence[Episode]], name: str, where: str) -> None:
         self.name, self._where = name, where
-        dialects = {episode.provenance.get("dialect", "ibis") for multiple in episodes.values() for episode in multiple}
+        dialects = {episode.provenance.get("dialect", "ibis") for asked in episodes.values() for episode in asked}
         if len(dialects) > 1:
-            raise DataError(f"{where}: its slices are in several dialects ({', '.join(sorted(dialects))})")
+            raise DataError(f"{where}: its slices are in different dialects ({', '.join(sorted(dialects))})")
         self.dialect = dialects.pop() if dialects else "ibis"
-        selections = {episode.mask_selection for multiple in episodes.values() for episode in multiple}
+        selections = {episode.mask_selection for asked in episodes.values() for episode in asked}
         if len(selections) > 1:
-            raise DataError(f"{where}: its slices select their masks in several ways ({', '.join(sorted(selections))})")
+            raise DataError(f"{where}: its slices select masks in different ways ({', '.join(sorted(selections))})")
         self.mask_selection = selections.pop() if selections else MASK_SELECTION
-        self._waiting = {slice_id(view, index): list(multiple) for index, multiple in episodes.items()}
+        self._waiting = {slice_id(view, index): list(asked) for index, asked in episodes.items()}
 
     def respond(self, observations: Sequence[Observation]) -> list[Completion]:
         """See `Policy`."""

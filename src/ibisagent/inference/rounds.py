@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ibisagent.domain import Episode, Image, Mask, Masks, StopReason, Turn, check_query
 from ibisagent.environment import PromptState
-from ibisagent.errors import DataError
+from ibisagent.files import reading
 from ibisagent.imaging.masks import decode_rle
 from ibisagent.store import plain_masks, plain_turn, read_plain_masks, read_turn
 
@@ -158,7 +158,7 @@ class SessionSummary:
 def summary_of(folder: Path) -> SessionSummary:
     """The session that keeps itself in `folder`, in short. DataError where the folder holds none."""
     path = folder / SESSION_FILE
-    try:
+    with reading(path, "give a folder that holds a session"):
         plain = json.loads(path.read_bytes())
         rounds = plain["rounds"]
         last = rounds[-1]
@@ -170,10 +170,6 @@ def summary_of(folder: Path) -> SessionSummary:
         return SessionSummary(
             str(plain["source"]), str(last["query"]), state, len(everyone), tuple(str(one["name"]) for one in masks)
         )
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); give a folder that holds a session") from error
-    except (KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
-        raise DataError(f"{path}: is no session, or is damaged ({error})") from error
 
 
 def state_of(last: Sequence[tuple[str, bool]], everyone: Sequence[str], edits: Sequence[str]) -> State:

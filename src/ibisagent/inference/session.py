@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import threading
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -34,8 +35,8 @@ from ibisagent.domain import (
     standing_by_turn,
 )
 from ibisagent.environment import PromptState, package_version, read_reply, stop_reason, turn_limit
-from ibisagent.errors import ConfigError, DataError, IbisError
-from ibisagent.files import make_folder, png_bytes, write_whole
+from ibisagent.errors import ConfigError, DataError
+from ibisagent.files import make_folder, png_bytes, reading, write_whole
 from ibisagent.imaging.images import read_image
 from ibisagent.imaging.masks import encode_rle
 from ibisagent.inference.corrections import add_to_data_set, to_learn_from
@@ -46,10 +47,7 @@ from ibisagent.policies.base import Knowing, Policy, Proposal, proposals
 from ibisagent.protocol import write
 from ibisagent.query import target_of
 from ibisagent.segmenters import Segmenter
-from ibisagent.store import (
-    EpisodeStore,
-    write_record,
-)
+from ibisagent.store import EpisodeStore, write_record
 
 MAX_STEPS = 400
 """Most turns of one session, a user's and the agent's together."""
@@ -77,7 +75,7 @@ class Session:
       wrong and what put it right both stay for training; `redo` takes it away again.
     - With a folder, every change is on disk before it is seen: a process that is killed loses no finished turn.
 
-    Safe to use from several threads. The policy is asked outside the lock, so a user can act while it thinks; its
+    Safe to use from multiple threads. The policy is asked outside the lock, so a user can act while it thinks; its
     reply is then dropped, as it was about masks that are no more, and a run ends ("interrupted").
     """
 
@@ -115,19 +113,13 @@ class Session:
         """
         folder = Path(folder)
         path = folder / SESSION_FILE
-        try:
+        with reading(path, "give a folder that holds a session"):
             plain = json.loads(path.read_bytes())
             if plain["format"] != SESSION_FORMAT or plain["version"] != SESSION_VERSION:
                 raise ValueError("it is of another format or version")
             image = replace(read_image(folder / IMAGE_FILE), source=str(plain["source"]))
             rounds = tuple(read_round(one, image.size, str(path)) for one in plain["rounds"])
             case = Case(str(plain["id"]), image, rounds[0].query)
-        except IbisError:
-            raise
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); give a folder that holds a session") from error
-        except (KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
-            raise DataError(f"{path}: is no session, or is damaged ({error})") from error
         return cls(case, segmenter, policy, folder=folder, _rounds=rounds)
 
     # What there is to see.
@@ -227,8 +219,8 @@ class Session:
         Raises ConfigError without a policy, while it is at work already, or where the session is full; PolicyError and
         SegmenterError when machinery fails, and then nothing has changed.
         """
-        with self._at_work(query):
-            asked = self._ask()
+        with self._at_work(query) as policy:
+            asked = self._ask(policy)
         return asked[0] if asked else None
 
     def run(
@@ -248,7 +240,7 @@ class Session:
         with self._at_work(query, expected) as policy:
             limit = turn_limit(policy, self.query) if max_turns is None else max_turns
             while len(turns) < limit:
-                asked = self._ask()
+                asked = self._ask(policy)
                 if asked is None:
                     return "interrupted"
                 step, is_new = asked
@@ -479,8 +471,22 @@ class Session:
 
     # Inside.
 
-    def _at_work(self, query: str | None, expected: State | None = None) -> _AtWork:
-        return _AtWork(self, query, expected)
+    @contextmanager
+    def _at_work(self, query: str | None, expected: State | None = None) -> Iterator[Policy]:
+        """Marks the session as asked, one at a time."""
+        with self._lock:
+            if self._running:
+                raise BusyError("the agent is at work in this session: wait, or take over first")
+            if self.policy is None:
+                raise ConfigError("this session has no policy: it cannot be asked")
+            self._check_state(expected)
+            if query is not None:
+                self.request(query)
+            self._running = True
+        try:
+            yield self.policy
+        finally:
+            self._running = False
 
     def _check_state(self, expected: State | None) -> None:
         if expected is not None and self.state != expected:
@@ -492,10 +498,7 @@ class Session:
             return {}
         return asked_facts(self.policy, self.image, one.query)
 
-    def _ask(self) -> tuple[Step, bool] | None:
-        policy = self.policy
-        if policy is None:
-            raise ConfigError("this session has no policy: it cannot be asked")
+    def _ask(self, policy: Policy) -> tuple[Step, bool] | None:
         with self._lock:
             self._check_room()
             seen, changes = self.observation, self._changes
@@ -568,29 +571,6 @@ class Session:
         facts = {"format": SESSION_FORMAT, "version": SESSION_VERSION, "id": self.id, "source": self.image.source}
         head = json.dumps(facts).encode("ascii").removesuffix(b"}") + b', "rounds": ['
         write_whole(head + b", ".join(one.coded for one in rounds) + b"]}", self.folder / SESSION_FILE)
-
-
-class _AtWork:
-    """Marks a session as asked, one at a time."""
-
-    def __init__(self, session: Session, query: str | None, expected: State | None) -> None:
-        self._session, self._query, self._expected = session, query, expected
-
-    def __enter__(self) -> Policy:
-        session = self._session
-        with session._lock:
-            if session._running:
-                raise BusyError("the agent is at work in this session: wait, or take over first")
-            if session.policy is None:
-                raise ConfigError("this session has no policy: it cannot be asked")
-            session._check_state(self._expected)
-            if self._query is not None:
-                session.request(self._query)
-            session._running = True
-            return session.policy
-
-    def __exit__(self, *_: object) -> None:
-        self._session._running = False
 
 
 def _stroke(points: Sequence[tuple[float, float]], radius: float, size: tuple[int, int]) -> Mask:

@@ -23,19 +23,8 @@ from typing import Literal
 import cv2
 import numpy as np
 
-from ibisagent.domain import (
-    MAX_TARGETS,
-    Box,
-    Case,
-    Episode,
-    Image,
-    Mask,
-    Masks,
-    MaskSelection,
-    Prompt,
-    check_query,
-)
-from ibisagent.environment import SegmentationEnv, rollout, turn_limit
+from ibisagent.domain import MAX_TARGETS, Box, Case, Episode, Image, Mask, Masks, MaskSelection, Prompt, check_query
+from ibisagent.environment import run_episodes, turn_limit
 from ibisagent.errors import ConfigError, DataError, SegmenterError
 from ibisagent.imaging.clicks import bounding_box, distance_outside, interior_depth
 from ibisagent.imaging.masks import iou
@@ -197,7 +186,7 @@ def choose_slices(view: SliceView, text: str) -> list[int]:
     """The slices of a view that a user means: numbers as for `parse_slices`, or "instance 12,40:60" as viewers count.
 
     After the word "instance" (or "im"), numbers and ranges are those of DICOM's InstanceNumber; of one file with
-    several frames, of the frames from 1. Raises ConfigError for a view that is not along the source's slices.
+    multiple frames, of the frames from 1. Raises ConfigError for a view that is not along the source's slices.
     """
     word, _, rest = text.strip().partition(" ")
     if word.casefold() not in ("instance", "instances", "im"):
@@ -279,15 +268,15 @@ class _VolumeAgent:
         `start` that are not found any more, or are called absent, are emptied there, others stay."""
         image = self._view.image(index)
         case = Case(slice_id(self._view, index), image, self._query, start=start)
-        env = SegmentationEnv(
-            case,
+        [episode] = run_episodes(
+            self._policy,
             self._segmenter,
-            dialect=self._policy.dialect,
+            [case],
             max_turns=self._max_turns,
             mask_selection=self._mask_selection,
             provenance=self._provenance,
+            refine=why == "key",
         )
-        [episode] = rollout(self._policy, [env], refine=why == "key")
         self._policy_calls += len(episode.turns)
         if self._on_episode is not None:
             self._on_episode(index, why, episode, image)

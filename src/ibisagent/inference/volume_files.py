@@ -140,7 +140,7 @@ class VolumeWriter:
     ) -> VolumeOutputs:
         """Write masks, measurements, overview and record, then move all to their place.
 
-        channel: which of several volumes on one grid this was read from, for the record. input_facts: what tells this
+        channel: which of the volumes on one grid this was read from, for the record. input_facts: what tells this
         result from that of another input or other settings, for the record. A format that cannot hold this volume, or
         needs a library that is not installed, is left out and told (`VolumeOutputs.failed`).
         Raises DataError when the disk is full; then no file appears.

@@ -1,22 +1,12 @@
-"""Policies behind one protocol: `load_policy(spec)` gives one, `respond(observations)` one completion for each.
-
-Importing this package also tells transformers' Auto classes about our own model type "ibis_nano", at no cost: neither
-torch nor transformers is loaded by it. Whenever transformers' auto modules are imported (before or after this one),
-their loading methods are given a first step that registers the nano classes on the first call. Registering on import
-instead would be too early: those modules are themselves imported in the middle of model code that the nano needs.
-"""
+"""Policies behind one protocol: `load_policy(spec)` gives one, `respond(observations)` one completion for each."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from functools import cache
-from importlib import import_module
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
-
-import wrapt
 
 from ibisagent.domain import Case
 from ibisagent.errors import ConfigError
@@ -137,35 +127,3 @@ def is_hub_id(source: str) -> bool:
 def source_of(spec: str) -> str:
     """The folder or hub id of the model that `spec` names: "ibis-nano", "mllm:FOLDER", or FOLDER."""
     return str(NANO_FOLDER) if spec == "ibis-nano" else spec.removeprefix("mllm:")
-
-
-_ENTRANCES = {
-    "transformers.models.auto.configuration_auto": ("AutoConfig.from_pretrained", "AutoConfig.for_model"),
-    "transformers.models.auto.modeling_auto": (
-        "AutoModelForImageTextToText.from_pretrained",
-        "AutoModelForImageTextToText.from_config",
-    ),
-    "transformers.models.auto.processing_auto": ("AutoProcessor.from_pretrained",),
-    "transformers.models.auto.image_processing_auto": ("AutoImageProcessor.from_pretrained",),
-}
-
-
-@cache
-def _register_nano() -> None:
-    import_module("ibisagent.policies.nano").register()
-
-
-def _after_registering(
-    wrapped: Callable[..., object], _instance: object, args: tuple[object, ...], kwargs: dict[str, object]
-) -> object:
-    _register_nano()
-    return wrapped(*args, **kwargs)
-
-
-def _guard_entrances(module: ModuleType) -> None:
-    for entrance in _ENTRANCES[module.__name__]:
-        wrapt.wrap_function_wrapper(module, entrance, _after_registering)
-
-
-for _module in _ENTRANCES:
-    wrapt.register_post_import_hook(_guard_entrances, _module)

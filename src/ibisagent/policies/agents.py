@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ibisagent.errors import PolicyError
-from ibisagent.files import one_line
+from ibisagent.files import reading
 
 AGENT_FILE, EXPERTS, BASE, ADAPTER = "agent.json", "experts", "base", "adapter"
 CALIBRATION = "reliability.json"
@@ -50,7 +50,7 @@ class Agent:
     def read(cls, folder: Path) -> Agent:
         """The agent in `folder`. PolicyError for a damaged one, and for one of a later version."""
         path = folder / AGENT_FILE
-        try:
+        with reading(path, "copy the folder again, or teach anew", PolicyError):
             said = json.loads(path.read_bytes())
             if said["schema"] != SCHEMA:
                 raise PolicyError(f"{path}: has schema {said['schema']}, this version reads {SCHEMA}: teach it again")
@@ -60,10 +60,6 @@ class Agent:
                 folder / said["adapter"] if said["adapter"] else None,
                 tuple(said["records"]),
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PolicyError(
-                f"{path}: is damaged ({one_line(error)}): copy the folder again, or teach anew"
-            ) from error
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -37,7 +37,7 @@ class Policy(Protocol):
 
     It may have an attribute `max_turns`, the most turns that an episode of it needs (see `environment.turn_limit`),
     an attribute `batch_size`, the most observations that it gains from answering together, and a method `describe`,
-    facts such as hashes and seeds for the record of what it makes. One that is also a `Proposer` has several first
+    facts such as hashes and seeds for the record of what it makes. One that is also a `Proposer` has multiple first
     turns tried, one that is `Knowing` tells what it was never taught, one that is `Calibrated` brings what scores of
     its masks are made with.
     """
@@ -116,7 +116,7 @@ class Seeing(Protocol):
 
 @runtime_checkable
 class Proposer(Protocol):
-    """A policy that can offer several replies to one observation; whoever asks takes the best (`proposals`)."""
+    """A policy that can offer multiple replies to one observation; whoever asks takes the best (`proposals`)."""
 
     @property
     def candidates(self) -> int:
@@ -124,7 +124,7 @@ class Proposer(Protocol):
         ...
 
     def propose(self, observations: Sequence[Observation]) -> list[Proposal]:
-        """One proposal per observation, in order; with several replies where an object is begun. Raises as
+        """One proposal per observation, in order; with multiple replies where an object is begun. Raises as
         `respond`."""
         ...
 
@@ -177,8 +177,8 @@ class LanguageModel(Protocol):
     def write(
         self, conversations: Sequence[Sequence[Message]], limit: int, temperature: float, seed: int, draws: int
     ) -> list[Generation]:
-        """`draws` replies to each conversation, of at most `limit` tokens; several are proposals, which a model may
-        draw in its own way. temperature 0: the likeliest reply."""
+        """`draws` replies to each conversation, of at most `limit` tokens; more than one are proposals, which a
+        model may draw in its own way. temperature 0: the likeliest reply."""
         ...
 
     def see(self, conversation: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:

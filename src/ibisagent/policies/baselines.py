@@ -141,7 +141,7 @@ class OneShotPolicy:
         return protocol.write(reply, observation.image.size, dialect=self.dialect)
 
     def _truncated(self, completion: Completion, observation: Observation) -> Completion:
-        """As it is, unless it has several actions; a reply that cannot be read stays what it is."""
+        """As it is, unless it has multiple actions; a reply that cannot be read stays what it is."""
         size, target = observation.image.size, target_of(observation.query)
         reply = protocol.parse(completion.text, size, dialect=self.dialect, default_target=target)
         if len(reply.actions) < 2:

@@ -30,7 +30,7 @@ PLAIN_SAMPLING: Mapping[str, Any] = MappingProxyType(
 
 
 class EndpointPolicy:
-    """Asks a chat server, several observations at once; images travel as PNG data URLs.
+    """Asks a chat server, multiple observations at once; images travel as PNG data URLs.
 
     url: the server's base, usually ending in /v1. model: its name there; "" takes the only one on offer. The key is
     read from the environment variable IBIS_API_KEY. dialect, history, style: None takes what the server says of the
@@ -67,10 +67,7 @@ class EndpointPolicy:
             raise ConfigError("endpoint: concurrency and max_new_tokens must be 1 or more, temperature 0 or more")
         self._url = url
         self._client = openai.OpenAI(
-            base_url=url,
-            api_key=os.environ.get("IBIS_API_KEY") or "none",
-            timeout=timeout_seconds,
-            max_retries=retries,
+            base_url=url, api_key=os.environ.get("IBIS_API_KEY") or "none", timeout=timeout_seconds, max_retries=retries
         )
         self._concurrency = concurrency
         self._settings: dict[str, Any] = {"max_tokens": max_new_tokens, "temperature": temperature, "seed": seed}

@@ -50,7 +50,7 @@ class MllmPolicy(OneByOne):
     name: how `load_policy` was asked for it.
 
     With a vocabulary (`objects.json` beside the weights) the model is asked for one object after another, see
-    `one_by_one`. Safe to call from several threads; calls queue. Raises ConfigError for options that do not exist or
+    `one_by_one`. Safe to call from multiple threads; calls queue. Raises ConfigError for options that do not exist or
     fit and PolicyError for missing or damaged weights and for lack of memory.
     """
 

@@ -478,20 +478,20 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
             embeds = embeds.masked_scatter(is_image[..., None], tokens.to(embeds.dtype))
             mask = self._image_blocks_see_themselves(embeds, attention_mask, cache, position_ids, is_image)
         outputs = self.language_model(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=position_ids,
-            cache=cache,
-            use_cache=use_cache,
+            inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, cache=cache, use_cache=use_cache
         )
+
+        def wanted(of_positions: torch.Tensor) -> torch.Tensor:
+            return of_positions[scored] if scored is not None else of_positions[:, -logits_to_keep:]
+
         hidden = outputs.last_hidden_state
-        kept = hidden[scored] if scored is not None else hidden[:, -logits_to_keep:]
+        kept = wanted(hidden)
         if pixel_values is not None:
             image_hidden = hidden[is_image].view(len(pixel_values), TOKENS_PER_IMAGE, -1)
             keys, region = self.pointer.keys(image_hidden, fine, cast("torch.Tensor", image_features))
             before = _images_before(is_image)
             location_keys = keys[before[:, -1]] * (before[:, -1, None, None] >= 0)
-            before = before[scored] if scored is not None else before[:, -logits_to_keep:]
+            before = wanted(before)
             kept = kept + self.pointer.seen(keys)[before] * (before >= 0)[..., None]
             places = self._places_after_images(kept.flatten(0, -2), keys, before.flatten())
             places = places.view(*kept.shape[:-1], -1)
@@ -504,14 +504,10 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         logits = torch.cat([words, places.to(words.dtype)], dim=-1)
         loss = None
         if labels is not None:
-            shifted, wanted = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
-            loss = F.cross_entropy(shifted, wanted, ignore_index=-100)
+            shifted = logits[:, :-1].flatten(0, 1).float()
+            loss = F.cross_entropy(shifted, labels[:, 1:].flatten(), ignore_index=-100)
         return IbisNanoOutput(
-            loss=loss,
-            logits=logits,
-            cache=outputs.cache,
-            location_keys=location_keys,
-            region_logits=region,
+            loss=loss, logits=logits, cache=outputs.cache, location_keys=location_keys, region_logits=region
         )
 
     @torch.inference_mode()
@@ -666,13 +662,12 @@ def vision_networks(folder: Path) -> tuple[nn.Module, nn.Module, nn.Module]:
     return model.backbone, model.vision, _Maps(model.pointer)
 
 
-def register() -> None:
-    """Make the Auto classes of transformers know the model type `ibis_nano`."""
-    AutoConfig.register("ibis_nano", IbisNanoConfig, exist_ok=True)
-    backends: dict[str, type] = {
-        "pil": IbisNanoImageProcessor,
-        "torchvision": IbisNanoImageProcessor,
-    }  # the same for both
-    AutoImageProcessor.register(IbisNanoConfig, image_processor_classes=backends, exist_ok=True)
-    AutoModelForImageTextToText.register(IbisNanoConfig, IbisNanoForConditionalGeneration, exist_ok=True)
-    AutoProcessor.register(IbisNanoConfig, IbisNanoProcessor, exist_ok=True)
+# From here on the Auto classes of transformers know the model type.
+AutoConfig.register("ibis_nano", IbisNanoConfig, exist_ok=True)
+AutoImageProcessor.register(
+    IbisNanoConfig,
+    image_processor_classes={"pil": IbisNanoImageProcessor, "torchvision": IbisNanoImageProcessor},
+    exist_ok=True,
+)
+AutoModelForImageTextToText.register(IbisNanoConfig, IbisNanoForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(IbisNanoConfig, IbisNanoProcessor, exist_ok=True)

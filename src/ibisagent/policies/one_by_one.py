@@ -31,7 +31,7 @@ TAKEN_BACK = "That was wrong."
 SEGMENTED = "The {} is segmented."
 ABSENT_HERE = "There is no {} here."
 
-MAX_TURNS_OF_ONE = 5  # for each of several objects, where the policy states no limit
+MAX_TURNS_OF_ONE = 5  # for each of multiple objects, where the policy states no limit
 
 INSIDE = 0.5  # probability: what of a map is a draft
 _NOTHING = np.zeros((1, 1), dtype=bool)
@@ -123,7 +123,7 @@ class OneByOne:
 
 
 def answering(observation: Observation, vocabulary: Vocabulary, look: Looking, dialect: str, limit: int) -> Answering:
-    """The policy's next reply. limit: most turns for each object where there are several.
+    """The policy's next reply. limit: most turns for each object where there is more than one.
 
     Raises ConfigError where a query does not settle what is asked for.
     """

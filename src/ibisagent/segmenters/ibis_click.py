@@ -16,7 +16,7 @@ import numpy as np
 
 from ibisagent.domain import Box, Image, Mask, Prompt
 from ibisagent.errors import ConfigError, SegmenterError
-from ibisagent.files import one_line
+from ibisagent.files import one_line, reading
 from ibisagent.segmenters import Prediction, check_prior, check_prompts
 from ibisagent.segmenters.context_features import FEATURES, GRID, STRIDE, ContextEncoder, ContextFeatures, places_seen
 from ibisagent.segmenters.letterbox import (
@@ -228,15 +228,11 @@ class _Weights:
             if not file.is_file():
                 remedy = "reinstall ibisagent, or train: ibisagent train click RECIPE"
                 raise ConfigError(f"{file}: the weights of ibis-click are not there: {remedy}")
-        try:
+        with reading(description, "copy the weights again", SegmenterError):
             said = json.loads(description.read_text())
             shape, (slope, shift) = said["network"], said["quality"]
             config = ClickNetworkConfig(int(shape["side"]), tuple(shape["widths"]), tuple(shape["depth"]))
             return cls(path, path.read_bytes(), config, (float(slope), float(shift)))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise SegmenterError(
-                f"{description}: does not describe a click network ({one_line(error, 300)})"
-            ) from error
 
     def network(self) -> ClickNetwork:
         """The network with its weights, in float32."""

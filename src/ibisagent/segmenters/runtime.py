@@ -1,6 +1,6 @@
 """One network, two runtimes: a torch module becomes a function from arrays to arrays, run by torch or by OpenVINO.
 
-OpenVINO is several times faster on a CPU and needs no torch once the network was converted: the conversion happens in
+OpenVINO is many times faster on a CPU and needs no torch once the network was converted: the conversion happens in
 memory and is kept in the user's cache folder, so that later starts only read it. torch is imported when needed only.
 """
 
@@ -45,7 +45,7 @@ _one_thread: ContextVar[bool] = ContextVar("one_thread", default=False)
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """OpenVINO networks loaded in this block run on one thread: sums of several threads differ in their last bits, and
+    """OpenVINO networks loaded in this block run on one thread: sums of multiple threads differ in their last bits, and
     so do masks. For runs that must end the same on any machine and with any number of workers."""
     token = _one_thread.set(True)
     try:
@@ -164,7 +164,7 @@ class _OpenVinoNetwork:
         settings: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": precision,
-            "ENABLE_CPU_PINNING": False,  # several processes would all pin their threads to the first cores
+            "ENABLE_CPU_PINNING": False,  # multiple processes would all pin their threads to the first cores
         }
         # OpenVINO has its own thread pool; the user's wish for torch and numpy holds for it as well.
         if _one_thread.get():

@@ -401,7 +401,7 @@ class AuthMiddleware:
         What to answer then; None where the application answered.
         """
         began, received, values, whole, answering = time.monotonic(), 0, 0, False, False
-        counting: bool | None = None  # values: unless it is a form of several parts or a PNG, whatever it says it is
+        counting: bool | None = None  # values: unless it is a form of multiple parts or a PNG, whatever it says it is
         failed: Response | None = None
 
         async def receiving() -> Message:

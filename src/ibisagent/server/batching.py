@@ -27,7 +27,7 @@ class SharedPolicy:
 
     One that gains nothing from company (its `batch_size` is 1) answers one turn after another: the segmenter draws the
     masks of one session while it works for the next. Every session waits with one turn at a time, so nobody gets two
-    turns while another waits for one. A session that has the model to itself never waits; several wait for each other,
+    turns while another waits for one. A session that has the model to itself never waits; others wait for each other,
     see PATIENCE. If a batch fails, its turns are tried one by one, so that only those fail that are at fault.
     """
 

@@ -55,7 +55,7 @@ class Job:
 
 
 class Jobs:
-    """The jobs in one folder. Safe to use from several threads.
+    """The jobs in one folder. Safe to use from multiple threads.
 
     segment: makes of (content, shown name, job, folder, name) the files of one image, and raises IbisError.
     """

@@ -14,7 +14,7 @@ _AREAS = frozenset((*_STATE_AREAS, *_WORK_AREAS, *(path.strip("/") for path in M
 
 
 class Metrics:
-    """What Prometheus sees; a registry of its own, so that several servers fit in one process."""
+    """What Prometheus sees; a registry of its own, so that multiple servers fit in one process."""
 
     def __init__(self, service: Service) -> None:
         self.registry = CollectorRegistry()

@@ -69,7 +69,7 @@ class Stored:
 
 
 class ImageStore:
-    """Images in one folder, bounded in number. Ids are looked up and never become paths. For several threads.
+    """Images in one folder, bounded in number. Ids are looked up and never become paths. For multiple threads.
 
     passing: whether they go when they are idle, as clients send them again; else only those that were `fetched` and
     have no label do.

@@ -69,7 +69,7 @@ class OfferedImage(Offer):
 
 @dataclass(frozen=True, kw_only=True)
 class OfferedScan(Offer):
-    """A scan. files: several for a DICOM series."""
+    """A scan. files: more than one for a DICOM series."""
 
     files: tuple[Path, ...]
     kind: Literal["scan"] = "scan"

@@ -106,7 +106,7 @@ class _Loaded:
 
 
 class Scans:
-    """The scans of one service. Safe to use from several threads."""
+    """The scans of one service. Safe to use from multiple threads."""
 
     def __init__(self, service: Service) -> None:
         """Scans of an earlier run come back. DataError where the data folder cannot be written."""
@@ -131,7 +131,7 @@ class Scans:
     # Coming and going.
 
     def open(self, files: Sequence[tuple[str, bytes]], query: str, owner: str | None, id_: str | None = None) -> Scan:
-        """A new scan. files: name and content, several for the DICOM files of one series. id_: of what is offered.
+        """A new scan. files: name and content, multiple for the DICOM files of one series. id_: of what is offered.
 
         Raises FullError, TooLargeError, and DataError for what is no volume.
         """

@@ -1,14 +1,10 @@
 """Serves a segmenter to `remote` clients (the protocol is described in `segmenters.remote_schema`).
 
-python -m ibisagent.server.segmenter_server sam2:facebook/sam2.1-hiera-tiny --port 8001
+ibisagent serve segmenter -s sam2:facebook/sam2.1-hiera-tiny --port 8001
 ibisagent segment image.png "optic disc" --segmenter remote:http://127.0.0.1:8001
 """
 
 from __future__ import annotations
-
-import argparse
-import sys
-from collections.abc import Sequence
 
 import numpy as np
 from fastapi import FastAPI, HTTPException, Request, Response
@@ -19,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from ibisagent.domain import Image
 from ibisagent.errors import ConfigError, DataError, IbisError, SegmenterError
 from ibisagent.imaging.images import decode_image
-from ibisagent.segmenters import Segmenter, load_segmenter
+from ibisagent.segmenters import Segmenter
 from ibisagent.segmenters.cache import EmbeddingCache
 from ibisagent.segmenters.remote_schema import (
     ErrorReply,
@@ -112,25 +108,3 @@ def _parse(body: bytes) -> PredictRequest:
 
 def _error(status: int, message: str) -> JSONResponse:
     return JSONResponse(ErrorReply(error=message).model_dump(), status_code=status)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("segmenter", help="what to serve, as in --segmenter")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8001)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--runtime", default="auto")
-    options = parser.parse_args(arguments)
-    try:
-        segmenter = load_segmenter(options.segmenter, device=options.device, runtime=options.runtime)
-        serve(segmenter, host=options.host, port=options.port)
-    except IbisError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -186,7 +186,7 @@ class _Room:
 
 
 class Service:
-    """The sessions and jobs of one server. Safe to use from several threads."""
+    """The sessions and jobs of one server. Safe to use from multiple threads."""
 
     def __init__(
         self,

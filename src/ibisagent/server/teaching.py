@@ -73,7 +73,7 @@ class Progress:
 
 
 class Teacher:
-    """Teaches the policy of a service, one teaching at a time. Safe to use from several threads.
+    """Teaches the policy of a service, one teaching at a time. Safe to use from multiple threads.
 
     Nothing is lost by an end that nobody planned: the policy stays as it was, and the same labels go on where that was.
     """

@@ -59,7 +59,7 @@ class Item:
 
 
 class Worklist:
-    """The images and scans of everybody, each for whom it is. Safe to use from several threads."""
+    """The images and scans of everybody, each for whom it is. Safe to use from multiple threads."""
 
     def __init__(self, service: Service, scans: Scans) -> None:
         self._service, self._scans = service, scans

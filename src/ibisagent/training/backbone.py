@@ -15,25 +15,19 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveFloat, PositiveInt
 from safetensors.torch import save as save_to_bytes
 from torch import nn
 from torch.nn import functional as F
 
-from ibisagent.config import Recipe
+from ibisagent.config import NetworkRecipe
 from ibisagent.errors import DataError
 from ibisagent.files import write_whole
 from ibisagent.generation.teacher.phrasings import Absences
 from ibisagent.segmenters.backbone import Backbone
 from ibisagent.segmenters.backbone_sizes import GRID, SIDE, WIDTH
 from ibisagent.training.click.states import is_development
-from ibisagent.training.images import (
-    TrainingImages,
-    balanced_weights,
-    closer,
-    random_turn,
-    recolored,
-)
+from ibisagent.training.images import TrainingImages, balanced_weights, closer, random_turn, recolored
 from ibisagent.training.loop import Report, TrainingRun, ignore_progress, map_losses, run_to_the_end
 
 IMAGENET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -43,7 +37,7 @@ MAP = 2 * GRID  # sides of the maps
 FROZEN_STAGES = 2  # edges and textures, which ImageNet has taught; they cost most of the time
 
 
-class BackboneRecipe(Recipe):
+class BackboneRecipe(NetworkRecipe):
     """How to fine-tune the backbone."""
 
     out: Path
@@ -52,14 +46,12 @@ class BackboneRecipe(Recipe):
     """Of the rows that the images came from; empty for all."""
     examples: int = Field(60_000, ge=1)
     """Views to learn from: the length of the run."""
-    batch_size: int = Field(16, ge=1)
-    learning_rate: float = Field(4e-4, gt=0)
+    batch_size: PositiveInt = 16
+    learning_rate: PositiveFloat = 4e-4
     """Of the pyramid; the pretrained stages learn at `pretrained_rate` times that."""
     pretrained_rate: float = Field(0.5, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
-    warmup_steps: int = Field(200, ge=1)
-    eval_every: int = Field(8_000, ge=1)
-    """Examples between two validations on the patients held out for choosing settings (one in sixteen)."""
+    warmup_steps: PositiveInt = 200
+    eval_every: PositiveInt = 8_000
     seed: int = 0
 
 
@@ -163,12 +155,7 @@ class _Run(TrainingRun):
         pretrained, pyramid = unfrozen(self.network.backbone)
         added = [*pyramid, *self.network.head.parameters()]
         self.average = deepcopy(self.network).eval()
-        self.optimizer = torch.optim.AdamW(
-            [{"params": pretrained, "factor": recipe.pretrained_rate}, {"params": added, "factor": 1.0}],
-            lr=recipe.learning_rate,
-            weight_decay=recipe.weight_decay,
-        )
-        self.resume()
+        self.start([{"params": pretrained, "factor": recipe.pretrained_rate}, {"params": added, "factor": 1.0}])
         self.random = np.random.default_rng(recipe.seed + self.step)
         self.network.train()
 

@@ -29,7 +29,7 @@ FULL_GROUP = 40  # images of a data set that get every augmented view
 
 
 def read_training_cases(paths: Sequence[Path], licence_class: str) -> CaseSource:
-    """The rows for training of several data sets (`read_cases`), of one licence class where it is given."""
+    """The rows for training of multiple data sets (`read_cases`), of one licence class where it is given."""
     licences = {licence_class} if licence_class else None
     sources = [read_cases(path, split="train", licence_classes=licences) for path in paths]
     return CaseSource([row for source in sources for row in source.rows], ", ".join(map(str, paths)))

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from ibisagent.errors import ConfigError
 from ibisagent.files import appearing_whole, one_line, same_run
 
 log = logging.getLogger(__name__)
+
+MAX_GRAD_NORM = 1.0
 
 Report = Callable[[int, Mapping[str, float], Mapping[str, float] | None], None]
 """Called after each step with the examples so far, the running losses, and the metrics of a validation if there was
@@ -32,7 +34,7 @@ def warn_without_metrics(out: Path, held_out: Sized) -> None:
     if not len(held_out):
         log.warning(
             "%s: no patient is held out (one in sixteen is, by name; fill 'patient' of the data), so this run has no"
-            " figure; measure its weights with 'ibisagent eval run'",
+            " metrics; measure its weights with 'ibisagent eval run'",
             out,
         )
 
@@ -61,11 +63,10 @@ def update_average(average: torch.nn.Module, network: torch.nn.Module, step: int
 class TrainingRun:
     """One network that learns, its average, and where both are kept.
 
-    A subclass sets recipe, network, average, optimizer and learned_from, then calls `resume`. recipe: has out,
-    batch_size, eval_every, learning_rate and warmup_steps. learned_from: hash of the images and masks, which must stay.
-    A group of the optimizer may have a "factor" of the rate. goal: how many examples the run learns from. free:
-    settings that name this machine, so that a run may go on with others. parts: attributes whose states a checkpoint
-    keeps.
+    A subclass sets recipe, network, average and learned_from, then calls `start`. recipe: a `NetworkRecipe` with an
+    out. learned_from: hash of the images and masks, which must stay. goal: how many examples the run learns from.
+    betas: of AdamW. free: settings that name this machine, so that a run may go on with others. parts: attributes whose
+    states a checkpoint keeps.
     """
 
     parts: tuple[str, ...] = ("network", "average", "optimizer")
@@ -76,8 +77,22 @@ class TrainingRun:
     learned_from: str
     goal: int
     average_decay: float
+    betas: tuple[float, float] = (0.9, 0.999)
     free: frozenset[str]
     step = 0
+
+    def start(self, parameters: Iterable[Any]) -> None:
+        """Make the optimizer, and go on from the checkpoint, where there is one.
+
+        parameters: as torch takes them; a group may have a "factor" of the learning rate. ConfigError where the
+        checkpoint is of another recipe or other data.
+        """
+        recipe = self.recipe
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=self.betas, fused=True
+        )
+        if self._checkpoint.exists():
+            self._resume()
 
     @property
     def examples(self) -> int:
@@ -97,7 +112,7 @@ class TrainingRun:
             group["lr"] = group.get("factor", 1.0) * self.recipe.learning_rate * factor
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), MAX_GRAD_NORM)
         self.optimizer.step()
         self.step += 1
         update_average(self.average, self.network, self.step, self.average_decay)
@@ -117,10 +132,7 @@ class TrainingRun:
             except RuntimeError as error:  # torch's own writer, where the disk is full
                 raise OSError(one_line(error, 200)) from error
 
-    def resume(self) -> None:
-        """Go on from the checkpoint, where there is one. ConfigError where it is of another recipe or other data."""
-        if not self._checkpoint.exists():
-            return
+    def _resume(self) -> None:
         saved: dict[str, Any] = torch.load(self._checkpoint, weights_only=True, map_location="cpu")
         same_run(json.loads(saved["recipe"]), self.described(), self._checkpoint)
         if saved.get("learned_from", self.learned_from) != self.learned_from:

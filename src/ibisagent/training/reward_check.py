@@ -1,12 +1,12 @@
 """Are the rewards alive? What every term does over a batch of recorded episodes, before a training run spends on it.
 
-GRPO learns from differences within a group (several episodes of one case), so a term that does not vary teaches
+GRPO learns from differences within a group (multiple episodes of one case), so a term that does not vary teaches
 nothing, and one that varies most decides. Two terms of the paper's public release are constant; nothing told so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ibisagent.datasets import read_cases
 from ibisagent.domain import Case, Episode
 from ibisagent.errors import DataError, IbisError
 from ibisagent.generation.exports import prompt_case, read_grpo
+from ibisagent.inference.cases import Failure
 from ibisagent.rewards import PAPER, RewardWeights, Score, score
 from ibisagent.store import EpisodeStore, read_record
 
@@ -50,16 +51,8 @@ class TermReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
-    """An episode that could not be scored."""
-
-    case_id: str
-    error: str
-
-
-@dataclass(frozen=True, slots=True)
 class RewardReport:
-    """A batch: how many episodes, cases and groups (cases with several episodes), the total, and every term."""
+    """A batch: how many episodes, cases and groups (cases with multiple episodes), the total, and every term."""
 
     episodes: int
     cases: int
@@ -121,7 +114,6 @@ def check_rewards(
     episodes: Iterable[Episode],
     cases: Mapping[str, Case],
     weights: RewardWeights = PAPER,
-    on_episode: Callable[[], None] = lambda: None,
 ) -> RewardReport:
     """Score `episodes` again and report on each term that has a weight.
 
@@ -140,7 +132,6 @@ def check_rewards(
             failures.append(Failure(episode.case_id, "the data hold no such case; give those it was made from"))
         except IbisError as error:
             failures.append(Failure(episode.case_id, str(error)))
-        on_episode()
     if len(scores) < 2:
         first = f"; the first failure: case {failures[0].case_id}: {failures[0].error}" if failures else ""
         raise DataError(f"{len(scores)} episodes could be scored, and what varies can be told from 2 on{first}")

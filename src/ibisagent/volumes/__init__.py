@@ -34,9 +34,9 @@ def read_volume(
     """The volume in a NIfTI, MGH, NRRD, MetaImage or DICOM file, in a folder of DICOM files, or in a ZIP archive.
 
     A DICOM file alone is read alone, one frame or many; a folder is searched with all below it, and must hold one
-    series, or `series` says which: its UID, or its number in the list that the error message gives. Several files are
+    series, or `series` says which: its UID, or its number in the list that the error message gives. Multiple files are
     read as the DICOM folder that holds no others would be.
-    channel: which of several volumes (time points, echoes, components) on one grid, from 0.
+    channel: which of the volumes (time points, echoes, components) on one grid, from 0.
     Raises DataError naming the file and the remedy, ConfigError for a format whose library is not installed.
     """
     if not isinstance(path, str | Path):

@@ -37,7 +37,7 @@ _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 def read_dicom(path: Path, channel: int | None, series: str | None, files: Sequence[Path] | None = None) -> Volume:
     """A DICOM file, or a folder with the files of a series; see `volumes.read_volume`.
 
-    Rescale slope and intercept (or the modality LUT) are applied, palettes and YBR become RGB. Of several stacks of
+    Rescale slope and intercept (or the modality LUT) are applied, palettes and YBR become RGB. Of multiple stacks of
     slices (a localizer among them) the one of the most slices is read, unless `series` says which, as SERIES/STACK.
     Slices may lie at uneven distances, see `Volume.heights`; a missing one is refused. files: those of the folder
     `path` that are meant.
@@ -83,7 +83,7 @@ def read_dicom(path: Path, channel: int | None, series: str | None, files: Seque
 
 
 def instance_numbers(volume: Volume) -> list[int]:
-    """DICOM's InstanceNumber of each slice k; the number of the frame, from 1, where one file holds several slices.
+    """DICOM's InstanceNumber of each slice k; the number of the frame, from 1, where one file holds multiple slices.
 
     [] for a volume that is not DICOM.
     """

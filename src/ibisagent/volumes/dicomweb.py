@@ -29,7 +29,7 @@ def fetch_series(url: str, folder: Path) -> None:
     """Write the files of the series that `url` names into `folder`, under numbers.
 
     Raises ConfigError for a URL that names no study or series, or without dicomweb-client, DataError when the server
-    refuses, has no such series, or the study has several.
+    refuses, has no such series, or the study has more than one.
     """
     server, study, series = _parsed(url)
     client = _client(server)

@@ -109,7 +109,7 @@ def choose_series(folder: Path, images: Images, wanted: str | None) -> Images:
             scouts = tuple(file for file, header in images.headers.items() if _is_localizer(header))
             return Images(others[0].headers, {**images.passed, "localizers": scouts})
     raise DataError(
-        f"{folder}: holds {len(found)} series: {_listed(found)}; choose with --series, or several with --select;"
+        f"{folder}: holds {len(found)} series: {_listed(found)}; choose with --series, or more than one with --select;"
         " 'ibisagent data series' tells more of them"
     )
 

@@ -211,7 +211,7 @@ def places_off_mm(a: np.ndarray, b: np.ndarray, shape: Sequence[int]) -> float:
 
 
 def choose_channel(count: int, channel: int | None, where: str) -> int:
-    """Which of `count` volumes on one grid; DataError unless `channel` says so where there are several."""
+    """Which of `count` volumes on one grid; DataError unless `channel` says so where there is more than one."""
     if channel is None and count == 1:
         return 0
     if channel is None or not 0 <= channel < count:

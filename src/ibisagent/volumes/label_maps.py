@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from ibisagent.errors import ConfigError, DataError
-from ibisagent.files import appearing_whole, one_line, write_whole
+from ibisagent.files import appearing_whole, one_line, reading, write_whole
 from ibisagent.query import target_of
 from ibisagent.volumes.grid import LPS, Volume, scratch
 from ibisagent.volumes.terms import Term, colours, term
@@ -117,7 +117,7 @@ def label_names(path: Path) -> dict[int, str]:
     DataError for a file beside it that is damaged.
     """
     described, snap = _beside(path)
-    try:
+    with reading(described if described.is_file() else snap, "mend or remove it"):
         if described.is_file():
             loaded = json.loads(described.read_bytes())
             if isinstance(loaded, dict) and "labels" in loaded:
@@ -127,10 +127,6 @@ def label_names(path: Path) -> dict[int, str]:
                 _SNAP_LINE.fullmatch(line) for line in snap.read_text(encoding="utf-8", errors="replace").splitlines()
             )
             return {int(line[1]): line[2] for line in lines if line and line[1] != "0"}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(
-            f"{path}: the names beside it cannot be read ({one_line(error)}); mend or remove them"
-        ) from error
     return {}
 
 

@@ -27,13 +27,7 @@ OBLIQUE = 0.9  # the least cosine of a plane's normal with an axis of the world 
 _B_VALUES = ((0x0019, 0x100C), (0x0043, 0x1039), (0x2001, 0x1003))  # private ones: Siemens, GE, Philips
 _GE_B_OFFSET = 10**9
 _CONDITION = re.compile(r"(<=|>=|<|>|=)\s*([\d.]+)\s*(slices?|mm|ms|b)\b")
-_COMPARE = {
-    "<=": np.less_equal,
-    ">=": np.greater_equal,
-    "<": np.less,
-    ">": np.greater,
-    "=": np.equal,
-}
+_COMPARE = {"<=": np.less_equal, ">=": np.greater_equal, "<": np.less, ">": np.greater, "=": np.equal}
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ibisagent.errors import DataError
-from ibisagent.files import appearing_whole, unfinished_folder, write_json
+from ibisagent.files import appearing_whole, reading, unfinished_folder, write_json
 from ibisagent.imaging.images import read_masks, write_mask_png
 from ibisagent.imaging.masks import decode_rle, encode_rle
 from ibisagent.volumes.grid import NiftiOrigin, Volume, places_off_mm, scratch_mask
@@ -191,21 +191,17 @@ def _grid(volume: Volume) -> dict[str, Any]:
 
 
 def _read_grid(content: Any, path: Path) -> tuple[tuple[int, int, int], np.ndarray]:
-    try:
+    with reading(path, "write it again"):
         first, second, third = (int(side) for side in content["shape"])
         affine = np.array(content["affine"], dtype=np.float64)
         if affine.shape != (4, 4) or min(first, second, third) < 1:
             raise ValueError("the grid is none")
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: does not state a grid ({error}); write it again") from error
     return (first, second, third), affine
 
 
 def _load(path: Path) -> Any:
-    try:
+    with reading(path, "write it again"):
         return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error}); write it again") from error
 
 
 def _read_png_stack(folder: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:

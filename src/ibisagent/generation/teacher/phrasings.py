@@ -76,12 +76,7 @@ PHRASINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             ),
         ),
         "comparison": _each(
-            (
-                "Compare {names}. ",
-                "Look at {names}. ",
-                "This image shows {names}. ",
-                "There are {names} here. ",
-            ),
+            ("Compare {names}. ", "Look at {names}. ", "This image shows {names}. ", "There are {names} here. "),
             (
                 "Segment the one that {property}.",
                 "Which one {property}? Outline it.",

@@ -10,7 +10,7 @@ import numpy as np
 from lmms_eval.api.model import lmms
 
 from ibisagent.domain import Case, Image, check_mask_selection, union
-from ibisagent.environment import SegmentationEnv, rollout, turn_limit
+from ibisagent.environment import run_episodes, turn_limit
 from ibisagent.errors import ConfigError
 from ibisagent.imaging.masks import encode_rle
 from ibisagent.policies import load_policy
@@ -45,17 +45,10 @@ class IbisAgent(lmms):  # type: ignore[misc]
         answers: list[str] = []
         for start in range(0, len(requests), self.batch_size):
             cases = [self._case(request) for request in requests[start : start + self.batch_size]]
-            envs = [
-                SegmentationEnv(
-                    case,
-                    self.segmenter,
-                    dialect=self.policy.dialect,
-                    max_turns=self.max_turns,
-                    mask_selection=self.mask_selection,
-                )
-                for case in cases
-            ]
-            for case, episode in zip(cases, rollout(self.policy, envs), strict=True):
+            episodes = run_episodes(
+                self.policy, self.segmenter, cases, max_turns=self.max_turns, mask_selection=self.mask_selection
+            )
+            for case, episode in zip(cases, episodes, strict=True):
                 masks = episode.answer_masks
                 answers.append(json.dumps(encode_rle(union(masks, list(masks), case.image.size))))
         return answers

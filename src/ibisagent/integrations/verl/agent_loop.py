@@ -1,4 +1,4 @@
-"""verl's agent loop around our environment: several turns, each with a new image, in one stream of tokens (verl 0.9).
+"""verl's agent loop around our environment: multiple turns, each with a new image, in one stream of tokens (verl 0.9).
 
 verl makes one `SegmentationLoop` for each rollout, in a process of many that share the policy's servers. The reward is
 computed here, from the turns. A segmenter that fails raises: verl logs that and leaves the rollout out of its group.

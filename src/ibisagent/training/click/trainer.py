@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch.nn import functional as F
 
-from ibisagent.config import Paths, Recipe
+from ibisagent.config import NetworkRecipe, Paths
 from ibisagent.domain import Click, Image
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.files import appearing_whole, try_folder, write_json
@@ -44,7 +44,7 @@ FEATURE_DROPOUT = 0.1  # of the context features' channels in each example, agai
 REPEATED_PASSES = 0.15  # of the steps of an episode bring no click, only the mask of the pass before
 
 
-class ClickRecipe(Recipe):
+class ClickRecipe(NetworkRecipe):
     """How to train a click network."""
 
     data: Paths
@@ -63,10 +63,11 @@ class ClickRecipe(Recipe):
     depth: tuple[int, ...] = ClickNetworkConfig.depth
     states: int = Field(200_000, ge=1)
     """Simulated clicks to learn from: the length of the run."""
-    batch_size: int = Field(16, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.02, ge=0)
-    warmup_steps: int = Field(200, ge=1)
+    batch_size: PositiveInt = 16
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 0.02
+    warmup_steps: PositiveInt = 200
+    eval_every: PositiveInt = 8_000
     average_decay: float = Field(0.999, ge=0, lt=1)
     made_up: float = Field(0.15, ge=0, le=1)
     """Share of targets that are superpixels instead of labelled objects."""
@@ -77,8 +78,6 @@ class ClickRecipe(Recipe):
     `out`."""
     augmentations_per_image: int = Field(5, ge=1)
     """Views of each image whose context features are computed: the plain one and augmented ones."""
-    eval_every: int = Field(8_000, ge=1)
-    """States between two validations on the patients held out for choosing settings (one in sixteen)."""
     seed: int = 0
     device: str = "auto"
     tensorboard: bool = True
@@ -140,15 +139,12 @@ class _Run(TrainingRun):
         self.average = ClickNetwork(shape)
         self.average.load_state_dict(first.state_dict())
         self.average.to(self.device).eval()
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
-        )
         self.contexts = ContextFeatures(ContextEncoder(device=str(self.device)))
         counts = Counter(pair.group for pair in pairs)
         weights = np.array([counts[pair.group] ** -0.6 for pair in pairs])
         self.weights = weights / weights.sum()
         self.goal, self.average_decay = recipe.states, recipe.average_decay
-        self.resume()
+        self.start(self.network.parameters())
         self.random = np.random.default_rng([recipe.seed, self.step])
         self.pool = [self._new_state() for _ in range(3 * recipe.batch_size)]
 

@@ -95,11 +95,7 @@ class Student:
     def told(self, observation: Observation, *, history: History | None = None) -> list[Message]:
         """The conversation that asks the model for its next reply; history None: its own."""
         return render(
-            observation,
-            dialect=self.dialect,
-            history=history or self.history,
-            style=self.style,
-            wording=self.wording,
+            observation, dialect=self.dialect, history=history or self.history, style=self.style, wording=self.wording
         )
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What a recipe needs of each GPU's memory, from the model's size alone. Recipes for large models state the figures.
+"""What a recipe needs of each GPU's memory, from the model's size alone. Recipes for large models state the bytes.
 
 Weights, gradients, AdamW's two moments and the key-value cache are counted; what a pass keeps for its way back is an
 estimate. Buffers of communication and fragments, a few GB, come on top, and so does the segmenter.

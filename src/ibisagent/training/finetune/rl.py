@@ -1,6 +1,6 @@
 """Agentic reinforcement learning: `ibisagent train rl recipes/rl-nano.toml` (paper, section 3.3).
 
-The policy plays whole episodes with a segmenter, several rollouts for each case, and its replies are weighted by what
+The policy plays whole episodes with a segmenter, multiple rollouts for each case, and its replies are weighted by what
 their rollout earned above the others of the case (GRPO, without a KL term). TRL plays: an episode is one conversation,
 and what TRL calls a tool is the one environment of this package. Each reply, whatever it says, goes to
 `SegmentationEnv`, which alone decides what it means, what is shown next and when the episode is over; `rewards.score`
@@ -258,7 +258,7 @@ class _Trainer(GRPOTrainer):
         """Nobody is told that somebody trains."""
 
     def _tool_call_loop(self, *paths: Any) -> Any:
-        """TRL's turns after the first. On several processes all of them write as many turns as the longest rollout has.
+        """TRL's turns after the first. Of multiple processes all write as many turns as the longest rollout has.
 
         TRL generates once a turn on each process, and rollouts end after different numbers of turns; but generating is
         collective wherever weights are gathered for it (ZeRO-3, FSDP) or one vLLM server writes for all. So a process

@@ -223,7 +223,7 @@ class Curriculum:
         self._offered = {kind: [text for _, text in phrasings(kind, held_out=False)] for kind in KINDS}
 
     def draw(self, count: int) -> list[Example]:
-        """`count` fresh examples, several of each view, about other objects of it where there are any."""
+        """`count` fresh examples, more than one of each view, about other objects of it where there are any."""
         examples: list[Example] = []
         unseen: list[tuple[Example, Pair]] = []
         for index in self._random.choice(len(self._pairs), -(-count // self.questions), p=self._weights):

@@ -14,13 +14,13 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from ibisagent.config import Paths, Recipe
+from ibisagent.config import NetworkRecipe, Paths
 from ibisagent.domain import Box, Click
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.files import one_line, try_folder
@@ -56,6 +56,7 @@ from ibisagent.training.nano.vocabulary import write_vocabulary
 
 FEATURE_DROPOUT = 0.2  # of the backbone's channels in each example, against learning images by heart
 AVERAGE_DECAY = 0.998
+BETAS = (0.9, 0.98)  # of AdamW
 DECISION = 5  # first tokens of a reply: they decide whether it clicks, corrects, stops or refuses
 DECISION_WEIGHT = 4.0  # of their loss, of which there are few among the many that follow from them
 
@@ -193,12 +194,7 @@ def losses(
     cross = -(torch.from_numpy(wanted).view_as(place_logprobs) * place_logprobs).sum() / max(len(wanted), 1)
     region, overlap = region_losses(output.region_logits, examples)
     total = word_loss + 0.5 * cross + region + overlap
-    parts = {
-        "words": word_loss.item(),
-        "places": cross.item(),
-        "region": region.item(),
-        "overlap": overlap.item(),
-    }
+    parts = {"words": word_loss.item(), "places": cross.item(), "region": region.item(), "overlap": overlap.item()}
     return total, parts
 
 
@@ -226,10 +222,7 @@ def believed(
 
 @torch.no_grad()
 def validate(
-    model: IbisNanoForConditionalGeneration,
-    processor: IbisNanoProcessor,
-    pairs: Sequence[Pair],
-    images: TrainingImages,
+    model: IbisNanoForConditionalGeneration, processor: IbisNanoProcessor, pairs: Sequence[Pair], images: TrainingImages
 ) -> dict[str, float]:
     """First-click hit rate and first-box IoU on untouched images, places decoded greedily after the right words."""
     hits, overlaps = [], []
@@ -273,7 +266,7 @@ def validate(
     }
 
 
-class NanoRecipe(Recipe):
+class NanoRecipe(NetworkRecipe):
     """How to train the nano policy."""
 
     data: Paths
@@ -295,12 +288,10 @@ class NanoRecipe(Recipe):
     """Weights of the `ibis-click` that makes the masks of later turns."""
     examples: int = Field(60_000, ge=1)
     """Turns to learn from: the length of the run."""
-    batch_size: int = Field(16, ge=1)
-    learning_rate: float = Field(7e-4, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
-    warmup_steps: int = Field(60, ge=1)
-    eval_every: int = Field(4_000, ge=1)
-    """Examples between two validations on the patients held out for choosing settings (one in sixteen)."""
+    batch_size: PositiveInt = 16
+    learning_rate: PositiveFloat = 7e-4
+    warmup_steps: PositiveInt = 60
+    eval_every: PositiveInt = 4_000
     on_policy: bool = False
     """Go on from what `start` itself would have done (`training.nano.on_policy`): for a second, shorter run."""
     seed: int = 0
@@ -366,6 +357,7 @@ class _Run(TrainingRun):
     network: IbisNanoForConditionalGeneration
     average: IbisNanoForConditionalGeneration
     average_decay = AVERAGE_DECAY
+    betas = BETAS
     free = frozenset({"data", "out", "start", "backbone", "cache", "segmenter"})
 
     def __init__(
@@ -383,10 +375,7 @@ class _Run(TrainingRun):
             self.processor, self.network = load(recipe.start, **ON_POLICY if recipe.on_policy else {})
         self.average = deepcopy(self.network).eval()
         self.network.train()
-        self.optimizer = torch.optim.AdamW(
-            self._grouped_by_rate(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98)
-        )
-        self.resume()
+        self.start(self._grouped_by_rate())
         segmenter = read_click_network(recipe.segmenter).eval()
         context = context_features(images, recipe.cache or recipe.out)
         seed = recipe.seed + self.step

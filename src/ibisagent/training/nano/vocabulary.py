@@ -73,11 +73,7 @@ def write_vocabulary(folder: Path, cases: CaseSource) -> Path:
             name: {"learned": [kinds.index(kind) for kind in sorted(objects[name])], "possible": possible[name]}
             for name in sorted(objects)
         },
-        "presence": {
-            "slope": round(slope, 4),
-            "shift": round(shift, 4),
-            "absent_below": round(absent_below, 4),
-        },
+        "presence": {"slope": round(slope, 4), "shift": round(shift, 4), "absent_below": round(absent_below, 4)},
         "weights": [[float(f"{value:.4g}") for value in row] for row in weights.tolist()],
         "biases": [float(f"{value:.4g}") for value in biases.tolist()],
     }

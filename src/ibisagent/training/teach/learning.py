@@ -34,7 +34,7 @@ from ibisagent.training.backbone import unfrozen
 from ibisagent.training.images import TrainingImages
 from ibisagent.training.loop import TrainingRun
 from ibisagent.training.nano.curriculum import QUESTIONS, VIEW, Curriculum, Example, Pair, pairs_of
-from ibisagent.training.nano.trainer import FEATURE_DROPOUT, collate, load, region_losses, save
+from ibisagent.training.nano.trainer import BETAS, FEATURE_DROPOUT, collate, load, region_losses, save
 from ibisagent.training.teach.recipe import PartRecipe
 
 AVERAGE_DECAY = 0.98
@@ -81,6 +81,7 @@ class _Run(TrainingRun):
     network: IbisNanoForConditionalGeneration
     average: IbisNanoForConditionalGeneration
     average_decay = AVERAGE_DECAY
+    betas = BETAS
     free = frozenset({"out", "workers", "folds", "adapter"})
 
     def __init__(self, recipe: PartRecipe, source: CaseSource, start: Path) -> None:
@@ -92,15 +93,8 @@ class _Run(TrainingRun):
         rest = [one for name, one in self.network.named_parameters() if not name.startswith("backbone.")]
         self.average = deepcopy(self.network).eval()
         self.network.train()
-        self.optimizer = torch.optim.AdamW(
-            [{"params": stages, "factor": STAGES_RATE}, {"params": [*pyramid, *rest], "factor": 1.0}],
-            lr=recipe.learning_rate,
-            weight_decay=recipe.weight_decay,
-            betas=(0.9, 0.98),
-            fused=True,
-        )
         self.curriculum = _MapCurriculum(images, recipe.seed)
-        self.resume()
+        self.start([{"params": stages, "factor": STAGES_RATE}, {"params": [*pyramid, *rest], "factor": 1.0}])
 
     def go(self, report: Callable[[int], None]) -> None:
         """Learn to the end."""

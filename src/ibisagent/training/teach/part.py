@@ -181,7 +181,7 @@ def _judged(task: Task, report: Report) -> Result:
 
 def _scored(reviewer: Reviewer, cases: CaseSource) -> Iterator[tuple[str, tuple[Judged, Mapping[str, float]]]]:
     """The reviewer's policy on each case that does not fail, by id, with the signals where the object is there."""
-    from ibisagent.evaluation import judge_cases
+    from ibisagent.inference.cases import judge_cases
 
     run = _judge_of(reviewer.policy, reviewer.segmenter)
 
@@ -199,7 +199,7 @@ def _shows(case: Case) -> bool:
 
 def measured(policy: Policy, segmenter: Segmenter, cases: CaseSource) -> dict[str, tuple[float, float]]:
     """IoU and turns of an episode of each case, by id; cases that fail are left out."""
-    from ibisagent.evaluation import judge_cases
+    from ibisagent.inference.cases import judge_cases
 
     judged, _ = judge_cases(cases, _judge_of(policy, segmenter), batch_size=CHECKED_AT_ONCE)
     return {one.case.id: (one.result.measures["iou"], one.result.measures["turns"]) for one in judged}

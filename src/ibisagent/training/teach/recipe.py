@@ -5,21 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, PositiveFloat, PositiveInt
 
-from ibisagent.config import Recipe
+from ibisagent.config import NetworkRecipe
 
 
-class TeachRecipe(Recipe):
+class TeachRecipe(NetworkRecipe):
     """How an expert learns. Chosen by experiment; nobody needs to change it, tests shorten it."""
 
     examples: int = Field(1_200, ge=1)
     """Maps to learn from, each of an object in a fresh view of an image: the length of the run."""
-    batch_size: int = Field(4, ge=1)
-    learning_rate: float = Field(3e-4, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
-    warmup_steps: int = Field(20, ge=1)
-    eval_every: int = Field(240, ge=1)
+    batch_size: PositiveInt = 4
+    learning_rate: PositiveFloat = 3e-4
+    warmup_steps: PositiveInt = 20
+    eval_every: PositiveInt = 240
     """Examples between two checkpoints."""
     adapter: dict[str, Any] = Field(default_factory=dict)
     """Settings of `SftRecipe` in place of those of `adapters`, for a model that is no ibis-nano."""
