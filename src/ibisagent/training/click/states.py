@@ -265,9 +265,9 @@ def new_state(
         state.probability = corrupted(ground_truth, random).astype(np.float32)
         if correct(state, random):
             return state
-    if start < 0.5:
+    if start < 0.6:
         state.prompts.append(jittered_box(ground_truth, random, random.choice([0.0, 0.0, 0.04, 0.1, 0.2])))
-    if start < 0.28 or start >= 0.5:
+    if start < 0.28 or start >= 0.6:
         centred = random.random() < 0.5
         point = next_click(ground_truth, np.zeros_like(ground_truth), TARGET) if centred else None
         x, y = (point.x, point.y) if point else _random_pixel(ground_truth, random)

@@ -5,6 +5,7 @@ The training pass is also the step of the simulated episode (see `states`), so s
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
@@ -140,9 +141,7 @@ class _Run(TrainingRun):
         self.average.load_state_dict(first.state_dict())
         self.average.to(self.device).eval()
         self.contexts = ContextFeatures(ContextEncoder(device=str(self.device)))
-        counts = Counter(pair.group for pair in pairs)
-        weights = np.array([counts[pair.group] ** -0.6 for pair in pairs])
-        self.weights = weights / weights.sum()
+        self.weights = sampling_weights(pairs)
         self.goal, self.average_decay = recipe.states, recipe.average_decay
         self.start(self.network.parameters())
         self.random = np.random.default_rng([recipe.seed, self.step])
@@ -246,6 +245,18 @@ class _Run(TrainingRun):
         rows = [row for pair in self.held_out for row in expert_episode(model, pair, 10)]
         scores, reached = np.array(rows).clip(1e-4, 1 - 1e-4).T
         return fit_quality(np.log(scores / (1 - scores)), reached)
+
+
+def sampling_weights(pairs: Sequence[Pair]) -> np.ndarray:
+    """How often to draw each pair, summing to 1: balanced over data sets' objects, and over sizes, as small objects are
+    rare and hard. Size: the octave of the share of the image that the mask covers."""
+    groups = Counter(pair.group for pair in pairs)
+    octaves = [round(math.log2(pair.mask.mean())) for pair in pairs]
+    sizes = Counter(octaves)
+    weights = np.array(
+        [groups[pair.group] ** -0.6 * sizes[octave] ** -0.4 for pair, octave in zip(pairs, octaves, strict=True)]
+    )
+    return weights / weights.sum()
 
 
 def expert_episode(model: ClickModel, pair: Pair, clicks: int) -> list[tuple[float, float]]:
