@@ -76,7 +76,7 @@ _log = logging.getLogger("ibisagent.server")
 
 KEPT = {"cache-control": "private, max-age=3600, immutable"}  # what never changes at its address
 FORM_BYTES = 2**20  # what a request may hold beside its upload
-EXPIRY_SECONDS = 30.0  # between two looks at what is idle: sessions, jobs, memory
+EXPIRY_SECONDS = 10.0  # between two looks at what is idle: sessions, jobs, memory
 M_ARENA_MAX, HEAPS = -8, 2  # as malloc.h has it
 ALIVE_SECONDS = 15.0  # in which a stream says something, so that no proxy takes it for dead
 

@@ -42,9 +42,9 @@ OWNER_FILE = "owner"  # in the folder of a session that a visitor of the page op
 PASSING_FILE = "passing"  # in that of another program, which does not come back to it: it goes when it is idle
 READERS = 2  # uploads that are decoded at once: each may take some hundred megabytes for a moment
 LARGE_RUNS = 4  # one-shot runs at once on images as large as the limit; of smaller ones, accordingly more
-LOADED_IMAGES = 16  # as large as the limit, or accordingly more smaller ones: those of sessions that stay in memory
+LOADED_IMAGES = 3  # as large as the limit, or accordingly more smaller ones: those of sessions that stay in memory
 IMAGES_PER_VISITOR = 50  # of a visitor of the page, for each session that the server takes
-IN_HAND_SECONDS = 60.0  # after its last use, in which a session is not put away to make room
+IN_HAND_SECONDS = 20.0  # after its last use, in which a session is not put away to make room
 
 
 class MissingError(ConfigError):
@@ -234,7 +234,7 @@ class Service:
                     self._owners[kept.name] = owner.read_text(errors="replace")
             else:
                 remove(kept)  # killed while it was opened
-        self._lock, self._taking_up = threading.Lock(), threading.Lock()
+        self._lock, self._taking_up = threading.RLock(), threading.Lock()
         self._readers = threading.BoundedSemaphore(READERS)
         self._stopping = threading.Event()
         self._room = _Room(LARGE_RUNS * self.limits.pixels)
@@ -471,6 +471,7 @@ class Service:
         that were never opened.
         """
         now = clock() if now is None else now
+        self._make_room()
         idle = now - self.limits.idle_seconds
         asked = float("-inf") if self.limits.delete_seconds is None else now - self.limits.delete_seconds
         deleted = 0
@@ -519,16 +520,16 @@ class Service:
                 self._sessions[id_] = None
 
     def _make_room(self) -> None:
-        """Put away the sessions used longest ago where their images take too much memory. Under the lock."""
-        room = LOADED_IMAGES * self.limits.pixels
-        in_hand = clock() - IN_HAND_SECONDS
-        for id_ in sorted(self._sessions, key=self._touched.__getitem__, reverse=True):
-            session = self._sessions[id_]
-            if session is not None:
-                room -= session.image.size[0] * session.image.size[1]
-                unused = id_ in self._unasked or self._touched[id_] < in_hand
-                if room < 0 and unused and not session.running:
-                    self._sessions[id_] = None
+        """Put away the sessions used longest ago where their images take too much memory."""
+        room, in_hand = LOADED_IMAGES * self.limits.pixels, clock() - IN_HAND_SECONDS
+        with self._lock:
+            for id_ in sorted(self._sessions, key=self._touched.__getitem__, reverse=True):
+                session = self._sessions[id_]
+                if session is not None:
+                    room -= session.image.size[0] * session.image.size[1]
+                    unused = id_ in self._unasked or self._touched[id_] < in_hand
+                    if room < 0 and unused and not session.running:
+                        self._sessions[id_] = None
 
     def segment(self, image: Image, query: str, max_turns: int | None = None, start: Mask | None = None) -> Session:
         """One run on one image, kept by nobody; it may have to wait until others leave room for it.
