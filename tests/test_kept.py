@@ -111,11 +111,11 @@ def test_memory_is_bounded_by_the_size_of_the_images(tmp_path: Path) -> None:
     assert service.session(sessions[0].id) is not sessions[0]
     more = [opened(service, owner="somebody") for _ in range(3 * LOADED_IMAGES)]  # a large folder, all at once
     assert sum(service.loaded(one.id) is not None for one in more) <= LOADED_IMAGES
-    for one in more:
-        service.session(one.id)
-        service._touched[one.id] -= 2 * IN_HAND_SECONDS
+    for id_ in service.session_ids:
+        service.session(id_)
+        service._touched[id_] -= 2 * IN_HAND_SECONDS
     service.expire()  # users pause: what was in hand is no longer
-    assert sum(service.loaded(one.id) is not None for one in more) == LOADED_IMAGES
+    assert sum(service.loaded(id_) is not None for id_ in service.session_ids) == LOADED_IMAGES
     service.close()
 
 
