@@ -24,7 +24,7 @@ class TeachRecipe(NetworkRecipe):
     """Settings of `SftRecipe` in place of those of `adapters`, for a model that is no ibis-nano."""
     folds: int = Field(3, ge=2)
     """Groups of patients of the self-check, at most."""
-    workers: int = Field(2, ge=0)
+    workers: int = Field(1, ge=0)
     """Processes that learn, at most; one for each core at most. 0: none but the one that asks."""
 
 

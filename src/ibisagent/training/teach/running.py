@@ -27,6 +27,7 @@ from ibisagent.training.teach.part import (
 
 POLL_SECONDS = 0.3
 LOG = "log.txt"
+MOST_THREADS = 4  # of a run: more do not make so small a network faster
 _ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "TOKENIZERS_PARALLELISM": "false",
@@ -84,7 +85,7 @@ def run_all(tasks: Sequence[Task], workers: int, report: Report) -> None:
     waiting = [task for task in tasks if not (task.recipe.out / RESULT).is_file()]
     running: list[_Running] = []
     # the same whatever is done already, as the sums of more threads differ in their last bits
-    threads = max(1, (os.cpu_count() or 1) // min(workers, len(tasks)))
+    threads = max(1, min(MOST_THREADS, (os.cpu_count() or 1) // min(workers, len(tasks))))
     try:
         while waiting or running:
             while waiting and len(running) < workers:
