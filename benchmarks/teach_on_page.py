@@ -127,8 +127,8 @@ def on_page(page: Any, service: Service, files: list[Path]) -> tuple[list[float]
     if service.teaching.folder is not None:
         old = [one.tobytes() for one in before]
         wait(lambda: all(done(one) and found(one).tobytes() not in old for one in last), "the new masks", 600)
-    masks, truths = [found(number) for number in last], [draw(number)[1] for number in last]
-    both = [[iou(*pair) for pair in zip(made, truths, strict=True)] for made in (before, masks)]
+    masks, ground_truths = [found(number) for number in last], [draw(number)[1] for number in last]
+    both = [[iou(*pair) for pair in zip(made, ground_truths, strict=True)] for made in (before, masks)]
     return both[0], both[1], [before[1], masks[1]], said
 
 

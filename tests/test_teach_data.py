@@ -1,4 +1,4 @@
-"""What users give to be taught from: each slip is said in words, costs no more than itself, and harms nothing."""
+"""What users give to be taught from: each slip is named, costs no more than itself, and harms nothing."""
 
 from __future__ import annotations
 

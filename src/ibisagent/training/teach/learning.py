@@ -115,7 +115,7 @@ class _Run(TrainingRun):
         return cells + overlap
 
     def _features(self, examples: Sequence[Example], planes: torch.Tensor) -> torch.Tensor:
-        """The backbone's features of a batch; those of a view that is asked about several times are made once."""
+        """The backbone's features of a batch; those of a view that is asked about multiple times are made once."""
         views = {id(example.pixels): number for number, example in enumerate(examples)}
         place = {view: number for number, view in enumerate(views)}
         levels = self.network.backbone.levels(planes[list(views.values()), :3])
