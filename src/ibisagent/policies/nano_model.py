@@ -447,8 +447,7 @@ def load_backbone(folder: Path) -> Network:
 
 
 def _keys(content: bytes) -> dict[str, str]:
-    """What the conversion of each of `_PARTS` is kept under, by its own weights and the code alone: so taught experts
-    share the backbone of the policy that they were made of."""
+    """What the conversion of each of `_PARTS` is kept under, by its own weights and the code alone."""
     code = hashlib.sha256()
     for path in (Path(__file__).with_name("nano.py"), Path(backbone_sizes.__file__).with_name("backbone.py")):
         code.update(path.read_bytes())
