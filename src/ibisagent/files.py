@@ -14,13 +14,13 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
-
-import cv2
-import numpy as np
-import PIL.Image
+from typing import TYPE_CHECKING, Any
 
 from ibisagent.errors import ConfigError, DataError, IbisError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import PIL.Image
 
 MAX_NAME_BYTES = 80
 """Longest part of a file name that is taken from an image's or an object's name; file systems allow 255 in all."""
@@ -252,6 +252,10 @@ def png_bytes(image: PIL.Image.Image | np.ndarray) -> bytes:
     image: a PIL image, an array (H, W), (H, W, 3) or (H, W, 4) uint8, RGB or RGBA, or a mask (H, W) bool, which
     becomes 0 and 255.
     """
+    import cv2  # here, as every command imports this module, and most of the time of `ibisagent --help` went there
+    import numpy as np
+    import PIL.Image
+
     if isinstance(image, PIL.Image.Image):
         image = np.asarray(image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGB"))
     if image.dtype == np.bool_:
