@@ -1,11 +1,12 @@
 """Six images corrected on the page, "Learn", and the seventh is better; the same through MONAI Label's /train.
 
-    python benchmarks/teach_on_page.py [--examples 1600] [--image docs/guide/teach.png]
+    python benchmarks/teach_on_page.py [--examples N] [--image docs/guide/teach.png]
 
 With the packaged weights, in a real browser, on drawn stars among discs, an object that no policy here knows. A
 simulated user corrects each image with an expert's clicks and accepts it. Prints one JSON object: IoU of the seventh
 and eighth image before and after, and what the page and /train said; exit code 1 where the mean is not better by 0.1.
---examples: of each of the runs, 1,600 as `ibisagent teach` learns from; 400 show the same in a third of the time.
+--examples: of each of the runs, by default as many as `ibisagent teach` learns from; 400 show the same in a third of
+the time.
 --image: write that of the guide, the eighth image with both masks.
 """
 
@@ -37,6 +38,7 @@ from ibisagent.server.page import mount_page
 from ibisagent.server.service import Service
 from ibisagent.server.teaching_routes import mount_teaching
 from ibisagent.server.volumes import PackageVolumes
+from ibisagent.training.teach import TeachRecipe
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from loopback import serving
@@ -173,7 +175,7 @@ def write_image(path: Path, before: Mask, after: Mask, number: int) -> None:
 def main() -> None:
     """As the module says."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--examples", type=int, default=1600)
+    options.add_argument("--examples", type=int, default=TeachRecipe.model_fields["examples"].default)
     options.add_argument("--image", type=Path)
     options.add_argument("--ways", default="page,monai", help="with commas")
     chosen = options.parse_args()

@@ -50,6 +50,15 @@ def patient_interval(values: Iterable[tuple[str, float]]) -> Interval | None:
     return intervals(rows).get("mean")
 
 
+def patient_sureness(values: Iterable[tuple[str, float]]) -> float:
+    """Share of the resamplings of the patients in which the mean of `values`, pairs of (patient, value), is above 0;
+    one in which it is 0 counts half."""
+    _, above, below = _by_patient([(patient, {"mean": (value, 1.0)}) for patient, value in sorted(values)])
+    counts = _drawn(len(above), RESAMPLES, 0)
+    means = (counts @ above) / (counts @ below)
+    return float((means > 0).mean() + 0.5 * (means == 0).mean())
+
+
 @dataclass(frozen=True, slots=True)
 class Difference:
     """Run B less run A in one metric, over the cases that both have. cases: those with a part in it.

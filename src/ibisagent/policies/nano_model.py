@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,7 @@ _NEEDED = (
     *("pointer.evidence.weight", "pointer.evidence.bias"),
 )
 _OF_TWO_PASSES = ("vision.comparison.reply.weight",)
-_PARTS = {"backbone": "backbone.", "stem": "vision.", "maps": "pointer."}
-"""Networks, in the order of `nano.vision_networks`, with what the names of their weights begin with."""
+_PARTS = ("backbone", "stem", "maps")  # what `nano.vision_networks` gives
 _CELLS = LOCATIONS**2
 _BLANK = np.finfo(np.float32).min
 _ROLES = {"system": "<|system|>", "assistant": "<|assistant|>"}  # all others speak as the user
@@ -442,31 +442,7 @@ def _read_weights(content: bytes) -> dict[str, np.ndarray]:
 def load_backbone(folder: Path) -> Network:
     """The backbone of a saved model as the policy runs it on a CPU: colour (1, 3, SIDE, SIDE) -> features (1, WIDTH,
     GRID, GRID). OSError where the model cannot be read."""
-    key = _keys((folder / "model.safetensors").read_bytes())["backbone"]
-    return _network(folder, "backbone", key, [_zeros(3, SIDE, SIDE)])
-
-
-def _keys(content: bytes) -> dict[str, str]:
-    """What the conversion of each of `_PARTS` is kept under, by its own weights and the code alone."""
-    code = hashlib.sha256()
-    for path in (Path(__file__).with_name("nano.py"), Path(backbone_sizes.__file__).with_name("backbone.py")):
-        code.update(path.read_bytes())
-    keys = {part: code.copy() for part in _PARTS}
-    stored_all: Any = safetensors.deserialize  # untyped
-    for name, stored in sorted(stored_all(content), key=lambda one: str(one[0])):
-        for part, prefix in _PARTS.items():
-            if name.startswith(prefix):
-                keys[part].update(f"{name} {stored['dtype']} {stored['shape']}".encode() + stored["data"])
-    return {part: f"ibis-nano-{part}-{key.hexdigest()[:16]}" for part, key in keys.items()}
-
-
-def _network(folder: Path, part: str, key: str, example: Sequence[np.ndarray]) -> Network:
-    def build() -> Any:
-        from ibisagent.policies.nano import vision_networks
-
-        return vision_networks(folder)[list(_PARTS).index(part)]
-
-    return load_network(build, example, key=key, runtime=choose_runtime("auto", "cpu"), device="cpu")
+    return _loader(folder, (folder / "model.safetensors").read_bytes())("backbone", _zeros(3, SIDE, SIDE))
 
 
 def _networks(folder: Path, content: bytes, config: Mapping[str, Any]) -> tuple[Network, Network, Network]:
@@ -474,13 +450,35 @@ def _networks(folder: Path, content: bytes, config: Mapping[str, Any]) -> tuple[
     width, hidden = int(config["vision_width"]), int(config["text_config"]["hidden_size"])
     features, fine = _zeros(WIDTH, GRID, GRID), _zeros(width, GRID, GRID)
     compared = [_zeros(4, LOCATIONS, LOCATIONS)] if config.get("two_pass") else []
-
-    keys = _keys(content)
+    load = _loader(folder, content)
     return (
-        _network(folder, "backbone", keys["backbone"], [_zeros(3, SIDE, SIDE)]),
-        _network(folder, "stem", keys["stem"], [features, _zeros(4, SIDE, SIDE), *compared]),
-        _network(folder, "maps", keys["maps"], [_zeros(TOKENS_PER_IMAGE, hidden), fine, features]),
+        load("backbone", _zeros(3, SIDE, SIDE)),
+        load("stem", features, _zeros(4, SIDE, SIDE), *compared),
+        load("maps", _zeros(TOKENS_PER_IMAGE, hidden), fine, features),
     )
+
+
+def _loader(folder: Path, content: bytes) -> Callable[..., Network]:
+    """What loads one of `_PARTS`, given an example of each of its inputs. content: of the file of weights."""
+
+    @cache
+    def whole() -> tuple[Any, ...]:
+        from ibisagent.policies.nano import vision_networks
+
+        return vision_networks(folder)
+
+    code = hashlib.sha256()
+    for path in (Path(__file__).with_name("nano.py"), Path(backbone_sizes.__file__).with_name("backbone.py")):
+        code.update(path.read_bytes())
+    key = f"ibis-nano-{hashlib.sha256(content).hexdigest()[:16]}-{code.hexdigest()[:8]}"
+
+    def load(part: str, *example: np.ndarray) -> Network:
+        runtime = choose_runtime("auto", "cpu")
+        return load_network(
+            lambda: whole()[_PARTS.index(part)], example, key=f"{key}-{part}", runtime=runtime, device="cpu"
+        )
+
+    return load
 
 
 def _zeros(*shape: int) -> np.ndarray:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ibisagent.evaluation.reliability import MIN_CASES, Reliability, fit
-from ibisagent.evaluation.statistics import Interval, patient_interval
+from ibisagent.evaluation.statistics import Interval, patient_interval, patient_sureness
 from ibisagent.training.teach.part import Compared, Result
 
-RESAMPLES = 2_000
 SURE_NEW, SURE_KNOWN = 0.5, 0.8
 """Share of the resamplings of the patients in which the expert must be better: of an object that the old policy never
 learned, and of one that it did, where there is something to lose."""
@@ -53,7 +52,7 @@ def decide(name: str, images: int, known: bool, compared: Sequence[Compared], *,
             name, images, known, None, None, None, kept, f"too few images to check it on others than it learned: {told}"
         )
     gains = [(one.patient, one.after - one.before) for one in own]
-    sure, needed = _sureness(gains), SURE_KNOWN if known else SURE_NEW
+    sure, needed = patient_sureness(gains), SURE_KNOWN if known else SURE_NEW
     before, after = (round(float(np.mean([getattr(one, side) for one in own])), 4) for side in ("before", "after"))
     interval: Interval | None = patient_interval(gains)
     kept = after > before and sure >= needed
@@ -65,7 +64,11 @@ def decide(name: str, images: int, known: bool, compared: Sequence[Compared], *,
 
 def decide_together(found: Sequence[TaughtObject], compared: Sequence[Compared]) -> list[TaughtObject]:
     """The same objects, kept all or none: an adapter answers for everything."""
-    kept = _sureness([(one.patient, one.after - one.before) for one in compared]) >= SURE_KNOWN if compared else True
+    kept = (
+        patient_sureness([(one.patient, one.after - one.before) for one in compared]) >= SURE_KNOWN
+        if compared
+        else True
+    )
     reason = "better on the whole" if kept else "not surely better on the whole: left as it was"
     return [replace(one, kept=kept, reason=reason if compared else one.reason) for one in found]
 
@@ -79,13 +82,3 @@ def calibration_of(objects: Sequence[TaughtObject], results: Sequence[Result]) -
         return None
     made_with = next(result.made_with for result in results if result.made_with)
     return fit([one.signals for one in cases], [one.after for one in cases], made_with)
-
-
-def _sureness(gains: Collection[tuple[str, float]]) -> float:
-    """Share of the resampled patients for whom the mean gain is above 0; a draw counts half."""
-    patients = sorted({patient for patient, _ in gains})
-    sums = np.array([sum(gain for whose, gain in gains if whose == patient) for patient in patients])
-    counts = np.array([sum(whose == patient for whose, _ in gains) for patient in patients])
-    draws = np.random.default_rng(0).integers(len(patients), size=(RESAMPLES, len(patients)))
-    means = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
-    return float((means > 0).mean() + 0.5 * (means == 0).mean())
