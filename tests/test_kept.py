@@ -119,6 +119,32 @@ def test_memory_is_bounded_by_the_size_of_the_images(tmp_path: Path) -> None:
     service.close()
 
 
+def test_a_session_in_which_somebody_acts_stays_in_memory(tmp_path: Path) -> None:
+    """A click on a busy machine takes longer than a session is in hand: who asks meanwhile must not read it anew."""
+    service = service_in(tmp_path, pixels=61 * 83, sessions=100)
+    sessions = [service.session(opened(service).id) for _ in range(LOADED_IMAGES + 2)]
+    for one in sessions:
+        service._touched[one.id] -= 2 * IN_HAND_SECONDS
+    acting, done = threading.Event(), threading.Event()
+
+    def act() -> None:
+        with sessions[0]._lock:
+            acting.set()
+            done.wait(30)
+
+    user = threading.Thread(target=act)
+    user.start()
+    acting.wait(30)
+    service.expire()
+    service._put_away(sessions[0].id, float("inf"))
+    assert service.loaded(sessions[0].id) is sessions[0]
+    done.set()
+    user.join()
+    service._put_away(sessions[0].id, float("inf"))
+    assert service.loaded(sessions[0].id) is None
+    service.close()
+
+
 def test_a_stream_says_that_it_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ibisagent.server.app.ALIVE_SECONDS", 0.1)
     with (

@@ -201,6 +201,14 @@ class Session:
         return self._running
 
     @property
+    def in_use(self) -> bool:
+        """Whether the agent or a user acts in it just now: whoever read it from its folder then would lose the act."""
+        if self._running or not self._lock.acquire(blocking=False):
+            return True
+        self._lock.release()
+        return False
+
+    @property
     def changes(self) -> int:
         """Grows with every change: who remembers it knows whether there is something new."""
         return self._changes

@@ -516,7 +516,7 @@ class Service:
         """Forget what is in memory of a session that was not used since; it is read again when it is asked for."""
         with self._lock:
             session = self._sessions.get(id_)
-            if session is not None and not session.running and self._touched[id_] < unused_since:
+            if session is not None and not session.in_use and self._touched[id_] < unused_since:
                 self._sessions[id_] = None
 
     def _make_room(self) -> None:
@@ -528,7 +528,7 @@ class Service:
                 if session is not None:
                     room -= session.image.size[0] * session.image.size[1]
                     unused = id_ in self._unasked or self._touched[id_] < in_hand
-                    if room < 0 and unused and not session.running:
+                    if room < 0 and unused and not session.in_use:
                         self._sessions[id_] = None
 
     def segment(self, image: Image, query: str, max_turns: int | None = None, start: Mask | None = None) -> Session:
