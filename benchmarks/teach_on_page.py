@@ -46,6 +46,7 @@ from loopback import serving
 SIZE = (240, 320)
 GOOD, MOST_CLICKS = 0.85, 8
 BETTER = 0.1
+PATIENCE = 5.0  # seconds without a word
 BROWSERS = ("chromium", "chromium-headless-shell", "google-chrome", "chrome")
 SHORTER = """
 import sys
@@ -75,12 +76,18 @@ def draw(number: int) -> tuple[np.ndarray, Mask]:
 
 
 def wait(holds: Callable[[], Any], what: str, seconds: float = 3600) -> None:
-    """Until it holds."""
-    deadline = time.monotonic() + seconds
+    """Until it holds; says what it waits for, once it has waited long."""
+    started, told = time.monotonic(), False
     while not holds():
-        if time.monotonic() > deadline:
-            raise SystemExit(f"{what} did not come")
+        waited = time.monotonic() - started
+        if waited > seconds:
+            raise SystemExit(f"{what} did not come in {seconds:.0f} s")
+        if waited > PATIENCE and not told:
+            print(f"waiting for {what}", file=sys.stderr, flush=True)
+            told = True
         time.sleep(0.2)
+    if told:
+        print(f"{what}: after {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
 
 def on_page(page: Any, service: Service, files: list[Path]) -> tuple[list[float], list[float], list[Mask], str]:

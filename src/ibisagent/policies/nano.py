@@ -605,8 +605,9 @@ class IbisNanoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         `before` (K,); -1: none to point into. Neighbours with the same image are scored together."""
         images, counts = before.unique_consecutive(return_counts=True)
         blank = hidden.new_full((1, LOCATIONS**2), torch.finfo(hidden.dtype).min)
+        each = keys.split(1)  # slices would each take a gradient of all keys
         parts = [
-            blank.expand(len(part), -1) if image < 0 else self._score(part[None], keys[image : image + 1])[0]
+            blank.expand(len(part), -1) if image < 0 else self._score(part[None], each[image])[0]
             for image, part in zip(images.tolist(), hidden.split(counts.tolist()), strict=True)
         ]
         return torch.cat([part.to(hidden.dtype) for part in parts])

@@ -166,9 +166,17 @@ def collate(examples: Sequence[Example], processor: IbisNanoProcessor) -> tuple[
 def seen_features(
     model: IbisNanoForConditionalGeneration, batch: dict[str, torch.Tensor], examples: Sequence[Example]
 ) -> torch.Tensor:
-    """The backbone's features of a batch, less what the examples hide of them."""
+    """The backbone's features of a batch, less what the examples hide of them; those of a view that is asked about
+    multiple times are made once."""
+    views = {id(example.pixels): number for number, example in enumerate(examples)}
+    place = {view: number for number, view in enumerate(views)}
+    backbone = model.backbone
+    with torch.set_grad_enabled(torch.is_grad_enabled() and backbone.position.requires_grad):
+        levels = backbone.levels(batch["pixel_values"][list(views.values()), :3])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            features = backbone.merged(levels)
     kept = torch.from_numpy(np.stack([example.kept for example in examples]))
-    return model.image_features(batch["pixel_values"]) * kept[:, :, None, None]
+    return features[[place[id(example.pixels)] for example in examples]] * kept[:, :, None, None]
 
 
 def losses(
@@ -238,7 +246,7 @@ def validate(
             examples.append(example)
         batch, _ = collate(examples, processor)
         labels = batch.pop("labels")
-        batch["image_features"] = model.image_features(batch["pixel_values"])
+        batch["image_features"] = seen_features(model, batch, examples)
         chosen = np.zeros((len(chunk), 3), int)
         for place in range(3):
             with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -34,7 +34,7 @@ from ibisagent.training.backbone import unfrozen
 from ibisagent.training.images import TrainingImages
 from ibisagent.training.loop import TrainingRun
 from ibisagent.training.nano.curriculum import QUESTIONS, VIEW, Curriculum, Example, Pair, pairs_of
-from ibisagent.training.nano.trainer import BETAS, FEATURE_DROPOUT, collate, load, region_losses, save
+from ibisagent.training.nano.trainer import BETAS, FEATURE_DROPOUT, collate, load, region_losses, save, seen_features
 from ibisagent.training.teach.recipe import PartRecipe
 
 AVERAGE_DECAY = 0.98
@@ -107,21 +107,12 @@ class _Run(TrainingRun):
     def _loss(self, examples: Sequence[Example]) -> torch.Tensor:
         batch, _ = collate(examples, self.processor)
         del batch["labels"]
-        batch["image_features"] = F.dropout2d(self._features(examples, batch["pixel_values"]), FEATURE_DROPOUT)
+        batch["image_features"] = F.dropout2d(seen_features(self.network, batch, examples), FEATURE_DROPOUT)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             region = self.network(**batch, logits_to_keep=1, use_cache=False).region_logits
         assert region is not None
         cells, overlap = region_losses(region, examples)
         return cells + overlap
-
-    def _features(self, examples: Sequence[Example], planes: torch.Tensor) -> torch.Tensor:
-        """The backbone's features of a batch; those of a view that is asked about multiple times are made once."""
-        views = {id(example.pixels): number for number, example in enumerate(examples)}
-        place = {view: number for number, view in enumerate(views)}
-        levels = self.network.backbone.levels(planes[list(views.values()), :3])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            features = self.network.backbone.merged(levels)
-        return features[[place[id(example.pixels)] for example in examples]]
 
 
 def learn(recipe: PartRecipe, source: CaseSource, start: Path, report: Callable[[int], None]) -> Path:
