@@ -432,7 +432,11 @@ def test_models_lists_every_spec() -> None:
     assert states["segmenter", "region"] == "none needed"
     assert states["segmenter", "litemedsam"] == "here"
     assert ("policy", "ibis-nano") in states
-    assert "litemedsam" in ibisagent("models").stdout
+    nano = next(model for model in listed if model["spec"] == "ibis-nano")
+    assert {"optic disc", "liver"} <= set(nano["names"])
+    text = ibisagent("models").stdout
+    assert "litemedsam" in text
+    assert f"knows {len(nano['names'])} objects: " in text
 
 
 def test_doctor_runs_one_episode() -> None:

@@ -55,7 +55,7 @@ app.command()(serve.ui)
 
 @app.command()
 def models(as_json: JsonOption = False) -> None:
-    """List the policies and segmenters: what each is, and which weights are on this machine."""
+    """List the policies and segmenters: what each is, which weights are on this machine, and which objects it knows."""
     from ibisagent.inference import models as installed
 
     found = installed.models()
@@ -68,6 +68,8 @@ def models(as_json: JsonOption = False) -> None:
             facts.append(f"{model.size_bytes / 1e6:.1f} MB")
         facts += [fact for fact in (model.licence, model.sha256 and f"sha256 {model.sha256[:16]}", model.path) if fact]
         stdout.print(f"{model.kind:9}  {model.spec}\n{'':11}{model.what}\n{'':11}weights: {', '.join(facts)}")
+        if model.names:
+            stdout.print(f"{'':11}knows {len(model.names)} objects: {', '.join(model.names)}")
 
 
 @app.command()

@@ -22,6 +22,7 @@ from ibisagent.files import one_line
 from ibisagent.imaging.masks import iou
 from ibisagent.policies import NANO_FOLDER, POLICIES
 from ibisagent.policies.oracle import OraclePolicy
+from ibisagent.policies.vocabulary import Vocabulary
 from ibisagent.segmenters import SEGMENTERS, ibis_click, litemedsam
 from ibisagent.segmenters.region import RegionSegmenter
 from ibisagent.segmenters.runtime import conversion_folder
@@ -39,6 +40,7 @@ class Model:
 
     kind: "policy" or "segmenter". state: "here", "missing", "none needed", "elsewhere" (a hub, a folder, a server).
     size_bytes, sha256: of its weight files, 0 and "" where none are here. licence: of the weights, "" if not known.
+    names: of the objects that it learned, where it says so.
     """
 
     kind: str
@@ -49,6 +51,7 @@ class Model:
     licence: str = ""
     sha256: str = ""
     path: str = ""
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +126,9 @@ def _model(kind: str, spec: str, what: str) -> Model:
         return Model(kind, spec, what, "missing")
     licence = litemedsam.LICENCE if spec == "litemedsam" else ibis_click.LICENCE
     size = sum(file.stat().st_size for file in files)
-    return Model(kind, spec, what, "here", size, licence, _sha256(files), str(files[0]))
+    vocabulary = Vocabulary.read(files[0].parent) if kind == "policy" else None
+    names = tuple(sorted(vocabulary.learned)) if vocabulary else ()
+    return Model(kind, spec, what, "here", size, licence, _sha256(files), str(files[0]), names)
 
 
 def _weight_files(kind: str, spec: str) -> list[Path] | None:
