@@ -160,11 +160,16 @@ def draw_plot(means: dict[int, dict[str, np.ndarray]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    ends = {}
     for name in sorted({name for of_set in means.values() for name in of_set}):
         counts = [count for count in means if name in means[count]]
         values = [means[counts[0]][name][0], *(means[count][name][1] for count in counts)]
         axis.plot([0, *counts], values, color="0.7", linewidth=0.9)
-        axis.annotate(name, (counts[-1], values[-1]), fontsize=7, xytext=(3, -2), textcoords="offset points")
+        ends[name] = values[-1]
+    level = 1.0
+    for name, end in sorted(ends.items(), key=lambda one: -one[1]):
+        level = min(end, level - 0.04)  # below the name above
+        axis.annotate(name, (1.01, level), xycoords=("axes fraction", "data"), fontsize=7, va="center")
     overall = {count: np.mean(list(of_set.values()), axis=0) for count, of_set in means.items()}
     first = next(iter(overall.values()))[0]
     axis.plot([0, *overall], [first, *(after for _, after in overall.values())], color="C0", linewidth=2.5)

@@ -1,10 +1,10 @@
 """What teaching saves an annotator: a stream of images of one data set, with the agent taught on the way and without.
 
-    IBIS_DATA=DATA python benchmarks/teach_annotator.py SET -o FOLDER [--images 100] [--every 10] [--seed 0]
+    IBIS_DATA=DATA python benchmarks/teach_annotator.py SET -o FOLDER [--images 100] [--after 10,40] [--seed 0]
 
 The annotator is simulated. The agent makes the mask of each object of an image; one of IoU >= 0.85 is accepted, another
 is corrected by an expert's clicks (`imaging.clicks.next_click`, on ibis-click) until it is as good or has had 20. In
-one of two arms the agent is taught after every so many images, on the masks as they were left, never on the ground
+one of two arms the agent is taught after so many images, and again, on the masks as they were left, never on the ground
 truth, and judged by its own check, as on the page. Both arms see the same images in the same order; images of
 one patient may come before and after a teaching, as they do in a clinic's folder.
 
@@ -73,8 +73,9 @@ def corrected(
 class Arm:
     """One pass through the stream, kept in a folder."""
 
-    def __init__(self, folder: Path, policy: str, every: int | None) -> None:
-        self.folder, self.policy, self.every = folder, policy, every
+    def __init__(self, folder: Path, policy: str, after: Sequence[int]) -> None:
+        """after: how many images there are when the agent is taught, ascending."""
+        self.folder, self.policy, self.after = folder, policy, after
         make_folder(folder)
         self._file = folder / "images.json"
         self.done: list[dict[str, Any]] = json.loads(self._file.read_bytes()) if self._file.exists() else []
@@ -83,7 +84,7 @@ class Arm:
         """Go on until the end of the stream."""
         agent = load_policy(self._taught(len(self.done)))
         for number in range(len(self.done), len(images)):
-            if self._is_due(number):
+            if number in self.after:
                 agent = load_policy(self._taught(number))
             rows = images[number]
             masks, facts = dict[str, Mask](), []
@@ -100,21 +101,16 @@ class Arm:
                 f"{self.folder.name}: {number + 1}/{len(images)}, {sum(f['clicks'] for f in facts)} clicks", flush=True
             )
 
-    def _is_due(self, number: int) -> bool:
-        return self.every is not None and number > 0 and number % self.every == 0
-
     def _taught(self, number: int) -> str:
-        """The agent for image `number`: that of the last taught_at before it, taught now if it is not there yet."""
-        taught_at = 0 if self.every is None else number // self.every * self.every
-        if not taught_at:
+        """The agent for image `number`: that of the last teaching before it, done now if it is not there yet."""
+        past = [count for count in self.after if count <= number]
+        if not past:
             return self.policy
+        taught_at = past[-1]
         out, data = self.folder / f"agent-{taught_at}", self.folder / f"data-{taught_at}"
         if not data.exists():  # as far as the annotator was then
             (self.folder / "data").rename(data)  # whole, and of one moment
-        parts = [
-            self.folder / f"data-{one}" / MANIFEST_NAME
-            for one in range(self.every or 1, taught_at + 1, self.every or 1)
-        ]
+        parts = [self.folder / f"data-{count}" / MANIFEST_NAME for count in past]
         began = time.monotonic()
         taught = teach(parts, out, policy=self.policy)
         note = self.folder / f"teaching-{taught_at}.json"
@@ -143,9 +139,9 @@ class Arm:
         }
 
 
-def table(name: str, without: Mapping[str, float], taught: Mapping[str, float], every: int) -> str:
+def table(name: str, without: Mapping[str, float], taught: Mapping[str, float], after: Sequence[int]) -> str:
     """The two arms side by side."""
-    lines = [f"| {name} | without | taught after every {every} |", "|---|---|---|"]
+    lines = [f"| {name} | without | taught after {' and '.join(map(str, after))} |", "|---|---|---|"]
     lines += [f"| {key.replace('_', ' ')} | {without[key]:.3g} | {taught[key]:.3g} |" for key in without]
     for key, goal in (("clicks_per_image", FEWER_CLICKS), ("corrected", FEWER_CORRECTED)):
         saved = 1 - taught[key] / without[key] if without[key] else 0.0
@@ -159,7 +155,7 @@ def main() -> None:
     parser.add_argument("set", help="the data set's name, as the column 'dataset' has it")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--images", type=int, default=100)
-    parser.add_argument("--every", type=int, default=10)
+    parser.add_argument("--after", default="10,40", help="how many images it is taught after, with commas")
     parser.add_argument("--policy", default="ibis-nano")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -169,13 +165,14 @@ def main() -> None:
     images = stream(data, arguments.set, arguments.images, arguments.seed)
     source, engine = read_cases(data), load_segmenter("ibis-click")
     folder = arguments.output / f"{arguments.set}-{arguments.seed}"
+    after = sorted(map(int, arguments.after.split(",")))
     arms = [
-        Arm(folder / "without", arguments.policy, None),
-        Arm(folder / f"every-{arguments.every}", arguments.policy, arguments.every),
+        Arm(folder / "without", arguments.policy, ()),
+        Arm(folder / f"after-{'-'.join(map(str, after))}", arguments.policy, after),
     ]
     for arm in arms:
         arm.run(images, source, engine)
-    shown = table(arguments.set, arms[0].result, arms[1].result, arguments.every)
+    shown = table(arguments.set, arms[0].result, arms[1].result, after)
     write_whole(json.dumps({arm.folder.name: arm.result for arm in arms}, indent=1).encode(), folder / "result.json")
     print(shown)
 
