@@ -770,7 +770,9 @@ def test_a_served_folder_is_private_and_ipv6_works(tmp_path: Path) -> None:
             id_ = httpx.post(f"{url}/v1/sessions", data={"query": "box"}, files=files, timeout=60).json()["id"]
             httpx.post(f"{url}/v1/sessions/{id_}/click", json={"x": 20, "y": 20}, timeout=60)
             job = {"images": ("a.png", image())}
-            httpx.post(f"{url}/v1/jobs", data={"query": "box"}, files=job, timeout=60).raise_for_status()
+            begun = httpx.post(f"{url}/v1/jobs", data={"query": "box"}, files=job, timeout=60).raise_for_status().json()
+            while httpx.get(f"{url}/v1/jobs/{begun['id']}", timeout=60).json()["state"] != "done":
+                time.sleep(0.05)  # meanwhile its files come and go
             httpx.put(f"{url}/datastore/", files={"file": ("a.png", image())}, timeout=60).raise_for_status()
             written = list(data.rglob("*"))
             assert data / "scans" / theirs / "scan.json" in written

@@ -586,14 +586,17 @@ def test_a_segmenter_begins_from_a_draft_until_the_prompts_are_taken_back() -> N
     assert same(replay(environment.episode(), IMAGE, NotebookSegmenter()), environment.episode().masks)
 
 
-def test_a_draft_never_takes_the_place_of_a_mask() -> None:
+def test_a_draft_takes_the_place_of_all_earlier_prompts_until_it_is_taken_back() -> None:
     start, draft = np.zeros(SIZE, bool), np.zeros(SIZE, bool)
     start[3:9, 3:9], draft[12:20, 12:20] = True, True
     environment = env(start={"spleen": start})
-    click = write(Reply("I look.", (Click(4, 4, True, "spleen"),)), SIZE, dialect="ibis")
-    turn = environment.step(Completion(click, drafts={"spleen": draft}))
-    assert (turn.after["spleen"] & start).any()
-    assert not (turn.after["spleen"] & draft).any()
+    first = environment.step(Completion(write(Reply("", (Click(4, 4, True, "spleen"),)), SIZE, dialect="ibis")))
+    click = write(Reply("", (Click(13, 13, True, "spleen"),)), SIZE, dialect="ibis")
+    drafted = environment.step(Completion(click, drafts={"spleen": draft}))
+    assert (drafted.after["spleen"] & draft).any()
+    assert not (drafted.after["spleen"] & start).any()
+    undone = environment.step(Completion(write(Reply("", (Undo(),)), SIZE, dialect="ibis")))
+    assert np.array_equal(undone.after["spleen"], first.after["spleen"])
 
 
 def test_a_policy_whose_likeliest_reply_stops_or_cannot_be_read_is_taken_at_its_word() -> None:

@@ -103,6 +103,60 @@ def test_agent_and_user_take_turns() -> None:
     assert same(replay(episode, it.image, RegionSegmenter()), it.observation.masks)
 
 
+class Listening(RegionSegmenter):
+    """Keeps what each prediction was asked with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[list[Prompt], np.ndarray | None]] = []
+
+    def open(self, image: Image) -> Any:
+        return _Heard(super().open(image), self.asked)
+
+
+class _Heard:
+    def __init__(self, session: Any, asked: list[tuple[list[Prompt], np.ndarray | None]]) -> None:
+        self._session, self._asked = session, asked
+
+    def predict(self, prompts: Sequence[Prompt], prior: np.ndarray | None = None) -> Prediction:
+        self._asked.append((list(prompts), prior))
+        return self._session.predict(prompts, prior)
+
+
+def test_a_correction_goes_on_from_the_mask_that_is_seen_without_the_prompts_of_the_agent(tmp_path: Path) -> None:
+    segmenter = Listening()
+    case = Case("s1", make_image(), "Segment the bright box.")
+    it = Session(case, segmenter, ScriptedPolicy([said(20, 15), said(30, 20), STOP]), folder=tmp_path / "s1")
+    it.run()
+    seen = it.masks["bright box"]
+    previewed = it.preview(60, 45)
+    first = it.click(60, 45).turn
+    assert np.array_equal(it.masks["bright box"], previewed)
+    [prompts, prior] = segmenter.asked[-1]
+    assert prompts == list(first.reply.prompts)
+    assert prior is not None
+    assert np.array_equal(prior, seen)
+    second = it.click(30, 24, positive=False).turn  # and of the user's own all
+    assert segmenter.asked[-1][0] == [*first.reply.prompts, *second.reply.prompts]
+    left = it.observation.masks
+    again = Session.load(tmp_path / "s1", RegionSegmenter())
+    assert same(again.observation.masks, left)
+    assert same(replay(again.episodes()[-1], again.image, RegionSegmenter()), left)
+    for one in (it, again):
+        one.undo()
+        one.undo()
+        assert np.array_equal(one.masks["bright box"], seen)
+
+
+def test_a_box_of_the_user_says_anew_where_the_object_is() -> None:
+    segmenter = Listening()
+    it = Session(Case("s1", make_image(), "Segment the bright box."), segmenter, ScriptedPolicy([said(60, 45), STOP]))
+    it.run()
+    box = it.box(12, 10, 40, 30).turn
+    assert segmenter.asked[-1] == (list(box.reply.prompts), None)
+    assert not it.masks["bright box"][DISC].any()
+
+
 def test_multiple_targets_and_boxes() -> None:
     it = session()
     it.click(20, 15)
@@ -527,7 +581,7 @@ def test_corrections_end_with_what_the_user_saw(tmp_path: Path, seed: int) -> No
         for turn in example.turns:  # every mask is what its actions give
             assert same(turn.before, prompt_state.masks)
             assert parse(turn.completion.text, SIZE, dialect="ibis", default_target="") == turn.reply
-            prompt_state.apply(turn.reply.actions)
+            prompt_state.apply(turn.reply.actions, turn.completion.drafts)
             assert same(turn.after, prompt_state.masks)
         assert all(example.turns[number].reply.thought == "" for number in example.human_turns)
 

@@ -208,7 +208,7 @@ class Reply:
 class Completion:
     """What a policy wrote, with what it cost. `tokens` is None where the policy does not count them.
 
-    drafts: masks, by target, that a segmenter is to begin from where it has none of the target yet.
+    drafts: masks, by target, that a segmenter is to begin from, in place of all earlier prompts of the target.
     """
 
     text: str

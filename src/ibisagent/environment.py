@@ -188,8 +188,8 @@ class PromptState:
     def apply(self, actions: Sequence[Action], drafts: Masks = MappingProxyType({})) -> bool:
         """Apply one reply's actions as `domain.stand_after` says; False if it has prompts, and yet nothing changes.
 
-        Each target is predicted once for all its new prompts, one without a mask from its draft where there is one
-        (`Completion`). Nothing changes if the segmenter raises.
+        Each target is predicted once for all its new prompts, from its draft where there is one (`Completion`). Nothing
+        changes if the segmenter raises.
         """
         said, all_drafts = (*self._said, tuple(actions)), (*self._drafts, drafts)
         again = len({*said[-self._repeats :]}) > 1 or len(said) < self._repeats
@@ -213,11 +213,12 @@ class PromptState:
         objects = dict(state)
         draft = drafts[batch[0][0]]
         for target in dict.fromkeys(prompt.target for _, prompt in batch):
-            old = state.get(target)
+            begun = draft.get(target)
+            old = state.get(target) if begun is None else None
             new = [prompt for _, prompt in batch if prompt.target == target]
             prompts = (*(old.prompts if old else ()), *new)
-            prior = old.prior if old else draft.get(target)
-            if old is not None and not old.prompts and any(isinstance(prompt, Box) for prompt in new):
+            prior = old.prior if old else begun if begun is not None and begun.any() else None
+            if not (old and old.prompts) and any(isinstance(prompt, Box) for prompt in new):
                 prior = None  # a box says where all of the object is: a start mask would only hold it elsewhere
             prediction = self._session.predict(prompts, prior)
             _check_prediction(prediction, self._image.size, self._segmenter.name)

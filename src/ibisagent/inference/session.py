@@ -309,7 +309,7 @@ class Session:
                 replace(self._rounds[-1], prompt_state=prompt_state),
             )  # open now: the next is fast
         trial = prompt_state.copy()
-        trial.apply_reply(Completion(text), reply)
+        trial.apply_reply(Completion(text, drafts=self._corrected(click)), reply)
         if click.target not in trial.masks:
             raise ConfigError(f"'{click.target}' would be a ninth object: use one of those that there are")
         return trial.masks[click.target]
@@ -529,12 +529,23 @@ class Session:
             reply = Reply("", (action,))
             text = write(reply, self.image.size, dialect="ibis")  # checks the action as well
             prompt_state = self._prompt_state()
-            turn, is_new = prompt_state.apply_reply(Completion(text), reply)
+            turn, is_new = prompt_state.apply_reply(Completion(text, drafts=self._corrected(action)), reply)
             if turn.reply.problem is not None:
                 raise ConfigError(f"the click {turn.reply.problem}: use one of those that there are")
             if not is_new:
                 raise ConfigError("this very click or box stands already: choose another place, or undo it")
             return self._extend(turn, "user", prompt_state)
+
+    def _corrected(self, action: Action) -> Masks:
+        """What a user's click or box begins from: the mask that they see of its object, where the agent prompted last.
+
+        Then a correction counts, and not what the agent clicked before: its ten clicks would outweigh it.
+        """
+        if not isinstance(action, Click | Box):
+            return {}
+        steps, mask = self._rounds[-1].steps, self.masks.get(action.target)
+        turns = [turn for turn, prompt in standing_by_turn(self._rounds[-1].turns) if prompt.target == action.target]
+        return {action.target: mask} if turns and mask is not None and steps[turns[-1]].by == "agent" else {}
 
     def _extend(self, turn: Turn, by: Author, prompt_state: PromptState) -> Step:
         last = self._rounds[-1].extended(turn, by, prompt_state)
