@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
-WORKERS ?= 2
+WORKERS ?= 3
 BIN = $(VENV)/bin
 
 .PHONY: demo test lint ruff mypy pytest clean
@@ -25,7 +25,8 @@ ruff: $(VENV)/.installed-dev
 mypy: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
-# worksteal: each worker takes neighbouring tests, so that most fixtures of a file are made once.
+# worksteal: each worker takes neighbouring tests, so that most fixtures of a file are made once. One worker more than the two
+# cores of a small machine: some tests wait for a server or a browser.
 pytest: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal
 
