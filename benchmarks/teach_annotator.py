@@ -58,16 +58,17 @@ def corrected(
     seconds = time.monotonic() - began
     made = session.masks.get(name, np.zeros(ground_truth.shape, bool))
     first = mask = made
-    clicks: list[Click] = []
-    while iou(mask, ground_truth) < GOOD and len(clicks) < MOST_CLICKS:
-        click = next_click(ground_truth, mask, name, clicks)
+    clicks = 0
+    while iou(mask, ground_truth) < GOOD and clicks < MOST_CLICKS:
+        stand = [prompt for prompt in session.prompts if isinstance(prompt, Click)]
+        click = next_click(ground_truth, mask, name, stand)
         if click is None:
             break
         session.click(click.x, click.y, positive=click.positive, target=name)
-        clicks.append(click)
+        clicks += 1
         mask = session.masks[name]
     facts = {"object": name, "agent_iou": float(iou(first, ground_truth)), "iou": float(iou(mask, ground_truth))}
-    return mask, {**facts, "clicks": len(clicks), "agent_seconds": seconds}
+    return mask, {**facts, "clicks": clicks, "agent_seconds": seconds}
 
 
 class Arm:
