@@ -34,6 +34,7 @@ from ibisagent.server import auth as access
 from ibisagent.server import listening
 from ibisagent.server.app import create_app, standard_mounts
 from ibisagent.server.auth import COOKIE, Keys, WrongTokens, token_for, url_of
+from ibisagent.server.client import Client
 from ibisagent.server.service import Limits, Service
 from ibisagent.server.volumes import PackageVolumes
 
@@ -771,8 +772,8 @@ def test_a_served_folder_is_private_and_ipv6_works(tmp_path: Path) -> None:
             httpx.post(f"{url}/v1/sessions/{id_}/click", json={"x": 20, "y": 20}, timeout=60)
             job = {"images": ("a.png", image())}
             begun = httpx.post(f"{url}/v1/jobs", data={"query": "box"}, files=job, timeout=60).raise_for_status().json()
-            while httpx.get(f"{url}/v1/jobs/{begun['id']}", timeout=60).json()["state"] != "done":
-                time.sleep(0.05)  # meanwhile its files come and go
+            with Client(url) as client:  # until it is over its files come and go
+                assert client.wait(begun["id"], every=0.05)["state"] == "done"
             httpx.put(f"{url}/datastore/", files={"file": ("a.png", image())}, timeout=60).raise_for_status()
             written = list(data.rglob("*"))
             assert data / "scans" / theirs / "scan.json" in written

@@ -543,9 +543,12 @@ class Session:
         """
         if not isinstance(action, Click | Box):
             return {}
-        steps, mask = self._rounds[-1].steps, self.masks.get(action.target)
-        turns = [turn for turn, prompt in standing_by_turn(self._rounds[-1].turns) if prompt.target == action.target]
-        return {action.target: mask} if turns and mask is not None and steps[turns[-1]].by == "agent" else {}
+        last = self._rounds[-1]
+        turns = [turn for turn, prompt in standing_by_turn(last.turns) if prompt.target == action.target]
+        if not turns or last.steps[turns[-1]].by == "user":
+            return {}
+        mask = self.masks.get(action.target)  # decodes masks, and a preview asks at every move of the mouse
+        return {} if mask is None else {action.target: mask}
 
     def _extend(self, turn: Turn, by: Author, prompt_state: PromptState) -> Step:
         last = self._rounds[-1].extended(turn, by, prompt_state)
