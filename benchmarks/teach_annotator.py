@@ -1,9 +1,9 @@
 """What teaching saves an annotator: a stream of images of one data set, with the agent taught on the way and without.
 
-    IBIS_DATA=DATA python benchmarks/teach_annotator.py SET -o FOLDER [--images 100] [--after 10,40] [--seed 0]
+    IBIS_DATA=DATA python benchmarks/teach_annotator.py SET -o FOLDER [--after 10,40] [--until 0.9] [--seed 0]
 
 The annotator is simulated. The agent makes the mask of each object of an image; one of IoU >= 0.85 is accepted, another
-is corrected by an expert's clicks (`imaging.clicks.next_click`, on ibis-click) until it is as good or has had 20. In
+is corrected by an expert's clicks (`imaging.clicks.next_click`, on ibis-click) up to IoU --until or 20 clicks. In
 one of two arms the agent is taught after so many images, and again, on the masks as they were left, never on the ground
 truth, and judged by its own check, as on the page. Both arms see the same images in the same order; images of
 one patient may come before and after a teaching, as they do in a clinic's folder.
@@ -49,9 +49,9 @@ def stream(data: Path, name: str, images: int, seed: int) -> list[list[CaseRow]]
 
 
 def corrected(
-    case: Case, name: str, ground_truth: Mask, agent: Policy, engine: Segmenter
+    case: Case, name: str, ground_truth: Mask, agent: Policy, engine: Segmenter, until: float
 ) -> tuple[Mask, dict[str, Any]]:
-    """The mask of one object as the annotator leaves it, and what that took."""
+    """The mask of one object as the annotator leaves it, and what that took. until: the IoU corrected masks get."""
     session = Session(case, engine, agent)
     began = time.monotonic()
     session.run()
@@ -59,7 +59,8 @@ def corrected(
     made = session.masks.get(name, np.zeros(ground_truth.shape, bool))
     first = mask = made
     clicks = 0
-    while iou(mask, ground_truth) < GOOD and clicks < MOST_CLICKS:
+    enough = GOOD if iou(made, ground_truth) >= GOOD else until
+    while iou(mask, ground_truth) < enough and clicks < MOST_CLICKS:
         stand = [prompt for prompt in session.prompts if isinstance(prompt, Click)]
         click = next_click(ground_truth, mask, name, stand)
         if click is None:
@@ -74,9 +75,9 @@ def corrected(
 class Arm:
     """One pass through the stream, kept in a folder."""
 
-    def __init__(self, folder: Path, policy: str, after: Sequence[int]) -> None:
-        """after: how many images there are when the agent is taught, ascending."""
-        self.folder, self.policy, self.after = folder, policy, after
+    def __init__(self, folder: Path, policy: str, after: Sequence[int], until: float) -> None:
+        """after: how many images there are when the agent is taught, ascending. until: as in `corrected`."""
+        self.folder, self.policy, self.after, self.until = folder, policy, after, until
         make_folder(folder)
         self._file = folder / "images.json"
         self.done: list[dict[str, Any]] = json.loads(self._file.read_bytes()) if self._file.exists() else []
@@ -93,7 +94,7 @@ class Arm:
                 case = source.decode(row)
                 ground_truth = (case.targets or {})[row.object]  # rows without masks were left out
                 asked = Case(case.id, case.image, f"Segment the {row.object}.")
-                masks[row.object], fact = corrected(asked, row.object, ground_truth, agent, engine)
+                masks[row.object], fact = corrected(asked, row.object, ground_truth, agent, engine, self.until)
                 facts.append(fact)
             add_to_data_set(self.folder / "data", case.image, masks, "", case.patient)
             self.done.append({"image": rows[0].id, "objects": facts})
@@ -157,6 +158,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--after", default="10,40", help="how many images it is taught after, with commas")
+    parser.add_argument("--until", type=float, default=GOOD, help="the IoU that corrected masks are brought to")
     parser.add_argument("--policy", default="ibis-nano")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -168,8 +170,8 @@ def main() -> None:
     folder = arguments.output / f"{arguments.set}-{arguments.seed}"
     after = sorted(map(int, arguments.after.split(",")))
     arms = [
-        Arm(folder / "without", arguments.policy, ()),
-        Arm(folder / f"after-{'-'.join(map(str, after))}", arguments.policy, after),
+        Arm(folder / "without", arguments.policy, (), arguments.until),
+        Arm(folder / f"after-{'-'.join(map(str, after))}", arguments.policy, after, arguments.until),
     ]
     for arm in arms:
         arm.run(images, source, engine)
