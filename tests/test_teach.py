@@ -33,7 +33,7 @@ from ibisagent.server.batching import SharedPolicy
 from ibisagent.training.teach import TeachProgress, TeachRecipe, teach
 from ibisagent.training.teach.part import Compared, Result
 from ibisagent.training.teach.reading import folds_of, read_teaching_data
-from ibisagent.training.teach.self_check import TaughtObject, calibration_of, decide
+from ibisagent.training.teach.self_check import ACCEPTED, TaughtObject, calibration_of, decide
 
 SIZES = ((72, 91), (85, 64))
 OLD = "optic disc"  # one that the packaged policy learned
@@ -172,6 +172,15 @@ def compared(gains: Sequence[float], before: float = 0.5) -> list[Compared]:
 )
 def test_the_old_agent_goes_on_answering_where_the_taught_one_is_not_surely_better(gains, known, kept) -> None:
     assert decide("cyst", len(gains), known, compared(gains), check=True).kept is kept
+
+
+def test_masks_that_the_old_agent_made_do_not_speak_for_it() -> None:
+    accepted = compared([-0.12] * 6, before=1.0)
+    corrected = [replace(one, patient=f"{one.patient} corrected") for one in compared([0.2] * 4)]
+    found = decide("cyst", 10, True, [*accepted, *corrected], check=True)
+    assert found.kept, "as good as what was accepted, and better where it had to be corrected"
+    assert found.before == pytest.approx(0.6 * ACCEPTED + 0.4 * 0.5)
+    assert not decide("cyst", 6, True, compared([-0.3] * 6, before=1.0), check=True).kept
 
 
 def test_masks_unlike_all_others_are_named() -> None:

@@ -14,6 +14,9 @@ from ibisagent.training.teach.part import Compared, Result
 SURE_NEW, SURE_KNOWN = 0.5, 0.8
 """Share of the resamplings of the patients in which the expert must be better: of an object that the old policy never
 learned, and of one that it did, where there is something to lose."""
+ACCEPTED = 0.85
+"""What an IoU counts as at most, of both agents, where the mask is the old agent's own, accepted as it was: it is good
+enough, but no judge of which agent is better, as the old one would always be right by it."""
 DOUBTED, AGREED = 0.2, 0.6
 """IoU below which a mask may be wrong, where half of the masks of that object are met by the other one."""
 
@@ -42,7 +45,7 @@ class TaughtObject:
 
 def decide(name: str, images: int, known: bool, compared: Sequence[Compared], *, check: bool) -> TaughtObject:
     """Whether the expert is to answer for `name`. compared: its pairs that could be judged; check: they should be."""
-    own = [one for one in compared if one.object == name]
+    own = [_fairly(one) for one in compared if one.object == name]
     if not own:
         if not check:
             return TaughtObject(name, images, known, None, None, None, True, "not checked")
@@ -62,13 +65,16 @@ def decide(name: str, images: int, known: bool, compared: Sequence[Compared], *,
     return TaughtObject(name, images, known, before, after, interval, kept, reason, doubtful)
 
 
+def _fairly(one: Compared) -> Compared:
+    """`one`, its IoUs at most ACCEPTED where the old agent made the mask."""
+    most = ACCEPTED if one.before == 1 else 1.0
+    return replace(one, before=min(one.before, most), after=min(one.after, most))
+
+
 def decide_together(found: Sequence[TaughtObject], compared: Sequence[Compared]) -> list[TaughtObject]:
     """The same objects, kept all or none: an adapter answers for everything."""
-    kept = (
-        patient_sureness([(one.patient, one.after - one.before) for one in compared]) >= SURE_KNOWN
-        if compared
-        else True
-    )
+    gains = [(one.patient, one.after - one.before) for one in map(_fairly, compared)]
+    kept = not gains or patient_sureness(gains) >= SURE_KNOWN
     reason = "better on the whole" if kept else "not surely better on the whole: left as it was"
     return [replace(one, kept=kept, reason=reason if compared else one.reason) for one in found]
 
