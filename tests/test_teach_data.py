@@ -130,6 +130,16 @@ def test_names_that_no_sentence_asks_for_are_one_line(tmp_path: Path, name: str)
     assert len(str(caught.value)) < 500
 
 
+def test_a_name_that_no_sentence_asks_for_costs_no_other(tmp_path: Path) -> None:
+    rows = ten(tmp_path)
+    rows[3][2] = "everything"
+    seen = found(tmp_path, rows)
+    assert seen.objects == {"cyst": 9}
+    [reason] = seen.left_out
+    assert "row 5: object 'everything'" in reason
+    assert "rename it in the data" in reason
+
+
 def test_a_name_that_is_too_long_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no image shows an object to learn; the first of 10 left out") as caught:
         read(tmp_path, ten(tmp_path, ["x" * 300]))

@@ -78,7 +78,7 @@ def read_teaching_data(data: Sequence[Path], known: Collection[str]) -> Teaching
     """All that can be learned from the data sets at `data`.
 
     known: names that the policy learned. Pairs for validation or testing are left aside where there are others, so that
-    the agent can be judged on them. DataError where no object is shown at all, or a name cannot be asked for.
+    the agent can be judged on them. DataError where no object is shown at all, by a name that can be asked for.
     """
     if not data:
         raise ConfigError("nothing to teach from: name a folder of labelled images, or a manifest")
@@ -112,10 +112,15 @@ class _Reader:
         except DataError as error:
             self._leave_out(str(error))
             return
+        where = row.where or row.id
+        try:
+            name = self._names.setdefault(row.object, self._named(row.object))
+        except DataError as error:
+            self._leave_out(f"{where}: {error}")
+            return
         image = case.image.sha256
-        name = self._names.setdefault(row.object, self._named(row.object))
         mask = next(iter((case.targets or {}).values()))
-        packed, where = np.packbits(mask).tobytes(), row.where or row.id
+        packed = np.packbits(mask).tobytes()
         if row.mask is not None and not squash(mask).any():
             self._leave_out(
                 f"{where}: {name} covers {int(mask.sum())} of {mask.shape[1]} x {mask.shape[0]} pixels, less than the"
@@ -140,7 +145,7 @@ class _Reader:
         self._content.update(repr((image, name, self._patients[image])).encode() + packed)
 
     def _leave_out(self, reason: str) -> None:
-        reason = one_line(reason, 300)
+        reason = one_line(reason, 400)
         self._left_out.append(reason)
         log.warning("left out: %s", reason)
 
