@@ -11,7 +11,7 @@ import pytest
 from ibisagent.datasets import read_cases
 from ibisagent.errors import DataError
 from ibisagent.evaluation.selection import Candidate, choose, images_in, suggest
-from ibisagent.imaging.images import write_png
+from ibisagent.imaging.images import write_mask_png, write_png
 from ibisagent.policies.scripted import ScriptedPolicy
 from ibisagent.segmenters import load_segmenter
 
@@ -78,9 +78,32 @@ def test_the_agent_looks_at_every_image_of_a_folder(tmp_path: Path) -> None:
     assert "broken.png" in told["broken.png"]
     labelled = tmp_path / "labelled.csv"
     labelled.write_text("image,mask,object\ninner/0.png,,bright box\n")
-    unlike, like = suggest(tmp_path, "bright box", 2, labelled=read_cases(labelled), **models)
-    assert (unlike.name, like.name) == ("inner/1.png", "inner/0.png")
-    assert like.distance == 0
+    [left] = suggest(tmp_path, "bright box", 2, labelled=read_cases(labelled), **models)
+    assert left.name == "inner/1.png"
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no images"):
         images_in(tmp_path / "empty")
+
+
+def test_neither_labelled_images_nor_their_copies_and_masks_are_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    draw = np.random.default_rng(0)
+    for number in range(4):
+        write_png(draw.integers(0, 255, (40, 60, 3), dtype=np.uint8), tmp_path / f"{number}.png")
+    pixels = draw.integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    write_png(pixels, tmp_path / "one.png")
+    write_png(pixels, tmp_path / "copy.png")
+    write_mask_png(np.eye(40, 60, dtype=bool), tmp_path / "mask.png")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "1.png").read_bytes()[:80])
+    (tmp_path / "index.csv").write_text("image,mask,object\none.png,mask.png,box\n0.png,,box\ntorn.png,mask.png,box\n")
+    replies = ["<action>click + (0.35, 0.5) box</action>", "<action>stop</action>"]
+    models: dict[str, Any] = {"policy": ScriptedPolicy(replies), "segmenter": load_segmenter("region")}
+    chosen = suggest(tmp_path, "box", 9, labelled=read_cases(tmp_path), **models)
+    assert sorted(one.name for one in chosen) == ["1.png", "2.png", "3.png"]
+    assert "torn.png" in caplog.text
+    for name in ("torn", "1", "2", "3"):
+        (tmp_path / f"{name}.png").unlink()
+    (tmp_path / "index.csv").write_text("image,mask,object\none.png,mask.png,box\n0.png,,box\n")
+    with pytest.raises(DataError, match="all of its images have labels"):
+        suggest(tmp_path, "box", 9, labelled=read_cases(tmp_path), **models)

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import ibisagent
 from ibisagent.cli import app
+from ibisagent.cli.teach import _taught_names
 from ibisagent.domain import Box, Case, Image, Observation, Prompt, Turn
 from ibisagent.errors import ConfigError, DataError, PolicyError
 from ibisagent.evaluation.reliability import Queue, Reliability, Reviewer, brought_by, expected_iou_of
@@ -421,7 +422,7 @@ def test_a_finished_agent_is_returned_at_once_and_refused_to_others(taught, data
     assert told == [again.found]
     with pytest.raises(ConfigError, match="is of another run"):
         teach([data], taught[0].folder, check=False, seed=1)
-    with pytest.raises(ConfigError, match="is of another run"):
+    with pytest.raises(ConfigError, match=r"is of other images, masks, .* choose another folder"):
         teach([write_data(tmp_path, 4)], taught[0].folder, check=False)
 
 
@@ -455,6 +456,8 @@ def test_a_teaching_that_was_stopped_resumes_and_leaves_nothing_half_done(data: 
         load_policy(str(folder))
     with pytest.raises(ConfigError, match="is of another run"):
         teach([data], folder, recipe=BRIEF, seed=3)
+    with pytest.raises(ConfigError, match=r"is of other images, masks, .* choose another folder"):
+        teach([write_data(tmp_path / "more", 4)], folder, recipe=BRIEF)
     done: list[int] = []
     found = teach([data], folder, recipe=BRIEF, report=lambda one: done.append(one.done))
     assert found.calibrated_on == 0  # six masks were judged
@@ -479,9 +482,11 @@ def test_two_do_not_teach_one_agent(data: Path, tmp_path: Path) -> None:
         teach([data], tmp_path / "agent", check=False, recipe=BRIEF, report=again)
 
 
-def test_the_command_runs_in_processes_of_its_own(tmp_path: Path) -> None:
+def test_the_command_runs_in_processes_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole command is slow; what is judged here is that its processes start, report and fail in one line."""
     data = write_data(tmp_path / "data", 1, ["bright block"])
+    (tmp_path / "random.py").write_text("raise RuntimeError('a file of the user is not a module of Python')")
+    monkeypatch.chdir(tmp_path)
     brief = BRIEF.model_copy(update={"workers": 1})
     found = teach([data], tmp_path / "agent", recipe=brief)
     [one] = found.objects
@@ -492,7 +497,9 @@ def test_the_command_runs_in_processes_of_its_own(tmp_path: Path) -> None:
     assert "fewer than three images" in shown.stderr
     assert "bright block: too few images" in shown.stdout
     as_json = CliRunner().invoke(app, ["teach", str(data), "-o", str(tmp_path / "agent"), "--json"])
-    assert json.loads(as_json.stdout)["objects"][0]["name"] == "bright block"
+    said = json.loads(as_json.stdout)
+    assert said["objects"][0]["name"] == "bright block"
+    assert (said["found"]["images"], said["found"]["left_out"]) == (1, [])
     with pytest.raises(SystemExit):
         raise SystemExit(
             CliRunner().invoke(app, ["teach", str(tmp_path / "none"), "-o", str(tmp_path / "x")]).exit_code
@@ -505,6 +512,16 @@ def test_policies_that_cannot_be_taught_are_one_line(data: Path, tmp_path: Path,
         teach([data], tmp_path / "agent", policy=policy)
 
 
+def test_what_to_label_next_is_asked_for_by_the_taught_names(taught, tmp_path: Path) -> None:
+    assert _taught_names(str(taught[0].folder)) == "the bright block, the dark block"
+    folder = tmp_path / "comma"
+    shutil.copytree(taught[0].folder, folder)
+    for file in (folder / "agent.json", folder / "experts" / "1" / "objects.json"):
+        file.write_text(file.read_text().replace("bright block", "block, bright"))
+    with pytest.raises(ConfigError, match=r"no sentence asks for all .* choose with --query"):
+        _taught_names(str(folder))
+
+
 def test_a_damaged_agent_is_said_to_be_one(taught, tmp_path: Path) -> None:
     folder = tmp_path / "agent"
     folder.mkdir()
@@ -514,6 +531,22 @@ def test_a_damaged_agent_is_said_to_be_one(taught, tmp_path: Path) -> None:
     (folder / "agent.json").write_text('{"schema": 7}')
     with pytest.raises(PolicyError, match="has schema 7"):
         load_policy(str(folder))
+    shutil.copytree(taught[0].folder, folder, dirs_exist_ok=True)
+    whole = json.loads((folder / "agent.json").read_text())
+    [expert] = whole["experts"]
+    for change, message in (
+        ({"records": ["once"]}, "is damaged"),
+        ({"experts": [{**expert, "names": ["bright block", "polyp"]}]}, "experts/1 never learned 'polyp'"),
+        ({"experts": [{**expert, "names": "cyst"}]}, "experts/1 never learned 'c'"),
+        ({"experts": [{**expert, "folder": "experts/2"}]}, "experts/2 holds no names"),
+    ):
+        (folder / "agent.json").write_text(json.dumps({**whole, **change}))
+        for use in (
+            lambda: load_policy(str(folder)),
+            lambda: teach([tmp_path], tmp_path / "new", policy=str(folder)),
+        ):
+            with pytest.raises(PolicyError, match=message):
+                use()
     with pytest.raises(ConfigError, match="takes no adapter"):
         load_policy(str(taught[0].folder), adapter=tmp_path)
 

@@ -11,7 +11,10 @@ import cv2
 import nibabel
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from ibisagent.cli import app
+from ibisagent.cli.teach import _print_found
 from ibisagent.errors import ConfigError, DataError
 from ibisagent.imaging.images import write_mask_png, write_png
 from ibisagent.training.teach import Found, TeachRecipe, teach
@@ -127,6 +130,16 @@ def test_names_that_no_sentence_asks_for_are_one_line(tmp_path: Path, name: str)
     assert len(str(caught.value)) < 500
 
 
+def test_a_name_that_no_sentence_asks_for_costs_no_other(tmp_path: Path) -> None:
+    rows = ten(tmp_path)
+    rows[3][2] = "everything"
+    seen = found(tmp_path, rows)
+    assert seen.objects == {"cyst": 9}
+    [reason] = seen.left_out
+    assert "row 5: object 'everything'" in reason
+    assert "rename it in the data" in reason
+
+
 def test_a_name_that_is_too_long_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no image shows an object to learn; the first of 10 left out") as caught:
         read(tmp_path, ten(tmp_path, ["x" * 300]))
@@ -139,6 +152,55 @@ def test_two_names_of_one_known_object_do_not_contradict_each_other_silently(tmp
     assert seen.objects == {"spleen": 10}
     assert len(seen.left_out) == 10
     assert "another mask of spleen than the same image" in seen.left_out[0]
+
+
+def test_one_name_written_in_many_ways_is_one_object(tmp_path: Path) -> None:
+    hidden = "cy\u00adst\u200b"  # a soft hyphen and a zero-width space, as they come with text that was copied
+    ways = ["Cyst", "cyst", "cysts", "CYST", "the cyst", hidden, "cyst_wall", "Cyst wall", "cyst-walls", "left cyst"]
+    rows = [[image, mask, way] for (image, mask, _), way in zip(ten(tmp_path), ways, strict=True)]
+    seen = found(tmp_path, rows)
+    assert seen.objects == {"Cyst": 6, "cyst_wall": 3, "left cyst": 1}
+    assert seen.renamed == {
+        **dict.fromkeys(["cyst", "cysts", "CYST", "the cyst", hidden], "Cyst"),
+        **dict.fromkeys(["Cyst wall", "cyst-walls"], "cyst_wall"),
+    }
+
+
+def test_what_is_told_of_a_name_does_not_steer_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "\x1b[31mcyst"
+    seen = found(tmp_path, [*ten(tmp_path, [name]), ["0.png", "", "\x1b[31mstone"]])
+    _print_found(seen)
+    told = capsys.readouterr().err + seen.left_out[0]
+    assert "cyst (10)" in told
+    assert "\x1b" not in told
+
+
+def test_an_object_that_no_image_shows_is_named(tmp_path: Path) -> None:
+    rows = ten(tmp_path)
+    seen = found(tmp_path, [*rows, ["0.png", "", "stone"], ["1.png", "", "stone"]])
+    assert seen.objects == {"cyst": 10}
+    assert len(seen.left_out) == 2
+    assert "row 12: no image shows stone" in seen.left_out[0]
+
+
+def test_data_for_validation_alone_are_learned_from_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [[*row, "val"] for row in ten(tmp_path)]
+    seen = found(tmp_path, rows, "image,mask,object,split")
+    assert (seen.objects, seen.left_aside) == ({"cyst": 10}, 0)
+    assert "judge the agent on others" in caplog.text
+
+
+def test_rows_are_the_same_wherever_the_data_are(tmp_path: Path) -> None:
+    first, second = tmp_path / "one", tmp_path / "two"
+    for folder in (first, second):
+        for part in ("train", "train_mask"):
+            (folder / part).mkdir(parents=True)
+        write_png(photo(1), folder / "train" / "b_CT_abdomen.png")
+        write_mask_png(box(5, 5, 20, 20), folder / "train_mask" / "b_CT_abdomen_cyst.png")
+    one, two = (read_teaching_data([folder], ()) for folder in (first, second))
+    assert (one.sha256, [row.id for row in one.rows]) == (two.sha256, [row.id for row in two.rows])
 
 
 def test_the_same_image_with_two_objects_and_again_is_one_image(tmp_path: Path) -> None:
@@ -206,6 +268,34 @@ def test_a_file_that_is_no_data_set_is_one_line(tmp_path: Path, name: str) -> No
     with pytest.raises(DataError, match=name) as caught:
         teach([tmp_path / name], tmp_path / "agent")
     assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_used_is_said_before_anything_is_learned(tmp_path: Path) -> None:
+    data = write_rows(tmp_path, ten(tmp_path))
+    for message, settings in (
+        ("unknown segmenter 'medsam'", {"segmenter": "medsam"}),
+        ("seed -1: give one from 0", {"seed": -1}),
+        ("seed 9223372036854775808: give", {"seed": 2**63}),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            teach(str(data), str(tmp_path / "agent"), check=False, recipe=BRIEF, **settings)
+    assert not (tmp_path / "agent" / ".teaching").exists()
+
+
+def test_options_that_do_nothing_together_are_refused(tmp_path: Path) -> None:
+    data = str(write_rows(tmp_path, ten(tmp_path)))
+    out = str(tmp_path / "agent")
+    for words, message in (
+        ([data, "-o", out, "--query", "cyst"], "--suggest N"),
+        ([data, "-o", out, "--labelled", data], "--suggest N"),
+        ([data, "--suggest", "2", "-o", out], "--suggest teaches nothing"),
+        ([data, "--suggest", "2"], "ibis-nano was taught nothing: --query"),
+        ([data, "-o", out, "--seed", "-1"], "--seed"),
+    ):
+        run = CliRunner().invoke(app, ["teach", *words])
+        assert run.exit_code == 2
+        assert message in run.stderr
+    assert not Path(out).exists()
 
 
 # -------------------------------------------------------------------------------------------------- where it goes

@@ -40,6 +40,11 @@ def brief_teaching(data: Path, out: Path) -> None:
     teach([data / MANIFEST_NAME], out, segmenter="region", recipe=BRIEF)
 
 
+def teaching_from(place: Path, data: Path, out: Path) -> None:
+    os.chdir(place)
+    brief_teaching(data, out)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
@@ -101,6 +106,28 @@ def test_killed_at_six_moments_it_ends_as_if_it_had_not_been(data: Path, tmp_pat
     for one, other in zip(found.experts, wanted.experts, strict=True):
         assert (one.folder / "model.safetensors").read_bytes() == (other.folder / "model.safetensors").read_bytes()
     load_policy(str(broken))
+
+
+def test_killed_it_goes_on_from_another_folder(data: Path, tmp_path: Path) -> None:
+    """A folder that is named from where the user is may be named otherwise at the next start, or be moved."""
+
+    def started(place: Path, out: str) -> multiprocessing.process.BaseProcess:
+        process = FORKS.Process(target=teaching_from, args=(place, data, Path(out)))
+        process.start()
+        return process
+
+    here, agent = tmp_path / "here", tmp_path / "here" / "agent"
+    here.mkdir()
+    process = started(here, "agent")
+    wait_for(lambda: MOMENTS["checking"](agent) or not process.is_alive())
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    agent.rename(tmp_path / "moved")
+    process = started(tmp_path, "moved")
+    process.join(SECONDS)
+    assert process.exitcode == 0
+    assert "stone" in Agent.read(tmp_path / "moved").names
 
 
 def children_of(out: Path) -> list[int]:

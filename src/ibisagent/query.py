@@ -281,9 +281,11 @@ def _side_first(surface: str, table: Mapping[str, Any]) -> str:
 
 
 def _plain(name: str) -> str:
-    """A name without capitals, accents, hyphens and British spelling."""
+    """A name without capitals, accents, hyphens, British spelling and what cannot be seen, as a zero-width space."""
     letters = unicodedata.normalize("NFKD", name.casefold())
-    text = "".join(letter for letter in letters if not unicodedata.combining(letter))
+    text = "".join(
+        letter for letter in letters if not (unicodedata.combining(letter) or unicodedata.category(letter) == "Cf")
+    )
     return _spelling(" ".join(re.sub(r"[-_/]", " ", text).split()))
 
 

@@ -58,7 +58,7 @@ CandidatesOption = Annotated[
     ),
 ]
 TemperatureOption = Annotated[float, typer.Option(help="0 takes the likeliest text; above, it is drawn.", min=0)]
-SeedOption = Annotated[int, typer.Option(help="Seed of whatever is drawn.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of whatever is drawn.", min=0)]
 ChangesOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Another value for a setting of the recipe; may be repeated."),

@@ -51,7 +51,11 @@ def teach(
     each object, on images that were kept from it, what teaching gained; where it gained nothing the old agent goes on
     answering. A stopped run resumes.
     """
+    if suggest is None and (query is not None or labelled):
+        raise ConfigError("--query and --labelled say what to label next: give them with --suggest N")
     if suggest is not None:
+        if out is not None:
+            raise ConfigError("--suggest teaches nothing, so there is no agent for --out: leave one of the two out")
         _suggest(data, suggest, query, labelled or [], policy, segmenter, as_json=as_json)
         return
     if out is None:
@@ -72,8 +76,9 @@ def teach(
             data, out, policy=policy, segmenter=segmenter, check=check, seed=seed, report=report, on_found=tell
         )
     if as_json:
-        said = {"agent": str(taught.folder), "objects": [asdict(one) for one in taught.objects]}
-        print_json({**said, "calibrated_on": taught.calibrated_on})
+        said = {"agent": str(taught.folder), "found": asdict(taught.found)}
+        objects = [asdict(one) for one in taught.objects]
+        print_json({**said, "objects": objects, "calibrated_on": taught.calibrated_on})
     else:
         _print_taught(taught)
 
@@ -83,10 +88,10 @@ def _print_found(found: Found) -> None:
     sizes = ", ".join(f"{width} x {height}" for height, width in found.sizes[:3]) + (" ..." if found.sizes[3:] else "")
     stderr.print(f"{found.images} images of {found.patients} patients, {sizes} pixels")
     absent = {name: f", absent from {count}" for name, count in found.absent.items()}
-    objects = [f"{name} ({count}{absent.get(name, '')})" for name, count in found.objects.items()]
+    objects = [f"{one_line(name)} ({count}{absent.get(name, '')})" for name, count in found.objects.items()]
     stderr.print(f"objects, with the images that show them: {'; '.join(objects)}")
     for own, name in found.renamed.items():
-        stderr.print(f"'{own}' is taught as '{name}', the name that the agent knows for it")
+        stderr.print(f"'{one_line(own)}' is taught as '{one_line(name)}', which means the same")
     if found.duplicates:
         stderr.print(f"{found.duplicates} pairs are there twice: counted once")
     if found.left_out:
@@ -104,13 +109,13 @@ def _print_taught(taught: Taught) -> None:
     for one in taught.objects:
         span = "" if one.interval is None else f"{one.interval[0]:+.2f} to {one.interval[1]:+.2f}"
         means = ["" if value is None else f"{value:.3f}" for value in (one.before, one.after)]
-        table.add_row(one.name, str(one.images), *means, span, "taught" if one.kept else "as before")
+        table.add_row(one_line(one.name), str(one.images), *means, span, "taught" if one.kept else "as before")
     stdout.print(table)
     for one in taught.objects:
         if not one.kept or one.before is None:
-            stdout.print(f"{one.name}: {one.reason}")
+            stdout.print(f"{one_line(one.name)}: {one.reason}")
         for image in one.doubtful:
-            stdout.print(f"{one.name}: the mask of {image} is unlike the others: look whether it is right")
+            stdout.print(f"{one_line(one.name)}: the mask of {image} is unlike the others: look whether it is right")
     stdout.print(how_sure(taught.calibrated_on))
     stdout.print(f"agent: {taught.folder}\nuse it with --policy {taught.folder}")
 
@@ -134,9 +139,9 @@ def _suggest(
         from ibisagent.policies import load_policy
         from ibisagent.segmenters import load_segmenter
 
-        asked = query or _taught_names(policy)
         known = CaseSource([row for path in labelled for row in read_cases(path).rows], "") if labelled else None
         agent, engine = load_policy(policy), load_segmenter(segmenter)
+        asked = query or _taught_names(policy)
     failed: list[str] = []
     with progress(len(images_in(folders[0])), "images", quiet=as_json) as advance:
 
@@ -156,12 +161,17 @@ def _suggest(
 
 
 def _taught_names(policy: str) -> str:
-    """A request for all that an agent was taught. ConfigError where it is no taught agent."""
+    """A request for all that an agent was taught. ConfigError where it is no taught agent, or one sentence is not
+    enough."""
     from ibisagent.policies import source_of
     from ibisagent.policies.agents import AGENT_FILE, Agent
+    from ibisagent.query import requests
 
     folder = Path(source_of(policy))
     names = Agent.read(folder).names if (folder / AGENT_FILE).is_file() else ()
     if not names:
         raise ConfigError(f"say what is to be labelled, as {policy} was taught nothing: --query 'optic disc'")
-    return ", ".join(f"the {name}" for name in names)
+    asked = ", ".join(f"the {name}" for name in names)
+    if [one.asked for one in requests(asked, set(names))] != list(names):
+        raise ConfigError(f"no sentence asks for all that {policy} was taught ({asked}): choose with --query")
+    return asked

@@ -9,7 +9,7 @@ images of one hard case are chosen nor outliers that the agent masters. Ties go 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -123,32 +123,45 @@ def suggest(
         count: how many, at least 1.
         policy: who clicks, as for `load_policy`, or a loaded one.
         segmenter: what turns clicks into masks, as for `load_segmenter`, or a loaded one.
-        labelled: images that have labels; like them none is needed.
+        labelled: pairs that have labels: neither their images, nor copies of these, nor their masks are suggested, and
+            what is like them is needed least. One that cannot be read is left out with a warning.
         on_image: told of each image when it is done, with the error of one that cannot be used and is left out.
 
     Raises:
-        DataError: for a folder without images, and where none can be used.
+        DataError: for a folder without images, and where none can be used or is without a label.
         ConfigError, PolicyError, SegmenterError: as the agent raises them.
     """
     folder, paths = Path(folder), images_in(Path(folder))
     agent = load_policy(policy) if isinstance(policy, str) else policy
     engine = load_segmenter(segmenter) if isinstance(segmenter, str) else segmenter
-    queue, candidates = Queue(Reviewer(agent, engine)), []
+    known: dict[str, np.ndarray] = {}
+    masks: set[Path] = set()
+    if labelled is not None:
+        masks = {row.mask.resolve() for row in labelled.rows if row.mask is not None}
+        images = {row.image: replace(row, mask=None, label=None) for row in labelled.rows}.values()
+        for _, one in CaseSource(images, labelled.where).readable():
+            known[one.image.sha256] = features_of(agent, one.image)
+    queue, candidates, without_use = Queue(Reviewer(agent, engine)), [], 0
     for path in paths:
+        if path.resolve() in masks:
+            on_image(path, None)
+            continue
         try:
             case = read_case(path, query)
         except DataError as error:
+            without_use += 1
             on_image(path, error)
             continue
-        episode = run_case(case, agent, engine)
-        name = path.relative_to(folder).as_posix()
-        candidates.append(Candidate(name, queue.add(name, episode, case), features_of(agent, case.image)))
+        if case.image.sha256 not in known:
+            episode = run_case(case, agent, engine)
+            name = path.relative_to(folder).as_posix()
+            candidates.append(Candidate(name, queue.add(name, episode, case), features_of(agent, case.image)))
         on_image(path, None)
+    if not candidates and without_use:
+        raise DataError(f"{folder}: none of its images without a label can be used; convert them first")
     if not candidates:
-        raise DataError(f"{folder}: none of its images can be used; convert them first")
-    rows = () if labelled is None else {row.image: row for row in labelled.rows}.values()
-    known = [features_of(agent, labelled.decode(row).image) for row in rows if labelled is not None]
-    return choose(candidates, count, known)
+        raise DataError(f"{folder}: all of its images have labels; give a folder with others")
+    return choose(candidates, count, list(known.values()))
 
 
 def _comparable(points: np.ndarray) -> np.ndarray:

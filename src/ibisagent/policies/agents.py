@@ -15,13 +15,14 @@ So what the base knew it still knows: for a name that no expert answers for, eve
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ibisagent.errors import PolicyError
-from ibisagent.files import reading
+from ibisagent.files import one_line, reading
+from ibisagent.policies.vocabulary import Vocabulary
 
 AGENT_FILE, EXPERTS, BASE, ADAPTER = "agent.json", "experts", "base", "adapter"
 CALIBRATION = "reliability.json"
@@ -48,20 +49,30 @@ class Agent:
 
     @classmethod
     def read(cls, folder: Path) -> Agent:
-        """The agent in `folder`. PolicyError for a damaged one, and for one of a later version."""
+        """The agent in `folder`. PolicyError for a damaged or incomplete one, and for one of another version."""
         path = folder / AGENT_FILE
         with reading(path, "copy the folder again, or teach anew", PolicyError):
             said = json.loads(path.read_bytes())
             if said["schema"] != SCHEMA:
-                raise PolicyError(f"{path}: has schema {said['schema']}, this version reads {SCHEMA}: teach it again")
+                raise PolicyError(f"{path}: has schema {said['schema']!r}, this version reads {SCHEMA}: teach it again")
             return cls(
                 str(folder / BASE) if said["base"] == BASE else str(said["base"]),
-                tuple(Expert(folder / one["folder"], tuple(one["names"])) for one in said["experts"]),
+                tuple(_expert(folder, one["folder"], one["names"]) for one in said["experts"]),
                 folder / said["adapter"] if said["adapter"] else None,
-                tuple(said["records"]),
+                tuple(dict(one) for one in said["records"]),
             )
 
     @property
     def names(self) -> tuple[str, ...]:
         """All that its experts answer for."""
         return tuple(name for expert in self.experts for name in expert.names)
+
+
+def _expert(folder: Path, place: str, names: Sequence[str]) -> Expert:
+    """An expert of the agent in `folder`. ValueError where it is not there, or never learned what it is to answer for:
+    the copy is incomplete, or of two agents."""
+    vocabulary = Vocabulary.read(folder / place)
+    unknown = [name for name in names if vocabulary is None or name not in vocabulary.learned]
+    if unknown:
+        raise ValueError(f"{place} never learned '{one_line(unknown[0])}'" if vocabulary else f"{place} holds no names")
+    return Expert(folder / place, tuple(names))

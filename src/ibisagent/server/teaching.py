@@ -35,7 +35,7 @@ from ibisagent.server.storage import no_room, remove
 LEAST = 3  # images that can teach something
 POLL_SECONDS = 0.5
 END_SECONDS = 10.0  # in which a process that is asked to end has to
-PROCESS = (sys.executable, "-m", "ibisagent.server.teacher_process")
+PROCESS = (sys.executable, "-P", "-m", "ibisagent.server.teacher_process")
 STATE_FILE, PROGRESS_FILE, RESULT_FILE = "state.json", "progress.json", "result.json"
 
 TeachingState = Literal["none", "running", "done", "failed", "stopped"]

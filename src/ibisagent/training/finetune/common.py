@@ -393,7 +393,7 @@ def _merge_in_a_process_of_its_own(recipe: StageRecipe, history: History) -> Non
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith(distributed)}
     shared = recipe.model_dump_json(include=set(StageRecipe.model_fields))
-    command = [sys.executable, "-m", "ibisagent.training.finetune.merge", shared, history]
+    command = [sys.executable, "-P", "-m", "ibisagent.training.finetune.merge", shared, history]
     done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         why = one_line((done.stderr.strip().splitlines() or ["no reason given"])[-1], 300)

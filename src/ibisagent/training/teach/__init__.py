@@ -22,9 +22,11 @@ from filelock import FileLock, Timeout
 from ibisagent.environment import package_version
 from ibisagent.errors import ConfigError, PolicyError
 from ibisagent.files import claim, make_folder, one_line, same_run, try_folder, weights_sha256
+from ibisagent.inference.api import DEFAULT_POLICY, DEFAULT_SEGMENTER
 from ibisagent.policies import is_hub_id, source_of
 from ibisagent.policies.agents import AGENT_FILE, CALIBRATION, Agent
 from ibisagent.policies.vocabulary import Vocabulary
+from ibisagent.segmenters import load_segmenter
 from ibisagent.training.finetune.recipes import require_libraries
 from ibisagent.training.teach.agents import found_of, objects_of, record_of, write_agent
 from ibisagent.training.teach.part import Result, Task, result_of
@@ -36,6 +38,7 @@ from ibisagent.training.teach.self_check import TaughtObject, calibration_of, de
 __all__ = ["Found", "Taught", "TaughtObject", "TeachProgress", "TeachRecipe", "teach"]
 
 WORK = ".teaching"  # folder of what is under way, in that of the agent
+MOST_SEEDS = 2**63  # torch takes no more
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +75,11 @@ def ignore_found(_found: Found) -> None:
 
 
 def teach(
-    data: Sequence[Path],
-    out: Path,
+    data: str | Path | Sequence[str | Path],
+    out: str | Path,
     *,
-    policy: str = "ibis-nano",
-    segmenter: str = "ibis-click",
+    policy: str = DEFAULT_POLICY,
+    segmenter: str = DEFAULT_SEGMENTER,
     check: bool = True,
     seed: int = 0,
     recipe: TeachRecipe | None = None,
@@ -89,34 +92,42 @@ def teach(
     returned at once. An exception that `report` raises ends it likewise.
 
     Args:
-        data: labelled images, in any layout that `datasets.read_cases` reads.
+        data: labelled images, in any layout that `datasets.read_cases` reads; multiple are learned from together.
         out: folder of the agent; it must be new, or hold the same teaching.
         policy: who is taught: "ibis-nano", the folder of an ibis-nano or of an agent, or any model for `mllm`.
         segmenter: who turns its clicks into masks in the check.
         check: compare with the old agent by cross-validation, and keep the old one where the taught is not better.
-        seed: of whatever is drawn.
+        seed: of whatever is drawn; at least 0.
         recipe: other settings than those that were measured to be good.
         report: told of the progress, often.
         on_found: told once what the data holds, before anything is learned.
 
     Raises:
         DataError: for data that cannot be read, or is too little.
-        ConfigError: for a folder that holds something else, and unknown policies.
-        PolicyError: for weights that are missing, and where a process dies.
+        ConfigError: for a folder that holds something else, and unknown policies and segmenters.
+        PolicyError: for weights that are missing, an agent that is damaged, and where a process dies.
+        SegmenterError: as `load_segmenter`.
     """
     out, recipe = Path(out), recipe or TeachRecipe.model_validate({})
+    places = [Path(one) for one in ([data] if isinstance(data, str | Path) else data)]
+    if not 0 <= seed < MOST_SEEDS:
+        raise ConfigError(f"seed {seed}: give one from 0 to {MOST_SEEDS - 1}")
     _check_is_own(out)
     try_folder(out)
     report(TeachProgress("reading", 0, 1, None))
     old = _old_agent(policy)
-    material = read_teaching_data([Path(one) for one in data], _known_names(old))
-    facts = _facts(data, material, policy, old, segmenter, check, seed, recipe)
+    if segmenter != DEFAULT_SEGMENTER:
+        load_segmenter(segmenter)  # what cannot be used is to be said now, not when all is learned
+    material = read_teaching_data(places, _known_names(old))
+    facts = _facts(places, material, policy, old, segmenter, check, seed, recipe)
     if (out / AGENT_FILE).exists():
         return _finished(out, facts, on_found)
     on_found(material.found)
     if not _is_nano(old.base):
         require_libraries()
-    claim(out / WORK / "run.json", facts, free=_FREE)
+    begun = out / WORK / "run.json"
+    _refuse_changed_data(_facts_in(begun), facts, begun)
+    claim(begun, facts, free=_FREE)
     try:
         with FileLock(out / WORK / "lock", timeout=0):
             tasks = _tasks(out / WORK, material, old, policy, segmenter, check, seed, recipe)
@@ -202,12 +213,31 @@ def _facts(
     }
 
 
+def _facts_in(run: Path) -> Mapping[str, Any]:
+    """The facts of the teaching that was begun; none where there is none, or a file that `claim` will refuse."""
+    try:
+        said = json.loads(run.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _refuse_changed_data(earlier: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
+    """ConfigError where a teaching with these facts, if any, had other data: by far the likeliest fact to differ."""
+    if earlier.get("content_sha256", now["content_sha256"]) != now["content_sha256"]:
+        raise ConfigError(
+            f"{where}: is of other images, masks, names or patients than the data hold now; to teach with these, choose"
+            " another folder for the agent, or put the old ones back"
+        )
+
+
 def _finished(out: Path, facts: dict[str, Any], on_found: Callable[[Found], None]) -> Taught:
     """The agent that is there already. ConfigError where another teaching made it."""
     records = Agent.read(out).records
     if not records:
         raise PolicyError(f"{out / AGENT_FILE}: tells of no teaching; choose another folder")
     last = records[-1]
+    _refuse_changed_data(last, facts, out / AGENT_FILE)
     same_run({name: last.get(name) for name in facts}, facts, out / AGENT_FILE, free=_FREE | {"recipe"})
     try:
         finished = Taught(out, objects_of(last), found_of(last), int(last["calibrated_on"]))

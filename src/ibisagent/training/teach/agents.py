@@ -51,7 +51,7 @@ def write_agent(
         base = BASE
     records = [*old.records, record]
     said = {"schema": SCHEMA, "base": base, "experts": experts, "adapter": adapter, "records": records}
-    write_whole(_card(out.name, names, objects, records).encode(), out / CARD)
+    write_whole(_card(out.resolve().name, names, objects, records).encode(), out / CARD)
     write_json(said, out / AGENT_FILE)
 
 

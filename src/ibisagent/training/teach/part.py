@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ibisagent.evaluation.reliability import Reviewer
 
 TASK, RESULT, PROGRESS, ERROR = "task.json", "result.json", "progress", "error.json"
-LEARNED = "learned"  # file that names the folder of the weights, once they are there
+LEARNED = "learned"  # file that names the folder of the weights, as seen from that of the task, once they are there
 CHECKED_AT_ONCE = 8  # cases
 EXAMPLES_A_CASE = 16  # that can be learned from in the time that it takes to run two policies on a case
 WHERE = "the data to teach from"
@@ -125,7 +125,7 @@ def learn(task: Task, report: Report) -> None:
         from ibisagent.training.teach.adapters import learn_adapter
 
         weights = learn_adapter(task.recipe, source, task.policy, task.segmenter, report)
-    write_whole(os.fsencode(weights), folder / LEARNED)
+    write_whole(os.fsencode(os.path.relpath(weights, folder)), folder / LEARNED)
 
 
 def judge(task: Task, report: Report) -> None:
@@ -142,7 +142,7 @@ def _judged(task: Task, report: Report) -> Result:
     from ibisagent.policies.taught import TaughtPolicy
     from ibisagent.segmenters import load_segmenter
 
-    weights = Path(os.fsdecode((task.recipe.out / LEARNED).read_bytes()))
+    weights = task.recipe.out / os.fsdecode((task.recipe.out / LEARNED).read_bytes())
     old: Policy = load_policy(task.policy)
     if task.start:
         assert isinstance(old, MllmPolicy | TaughtPolicy)

@@ -28,7 +28,8 @@ class Found:
     """What the data holds, told before any teaching.
 
     objects: images that show each object, by the name that it is taught under. absent: images that are known not to
-    show it. renamed: names of the data that the policy knows under another one, which they are taught under. sizes: of
+    show it. renamed: names of the data that mean the same as another one, which they are taught under: one that the
+    policy knows, else the first that the data have, as of "Cyst" and "cysts". sizes: of
     the images, (height, width), the commonest first. left_aside: pairs for validation or testing. duplicates: pairs
     that are there more than once, counted once. left_out: pairs that cannot be learned from, each with its reason in
     one line.
@@ -77,13 +78,15 @@ def read_teaching_data(data: Sequence[Path], known: Collection[str]) -> Teaching
     """All that can be learned from the data sets at `data`.
 
     known: names that the policy learned. Pairs for validation or testing are left aside where there are others, so that
-    the agent can be judged on them. DataError where no object is shown at all, or a name cannot be asked for.
+    the agent can be judged on them. DataError where no object is shown at all, by a name that can be asked for.
     """
     if not data:
         raise ConfigError("nothing to teach from: name a folder of labelled images, or a manifest")
     rows = [row for path in data for row in read_cases(path).rows if row.object and not (row.answer and not row.mask)]
     for_training = [row for row in rows if split_kind(row.split) not in ("val", "test")]
     kept, left_aside = (for_training, len(rows) - len(for_training)) if for_training else (rows, 0)
+    if rows and not for_training:
+        log.warning("all pairs are for validation or testing; they are learned from, so judge the agent on others")
     reader = _Reader(known)
     for row in kept:
         reader.add(row)
@@ -107,12 +110,17 @@ class _Reader:
         try:
             row, case = _decoded(row)
         except DataError as error:
-            self._leave_out(one_line(error, 300))
+            self._leave_out(str(error))
+            return
+        where = row.where or row.id
+        try:
+            name = self._names.setdefault(row.object, self._named(row.object))
+        except DataError as error:
+            self._leave_out(f"{where}: {error}")
             return
         image = case.image.sha256
-        name = self._names.setdefault(row.object, self._named(row.object))
         mask = next(iter((case.targets or {}).values()))
-        packed, where = np.packbits(mask).tobytes(), row.where or row.id
+        packed = np.packbits(mask).tobytes()
         if row.mask is not None and not squash(mask).any():
             self._leave_out(
                 f"{where}: {name} covers {int(mask.sum())} of {mask.shape[1]} x {mask.shape[0]} pixels, less than the"
@@ -130,19 +138,21 @@ class _Reader:
             return
         self._masks[image, name] = packed
         number = len(self._rows)
-        self._rows[image, name] = replace(row, id=f"{number:05} {row.id}", object=name, query=f"Segment the {name}.")
+        # the id says nothing of where the data are, which may have been moved when a teaching is resumed
+        self._rows[image, name] = replace(row, id=f"{number:05} {name}", object=name, query=f"Segment the {name}.")
         self._patients.setdefault(image, row.patient or image)
         self._size[image] = case.image.size
         self._content.update(repr((image, name, self._patients[image])).encode() + packed)
 
     def _leave_out(self, reason: str) -> None:
+        reason = one_line(reason, 400)
         self._left_out.append(reason)
         log.warning("left out: %s", reason)
 
     def _named(self, name: str) -> str:
-        """What an object is taught as: the name that the policy knows for it, else its own."""
+        """What an object is taught as: the name that the policy knows for it, or that came before, else its own."""
         name = " ".join(name.split())
-        taught = known_as(name, self._known) or name
+        taught = known_as(name, self._known) or known_as(name, set(self._names.values())) or name
         if means_everything(taught):
             raise DataError(f"object '{one_line(name)}': asks for all that there is; rename it in the data")
         try:
@@ -161,6 +171,11 @@ class _Reader:
             reason = f"; the first of {len(self._left_out)} left out: {self._left_out[0]}" if self._left_out else ""
             raise DataError(f"{where}: no image shows an object to learn{reason}")
         rows = {key: row for key, row in self._rows.items() if key[1] in shown}
+        for (_, name), row in self._rows.items():
+            if name not in shown:
+                self._leave_out(
+                    f"{row.where or row.image}: no image shows {name}, so that it is absent teaches nothing"
+                )
         sizes = Counter(self._size[image] for image in dict.fromkeys(image for image, _ in rows))
         images = {image for image, _ in rows}
         patient = {row.id: self._patients[image] for (image, _), row in rows.items()}

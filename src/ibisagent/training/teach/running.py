@@ -127,8 +127,8 @@ def _start(task: Task, threads: int) -> _Running:
         raise DataError(
             f"{folder / LOG}: cannot be written ({error.strerror}); free space, then start again"
         ) from error
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ibisagent.training.teach", str(folder)],
+    process = subprocess.Popen(  # -P: without the folder that the user is in, whose random.py is not Python's
+        [sys.executable, "-P", "-m", "ibisagent.training.teach", str(folder)],
         env={**os.environ, **_ENVIRONMENT, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)},
         stdin=subprocess.PIPE,  # closed with this process, however that ends
         stdout=log,

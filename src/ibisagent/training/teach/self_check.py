@@ -52,7 +52,14 @@ def decide(name: str, images: int, known: bool, compared: Sequence[Compared], *,
         kept = not known
         told = "taught, unchecked" if kept else "left as it was, as the old agent knows this name"
         return TaughtObject(
-            name, images, known, None, None, None, kept, f"too few images to check it on others than it learned: {told}"
+            name,
+            images,
+            known,
+            None,
+            None,
+            None,
+            kept,
+            f"too few images, or patients, to check it on others than it learned: {told}",
         )
     gains = [(one.patient, one.after - one.before) for one in own]
     sure, needed = patient_sureness(gains), SURE_KNOWN if known else SURE_NEW
