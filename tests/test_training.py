@@ -245,6 +245,36 @@ def test_one_step_of_the_click_recipe_lowers_the_loss_on_what_it_saw(cases, feat
     assert losses[-1] < losses[0]
 
 
+def test_parts_of_an_object_are_taken_back_by_a_click_each_or_taken_alone_in_their_box(cases, feature_cache):
+    random = np.random.default_rng(2)
+    (pair, *_) = click_pairs(cases, feature_cache.place)
+    discs = np.zeros(pair.mask.shape, np.uint8)
+    for centre in ((20, 20), (70, 20), (20, 70), (70, 70)):
+        cv2.circle(discs, centre, 12, 1, cv2.FILLED)
+    in_parts = Pair(pair.pixels, discs > 0, "all", pair.regions)
+    taken_back = alone = 0
+    for _ in range(60):
+        state = new_state([in_parts], np.ones(1), feature_cache, 96, random, made_up=0, window_share=0, parts_share=1)
+        boxes = [prompt for prompt in state.prompts if isinstance(prompt, Box)]
+        negative = [prompt for prompt in state.prompts if isinstance(prompt, Click) and not prompt.positive]
+        count, _ = cv2.connectedComponents(state.ground_truth.astype(np.uint8))
+        if negative:
+            taken_back += 1
+            whole = state.probability > 0.5
+            extra, extra_labels = cv2.connectedComponents((whole & ~state.ground_truth).astype(np.uint8))
+            assert count > 1, "something is left"
+            assert sorted(extra_labels[click.y, click.x] for click in negative) == list(range(1, extra))
+        elif boxes:
+            alone += 1
+            assert count == 2
+            (box,) = boxes
+            inside = state.ground_truth[box.y0 : box.y1, box.x0 : box.x1]
+            assert inside.sum() > 0.5 * state.ground_truth.sum()
+            assert inside.mean() > 0.3, "a box of this part, not of all"
+    assert taken_back > 10
+    assert alone > 10
+
+
 def test_states_hold_prompts_that_fit_their_ground_truth(cases, feature_cache):
     random = np.random.default_rng(1)
     pairs = click_pairs(cases, feature_cache.place)

@@ -26,6 +26,7 @@ from ibisagent.training.images import FeatureCache
 
 STORED_SIDE = 512  # images are kept in memory at this longer side
 TARGET = "object"
+PART_PIXELS = 20  # of the network's grid: the least part of an object that is taken back on its own
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,6 +200,25 @@ def coarsened(probability: np.ndarray, random: np.random.Generator) -> np.ndarra
     return cv2.resize(shrunk, (side, side), interpolation=cv2.INTER_LINEAR)
 
 
+def _parts(ground_truth: Mask) -> list[Mask]:
+    """The parts of an object, those of at least PART_PIXELS; empty where it is in one piece."""
+    count, labels, facts, _ = cv2.connectedComponentsWithStats(ground_truth.astype(np.uint8))
+    parts = [labels == part for part in range(1, count) if facts[part, cv2.CC_STAT_AREA] >= PART_PIXELS]
+    return parts if len(parts) > 1 else []
+
+
+def _take_back(state: State, parts: Sequence[Mask], random: np.random.Generator) -> None:
+    """Make a state of a finished one: of all that looks alike some is not meant, and has a negative click each."""
+    count = int(random.integers(1, min(3, len(parts) - 1) + 1))
+    chosen = random.permutation(len(parts))
+    state.probability = state.ground_truth.astype(np.float32)
+    if random.random() < 0.5:
+        state.prompts.append(Click(*_random_pixel(parts[chosen[-1]], random), True, TARGET))
+    for part in (parts[number] for number in chosen[:count]):
+        state.ground_truth = state.ground_truth & ~part
+        state.prompts.append(Click(*_random_pixel(part, random), False, TARGET))
+
+
 def correct(state: State, random: np.random.Generator) -> bool:
     """Append the next corrective click to `state`; False when nothing is left to correct."""
     current = state.probability > 0.5
@@ -241,10 +261,11 @@ def new_state(
     random: np.random.Generator,
     made_up: float = 0.15,
     window_share: float = 0.7,
+    parts_share: float = 0.25,
 ) -> State:
     """A fresh episode: a random view of a pair, drawn by `weights`, with its first prompt(s).
 
-    made_up, window_share: see `click.ClickRecipe`. DataError where no view shows an object.
+    made_up, window_share, parts_share: see `click.ClickRecipe`. DataError where no view shows an object.
     """
     for _ in range(1000):
         pair = pairs[random.choice(len(pairs), p=weights)]
@@ -261,6 +282,13 @@ def new_state(
         planes, ground_truth, [], np.zeros(ground_truth.shape, np.float32), clicks, (augmentation, pair.image), places
     )
     start = random.random()
+    parts = _parts(ground_truth) if random.random() < parts_share else []
+    if parts and start < 0.5:
+        _take_back(state, parts, random)
+        return state
+    if parts:  # one alone, in its box
+        state.ground_truth = ground_truth = parts[random.integers(len(parts))]
+        start = random.uniform(0.1, 0.6)
     if start < 0.1:
         state.probability = corrupted(ground_truth, random).astype(np.float32)
         if correct(state, random):

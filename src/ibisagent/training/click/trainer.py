@@ -74,6 +74,8 @@ class ClickRecipe(NetworkRecipe):
     """Share of targets that are superpixels instead of labelled objects."""
     window: float = Field(0.7, ge=0, le=1)
     """Share of views that are windows on the object instead of whole images."""
+    parts: float = Field(0.25, ge=0, le=1)
+    """Share of the views of an object in multiple parts that teach to take parts back, or one part alone."""
     feature_cache: Path | None = None
     """Folder for the context features of the training images (0.4 MB a view), to share it between runs; none means
     `out`."""
@@ -179,7 +181,14 @@ class _Run(TrainingRun):
     def _new_state(self) -> State:
         recipe = self.recipe
         return new_state(
-            self.pairs, self.weights, self.feature_cache, recipe.side, self.random, recipe.made_up, recipe.window
+            self.pairs,
+            self.weights,
+            self.feature_cache,
+            recipe.side,
+            self.random,
+            recipe.made_up,
+            recipe.window,
+            recipe.parts,
         )
 
     def _learn(self) -> float:
