@@ -5,8 +5,8 @@
 So often, `--fit` cases of "val" are drawn by patient, the calibration is fitted on them and measured on the cases of
 all other patients; printed are the means over the draws and the standard deviation of the error. Beside them: the same
 on training patients that the models never saw ("development": settings are chosen by these results); the calibration
-from all of these, measured on "val"; the plain mean of the signals; each signal alone. The results: what dropping the
-worst 20% adds to the mean IoU, and the expected calibration error. With `--samples` all is told without them, too.
+from all of these, measured on "val"; the score without any calibration; each signal alone. The results: what dropping
+the worst 20% adds to the mean IoU, and the expected calibration error. With `--samples` all is told without them, too.
 
 One case takes an episode and three replays, a second on a CPU, and four samples take as much again. `--kept` keeps the
 signals of all cases in a file, and takes them from there where models, settings and cases are the same.
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "calibrated": drawn(tested, names, options.fit, options.draws),
                 "development": drawn(learned, names, options.fit, options.draws),
                 "calibrated on development": results([elsewhere.score(one.signals) for one in tested], ious),
-                "plain mean": results([Reliability.plain(names).score(one.signals) for one in tested], ious),
+                "not calibrated": results([Reliability.plain(names).score(one.signals) for one in tested], ious),
             }
     result |= {name: results([one.signals[name] for one in tested], ious) for name in signals}
     print(json.dumps(result, indent=1))

@@ -118,6 +118,20 @@ def test_twenty_cases_mend_an_overconfident_score() -> None:
     assert fitted.error < 0.2
 
 
+def test_the_belief_is_the_score_until_cases_say_otherwise() -> None:
+    doubted = {"quality": 0.9, "stability": 0.95, "convergence": 1.0, "belief": 0.4}
+    assert Reliability.plain(list(doubted)).score(doubted) == pytest.approx(0.4)
+
+    random = np.random.default_rng(3)
+    beliefs = random.uniform(0.2, 0.9, 60)
+    cases = [{"quality": float(random.uniform(0.85, 0.95)), "belief": float(belief)} for belief in beliefs]
+    right = fit(cases[:20], (beliefs[:20] + random.normal(0, 0.08, 20)).clip(0, 1).tolist())
+    assert np.abs([right.score(one) - one["belief"] for one in cases[20:]]).mean() < 0.06
+    too_sure = fit(cases[:20], (0.4 * beliefs[:20]).tolist())
+    scores = np.array([too_sure.score(one) for one in cases[20:]])
+    assert np.abs(scores - 0.4 * beliefs[20:]).mean() < 0.5 * np.abs(beliefs[20:] - 0.4 * beliefs[20:]).mean()
+
+
 @pytest.mark.parametrize("told", [0.0, 0.05, 0.5, 0.999])
 def test_any_confidence_is_brought_to_what_was_measured(told: float) -> None:
     found = [{"quality": told, "stability": told + number * 1e-5} for number in range(20)]

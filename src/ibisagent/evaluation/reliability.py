@@ -11,9 +11,10 @@ Up to five signals of an episode, each in [0, 1]:
 | agreement | their mean IoU with those of further episodes of the policy, drawn at random; only where asked for |
 
 `Reliability` turns them into an expected IoU: a logistic regression on their log odds whose target is the measured IoU
-itself (Papke and Wooldridge, Econometric Methods for Fractional Response Variables, 1996), pulled towards the plain
-mean of the signals, so that 20 to 40 labelled cases are enough. `fit` makes one; without any, the mean is the score. A
-taught agent brings its own, from the cases of its self-check.
+itself (Papke and Wooldridge, Econometric Methods for Fractional Response Variables, 1996), pulled towards the score
+without any case, so that 20 to 40 labelled cases are enough. That score is the belief, which is an expected IoU as it
+is, and where there is none, the plain mean of the signals. `fit` makes a calibration; a taught agent brings its own,
+from the cases of its self-check.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ JITTERS = 3
 JITTER = 0.05  # of the mask's mean side: how far a click, or an edge of a box, is moved at most
 SAMPLING_TEMPERATURE = 0.8
 MIN_CASES = 10
-PULL = 10.0  # how many cases the plain mean of the signals is worth
+PULL = 10.0  # of each weight towards what holds without any case
+BELIEF_PULL, MEAN_PULL = 2.0, 0.1  # of the bias, likewise: the belief is right on the average, the mean is far too sure
 USUAL = 0.75  # most of the cases in which a signal may have one and the same value
 _EDGE = 0.01  # log odds of signals are those of values clipped to [_EDGE, 1 - _EDGE]
 KIND = "ibisagent reliability 3"  # 2 called the convergence otherwise, 1 cut the log odds elsewhere
@@ -170,8 +172,8 @@ class Reliability:
 
     @classmethod
     def plain(cls, names: Sequence[str]) -> Reliability:
-        """The mean log odds of these signals, fitted on nothing."""
-        return cls(dict.fromkeys(names, 1 / len(names)), 0.0)
+        """Fitted on nothing: the belief, where it is one of these signals, else their mean log odds."""
+        return cls(_plain_weights(names), 0.0)
 
     def score(self, found: Signals) -> float:
         """The expected IoU in [0, 1]; 0 for nothing handed out. ConfigError if a signal is missing."""
@@ -220,14 +222,14 @@ def _read_for(path: Path, made_with: tuple[tuple[str, str], ...]) -> Reliability
     try:
         found.check(dict(made_with))
     except ConfigError as error:
-        log.warning("%s: not used, scores are the plain mean of the signals: %s", path, error)
+        log.warning("%s: not used, scores are as without any: %s", path, error)
         return None
     return found
 
 
 def expected_iou_of(episode: Episode, image: Image, query: str, policy: Policy | None, segmenter: Segmenter) -> float:
-    """The score of an episode that answered `query`: by the calibration that `policy` brings, else the plain mean of
-    the signals. Raises SegmenterError, and PolicyError where the policy looks again."""
+    """The score of an episode that answered `query`: by the calibration that `policy` brings, else
+    `Reliability.plain`. Raises SegmenterError, and PolicyError where the policy looks again."""
     found = signals(episode, image, segmenter, beliefs=beliefs_of(policy, image, query))
     own = None if policy is None else brought_by(policy, image, query, segmenter)
     return (own or Reliability.plain(tuple(found))).score(found)
@@ -237,7 +239,7 @@ class Queue:
     """The masks of a batch with their scores, to be reviewed worst first."""
 
     def __init__(self, reviewer: Reviewer, reliability: Reliability | None = None) -> None:
-        """reliability: None takes what the policy brings, else the plain mean of the signals. ConfigError if it was
+        """reliability: None takes what the policy brings, else `Reliability.plain`. ConfigError if it was
         made for something else."""
         self._reviewer, self._given = reviewer, reliability
         if reliability is not None:
@@ -320,11 +322,11 @@ def fit(found: Sequence[Signals], ious: Sequence[float], provenance: Mapping[str
         names, values = [names[index] for index in saying], values[:, saying]
     values = _log_odds(values)
     targets = np.asarray(ious, dtype=float)
-    coefficients = _regress(values, targets)
+    coefficients = _regress(values, targets, names)
     left_out = []
     for index in range(len(targets)):
         rest = np.arange(len(targets)) != index
-        left_out.append(float(_sigmoid(_with_one(values[[index]]) @ _regress(values[rest], targets[rest]))[0]))
+        left_out.append(float(_sigmoid(_with_one(values[[index]]) @ _regress(values[rest], targets[rest], names))[0]))
     return Reliability(
         dict(zip(names, coefficients[:-1].tolist(), strict=True)),
         float(coefficients[-1]),
@@ -366,15 +368,20 @@ def _with_one(values: np.ndarray) -> np.ndarray:
     return np.hstack([values, np.ones((len(values), 1))])
 
 
-def _regress(values: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Weights and bias (last) by Newton's method; the weights are pulled to their plain mean, the bias hardly.
+def _plain_weights(names: Sequence[str]) -> dict[str, float]:
+    if "belief" in names:
+        return {name: float(name == "belief") for name in names}
+    return dict.fromkeys(names, 1 / len(names))
+
+
+def _regress(values: np.ndarray, targets: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Weights of the signals `names` and bias (last) by Newton's method, pulled to `_plain_weights` and 0.
 
     A step that goes too far is halved: full steps do not converge where the start is overconfident by far.
     """
     inputs = _with_one(values)
-    count = values.shape[1]
-    start = np.array([1 / count] * count + [0.0])
-    pull = np.array([PULL] * count + [0.1])
+    start = np.array([*_plain_weights(names).values(), 0.0])
+    pull = np.array([PULL] * len(names) + [BELIEF_PULL if "belief" in names else MEAN_PULL])
 
     def loss(at: np.ndarray) -> float:
         total = inputs @ at
