@@ -139,6 +139,7 @@ def says(page: Any, text: str) -> None:
 def at(page: Any, x: float, y: float) -> tuple[float, float]:
     """Where the middle of a pixel of the image is on the screen."""
     image = page.locator("#image img")
+    image.wait_for()  # it is hidden until it is loaded
     box = image.bounding_box()
     width, height = image.evaluate("image => [image.naturalWidth, image.naturalHeight]")
     return box["x"] + (x + 0.5) * box["width"] / width, box["y"] + (y + 0.5) * box["height"] / height
