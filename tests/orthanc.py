@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -12,6 +11,8 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from loopback import free_port
 
 PROGRAM = shutil.which("Orthanc", path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin")
 PLUGIN = next(Path("/usr/share/orthanc/plugins").glob("libOrthancDicomWeb*"), None)
@@ -22,22 +23,18 @@ MISSING = "" if PROGRAM and PLUGIN else "Orthanc is not installed (Debian packag
 def orthanc(folder: Path) -> Iterator[str]:
     """The DICOMweb address of an Orthanc that keeps itself in `folder`, for the block. MISSING must be empty."""
     assert PROGRAM, MISSING
-    ports = []
-    for _ in range(2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            ports.append(free.getsockname()[1])
+    port = free_port()
     settings = {
         "StorageDirectory": str(folder / "orthanc"),
         "IndexDirectory": str(folder / "orthanc"),
-        "HttpPort": ports[0],
-        "DicomPort": ports[1],
+        "HttpPort": port,
+        "DicomServerEnabled": False,  # its port, too, would have to be free
         "RemoteAccessAllowed": False,
         "AuthenticationEnabled": False,
         "Plugins": [str(PLUGIN)],
     }
     (folder / "orthanc.json").write_text(json.dumps(settings))
-    address, log = f"http://127.0.0.1:{ports[0]}/dicom-web", folder / "orthanc.log"
+    address, log = f"http://127.0.0.1:{port}/dicom-web", folder / "orthanc.log"
     with log.open("wb") as said:
         process = subprocess.Popen([PROGRAM, str(folder / "orthanc.json")], stdout=said, stderr=said)
         try:
