@@ -369,6 +369,7 @@ def _with_one(values: np.ndarray) -> np.ndarray:
 
 
 def _plain_weights(names: Sequence[str]) -> dict[str, float]:
+    """What the signals weigh before any case."""
     if "belief" in names:
         return {name: float(name == "belief") for name in names}
     return dict.fromkeys(names, 1 / len(names))

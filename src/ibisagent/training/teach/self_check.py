@@ -26,10 +26,10 @@ class TaughtObject:
     """One object that was taught.
 
     images: how many show it. known: the old agent had learned an object of this name. before, after: mean IoU of the
-    old and the taught agent on the user's own images, each judged by weights that had not seen its patient; None where
-    nothing could be checked. interval: 95% of after - before, None where fewer than two patients show the object. kept:
-    the taught weights answer for it; else the old agent does. reason: why. doubtful: image files whose masks
-    are unlike what the others teach: worth a look.
+    old and the taught agent on the user's own images, each judged by weights that had not seen its patient, at most
+    ACCEPTED for a mask that the old agent made; None where nothing could be checked. interval: 95% of after - before,
+    None where fewer than two patients show the object. kept: the taught weights answer for it; else the old agent does.
+    reason: why. doubtful: image files whose masks are unlike what the others teach: worth a look.
     """
 
     name: str
